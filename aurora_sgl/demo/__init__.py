@@ -1,0 +1,1 @@
+"""The small model and the sample traffic of the first run."""
