@@ -1,0 +1,209 @@
+"""Drafters as Hugging Face folders (``config.json``, ``model.safetensors``) that SGLang loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from aurora_sgl.drafter.config import DrafterConfig, read_config
+from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.target import TargetInfo
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.hashing import sha256_bytes
+
+WEIGHTS = "model.safetensors"
+_VOCABULARY = ("d2t", "t2d")
+
+
+def canonical_name(name: str) -> str:
+    """One name for what published checkpoints, ours and SGLang's modules call differently."""
+    name = name.removeprefix("model.")
+    return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
+
+
+def is_shared(name: str, architecture_is_eagle3: bool) -> bool:
+    """Whether a tensor is the target's in serving and so never part of a drafter."""
+    return "embed_tokens" in name or (not architecture_is_eagle3 and "lm_head" in name)
+
+
+def content_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """``weights_sha256``: SHA-256 over sorted canonical names, dtypes, shapes and raw bytes.
+
+    The embedding is left out (it is the target's); ``d2t`` and ``t2d`` are part of it.
+    """
+    digest = hashlib.sha256()
+    named = {canonical_name(name): t for name, t in tensors.items() if "embed_tokens" not in name}
+    for name in sorted(named):
+        tensor = named[name].detach().cpu().contiguous()
+        head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|"
+        digest.update(head.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def vocab_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of ``d2t`` as int64; of the word ``full`` for a drafter of the whole vocabulary."""
+    if "d2t" not in tensors:
+        return sha256_bytes(b"full")
+    return sha256_bytes(tensors["d2t"].detach().cpu().to(torch.int64).numpy().tobytes())
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a drafter folder, less the target's embedding.
+
+    Raises ``AuroraError`` when the file is missing, truncated or not safetensors.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.exists():
+        raise AuroraError(f"no {WEIGHTS} in {folder}: not a drafter folder")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = [name for name in file.keys() if "embed_tokens" not in name]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise AuroraError(f"{path} is broken or cut short: {error}") from None
+
+
+def tensors_of(drafter: Drafter, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """The tensors that :func:`save` writes: weights in ``dtype``, vocabulary maps as they are."""
+    return {
+        name: (tensor if name in _VOCABULARY else tensor.to(dtype)).detach().cpu().contiguous()
+        for name, tensor in drafter.state_dict().items()
+    }
+
+
+def save(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a drafter folder beside its place and rename it there. An older one is replaced.
+
+    Raises ``AuroraError`` when the disk does not take it; nothing half-written stays behind.
+    """
+    folder = Path(folder)
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        beside.mkdir(parents=True)
+        config = {**drafter.config.to_json(), "dtype": str(dtype).removeprefix("torch.")}
+        (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors_of(drafter, dtype), str(beside / WEIGHTS), metadata={"format": "pt"})
+        (beside / WEIGHTS).chmod(0o644)  # safetensors writes for its own user alone
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+            os.rename(folder, old)
+            os.rename(beside, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(beside, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise AuroraError(f"cannot write the drafter to {folder}: {error}") from None
+    return folder
+
+
+def load(folder: Path, *, dtype: torch.dtype = torch.float32, target_layers: int = 0) -> Drafter:
+    """A drafter from its folder. Raises ``AuroraError`` when a key or a shape is wrong."""
+    config = read_config(folder, target_layers=target_layers)
+    tensors = _own_names(read_tensors(folder), config)
+    problems = _shape_problems(tensors, config)
+    if problems:
+        raise AuroraError(f"{folder}: {problems[0]}")
+    with torch.device("meta"):
+        drafter = Drafter(config)
+    state = {n: t if n in _VOCABULARY else t.to(dtype) for n, t in tensors.items()}
+    drafter.load_state_dict(state, assign=True)
+    from aurora_sgl.drafter.rope import inverse_frequencies
+
+    drafter.frequencies = inverse_frequencies(config)
+    return drafter.requires_grad_(True)
+
+
+def validate(folder: Path, target: TargetInfo | None = None) -> list[str]:
+    """Why a drafter folder must not go live, one line a reason; empty when it may.
+
+    Looks at the configuration, keys, shapes, dtypes, finiteness, the vocabulary maps and, when
+    given, the target that it must fit.
+    """
+    try:
+        config = read_config(folder, target_layers=target.num_layers if target else 0)
+        tensors = _own_names(read_tensors(folder), config)
+    except AuroraError as error:
+        return [str(error)]
+    problems = _shape_problems(tensors, config)
+    for name, tensor in tensors.items():
+        if name in _VOCABULARY:
+            continue
+        if not tensor.dtype.is_floating_point:
+            problems.append(f"{name} is {tensor.dtype}, not a floating-point tensor")
+        elif not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{name} holds values that are not finite")
+    if not problems and config.is_eagle3:
+        problems += _vocabulary_problems(tensors, config)
+    return problems + (_target_problems(config, target) if target else [])
+
+
+def _own_names(
+    tensors: Mapping[str, torch.Tensor], config: DrafterConfig
+) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        own = canonical_name(name)
+        if is_shared(own, config.is_eagle3):
+            continue
+        if config.is_eagle3 and own.startswith("layers.0."):
+            own = "midlayer." + own.removeprefix("layers.0.")
+        renamed[own] = tensor
+    if config.is_eagle3 and "d2t" in renamed and "t2d" not in renamed:
+        ids = renamed["d2t"].to(torch.int64) + torch.arange(len(renamed["d2t"]))
+        t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
+        t2d[ids.clamp(0, config.vocab_size - 1)] = True
+        renamed["t2d"] = t2d
+    if config.is_eagle3 and "d2t" in renamed:
+        renamed["d2t"] = renamed["d2t"].to(torch.int64)
+        renamed["t2d"] = renamed["t2d"].to(torch.bool)
+    return renamed
+
+
+def _shape_problems(tensors: Mapping[str, torch.Tensor], config: DrafterConfig) -> list[str]:
+    with torch.device("meta"):
+        expected = Drafter(config).state_dict()
+    problems = [f"tensor {name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"tensor {name} is unknown" for name in sorted(tensors.keys() - expected.keys())]
+    for name in sorted(expected.keys() & tensors.keys()):
+        have, want = list(tensors[name].shape), list(expected[name].shape)
+        if have != want:
+            problems.append(f"tensor {name} has shape {have}, expected {want}")
+    return problems
+
+
+def _vocabulary_problems(tensors: Mapping[str, torch.Tensor], config: DrafterConfig) -> list[str]:
+    ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
+        return [f"d2t points outside the target's vocabulary of {config.vocab_size}"]
+    if len(set(ids.tolist())) != len(ids):
+        return ["d2t names a target token twice"]
+    t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
+    t2d[ids] = True
+    return [] if bool((t2d == tensors["t2d"]).all()) else ["d2t and t2d disagree"]
+
+
+def _target_problems(config: DrafterConfig, target: TargetInfo) -> list[str]:
+    problems = []
+    if config.hidden_size != target.hidden_size:
+        problems.append(
+            f"made for a target of hidden size {config.hidden_size}, {target.model} has "
+            f"{target.hidden_size}"
+        )
+    if config.vocab_size != target.vocab_size:
+        problems.append(
+            f"made for a vocabulary of {config.vocab_size}, {target.model} has {target.vocab_size}"
+        )
+    if config.is_eagle3 and max(config.aux_layers) >= target.num_layers:
+        problems.append(f"captures layer {max(config.aux_layers)} of {target.num_layers}")
+    return problems

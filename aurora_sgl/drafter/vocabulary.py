@@ -1,0 +1,90 @@
+"""The draft vocabulary: which of the target's tokens a drafter may propose.
+
+A checkpoint carries it twice, as published EAGLE3 drafters do: ``d2t`` holds the target id less
+the draft id of each draft token, ``t2d`` says for each target id whether it is among them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_sgl.errors import AuroraError
+
+
+def choose(
+    counts: Mapping[int, int],
+    size: int,
+    vocab_size: int,
+    *,
+    always: Iterable[int] = (),
+) -> torch.Tensor:  # [size] int64, ascending
+    """The ``size`` most frequent target ids, and ``always`` (end of sequence and the like).
+
+    What the counts leave open is filled with the lowest ids: a BPE vocabulary is ordered by the
+    frequency of its merges, so these are the commonest pieces of the tokenizer's own corpus.
+    """
+    size = min(size, vocab_size)
+    ranked = sorted(counts, key=lambda token: (-counts[token], token))
+    picked = dict.fromkeys(token for token in (*always, *ranked) if 0 <= token < vocab_size)
+    for token in range(vocab_size):
+        if len(picked) >= size:
+            break
+        picked.setdefault(token)
+    return torch.tensor(sorted(list(picked)[:size]), dtype=torch.int64)
+
+
+def maps(target_ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``d2t`` [size] int64 and ``t2d`` [vocab] bool of ascending target ids."""
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[target_ids] = True
+    return target_ids - torch.arange(len(target_ids)), t2d
+
+
+def inverse(target_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:  # [vocab] int64
+    """Draft id of each target id; -1 outside the draft vocabulary."""
+    draft_of = torch.full((vocab_size,), -1, dtype=torch.int64, device=target_ids.device)
+    draft_of[target_ids] = torch.arange(len(target_ids), device=target_ids.device)
+    return draft_of
+
+
+def coverage(counts: Mapping[int, int], target_ids: torch.Tensor) -> float:
+    """Share of the counted tokens that the draft vocabulary holds, in [0, 1]."""
+    total = sum(counts.values())
+    held = set(target_ids.tolist())
+    return sum(n for token, n in counts.items() if token in held) / total if total else 0.0
+
+
+def count_tokens(target: Path, texts: Iterable[str]) -> Counter[int]:
+    """Token counts of texts under a target's own tokenizer.
+
+    Raises ``AuroraError`` when the folder holds no ``tokenizer.json``.
+    """
+    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+    path = Path(target) / "tokenizer.json"
+    if not path.exists():
+        raise AuroraError(f"no tokenizer.json in {target}: cannot count tokens of sample texts")
+    tokenizer = Tokenizer.from_file(str(path))
+    counts: Counter[int] = Counter()
+    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        counts.update(encoding.ids)
+    return counts
+
+
+def stop_tokens(target: Path) -> set[int]:
+    """End-of-sequence ids named by a target's ``config.json`` and ``generation_config.json``."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = Path(target) / name
+        if not path.exists():
+            continue
+        raw: dict[str, Any] = json.loads(path.read_text())
+        value = raw.get("eos_token_id")
+        found.update([value] if isinstance(value, int) else value or [])
+    return found
