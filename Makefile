@@ -1,0 +1,52 @@
+# make demo and make test are all that is needed; both set the environment up first.
+#   make setup CUDA=1      SGLang's CUDA packages instead of the CPU list
+#   make test-fast         without the tests that start SGLang or download something
+#   make demo ARGS="..."   flags of `aurora-sgl demo`
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+KIND   := $(if $(filter 1 yes true,$(CUDA)),cuda,cpu)
+# An environment that exists keeps its kind: `make test` after `make setup CUDA=1` stays on CUDA.
+ifeq ($(origin CUDA),undefined)
+KIND   := $(if $(wildcard $(VENV)/.ready-cuda),cuda,cpu)
+endif
+STAMP  := $(VENV)/.ready-$(KIND)
+
+.PHONY: setup demo test test-fast lint format clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n 's/^#//p' Makefile | head -4
+	@echo "   targets: setup demo test test-fast lint format clean"
+
+setup: $(STAMP)
+
+$(STAMP): requirements/cpu.lock pyproject.toml tools/setup_env.py
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found; install Python 3.11 or say make PYTHON=..." >&2; exit 1; }
+	@rm -f $(VENV)/.ready-*
+	@$(PYTHON) tools/setup_env.py --stamp $(STAMP) $(if $(filter cuda,$(KIND)),--cuda)
+
+demo: $(STAMP)
+	@$(BIN)/aurora-sgl demo $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP)
+	@$(BIN)/python -m pytest -m "not engine and not slow and not gpu" $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# The data folder aurora-data is left alone: it holds what was recorded and trained.
+clean:
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
