@@ -1,0 +1,1 @@
+"""Learning from served requests: sequences, objectives, the trainer, exact replay."""

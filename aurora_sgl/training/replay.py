@@ -1,0 +1,251 @@
+"""Exact replay: the accept length that a drafter would have had on a logged greedy request.
+
+For a greedy request the target's continuation is in the log, so what it would have accepted of
+any proposal is known without running it. The arithmetic is SGLang 0.5.21's (eagle_worker_v2.py
+``draft_forward``, spec_utils.py ``select_top_k_tokens``, eagle_utils.py
+``organize_draft_results``): candidates score the product of softmax probabilities, each step keeps
+the best ``topk`` for the next, and the best ``nodes - 1`` of all candidates go to the target. One
+quirk matters: the draft keys and values belong to a beam *slot* and do not move when the slot gets
+another parent, so a drafted row sees the rows that its slot held before.
+
+Proposals are computed for all positions at once and then walked as the server would have: from
+the first output token, on by ``accepted + 1``. A position is dropped from the computation as soon
+as nothing that follows can change what is accepted there.
+
+What lies behind the last logged token is unknown. A step whose accepted tokens reach the end of
+the log before the draft's depth is *undetermined*: it is left out here, and :func:`determined`
+leaves it out of a server's records, so that both sides count the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.training.sequence import Sequence
+
+_ROOTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """Depth, top-k and nodes (the root counted) of a draft; a chain has ``topk`` 1."""
+
+    depth: int
+    topk: int = 1
+    nodes: int = 0  # 0: depth + 1, a chain
+
+    def __post_init__(self) -> None:
+        if self.nodes == 0:
+            object.__setattr__(self, "nodes", self.depth + 1)
+        assert self.depth >= 1 and self.topk >= 1
+        assert self.topk > 1 or self.nodes == self.depth + 1, "a chain has depth + 1 nodes"
+        assert 2 <= self.nodes <= self.candidates + 1, "more nodes than candidates"
+
+    @property
+    def candidates(self) -> int:
+        return self.topk + (self.depth - 1) * self.topk**2
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What one request would have been accepted; sums over its determined verify steps."""
+
+    request_id: int
+    verify_steps: int
+    accepted: int
+    domain: str = "default"
+
+    @property
+    def accept_length(self) -> float:
+        """Mean of 1 + accepted over the steps; nan without a step."""
+        return 1 + self.accepted / self.verify_steps if self.verify_steps else float("nan")
+
+
+def determined(root: int, accepted: int, length: int, depth: int) -> bool:
+    """Whether a verify step from position ``root`` is known from a log of ``length`` tokens.
+
+    ``root`` is the position of the bonus token that the draft starts from.
+    """
+    known = length - 1 - root
+    return known >= 1 and (accepted < known or depth <= known)
+
+
+@torch.inference_mode()
+def replay(
+    drafter: Drafter, sequences: Iterable[Sequence], shape: DraftShape, head: TargetHead
+) -> list[Replayed]:
+    """Replay requests in the drafter's own dtype (cast it to the served one first).
+
+    Requests must be greedy and unpenalised; the caller picks them. One result a request, also
+    where it has no determined step.
+    """
+    return [replay_one(drafter, sequence, shape, head) for sequence in sequences]
+
+
+@torch.inference_mode()
+def replay_one(
+    drafter: Drafter, sequence: Sequence, shape: DraftShape, head: TargetHead
+) -> Replayed:
+    """See :func:`replay`."""
+    length = len(sequence.tokens)
+    first = sequence.output_start
+    roots = torch.arange(first, min(length - 2, sequence.rows) + 1)
+    accepted = accepted_at(drafter, sequence, roots, shape, head).tolist()
+    steps = total = 0
+    root = first
+    while root - first < len(accepted):
+        taken = accepted[root - first]
+        if not determined(root, taken, length, shape.depth):
+            break
+        steps, total, root = steps + 1, total + taken, root + taken + 1
+    return Replayed(sequence.request_id, steps, total, sequence.domain)
+
+
+@torch.inference_mode()
+def accepted_at(
+    drafter: Drafter,
+    sequence: Sequence,
+    roots: torch.Tensor,  # [roots] int64 positions, each >= 1 and <= sequence.rows
+    shape: DraftShape,
+    head: TargetHead,
+) -> torch.Tensor:  # [roots] int64
+    """Accepted draft tokens of a verify step from each root, as far as the log reaches."""
+    rows = sequence.rows
+    dtype = drafter.dtype
+    embeds = head.embed(sequence.tokens[1 : rows + 1], dtype)
+    mixed, residual = drafter.mix(embeds, drafter.start(sequence.features[:rows].to(dtype)))
+    text = drafter.keys_values(mixed, torch.arange(rows))
+    parts = [
+        _Beam(drafter, head, sequence.tokens, shape, text, part).run(mixed, residual)
+        for part in torch.split(roots, _ROOTS_AT_ONCE)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+class _Beam:
+    """Drafts from many roots side by side. Rows of tensors are roots that are still open."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        head: TargetHead,
+        tokens: torch.Tensor,
+        shape: DraftShape,
+        text: tuple[torch.Tensor, torch.Tensor],
+        roots: torch.Tensor,
+    ) -> None:
+        self.drafter, self.head, self.shape, self.text = drafter, head, shape, text
+        self.lm_head = None if drafter.config.is_eagle3 else head.lm_head.to(drafter.dtype)
+        self.target_ids = drafter.target_ids
+        self.base = roots - 1
+        ahead = roots[:, None] + 1 + torch.arange(shape.depth)
+        known = ahead < len(tokens)
+        self.wanted = torch.where(known, tokens[ahead.clamp(max=len(tokens) - 1)], -1)
+        self.scores = torch.full((len(roots), shape.candidates), -1.0)
+        self.matched = torch.full((len(roots), shape.depth), -1)  # candidate index at each depth
+
+    def run(self, mixed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        topk = self.shape.topk
+        base = self.base
+        read, state = self.drafter.rows(mixed[base], residual[base], base, self.text, base)
+        prob, token = self._best(read)
+        self.scores[:, :topk] = prob
+        slot = _find(token == self.wanted[:, :1])  # beam slot on the continuation, or -1
+        self.matched[:, 0] = slot
+        open_ = torch.arange(len(base))
+        states = state[:, None].expand(-1, topk, -1)
+        own: tuple[torch.Tensor, torch.Tensor] | None = None
+        for depth in range(1, self.shape.depth):
+            keep = self._undecided(open_, slot, prob)
+            open_, prob, token, slot = open_[keep], prob[keep], token[keep], slot[keep]
+            states = states[keep]
+            if not len(open_):
+                break
+            own = own if own is None else (own[0][keep], own[1][keep])
+            read, state, own = self._row(self.base[open_] + depth, token, states, own)
+            step_prob, step_token = (_slots(x, topk) for x in self._best(read))
+            expanded = (prob[..., None] * step_prob).flatten(1)
+            begin = topk + (depth - 1) * topk**2
+            self.scores[open_, begin : begin + topk**2] = expanded
+            found = self._match(open_, depth, slot, step_token)
+            self.matched[open_, depth] = torch.where(found >= 0, begin + found, -1)
+            prob, picked = expanded.topk(topk, dim=-1)
+            token = step_token.flatten(1).gather(1, picked)
+            slot = _find((picked == found[:, None]) & (found >= 0)[:, None])
+            parents = (picked // topk)[..., None].expand(-1, -1, state.shape[-1])
+            states = _slots(state, topk).gather(1, parents)
+        return self._accepted()
+
+    def _row(
+        self,
+        positions: torch.Tensor,  # [open]
+        token: torch.Tensor,  # [open, topk]
+        states: torch.Tensor,  # [open, topk, H]
+        own: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """One drafted row in every beam slot. Keys and values stay with the slot, as served."""
+        topk = self.shape.topk
+        at = positions.repeat_interleave(topk)
+        embeds = self.head.embed(token.flatten(), self.drafter.dtype)
+        mixed, residual = self.drafter.mix(embeds, states.flatten(0, 1))
+        new = self.drafter.keys_values(mixed, at)
+        shaped = tuple(_slots(x, topk)[:, :, None] for x in new)
+        if own is None:
+            key, value = shaped
+        else:
+            key, value = (torch.cat(pair, 2) for pair in zip(own, shaped, strict=True))
+        depth = key.shape[2]
+        read, state = self.drafter.rows(
+            mixed, residual, at, self.text, at - depth, (key.flatten(0, 1), value.flatten(0, 1))
+        )
+        return read, state, (key, value)
+
+    def _best(self, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [rows, topk]
+        logits = self.drafter.logits(read, self.lm_head)
+        if self.shape.topk == 1:
+            best = logits.argmax(-1, keepdim=True)
+            return torch.ones_like(best, dtype=torch.float32), self.target_ids[best]
+        prob, index = logits.softmax(-1).topk(self.shape.topk, dim=-1)
+        return prob, self.target_ids[index]
+
+    def _match(
+        self, open_: torch.Tensor, depth: int, slot: torch.Tensor, token: torch.Tensor
+    ) -> torch.Tensor:  # [open] index within topk * topk, or -1
+        parent = slot.clamp(min=0)
+        children = token[torch.arange(len(open_)), parent]
+        child = _find(children == self.wanted[open_, depth, None])
+        return torch.where((slot >= 0) & (child >= 0), parent * self.shape.topk + child, -1)
+
+    def _undecided(
+        self, open_: torch.Tensor, slot: torch.Tensor, prob: torch.Tensor
+    ) -> torch.Tensor:
+        """Open roots whose accepted count later candidates can still change.
+
+        Either the continuation is still in the beam, or a beam slot outscores the deepest match:
+        its children may then push that match out of the chosen nodes.
+        """
+        matched = self.matched[open_]
+        count = (matched >= 0).sum(-1)
+        deepest = matched.gather(1, (count - 1).clamp(min=0)[:, None])
+        score = self.scores[open_].gather(1, deepest.clamp(min=0))
+        threatened = (count > 0) & (prob > score).any(-1)
+        return (slot >= 0) | threatened
+
+    def _accepted(self) -> torch.Tensor:
+        chosen = self.scores.topk(self.shape.nodes - 1, dim=-1).indices
+        picked = torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, chosen, True)
+        kept = picked.gather(1, self.matched.clamp(min=0)) & (self.matched >= 0)
+        return kept.long().cumprod(-1).sum(-1)
+
+
+def _find(hit: torch.Tensor) -> torch.Tensor:  # [rows, n] bool -> [rows] first index, or -1
+    return torch.where(hit.any(-1), hit.int().argmax(-1), -1)
+
+
+def _slots(x: torch.Tensor, topk: int) -> torch.Tensor:  # [roots * topk, ...] -> [roots, topk, ...]
+    return x.reshape(-1, topk, *x.shape[1:])

@@ -1,0 +1,38 @@
+"""One served request as training and replay see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens of a request from position 0, with the target's features of all but the last ones.
+
+    Features start at position 0: a prefix that came from the cache is already filled in.
+    """
+
+    request_id: int
+    tokens: torch.Tensor  # [T] int64, prompt and output
+    features: torch.Tensor  # [n, feature_width], what the drafter's rows take
+    last: torch.Tensor  # [n, H]: the target's normed last hidden state; logits = last @ lm_head.T
+    output_start: int  # position of the first output token
+    greedy: bool = True
+    domain: str = "default"
+    conversation: str = ""  # requests of one conversation, or one prompt, share it
+
+    def __post_init__(self) -> None:
+        assert self.tokens.ndim == 1 and self.features.ndim == 2
+        assert 0 < self.output_start < len(self.tokens)
+        assert self.output_start <= self.rows, "features must cover the prompt"
+
+    @property
+    def rows(self) -> int:
+        """Drafter rows that the features allow: row i takes feature i and token i + 1."""
+        return min(len(self.features), len(self.tokens) - 1)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.output_start
