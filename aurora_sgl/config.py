@@ -47,6 +47,12 @@ class Settings(BaseSettings):
     spool_bytes: int = Field(default=1024**3, ge=0)
     """Bytes of the sidecar's local spool while the store is away; the rest is dropped and counted."""
 
+    trace_memory_bytes: int = Field(default=512 * 1024**2, ge=1)
+    """Bytes of unfinished traces that the sidecar holds; the oldest request is dropped first."""
+
+    health_port: int = Field(default=0, ge=-1, le=65535)
+    """Loopback port of the sidecar's /healthz and /metrics; 0: a free one; -1: none."""
+
     speculation: str = Field(default="auto", pattern="^(auto|on|off)$")
     """auto: a bounded share of the steps until replay says that drafts pay; on; off."""
 
