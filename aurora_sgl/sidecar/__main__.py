@@ -1,0 +1,49 @@
+"""``python -m aurora_sgl.sidecar --endpoint DIR``: the sidecar process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from aurora_sgl.config import get_settings
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.sidecar.service import Service
+
+#: Serving comes first on a machine that has few cores.
+NICENESS = 5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 stopped as asked, 1 could not start."""
+    parser = argparse.ArgumentParser(prog="python -m aurora_sgl.sidecar", description=__doc__)
+    parser.add_argument("--endpoint", type=Path, required=True, help="folder of the sockets")
+    parser.add_argument("--parent-pid", type=int, default=0, help="stop when this process ends")
+    parser.add_argument(
+        "--spool", type=Path, help="folder of the spool (default: in the data folder)"
+    )
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    os.nice(NICENESS)
+    try:
+        service = Service(
+            get_settings(), chosen.endpoint, spool=chosen.spool, parent_pid=chosen.parent_pid
+        )
+    except AuroraError as error:
+        print(f"aurora-sgl sidecar: {error}", file=sys.stderr)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: service.request_stop())
+    service.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Locks and whole-file writes: the two things that must survive a kill at any instruction."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from aurora_sgl.errors import AuroraError
+
+
+class FolderLock:
+    """An exclusive lock on a folder, held until :meth:`release` or the death of the process."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        """Raises ``AuroraError`` when another process holds it, or the folder can't be written."""
+        self.path = folder / "lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            why = error.strerror
+            raise AuroraError(f"can't write to {folder}: {why}; choose another") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            raise AuroraError(
+                f"another sidecar (process {holder}) uses {what} {folder}; stop it first"
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write ``data`` beside ``path`` and rename it there, so that a reader sees all or nothing."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

@@ -1,0 +1,111 @@
+"""The sidecar's connection to the store, which may be away at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from aurora_sgl import store
+from aurora_sgl.errors import AuroraError
+
+log = logging.getLogger(__name__)
+
+
+class StoreAway(Exception):
+    """The store can't be used now; try again later."""
+
+
+class StoreLink:
+    """Connects, migrates and reconnects. Safe to share between threads."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._file: tuple[Path, int] | None = None  # SQLite: path and inode
+        self._complained = ""
+        self.last_ok = 0.0  # time.monotonic() of the last success; 0: never
+
+    def engine(self) -> Engine:
+        """Raises :class:`StoreAway`."""
+        with self._lock:
+            if self._engine is not None and self._file is not None and not self._same_file():
+                self._engine.dispose()
+                self._engine = None
+            if self._engine is None:
+                self._engine = self._connect()
+            return self._engine
+
+    def _same_file(self) -> bool:
+        assert self._file is not None
+        path, inode = self._file
+        try:
+            return path.stat().st_ino == inode
+        except OSError:
+            return False
+
+    def _connect(self) -> Engine:
+        if self._file is not None and not self._file[0].exists():
+            # Connecting would make an empty database where the old one was.
+            self._complain(f"the database file {self._file[0]} is gone")
+        try:
+            engine = store.connect(self._url)
+            store.upgrade(engine)
+        except (AuroraError, SQLAlchemyError, OSError) as error:
+            self._complain(str(error))
+        if engine.dialect.name == "sqlite" and engine.url.database:
+            path = Path(engine.url.database)
+            self._file = (path, path.stat().st_ino)
+        return engine
+
+    def _complain(self, why: str) -> None:
+        line = why.splitlines()[0]
+        if line != self._complained:
+            log.warning("the store is away, records wait in the spool: %s", line)
+            self._complained = line
+        raise StoreAway(line)
+
+    def _ok(self) -> None:
+        self.last_ok = time.monotonic()
+        if self._complained:
+            log.info("the store is back")
+            self._complained = ""
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[Engine]:
+        """An engine; lost connections become :class:`StoreAway`, other errors pass through."""
+        engine = self.engine()
+        try:
+            yield engine
+        except DBAPIError as error:
+            if not is_away(error):
+                raise
+            self._complain(str(error.orig or error))
+        else:
+            self._ok()
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Session]:
+        """A session in one transaction. Raises :class:`StoreAway`."""
+        with self.guard() as engine, store.session(engine) as session:
+            yield session
+
+    def close(self) -> None:
+        with self._lock:
+            if self._engine is not None:
+                self._engine.dispose()
+                self._engine = None
+
+
+def is_away(error: DBAPIError) -> bool:
+    """Whether trying the same again later can help: locked, full, restarting, unreachable."""
+    name = type(error).__name__
+    return error.connection_invalidated or name in ("OperationalError", "InterfaceError")

@@ -1,0 +1,73 @@
+"""How much to speculate: a bounded share of the steps until drafts pay, then all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: How far above break-even the expected accept length must be before all steps speculate. Once
+#: they do, they go on until it falls below break-even itself, so that noise does not flip it.
+MARGIN = 1.02
+#: Speculative steps after a swap from which what was measured counts more than replay.
+ENOUGH_STEPS = 200
+
+EXPLORING, SPECULATING, OFF = "exploring", "speculating", "off"
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str  # exploring | speculating | off
+    share: float  # of the verify steps that may carry drafts
+    reason: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The accept length that the live version is expected to have."""
+
+    accept_length: float
+    source: str  # for the reason that people read
+
+
+def break_even(counters: Mapping[str, float]) -> float | None:
+    """The accept length at which a speculative step pays for itself.
+
+    Median time of a speculative step (drafts and verify) over that of a plain one, as the engine
+    measured them. None while one of them is missing.
+    """
+    plain, spec = counters.get("step_ms_plain", 0.0), counters.get("step_ms_spec", 0.0)
+    return spec / plain if plain > 0 and spec > 0 else None
+
+
+def expected(
+    replayed: float | None, steps: int, accepted: int, enough: int = ENOUGH_STEPS
+) -> Expected | None:
+    """From live steps of this version since its swap (not mixed), else from its replay."""
+    if steps >= enough:
+        return Expected(1 + accepted / steps, f"measured over {steps} steps")
+    if replayed is not None:
+        return Expected(replayed, "replay")
+    return None
+
+
+def decide(
+    mode: str,
+    explore_share: float,
+    needed: float | None,  # break-even accept length
+    hoped: Expected | None,
+    now: str,
+) -> Phase:
+    """The phase for ``Settings.speculation`` = ``mode``; ``now`` is the present phase's name."""
+    if mode == "on":
+        return Phase(SPECULATING, 1.0, "speculation is set to on")
+    if mode == "off":
+        return Phase(OFF, 0.0, "speculation is set to off")
+    if needed is None:
+        return Phase(EXPLORING, explore_share, "step times are not known yet")
+    if hoped is None:
+        return Phase(EXPLORING, explore_share, "accept length of the live drafter not known yet")
+    bar = needed if now == SPECULATING else needed * MARGIN
+    said = f"accept length {hoped.accept_length:.2f} ({hoped.source}), break-even {needed:.2f}"
+    if hoped.accept_length > bar:
+        return Phase(SPECULATING, 1.0, f"drafts pay: {said}")
+    return Phase(EXPLORING, explore_share, f"drafts do not pay yet: {said}")

@@ -1,0 +1,241 @@
+"""Once a second: what should be live, what is, and what the engine must be told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from aurora_sgl import clock, wire
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.config import Settings
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.sidecar import boot_version, phase
+from aurora_sgl.sidecar.link import StoreAway, StoreLink
+from aurora_sgl.sidecar.servers import Known, Live, Registry, drafter_path
+from aurora_sgl.sidecar.staging import Stager, Wanted
+from aurora_sgl.sidecar.swaps import Swaps
+from aurora_sgl.store import queries
+
+TICK_SECONDS = 1.0
+PHASE_SECONDS = 5.0
+TIDY_SECONDS = 10.0
+#: Seconds back over which what was served tells the accept length of the live version.
+LIVE_SECONDS = 3600.0
+#: Seconds without a word after which another boot of the same server counts as dead.
+DEAD_SECONDS = 30.0
+IDENTIFY_BACKOFF = (2.0, 60.0)
+
+log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """The control loop of the boot that is there now. One thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        link: StoreLink,
+        registry: Registry,
+        artifacts: ArtifactRoot,
+        stager: Stager,
+        send: Callable[[wire.Command], bool],
+        traces_lost: Callable[[], int],
+    ) -> None:
+        self._settings = settings
+        self._link = link
+        self._registry = registry
+        self._artifacts = artifacts
+        self._send = send
+        self._traces_lost = traces_lost
+        self._traces_told = 0
+        self.swaps = Swaps(stager, send)
+        self._stop = threading.Event()
+        self._boot_id = 0
+        self._reported: dict[str, Any] = {}
+        self._told_hellos = -1  # Live.hellos when the engine was told its version
+        self._told_store = -1  # Live.hellos when the store was told of the engine
+        self._phase_at = 0.0
+        self._tidy_at = 0.0
+        self._identify_at = 0.0
+        self._identify_failures = 0
+        self._error = ""
+        self.phase = phase.Phase("", 0.0, "")
+        self.agrees = False
+        self.desired = 0
+
+    def run(self) -> None:
+        while not self._stop.wait(TICK_SECONDS):
+            try:
+                self.tick()
+            except StoreAway:
+                pass
+            except (SQLAlchemyError, AuroraError, OSError) as error:
+                log.error("control loop: %s", str(error).splitlines()[0])
+            except Exception:
+                log.exception("the control loop failed; trying again")
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def tick(self) -> None:
+        """One round. Raises ``StoreAway``."""
+        boot_id = self._registry.current
+        hello = self._registry.hello(boot_id)
+        if hello is None:
+            return
+        if boot_id != self._boot_id:
+            self._boot_id, self._reported, self._error = boot_id, {}, ""
+            self._identify_at, self._identify_failures = 0.0, 0
+            self._told_hellos = self._told_store = -1
+            self.phase = phase.Phase("", 0.0, "")
+            self._phase_at = self._tidy_at = 0.0
+        known = self._registry.known(boot_id)
+        assert known is not None
+        if known.refused:
+            self.agrees = False
+            return
+        if known.boot_version_id is None and drafter_path(hello):
+            self._identify(known, hello)
+        live = self._registry.live(boot_id)
+        self._answers(boot_id)
+        if known.boot_version_id is not None:
+            self._tell_identity(known, live)
+            self._reconcile(known, hello, live)
+        self._decide_phase(known, hello, live)
+        self._report(known, hello, live)
+        self._tidy(known)
+
+    def _identify(self, known: Known, hello: wire.Hello) -> None:
+        if time.monotonic() < self._identify_at:
+            return
+        try:
+            boot_version.identify(self._link, self._artifacts, known, hello)
+        except (AuroraError, OSError) as error:
+            low, high = IDENTIFY_BACKOFF
+            pause = min(low * 2**self._identify_failures, high)
+            self._identify_failures += 1
+            self._identify_at = time.monotonic() + pause
+            self._error = f"the drafter {drafter_path(hello)} can't be imported: {error}"
+            log.error("%s; records wait; next try in %.0f s", self._error, pause)
+        else:
+            self._error = ""
+
+    def _tell_identity(self, known: Known, live: Live) -> None:
+        """Once per Hello of an engine that does not know yet what it was started with."""
+        if live.version_id == 0 and live.hellos != self._told_hellos:
+            assert known.boot_version_id is not None
+            if self._send(wire.Identify(known.boot_version_id)):
+                self._told_hellos = live.hellos
+
+    def _answers(self, boot_id: int) -> None:
+        for done in self._registry.take_swaps():
+            if done.boot_id == boot_id:
+                self._error = self.swaps.answered(done)
+        if late := self.swaps.expire(boot_id):
+            self._error = late
+
+    def _reconcile(self, known: Known, hello: wire.Hello, live: Live) -> None:
+        with self._link.session() as s:
+            desired = queries.desired_version(s, known.group_id)
+            if desired is None:
+                self.agrees = True
+                return
+            version_id, generation = desired
+            version = queries.version(s, version_id)
+            wanted = Wanted(version.id, version.weights_uri, version.weights_sha256)
+        self.desired = version_id
+        present = live.version_id or known.boot_version_id
+        wrong_bytes = bool(live.sha256) and live.sha256 != wanted.weights_sha256
+        self.agrees = present == version_id and not wrong_bytes
+        if self.agrees:
+            if not self.swaps.busy:
+                self._error = ""
+        elif not self.swaps.busy and (failed := self.swaps.begin(wanted, generation, hello)):
+            self._error = failed
+
+    def _decide_phase(self, known: Known, hello: wire.Hello, live: Live) -> None:
+        if time.monotonic() < self._phase_at:
+            return
+        self._phase_at = time.monotonic() + PHASE_SECONDS
+        hoped = None
+        version_id = live.version_id or known.boot_version_id
+        if self._settings.speculation == "auto" and version_id is not None:
+            with self._link.session() as s:
+                hoped = self._expected(s, known.group_id, version_id)
+        decided = phase.decide(
+            self._settings.speculation,
+            self._settings.explore_share,
+            phase.break_even(hello.counters),
+            hoped,
+            self.phase.name,
+        )
+        if (decided.name, decided.share) != (self.phase.name, self.phase.share):
+            log.info("%s, share %.2f: %s", decided.name, decided.share, decided.reason)
+        said = float(hello.counters.get("speculation_share", -1.0))
+        if said == decided.share or self._send(wire.SetPhase(decided.share, decided.reason)):
+            self.phase = decided
+
+    @staticmethod
+    def _expected(s: Session, group_id: int, version_id: int) -> phase.Expected | None:
+        replays = [
+            found.candidate_accept_length
+            for found in queries.evaluations(s, version_id)
+            if found.kind == "replay" and not found.domain and found.candidate_accept_length
+        ]
+        since = clock.utc_now() - timedelta(seconds=LIVE_SECONDS)
+        steps = accepted = 0
+        for row in queries.accept_length_by_version(s, group_id, since=since):
+            if row.version_id == version_id:
+                steps, accepted = row.verify_steps, row.accepted
+        return phase.expected(replays[0] if replays else None, steps, accepted)
+
+    def _report(self, known: Known, hello: wire.Hello, live: Live) -> None:
+        """Write the server's row when something of it changed, and every Hello."""
+        fields: dict[str, Any] = {
+            "state": "running",
+            "live_version_id": live.version_id or known.boot_version_id,
+            "live_sha256": live.sha256,
+            "phase": self.phase.name,
+            "speculation_share": self.phase.share,
+            "counters": {**hello.counters, "phase_reason": self.phase.reason},
+            "last_error": self._error,
+        }
+        if fields == self._reported and live.hellos == self._told_store:
+            return
+        with self._link.session() as s:
+            seen = {"last_seen_at": clock.utc_now()} if live.hellos != self._told_store else {}
+            queries.touch_server(s, known.server_id, **fields, **seen)
+        self._reported, self._told_store = fields, live.hellos
+
+    def _tidy(self, known: Known) -> None:
+        """Mark what dead boots of this server left running as lost."""
+        if time.monotonic() < self._tidy_at:
+            return
+        self._tidy_at = time.monotonic() + TIDY_SECONDS
+        silent = clock.utc_now() - timedelta(seconds=DEAD_SECONDS)
+        with self._link.session() as s:
+            lost = 0
+            for other in queries.earlier_boots(s, queries.server(s, known.server_id)):
+                if other.last_seen_at < silent:
+                    lost += queries.mark_lost(s, other.id, other.boot_id)
+            fresh = self._traces_lost() - self._traces_told
+            queries.add_drops(s, known.server_id, "trace", fresh)
+        self._traces_told += fresh
+        if lost:
+            log.info("%d requests of earlier boots are lost", lost)
+
+    def farewell(self, engine_is_gone: bool) -> None:
+        """Say in the server's row that it is gone, or going. Raises ``StoreAway``."""
+        known = self._registry.known(self._registry.current)
+        if known is not None and not known.refused:
+            with self._link.session() as s:
+                if engine_is_gone:
+                    queries.mark_lost(s, known.server_id, self._registry.current)
+                queries.touch_server(s, known.server_id, state="stopped")

@@ -1,0 +1,274 @@
+"""The sidecar's threads and its main loop.
+
+One thread receives (this one: sockets and spool), one fills the store, one writes trace files and
+one talks to the engine about versions. All of them sleep while there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from aurora_sgl import wire
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.config import Settings
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.sidecar.batcher import TRACE, Batcher, Intake
+from aurora_sgl.sidecar.cursor import Cursor
+from aurora_sgl.sidecar.endpoint import Endpoint
+from aurora_sgl.sidecar.health import HealthServer, Status
+from aurora_sgl.sidecar.link import StoreAway, StoreLink
+from aurora_sgl.sidecar.reconcile import Reconciler
+from aurora_sgl.sidecar.servers import Registry
+from aurora_sgl.sidecar.spools import adopt, open_spool
+from aurora_sgl.sidecar.staging import Stager
+from aurora_sgl.sidecar.trace_files import TraceWriter
+from aurora_sgl.sidecar.trace_store import TraceStore
+from aurora_sgl.sidecar.traces import Trace, TraceAssembler
+
+POLL_MS = 250
+#: Messages that are taken in one round before anything else gets its turn.
+ROUND_RECORDS, ROUND_TRACES = 1000, 8
+#: Seconds that a leaving sidecar spends on what the engine sent last, and on the store.
+DRAIN_SECONDS = 5.0
+QUIET_SECONDS = 0.3
+#: Seconds after which a silent store or engine makes the sidecar unready.
+FRESH_SECONDS = 20.0
+TRACE_QUEUE = 4
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """Everything of one sidecar process."""
+
+    def __init__(
+        self, settings: Settings, endpoint: Path, *, spool: Path | None = None, parent_pid: int = 0
+    ) -> None:
+        """Raises ``AuroraError`` when a folder is in use, too long or not writable."""
+        home = settings.home.resolve()
+        self._endpoint = Endpoint(endpoint)
+        try:
+            self._spool = open_spool(home, spool, settings.spool_bytes)
+        except AuroraError:
+            self._endpoint.close()
+            raise
+        self._cursor = Cursor(self._spool)
+        if spool is None:
+            adopt(home, self._spool, self._cursor)
+        artifacts = ArtifactRoot(settings.artifact_root)
+        self._artifacts = artifacts
+        self._link = StoreLink(settings.store_url)
+        self._registry = Registry(self._link, self._cursor, settings.group)
+        self._intake = Intake(self._spool, self._registry)
+        self._assembler = TraceAssembler(settings.trace_memory_bytes)
+        self._writer = TraceWriter(artifacts, home / "tmp")
+        self._traces: queue.Queue[tuple[Trace, wire.Hello | None] | None] = queue.Queue()
+        self._trace_store = TraceStore(self._link, artifacts, settings.capture_bytes)
+        self._batcher = Batcher(
+            self._spool, self._cursor, self._link, self._registry, self._trace_store
+        )
+        self._reconciler = Reconciler(
+            settings,
+            self._link,
+            self._registry,
+            artifacts,
+            Stager(artifacts, home, endpoint),
+            self._endpoint.send,
+            self._traces_lost,
+        )
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (
+                ("batcher", self._batcher.run),
+                ("reconciler", self._reconciler.run),
+                ("traces", self._write_traces),
+            )
+        ]
+        self._health = None
+        if settings.health_port >= 0:
+            self._health = HealthServer(settings.health_port, endpoint, self.status)
+        self._stop_read, self._stop_write = os.pipe()
+        self._parent_fd = _watch(parent_pid)
+
+    def request_stop(self) -> None:
+        """From a signal handler: leave the main loop, drain and return."""
+        os.write(self._stop_write, b"x")
+
+    def run(self) -> None:
+        """Until a stop is asked for or the parent is gone; drains before it returns."""
+        for thread in self._threads:
+            thread.start()
+        poller = zmq.Poller()
+        for source in (self._endpoint.records, self._endpoint.traces, self._stop_read):
+            poller.register(source, zmq.POLLIN)
+        if self._parent_fd >= 0:
+            poller.register(self._parent_fd, zmq.POLLIN)
+        log.info("ready: spool %s, %d bytes", self._spool.folder, self._spool.size)
+        second = time.monotonic()
+        while True:
+            events = dict(poller.poll(POLL_MS))
+            if self._stop_read in events:
+                log.info("asked to stop")
+                break
+            if self._parent_fd >= 0 and self._parent_fd in events:
+                log.info("the server is gone")
+                break
+            self._receive()
+            if time.monotonic() - second >= 1.0:
+                second = time.monotonic()
+                self._each_second()
+        self._leave(engine_is_gone=self._parent_fd in events)
+
+    def _receive(self) -> bool:
+        """Take what lies in the sockets, up to a round. False when there was nothing."""
+        took = False
+        for _ in range(ROUND_RECORDS):
+            try:
+                data = self._endpoint.records.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            took = True
+            for record in self._intake.take(data):
+                self._assembler.heard(record)
+        for _ in range(ROUND_TRACES):
+            try:
+                frames = self._endpoint.traces.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            took = True
+            self._take_trace(frames)
+        return took
+
+    def _take_trace(self, frames: list[bytes]) -> None:
+        try:
+            header, aux, last = frames
+            self._assembler.add(wire.decode_trace_header(header), aux, last)
+        except (ValueError, msgspec.DecodeError) as error:
+            self._assembler.dropped["malformed"] += 1
+            log.warning("a message that is no trace was dropped: %s", error)
+        self._finished()
+
+    def _finished(self) -> None:
+        room = TRACE_QUEUE - self._traces.qsize()
+        for trace in self._assembler.take_finished(max(0, room)):
+            self._traces.put((trace, self._registry.hello(trace.header.boot_id)))
+
+    def _each_second(self) -> None:
+        self._spool.sync()
+        self._finished()
+
+    def _write_traces(self) -> None:
+        while (item := self._traces.get()) is not None:
+            try:
+                row = self._writer.write(*item)
+                if row and not self._spool.append(TRACE, msgspec.msgpack.encode(row)):
+                    self._writer.dropped["spool"] += 1
+                    self._artifacts.delete(row.uri)
+            except Exception:
+                log.exception("a trace was lost")
+                self._writer.dropped["failed"] += 1
+
+    def _traces_lost(self) -> int:
+        meant = ("no_consent",)
+        lost = {**self._assembler.dropped, **self._writer.dropped}
+        lost["without_request"] = self._trace_store.counts["without_request"]
+        return sum(count for reason, count in lost.items() if reason not in meant)
+
+    def _leave(self, engine_is_gone: bool) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        quiet = time.monotonic() + QUIET_SECONDS
+        while time.monotonic() < min(quiet, deadline):
+            if self._receive():
+                quiet = time.monotonic() + QUIET_SECONDS
+            else:
+                time.sleep(0.02)
+        self._each_second()
+        self._traces.put(None)
+        self._batcher.stop()
+        self._reconciler.stop()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            last = threading.Thread(target=self._last_words, args=(engine_is_gone,), daemon=True)
+            last.start()
+            last.join(max(0.5, deadline - time.monotonic()))
+        self._reconciler.swaps.close()
+        self._spool.sync()
+        if self._health is not None:
+            self._health.close()
+        self._endpoint.close()
+
+    def _last_words(self, engine_is_gone: bool) -> None:
+        with contextlib.suppress(StoreAway):
+            self._batcher.drain()
+            self._reconciler.farewell(engine_is_gone)
+
+    def status(self) -> Status:
+        """What ``/healthz`` and ``/metrics`` show."""
+        now = time.monotonic()
+        live = self._registry.live(self._registry.current)
+        hello = self._registry.hello(self._registry.current)
+        reason = ""
+        if now - self._link.last_ok > FRESH_SECONDS or not self._link.last_ok:
+            reason = "the store is away"
+        elif not live.heard_at or now - live.heard_at > FRESH_SECONDS:
+            reason = "the engine is silent"
+        elif not self._reconciler.agrees:
+            reason = f"version {self._reconciler.desired} should be live"
+        swaps, counts = self._reconciler.swaps, self._batcher.counts
+        boot = self._cursor.boots.get(self._registry.current)
+        lost = {"trace": float(self._traces_lost())}
+        if boot is not None:
+            lost |= {
+                "engine": boot.dropped,
+                "transport": boot.transport,
+                "spool": boot.spool_full,
+                "rejected": boot.rejected,
+            }
+        return Status(
+            ready=not reason,
+            reason=reason,
+            live_version_id=live.version_id,
+            live_sha256=live.sha256,
+            phase=self._reconciler.phase.name,
+            speculation_share=self._reconciler.phase.share,
+            counters={
+                "envelopes": self._intake.envelopes,
+                "verify_steps": counts["events"],
+                "records": counts["records"],
+                "traces_written": self._writer.written,
+                "swaps_applied": swaps.applied,
+                "swaps_refused": swaps.refused,
+            },
+            gauges={
+                "spool_bytes": self._spool.size,
+                "traces_open": len(self._assembler),
+                "trace_memory_bytes": self._assembler.bytes,
+                "swap_apply_milliseconds": swaps.last_apply_ms,
+                "swap_stage_milliseconds": swaps.last_staged_ms,
+                "engine_queue": float((hello.counters if hello else {}).get("queue", 0.0)),
+            },
+            lost=lost,
+        )
+
+
+def _watch(pid: int) -> int:
+    """A descriptor that becomes readable when the process ends; -1 for no process.
+
+    Raises ``AuroraError`` when it is gone already.
+    """
+    if not pid:
+        return -1
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise AuroraError(f"the parent process {pid} is gone") from None

@@ -1,0 +1,162 @@
+"""Weights of a version in shared memory, fetched and checked, for the engine to copy in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aurora_sgl import wire
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.sidecar.servers import drafter_path
+
+if TYPE_CHECKING:
+    from aurora_sgl.drafter.target import TargetInfo
+
+SHARED_MEMORY = Path("/dev/shm")
+#: Seconds after which what a dead sidecar left in shared memory is deleted by another one.
+STALE_SECONDS = 600
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The parts of a ``drafter_version`` row that staging needs."""
+
+    version_id: int
+    weights_uri: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Staged:
+    wanted: Wanted
+    folder: Path
+    path: Path  # of the safetensors file
+
+
+class Stager:
+    """Puts weights into shared memory, or into the data folder where that is too small."""
+
+    def __init__(self, artifacts: ArtifactRoot, home: Path, endpoint: Path) -> None:
+        self._artifacts = artifacts
+        self._fallback = home / "stage"
+        self._mine = f"aurora-sgl-{sha256_bytes(os.fsencode(endpoint.absolute()))[:8]}-"
+        self.clean()
+
+    def clean(self) -> None:
+        """Delete what an earlier sidecar of this endpoint, or a long dead one, left behind."""
+        for root in (SHARED_MEMORY, self._fallback):
+            for folder in root.glob("aurora-sgl-*-*"):
+                with contextlib.suppress(OSError):
+                    old = time.time() - folder.stat().st_mtime > STALE_SECONDS
+                    if folder.name.startswith(self._mine) or (old and not _alive(folder.name)):
+                        shutil.rmtree(folder)
+
+    def stage(self, wanted: Wanted, hello: wire.Hello) -> Staged:
+        """Fetch, check and copy. Raises ``AuroraError`` when the version must not go live."""
+        from aurora_sgl.drafter import checkpoint  # torch: only when there is something to stage
+
+        with tempfile.TemporaryDirectory(prefix="aurora-sgl-fetch-") as scratch:
+            source = self._folder(wanted, Path(scratch))
+            problems = checkpoint.validate(source, target_info(hello))
+            if problems:
+                raise AuroraError(
+                    f"version {wanted.version_id} does not fit this server: {problems[0]}"
+                )
+            self._refuse_other_shape(source, hello, wanted)
+            weights = source / checkpoint.WEIGHTS
+            folder = self._room(weights.stat().st_size, wanted.version_id)
+            try:
+                shutil.copyfile(weights, folder / checkpoint.WEIGHTS)
+                found = checkpoint.content_sha256(checkpoint.read_tensors(folder))
+                if found != wanted.weights_sha256:
+                    raise AuroraError(
+                        f"the weights of version {wanted.version_id} are not what was stored: "
+                        f"hash {found[:16]}, expected {wanted.weights_sha256[:16]}"
+                    )
+            except (OSError, AuroraError) as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                if isinstance(error, AuroraError):
+                    raise
+                raise AuroraError(f"can't stage the weights in {folder}: {error}") from error
+        return Staged(wanted, folder, folder / checkpoint.WEIGHTS)
+
+    @staticmethod
+    def _refuse_other_shape(source: Path, hello: wire.Hello, wanted: Wanted) -> None:
+        """The engine copies tensors in place: shapes must be those that it was started with."""
+        from aurora_sgl.drafter.config import read_config
+
+        booted = drafter_path(hello)
+        if not booted or not Path(booted).is_dir():
+            return
+        layers = int(hello.server.get("num_layers") or 0)
+        have = read_config(Path(booted), target_layers=layers)
+        want = read_config(source, target_layers=layers)
+        names = [field.name for field in dataclasses.fields(have)]
+        for name in names:
+            if not name.startswith("target_") and getattr(have, name) != getattr(want, name):
+                raise AuroraError(
+                    f"version {wanted.version_id} has {name} {getattr(want, name)}, the server "
+                    f"was started with {getattr(have, name)}; restart it with that version"
+                )
+
+    def _folder(self, wanted: Wanted, scratch: Path) -> Path:
+        try:
+            local = self._artifacts.local_path(wanted.weights_uri)
+            if local is not None:
+                return Path(local)
+            self._artifacts.fetch_folder(wanted.weights_uri, scratch)
+        except OSError as error:
+            raise AuroraError(f"can't fetch {wanted.weights_uri}: {error}") from error
+        return scratch
+
+    def _room(self, size: int, version_id: int) -> Path:
+        root = SHARED_MEMORY
+        if not os.access(root, os.W_OK) or shutil.disk_usage(root).free < size + (16 << 20):
+            root = self._fallback
+        folder = root / f"{self._mine}{os.getpid()}-v{version_id}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AuroraError(f"can't write to {root}: {error.strerror}") from error
+        return folder
+
+    @staticmethod
+    def discard(staged: Staged) -> None:
+        shutil.rmtree(staged.folder, ignore_errors=True)
+
+
+def _alive(name: str) -> bool:
+    with contextlib.suppress(ValueError, IndexError, ProcessLookupError, PermissionError):
+        os.kill(int(name.split("-")[3]), 0)
+        return True
+    return False
+
+
+def target_info(hello: wire.Hello) -> TargetInfo | None:
+    """The server's target as ``drafter.checkpoint.validate`` wants it; None when not said."""
+    from aurora_sgl.drafter.target import TargetInfo
+
+    said = hello.server
+    if not said.get("hidden_size") or not said.get("vocab_size"):
+        return None
+    return TargetInfo(
+        model=str(said.get("target_model", "")),
+        hidden_size=int(said["hidden_size"]),
+        vocab_size=int(said["vocab_size"]),
+        num_layers=int(said.get("num_layers") or 0),
+        model_type=str(said.get("model_type", "")),
+        raw={},
+        revision=str(said.get("target_revision", "")),
+    )

@@ -1,0 +1,132 @@
+"""Keeps a sidecar process running beside the engine. Knows nothing of sglang."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from aurora_sgl.config import Settings
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.sidecar.endpoint import NAMES, address
+
+BACKOFF_SECONDS = (0.5, 30.0)
+#: A sidecar that ran this long was healthy: the next failure starts the pauses anew.
+HEALTHY_SECONDS = 60.0
+STOP_SECONDS = 10.0
+LOG_BYTES = 10 << 20
+
+log = logging.getLogger(__name__)
+
+
+class SidecarSupervisor:
+    """Starts the sidecar, starts it again when it dies, stops it.
+
+    The sidecar ends by itself when this process does, however that happens.
+    """
+
+    def __init__(self, settings: Settings, endpoint_dir: Path) -> None:
+        """Raises ``AuroraError`` for a folder whose socket paths are too long."""
+        for name in NAMES:
+            address(endpoint_dir, name)
+        self._settings = settings
+        self._endpoint = endpoint_dir.absolute()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.restarts = 0
+        self.log_path = settings.home.resolve() / "logs" / "sidecar.log"
+
+    @property
+    def pid(self) -> int:
+        """Of the running sidecar; 0 when there is none."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else 0
+
+    def start(self) -> None:
+        """Raises ``AuroraError`` when the log or the endpoint can't be written."""
+        self._process = self._spawn()
+        self._thread = threading.Thread(target=self._watch, name="sidecar-watch", daemon=True)
+        self._thread.start()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._endpoint.mkdir(parents=True, exist_ok=True)
+            if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES:
+                os.replace(self.log_path, self.log_path.with_suffix(".log.1"))
+            with self.log_path.open("ab") as log_file:
+                return subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "aurora_sgl.sidecar",
+                        "--endpoint",
+                        str(self._endpoint),
+                        "--parent-pid",
+                        str(os.getpid()),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=log_file,
+                    env=self._environment(),
+                    start_new_session=True,  # Ctrl-C is for the server, which then stops us
+                )
+        except OSError as error:
+            raise AuroraError(f"can't start the sidecar: {error}") from error
+
+    def _environment(self) -> dict[str, str]:
+        """The settings of this process, whatever they came from, as variables."""
+        environment = dict(os.environ)
+        for name, value in self._settings.model_dump(mode="json").items():
+            environment[f"AURORA_{name.upper()}"] = str(value)
+        environment["AURORA_HOME"] = str(self._settings.home.resolve())
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        return environment
+
+    def _watch(self) -> None:
+        pause = BACKOFF_SECONDS[0]
+        while True:
+            process = self._process
+            assert process is not None
+            started = time.monotonic()
+            code = process.wait()
+            if self._stopping.is_set():
+                return
+            if time.monotonic() - started > HEALTHY_SECONDS:
+                pause = BACKOFF_SECONDS[0]
+            log.warning(
+                "the sidecar ended with %d; starting it again in %.1f s, see %s",
+                code,
+                pause,
+                self.log_path,
+            )
+            if self._stopping.wait(pause):
+                return
+            pause = min(2 * pause, BACKOFF_SECONDS[1])
+            try:
+                self._process = self._spawn()
+                self.restarts += 1
+                if self._stopping.is_set():
+                    self._process.terminate()
+            except AuroraError as error:
+                log.error("%s", error)
+
+    def stop(self) -> None:
+        """Ask the sidecar to drain and end; kill it when it takes too long."""
+        self._stopping.set()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)

@@ -1,0 +1,154 @@
+"""Writes finished traces as safetensors files and keeps them within their byte budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from aurora_sgl import clock, wire
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.hashing import sha256_ints
+from aurora_sgl.sidecar.traces import Trace
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64"}
+
+log = logging.getLogger(__name__)
+
+
+class TraceRow(msgspec.Struct, array_like=True, frozen=True):
+    """A row of ``trace`` on its way through the spool: its file exists when this is appended."""
+
+    request_id: int
+    uri: str
+    bytes: int
+    sha256: str
+    created_us: int
+    start: int
+    end: int
+    output_start: int
+    prompt_sha256: str
+    head_sha256: str
+    greedy: bool
+    aux_width: int
+    last_width: int
+    dtype: str
+
+
+def write_safetensors(
+    file: BinaryIO,
+    tensors: dict[str, tuple[str, tuple[int, ...], NDArray[np.generic]]],
+    metadata: dict[str, str],
+) -> str:
+    """Write (dtype, shape, raw data) tensors; return the SHA-256 of the file.
+
+    By hand because numpy has no bfloat16, and the sidecar need not load torch for it. Format:
+    https://huggingface.co/docs/safetensors (little-endian header length, JSON header, data).
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + data.nbytes],
+        }
+        offset += data.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    parts = [struct.pack("<Q", len(text)), text]
+    for part in parts:
+        digest.update(part)
+        file.write(part)
+    for _, _, data in tensors.values():
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        digest.update(raw)
+        file.write(raw)
+    return digest.hexdigest()
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+class TraceWriter:
+    """Puts traces under ``traces/<YYYYMMDD>/<request_id>.safetensors`` of the artifact root."""
+
+    def __init__(self, artifacts: ArtifactRoot, scratch: Path) -> None:
+        self._artifacts = artifacts
+        self._scratch = scratch
+        self.dropped: Counter[str] = Counter()
+        self.written = 0
+        self.failing = False
+
+    def write(self, trace: Trace, hello: wire.Hello | None) -> TraceRow | None:
+        """Write one file. None when it couldn't be: one line in the log, and a count."""
+        try:
+            row = self._write(trace, hello)
+        except (OSError, AuroraError) as error:
+            if not self.failing:
+                log.error("a trace can't be written (further ones are only counted): %s", error)
+            self.failing = True
+            self.dropped["disk"] += 1
+            return None
+        self.written += 1
+        if self.failing:
+            self.failing = False
+            log.info("traces can be written again")
+        return row
+
+    def _write(self, trace: Trace, hello: wire.Hello | None) -> TraceRow:
+        header = trace.header
+        server = hello.server if hello else {}
+        now = clock.utc_now()
+        uri = f"traces/{now:%Y%m%d}/{header.request_id}.safetensors"
+        tensors: dict[str, tuple[str, tuple[int, ...], NDArray[np.generic]]] = {
+            "tokens": ("int64", trace.tokens.shape, trace.tokens),
+            "aux": (header.dtype, (trace.rows, header.aux_width), trace.aux),
+            "step_starts": ("int64", trace.step_starts.shape, trace.step_starts),
+        }
+        if header.last_width:
+            tensors["last"] = (header.dtype, (trace.rows, header.last_width), trace.last)
+        metadata = {
+            "format": "1",
+            "request_id": str(header.request_id),
+            "output_start": str(header.output_start),
+            "greedy": str(int(header.greedy)),
+            "start": str(trace.start),
+            "aux_layers": _text(server.get("aux_layers", "")),
+            "target_model": _text(server.get("target_model", "")),
+        }
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".trace") as file:
+            sha256 = write_safetensors(file, tensors, metadata)  # type: ignore[arg-type]
+            file.flush()
+            size = file.tell()
+            self._artifacts.put_file(Path(file.name), uri)
+        tokens = trace.tokens.tolist()
+        return TraceRow(
+            request_id=header.request_id,
+            uri=uri,
+            bytes=size,
+            sha256=sha256,
+            created_us=int(now.timestamp() * 1e6),
+            start=trace.start,
+            end=trace.start + trace.rows,
+            output_start=header.output_start,
+            prompt_sha256=sha256_ints(tokens[: header.output_start]),
+            head_sha256=sha256_ints(tokens[:16]),
+            greedy=header.greedy,
+            aux_width=header.aux_width,
+            last_width=header.last_width,
+            dtype=header.dtype,
+        )

@@ -1,0 +1,92 @@
+"""Trace rows in the store, and the byte budget of the trace files."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from sqlalchemy.exc import IntegrityError
+
+from aurora_sgl import clock
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.sidecar.link import StoreLink
+from aurora_sgl.sidecar.trace_files import TraceRow
+from aurora_sgl.store import queries
+
+#: Files that go in one round when the budget is passed.
+ROUND = 200
+
+log = logging.getLogger(__name__)
+
+
+class TraceStore:
+    """Used by the batcher's thread alone."""
+
+    def __init__(self, link: StoreLink, artifacts: ArtifactRoot, budget_bytes: int) -> None:
+        self._link = link
+        self._artifacts = artifacts
+        self._budget = budget_bytes
+        self.counts: Counter[str] = Counter()
+
+    def add(self, rows: list[TraceRow]) -> None:
+        """Insert rows, then delete the oldest files over the budget. Raises ``StoreAway``."""
+        if not rows:
+            return
+        for row in rows:
+            try:
+                with self._link.session() as s:
+                    queries.add_trace(
+                        s,
+                        request_id=row.request_id,
+                        uri=row.uri,
+                        bytes=row.bytes,
+                        sha256=row.sha256,
+                        created_at=clock.from_us(row.created_us),
+                        start=row.start,
+                        end=row.end,
+                        output_start=row.output_start,
+                        prompt_sha256=row.prompt_sha256,
+                        head_sha256=row.head_sha256,
+                        greedy=row.greedy,
+                        aux_width=row.aux_width,
+                        last_width=row.last_width,
+                        dtype=row.dtype,
+                    )
+            except IntegrityError:  # the record of its request was lost on the way
+                self.counts["without_request"] += 1
+                self._delete(row.uri)
+            else:
+                self.counts["added"] += 1
+        self.enforce()
+
+    def enforce(self) -> None:
+        """Delete the oldest traces that are not pinned until the rest fits the budget.
+
+        Rows go before files, so that no row names a file that is gone.
+        """
+        while True:
+            with self._link.session() as s:
+                over = queries.trace_bytes_total(s) - self._budget
+                if over <= 0:
+                    return
+                victims = []
+                for trace in queries.traces_oldest_first(s, limit=ROUND):
+                    victims.append((trace.request_id, trace.uri))
+                    over -= trace.bytes
+                    if over <= 0:
+                        break
+            if not victims:
+                return
+            with self._link.session() as s:
+                queries.delete_traces(s, [request_id for request_id, _ in victims])
+            for _, uri in victims:
+                self._delete(uri)
+            self.counts["evicted"] += len(victims)
+
+    def _delete(self, uri: str) -> None:
+        try:
+            self._artifacts.delete(uri)
+        except (OSError, AuroraError) as error:
+            self.counts["undeleted"] += 1
+            log.warning("can't delete %s: %s", uri, error)
