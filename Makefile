@@ -22,6 +22,7 @@ help:
 	@echo "   targets: setup demo test test-fast lint format clean"
 
 setup: $(STAMP)
+	@:
 
 $(STAMP): requirements/cpu.lock pyproject.toml tools/setup_env.py
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found; install Python 3.11 or say make PYTHON=..." >&2; exit 1; }
