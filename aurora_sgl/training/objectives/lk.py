@@ -1,0 +1,41 @@
+"""LK: make the acceptance probability itself large, blended with KL while it is small.
+
+Under rejection sampling a draft is accepted with probability ``a = sum_v min(p(v), q(v))``, with p
+over the whole vocabulary, so mass outside the draft vocabulary is lost. The loss of a position is
+``w * KL + (1 - w) * -log a`` with ``w = exp(-eta * a)`` held constant: far from the target, where
+the minimum has little gradient, KL leads; near it, acceptance does.
+Source: LK losses, arXiv 2602.23881.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from aurora_sgl.training.objectives.base import Step, decayed_mean
+
+_SMALLEST = 1e-8
+
+
+class LK:
+    name = "lk"
+    acceptance_rule = "rejection_sampling"
+    needs_mass = True
+
+    def __init__(self, *, step_decay: float = 0.8, eta: float = 3.0) -> None:
+        self.step_decay = step_decay
+        self.eta = eta
+
+    def __call__(self, steps: Sequence[Step]) -> torch.Tensor:
+        losses = [self._position_losses(step) for step in steps]
+        weights = [step.weight * (step.token >= 0) for step in steps]
+        return decayed_mean(losses, weights, self.step_decay)
+
+    def _position_losses(self, step: Step) -> torch.Tensor:  # [rows]
+        assert step.mass is not None
+        inside = step.log_p.exp()
+        kl = (inside * (step.log_p.clamp(min=-1e4) - step.log_q)).sum(-1)
+        accepted = torch.minimum(inside * step.mass[:, None], step.log_q.exp()).sum(-1)
+        share = torch.exp(-self.eta * accepted.detach())
+        return share * kl - (1 - share) * accepted.clamp(min=_SMALLEST).log()

@@ -1,0 +1,61 @@
+"""Trace files: the tokens and the target's features of one request (safetensors)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from aurora_sgl.errors import AuroraError
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Features of positions ``start .. start + len(aux) - 1`` of one sequence."""
+
+    request_id: int
+    tokens: torch.Tensor  # [T] int64, from position 0
+    aux: torch.Tensor  # [n, aux_width]
+    last: torch.Tensor  # [n, H]
+    start: int
+    output_start: int
+    greedy: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.aux)
+
+
+def read_trace(path: Path, *, start: int = 0) -> Trace:
+    """A whole trace file. Raises ``AuroraError`` when it is missing, cut short or inconsistent."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            meta = file.metadata() or {}
+            trace = Trace(
+                request_id=int(meta["request_id"]),
+                tokens=file.get_tensor("tokens").to(torch.int64),
+                aux=file.get_tensor("aux"),
+                last=file.get_tensor("last"),
+                start=start,
+                output_start=int(meta["output_start"]),
+                greedy=meta.get("greedy", "1") == "1",
+            )
+    except (OSError, SafetensorError) as error:
+        raise AuroraError(f"trace {path.name} is missing or cut short: {error}") from None
+    except (KeyError, ValueError) as error:
+        raise AuroraError(f"trace {path.name} lacks {error}") from None
+    if len(trace.aux) != len(trace.last) or trace.end > len(trace.tokens):
+        raise AuroraError(f"trace {path.name} holds more features than tokens")
+    return trace
+
+
+def read_tokens(path: Path) -> torch.Tensor:  # [T] int64
+    """Only the tokens of a trace file. Raises ``AuroraError`` as :func:`read_trace` does."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tokens: torch.Tensor = file.get_tensor("tokens").to(torch.int64)
+            return tokens
+    except (OSError, SafetensorError) as error:
+        raise AuroraError(f"trace {path.name} is missing or cut short: {error}") from None
