@@ -1,0 +1,364 @@
+"""What Aurora does inside one scheduler process: one object that the hooks of plugin.py call.
+
+It owns the channel to the sidecar, the recorder, the capture, the speculation policy and the
+swapper. Everything here runs in the scheduler's only thread, except staging and reading back.
+Whatever goes wrong here is logged once and switched off: serving goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_sgl import wire
+from aurora_sgl.config import get_settings
+from aurora_sgl.engine.capture import Capture, LastHiddenState
+from aurora_sgl.engine.channel import Channel
+from aurora_sgl.engine.companion import ENDPOINT_VARIABLE
+from aurora_sgl.engine.policy import SpeculationPolicy
+from aurora_sgl.engine.recorder import (
+    Recorder,
+    RequestState,
+    VerifyObservation,
+    new_boot_id,
+    to_host,
+    visible_length,
+)
+from aurora_sgl.engine.swap import Swapper, file_layout
+
+logger = logging.getLogger("aurora_sgl")
+
+_HELLO_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ApplySwap:
+    """The command that travels through the scheduler's own request path to every rank."""
+
+    version_id: int
+
+
+class Agent:
+    """Created by the first hook that sees the EAGLE worker."""
+
+    def __init__(self, worker: Any, description: dict[str, Any], *, leads: bool) -> None:
+        settings = get_settings()
+        self.worker = worker
+        self.leads = leads  # of a tensor-parallel group one rank records and talks to the sidecar
+        self.boot_id = new_boot_id()
+        self.description = description
+        endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
+        self.channel = (
+            Channel(Path(endpoint), self.boot_id, settings.record_buffer)
+            if leads and endpoint and settings.record
+            else None
+        )
+        self.recorder = Recorder(
+            self.boot_id,
+            train_by_default=settings.train_by_default,
+            capture_share=settings.capture_share if self.channel else 0.0,
+            dp_rank=int(description.get("dp_rank", 0)),
+        )
+        can_skip = bool(description["plain_steps_possible"])
+        share = {"on": 1.0, "off": 0.0, "auto": settings.explore_share}[settings.speculation]
+        self.policy = SpeculationPolicy(share if can_skip else 1.0)
+        self.can_skip = can_skip
+        target_model = worker.target_worker.model_runner.model
+        self.capture = Capture(self.channel, self.boot_id) if self.channel else None
+        self.last_hidden = (
+            LastHiddenState(target_model.logits_processor)
+            if self.capture and hasattr(target_model, "logits_processor")
+            else None
+        )
+        self.swapper = Swapper(
+            worker.draft_worker.draft_runner.model,
+            target_model,
+            worker.draft_worker.hot_token_id,
+            worker.target_worker.model_config.vocab_size,
+        )
+        self.target_predict: torch.Tensor | None = None
+        self._said_hello = 0.0
+        self._apply_asked = False
+        self._step_is_plain = False
+        self._done: list[wire.Record] = []  # filled by the read-back thread, one append each
+        self._failed_parts: set[str] = set()
+        self._read_back_at_start()
+
+    # -- safety ------------------------------------------------------------------------------
+
+    def guard(self, part: str, work: Callable[[], None]) -> None:
+        """Run our own work; on an error log it once and never run that part again."""
+        if part in self._failed_parts:
+            return
+        try:
+            work()
+        except Exception:
+            self._failed_parts.add(part)
+            logger.exception("aurora: %s failed and is switched off; serving goes on", part)
+
+    # -- the step ----------------------------------------------------------------------------
+
+    def plain_step(self, batch: Any) -> bool:
+        """Whether this decode step runs without drafts."""
+        if not self.can_skip or self.policy.share >= 1.0:
+            return False
+        states = [getattr(req, "_aurora", None) for req in batch.reqs]
+        return not any(state is not None and state.speculates for state in states)
+
+    def account_step(self, batch_size: int, *, plain: bool, seconds: float) -> None:
+        self.recorder.live.steps_since_swap += 1
+        self.policy.account(speculative=not plain, batch_size=batch_size, seconds=seconds)
+
+    def observe_prefill(self, batch: Any, result: Any) -> None:
+        """After the target's prefill: admit requests, take references to hidden states."""
+        logits = result.logits_output
+        aux = logits.hidden_states if logits is not None else None
+        total = sum(batch.extend_lens)
+        pieces = []
+        records: list[wire.Record] = []
+        at = 0
+        for row, req in enumerate(batch.reqs):
+            rows = batch.extend_lens[row]
+            if not hasattr(req, "_aurora"):
+                admitted = self.recorder.admit(req, speculates=self._admit_to_speculation(req))
+                if admitted is not None:
+                    records.append(admitted[1])
+                    if admitted[0].traced and self.capture:
+                        self.capture.begin(req, admitted[0])
+            state: RequestState | None = req._aurora
+            if state is not None and state.traced:
+                pieces.append((req, state, batch.prefix_lens[row], at, rows))
+            at += rows
+        if records and self.channel:
+            self.channel.put(records)
+        if pieces and aux is not None and aux.shape[0] == total:
+            last = self.last_hidden.take(total) if self.last_hidden else None
+            result.aurora_prefill = (
+                pieces,
+                to_host(aux),
+                to_host(last) if last is not None else None,
+            )
+
+    def _admit_to_speculation(self, req: Any) -> bool:
+        # The namespace of the prefix cache was chosen when the request came in: see admit_request.
+        return str(getattr(req, "extra_key", "") or "").endswith(_SPECULATES)
+
+    def admit_request(self, recv_req: Any) -> None:
+        """Before a request is queued: choose its share of speculation and its cache namespace.
+
+        Draft KV in the prefix cache was made by the drafter of its time. A namespace per live
+        version keeps every request's draft KV of one version, and requests that are served without
+        drafts, whose answers have no draft KV, leave nothing that a drafting one would reuse.
+        """
+        speculates = not self.can_skip or self.policy.admit()
+        key = f"aurora:{self.recorder.live.swap_count}{_SPECULATES if speculates else _PLAIN}"
+        recv_req.extra_key = f"{recv_req.extra_key or ''}{key}"
+
+    def observe_verify(self, batch: Any, result: Any) -> None:
+        """After the verify forward: take references to what records need."""
+        verify_input = batch.spec_info
+        if result.accept_index is None or not batch.reqs:
+            return
+        nodes = int(verify_input.draft_token_num)
+        size = len(batch.reqs)
+        traced = self.capture is not None and any(
+            getattr(req, "_aurora", None) is not None and req._aurora.traced for req in batch.reqs
+        )
+        hidden = result.logits_output.hidden_states if traced else None
+        last = self.last_hidden.take(size * nodes) if traced and self.last_hidden else None
+        live = self.recorder.live
+        predict, self.target_predict = self.target_predict, None
+        result.aurora_verify = VerifyObservation(
+            draft_token=to_host(verify_input.draft_token.reshape(size, nodes)),
+            first_child=to_host(verify_input.retrieve_next_token),
+            next_sibling=to_host(verify_input.retrieve_next_sibling),
+            accept_index=to_host(result.accept_index),
+            target_predict=to_host(predict.reshape(size, nodes)) if predict is not None else None,
+            depth=0 if nodes == 1 else int(self.worker.speculative_num_steps),
+            topk=int(self.worker.topk),
+            nodes=nodes,
+            version_id=live.version_id,
+            swap_count=live.swap_count,
+            swap_age=live.steps_since_swap,
+            rejection_sampling=bool(self.description.get("rejection_sampling")),
+            aux=to_host(hidden) if hidden is not None else None,
+            last=to_host(last) if last is not None else None,
+        )
+
+    def before_decode_results(self, batch: Any) -> list[tuple[int, Any, RequestState, int]]:
+        """Requests of the batch whose step counts, as SGLang itself counts it."""
+        tracked = []
+        for row, req in enumerate(batch.reqs):
+            state = getattr(req, "_aurora", None)
+            if state is not None and not req.finished() and not req.is_retracted:
+                tracked.append((row, req, state, len(req.output_ids)))
+        return tracked
+
+    def after_decode_results(
+        self, batch: Any, result: Any, tracked: list[tuple[int, Any, RequestState, int]]
+    ) -> None:
+        seen: VerifyObservation | None = getattr(result, "aurora_verify", None)
+        if seen is None or not tracked:
+            return
+        accept_lens = result.accept_lens.tolist()
+        records = self.recorder.verify_steps(batch, seen, accept_lens, tracked)
+        for row, req, state, before in tracked:
+            if state.traced and self.capture and seen.aux is not None:
+                self.capture.verify_rows(req, state, row, before, accept_lens[row], seen)
+            if req.finished():
+                records.append(self._finish(req, state))
+        if self.channel:
+            self.channel.put(records)
+
+    def after_prefill_results(self, batch: Any, result: Any) -> None:
+        pieces, aux, last = getattr(result, "aurora_prefill", None) or ((), None, None)
+        for req, state, start, at, rows in pieces:
+            if self.capture and not req.is_retracted:
+                part = last[at : at + rows] if last is not None else None
+                self.capture.prompt_rows(req, state, start, aux[at : at + rows], part)
+        finished = [
+            self._finish(req, req._aurora)
+            for req in batch.reqs
+            if getattr(req, "_aurora", None) is not None
+            and req.finished()
+            and req.inflight_middle_chunks <= 0
+        ]
+        if finished and self.channel:
+            self.channel.put(finished)
+
+    def _finish(self, req: Any, state: RequestState) -> wire.Record:
+        if state.traced and self.capture:
+            self.capture.end(req, state)
+        record = self.recorder.finish(req, state)
+        req._aurora = None
+        return record
+
+    # -- the sidecar -------------------------------------------------------------------------
+
+    def poll(self, recv_reqs: list[Any] | None) -> None:
+        """Between two steps, on the leading rank: send what waits, take commands."""
+        if self.channel is None:
+            return
+        now = time.monotonic()
+        if now - self._said_hello >= _HELLO_SECONDS:
+            self._said_hello = now
+            vanished = self.recorder.vanished()
+            self.channel.put([self.hello(), *vanished])
+        while self._done:
+            self.channel.put([self._done.pop(0)])
+        self.channel.flush()
+        command = self.channel.receive()
+        if command is not None:
+            self._obey(command)
+        self._drive_swap(recv_reqs)
+
+    def hello(self) -> wire.Hello:
+        assert self.channel is not None
+        counters = {
+            "running_requests": float(self.recorder.running),
+            "waiting_records": float(self.channel.waiting_records),
+            "dropped_traces": float(self.channel.dropped_traces),
+            "speculation_share": self.policy.share,
+            **self.policy.counters(),
+        }
+        return wire.Hello(
+            boot_id=self.boot_id,
+            pid=os.getpid(),
+            server=self.description,
+            live_version_id=self.recorder.live.version_id,
+            swap_count=self.recorder.live.swap_count,
+            dropped=self.channel.dropped_records,
+            counters=counters,
+        )
+
+    def _obey(self, command: wire.Command) -> None:
+        if isinstance(command, wire.Identify):
+            if self.recorder.live.swap_count == 0:
+                self.recorder.live.version_id = command.version_id
+        elif isinstance(command, wire.SetPhase):
+            if self.can_skip:
+                self.policy.share = command.share
+        elif isinstance(command, wire.SetCapture):
+            self.recorder.capture_share = command.share
+        elif self.swapper.busy:
+            self._refuse(command.version_id, "another swap is being staged")
+        else:
+            self._apply_asked = False
+            self.swapper.begin_staging(
+                command.version_id, Path(command.path), command.weights_sha256
+            )
+
+    def _refuse(self, version_id: int, reason: str) -> None:
+        if self.channel:
+            done = wire.SwapDone(
+                self.boot_id, wire.now_us(), version_id, False, reason, "", 0.0, 0.0
+            )
+            self.channel.put([done])
+
+    def _drive_swap(self, recv_reqs: list[Any] | None) -> None:
+        if self.swapper.failure is not None:
+            version_id, reason = self.swapper.failure
+            self.swapper.failure = None
+            self._refuse(version_id, reason)
+        staged = self.swapper.staged
+        if staged is not None and not self._apply_asked and recv_reqs is not None:
+            self._apply_asked = True
+            recv_reqs.append(ApplySwap(staged.version_id))
+
+    def apply_swap(self, command: ApplySwap) -> None:
+        """On every rank, at the same place in the request stream: copy the staged weights in."""
+        staged = self.swapper.staged
+        if staged is None or staged.version_id != command.version_id:
+            self._refuse(command.version_id, "this rank has not staged the version")
+            return
+        self.swapper.staged = None
+        apply_ms = self.swapper.apply(staged)
+        live = self.recorder.live
+        live.version_id = staged.version_id
+        live.swap_count += 1
+        live.steps_since_swap = 0
+        logger.info("aurora: drafter version %d is live (%.1f ms)", staged.version_id, apply_ms)
+
+        def read_back() -> None:
+            try:
+                found, reason = self.swapper.read_back(staged.shapes, staged.dtypes), ""
+            except Exception as error:
+                found, reason = "", f"reading the live weights back failed: {error}"
+            self._done.append(
+                wire.SwapDone(
+                    boot_id=self.boot_id,
+                    at_us=wire.now_us(),
+                    version_id=staged.version_id,
+                    ok=not reason,
+                    reason=reason,
+                    live_sha256=found,
+                    staged_ms=staged.staged_ms,
+                    apply_ms=apply_ms,
+                )
+            )
+
+        if self.channel:
+            threading.Thread(target=read_back, name="aurora-read-back", daemon=True).start()
+
+    def _read_back_at_start(self) -> None:
+        """Report the hash of the drafter that the server was started with, read from the model."""
+        path = self.description.get("drafter_path")
+        if self.channel is None or not path or not Path(str(path)).exists():
+            return
+        shapes, dtypes = file_layout(Path(str(path)))
+        self.description["live_sha256"] = self.swapper.read_back(shapes, dtypes)
+
+    def output_length(self, req: Any) -> int:
+        return visible_length(req)
+
+
+_SPECULATES = ":drafts"
+_PLAIN = ":plain"

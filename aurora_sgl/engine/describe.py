@@ -1,0 +1,55 @@
+"""What a server tells the sidecar about itself."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from aurora_sgl.config import get_settings
+
+
+def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
+    """(description, whether this rank leads its tensor-parallel group).
+
+    The description goes into every ``Hello``; its keys are what the store's ``server`` and
+    ``deployment_group`` rows are made from.
+    """
+    import sglang
+    from sglang.srt.runtime_context import get_parallel
+
+    settings = get_settings()
+    args = worker.server_args
+    parallel = get_parallel()
+    runner = worker.target_worker.model_runner
+    drafter = worker.draft_worker.draft_runner
+    name = settings.server_name or f"{socket.gethostname()}:{_value(args, 'port', 0)}"
+    graphs = getattr(runner, "decode_cuda_graph_runner", None) is not None
+    dp_rank = getattr(parallel, "attn_dp_rank", 0) or 0
+    description = {
+        "name": name if not dp_rank else f"{name}/dp{dp_rank}",
+        "group": settings.group,
+        "sglang_version": sglang.__version__,
+        "target_model": str(runner.model_config.model_path),
+        "target_revision": str(getattr(runner.model_config, "revision", None) or ""),
+        "target_vocab_size": int(runner.model_config.vocab_size),
+        "target_hidden_size": int(runner.model_config.hidden_size),
+        "drafter_path": str(_value(args, "speculative_draft_model_path", "") or ""),
+        "draft_architecture": type(drafter.model).__name__,
+        "algorithm": str(_value(args, "speculative_algorithm", "")),
+        "depth": int(worker.speculative_num_steps),
+        "topk": int(worker.topk),
+        "nodes": int(worker.speculative_num_draft_tokens),
+        "dtype": str(runner.dtype).removeprefix("torch."),
+        "device": str(worker.device),
+        "dp_rank": int(dp_rank),
+        "tp_size": int(getattr(parallel, "tp_size", 1)),
+        "rejection_sampling": bool(_value(args, "speculative_use_rejection_sampling", False)),
+        # Under CUDA graphs the verify graph was captured for the full tree; a plain step would
+        # need a graph of its own. So there every step carries drafts.
+        "plain_steps_possible": not graphs and not _value(args, "speculative_adaptive", False),
+    }
+    return description, int(getattr(parallel, "tp_rank", 0)) == 0
+
+
+def _value(args: Any, name: str, default: Any) -> Any:
+    return getattr(args, name, default)

@@ -1,0 +1,97 @@
+"""Starts SGLang with us inside: ``python -m aurora_sgl.engine.launch`` is its main module.
+
+A spawned scheduler imports this module again as its main module, so that the CPU kernels are in
+place there before sglang is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND", "1")
+
+if os.environ.get("AURORA_CPU") == "1":
+    from aurora_sgl.engine.cpu import install
+
+    install()
+
+from aurora_sgl.engine import companion
+from aurora_sgl.errors import AuroraError
+
+_CPU_FLAGS = {
+    "--device": "cpu",
+    "--prefill-attention-backend": "intel_amx",
+    "--decode-attention-backend": "intel_amx",
+}
+_TREE_FLAGS = {
+    "--speculative-num-steps": "3",
+    "--speculative-eagle-topk": "4",
+    "--speculative-num-draft-tokens": "8",
+}
+
+
+def _given(args: list[str], flag: str) -> bool:
+    return any(arg == flag or arg.startswith(f"{flag}=") for arg in args)
+
+
+def _value_of(args: list[str], flag: str) -> str | None:
+    for at, arg in enumerate(args):
+        if arg == flag and at + 1 < len(args):
+            return args[at + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+    return None
+
+
+def server_flags(
+    model: str, drafter: str | None, algorithm: str, args: list[str], *, on_cpu: bool
+) -> list[str]:
+    """SGLang's flags for a target and a drafter; what the user gave stays as it is.
+
+    Raises ``AuroraError`` for acceptance thresholds other than 1, which are not lossless.
+    """
+    for flag in ("single", "acc"):
+        value = _value_of(args, f"--speculative-accept-threshold-{flag}")
+        if value is not None and float(value) != 1.0:
+            raise AuroraError(
+                f"--speculative-accept-threshold-{flag} {value} changes the target's answers; "
+                "leave it at 1"
+            )
+    flags = ["--model-path", model, *args]
+    defaults: dict[str, str] = {}
+    if drafter is not None:
+        defaults |= {
+            "--speculative-algorithm": algorithm,
+            "--speculative-draft-model-path": drafter,
+        }
+        if not _given(args, "--speculative-num-steps"):
+            defaults |= _TREE_FLAGS
+    if on_cpu:
+        defaults |= _CPU_FLAGS
+        if not _given(args, "--dtype"):
+            defaults["--dtype"] = "bfloat16"
+    for flag, value in defaults.items():
+        if not _given(flags, flag):
+            flags += [flag, value]
+    return flags
+
+
+def main(argv: list[str]) -> None:
+    """Run SGLang's HTTP server in this process with the given flags."""
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    server_args = prepare_server_args(argv)
+    try:
+        run_server(server_args)
+    finally:
+        companion.stop()
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,297 @@
+"""The SGLang plugin: every hook, and every upstream name that we lean on.
+
+``register`` is the entry point of the group ``sglang.srt.plugins``. SGLang calls it in its main
+process and in every scheduler process; which hooks are set depends on where it runs. With another
+speculative algorithm than EAGLE and EAGLE3 the hooks do nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from aurora_sgl.engine.agent import Agent
+
+logger = logging.getLogger("aurora_sgl")
+
+_SPECULATIVE = "sglang.srt.speculative."
+_MANAGERS = "sglang.srt.managers."
+
+#: Hooked in the process that takes HTTP requests.
+MAIN_HOOKS = (
+    "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+    f"{_MANAGERS}tokenizer_manager.TokenizerManager._create_tokenized_object",
+)
+
+#: Hooked in every scheduler process.
+SCHEDULER_HOOKS = (
+    f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2.forward_batch_generation",
+    f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._forward_prefill_batch",
+    f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2.verify",
+    f"{_SPECULATIVE}eagle_utils.verify_tree_greedy_func",
+    f"{_MANAGERS}scheduler.Scheduler.process_input_requests",
+    f"{_MANAGERS}scheduler.Scheduler.handle_generate_request",
+    f"{_MANAGERS}scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
+    f"{_MANAGERS}scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor.process_batch_result_decode",
+    f"{_MANAGERS}scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor.process_batch_result_prefill",
+)
+
+#: Hooked in every scheduler process of a machine without a GPU.
+CPU_HOOKS = (
+    f"{_SPECULATIVE}eagle_utils._verify_uses_greedy",
+    "sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend.init_forward_metadata",
+    "sglang.srt.layers.attention.intel_amx_backend."
+    "IntelAMXMultiStepDraftBackend.init_forward_metadata",
+)
+
+#: Read or called, not hooked.
+LEANED_ON = (
+    "sglang.srt.plugins.hook_registry.HookRegistry",
+    "sglang.srt.plugins.load_plugins",
+    "sglang.srt.environ.envs",
+    "sglang.srt.server_args.prepare_server_args",
+    "sglang.srt.entrypoints.http_server.app",
+    f"{_MANAGERS}tokenizer_manager.ServerStatus",
+    f"{_MANAGERS}utils.GenerationBatchResult.accept_lens",
+    f"{_MANAGERS}schedule_batch.Req",
+    "sglang.srt.runtime_context.get_parallel",
+    f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._build_trivial_verify_input",
+    f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._stub_skipped_draft_extend",
+    "sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3",
+    "sglang.srt.models.llama_eagle.LlamaForCausalLMEagle",
+)
+
+UPSTREAM = (*MAIN_HOOKS, *SCHEDULER_HOOKS, *CPU_HOOKS, *LEANED_ON)
+
+_agent: Agent | None = None
+
+
+def register() -> None:
+    """Set the hooks of this process. Called by SGLang; ``AURORA_ENABLED=0`` leaves it untouched."""
+    if os.environ.get("AURORA_ENABLED", "1").lower() in ("0", "false", "no", "off"):
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    around = HookType.AROUND
+    if multiprocessing.parent_process() is None:
+        launch, tokenize = MAIN_HOOKS
+        HookRegistry.register(launch, _launch_subprocesses, around)
+        HookRegistry.register(tokenize, _create_tokenized_object, HookType.AFTER)
+        return
+    hooks: dict[str, Callable[..., Any]] = dict(
+        zip(
+            SCHEDULER_HOOKS,
+            (
+                _forward_batch_generation,
+                _forward_prefill_batch,
+                _verify,
+                _verify_tree_greedy_func,
+                _process_input_requests,
+                _handle_generate_request,
+                _pull_raw_reqs,
+                _process_batch_result_decode,
+                _process_batch_result_prefill,
+            ),
+            strict=True,
+        )
+    )
+    for name, hook in hooks.items():
+        HookRegistry.register(name, hook, around)
+    if _on_cpu():
+        from aurora_sgl.engine.cpu.attention import begin_forward
+
+        uses_greedy, *metadata = CPU_HOOKS
+        HookRegistry.register(uses_greedy, _verify_uses_greedy, HookType.REPLACE)
+        for name in metadata:
+            HookRegistry.register(name, lambda *args, **kw: begin_forward(), HookType.BEFORE)
+
+
+def _on_cpu() -> bool:
+    """Whether our own CPU kernels are in place: see ``engine.launch``."""
+    return os.environ.get("AURORA_CPU") == "1"
+
+
+# -- the process that takes HTTP requests ------------------------------------------------------
+
+
+def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    server_args = kw.get("server_args") or next(
+        (a for a in args if hasattr(a, "speculative_algorithm")), None
+    )
+    algorithm = str(getattr(server_args, "speculative_algorithm", "") or "").upper()
+    if algorithm in ("EAGLE", "EAGLE3"):
+        from aurora_sgl.engine import companion
+
+        companion.start()
+        http_server = sys.modules.get("sglang.srt.entrypoints.http_server")
+        if http_server is not None:
+            from aurora_sgl.engine.labels import HeaderMiddleware
+
+            http_server.app.add_middleware(HeaderMiddleware)
+    return original(*args, **kw)
+
+
+def _create_tokenized_object(result: Any, manager: Any, *args: Any, **kw: Any) -> None:
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    from aurora_sgl.engine.labels import attach
+
+    params = getattr(result, "sampling_params", None)
+    if params is not None and hasattr(params, "custom_params"):
+        attach(params, warmup=manager.server_status == ServerStatus.Starting)
+
+
+# -- the scheduler process -----------------------------------------------------------------------
+
+
+def _agent_of(worker: Any) -> Agent | None:
+    """The agent of this process; made when the first batch shows the worker. None: switched off."""
+    global _agent
+    if _agent is None and not getattr(worker, "_aurora_off", False):
+        try:
+            from aurora_sgl.engine.agent import Agent
+            from aurora_sgl.engine.describe import describe_worker
+
+            description, leads = describe_worker(worker)
+            _agent = Agent(worker, description, leads=leads)
+        except Exception:
+            worker._aurora_off = True
+            logger.exception("aurora: could not start in this scheduler; serving goes on without")
+    return _agent
+
+
+def _forward_batch_generation(
+    original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any
+) -> Any:
+    agent = _agent_of(worker)
+    if agent is None or batch.forward_mode.is_extend() or batch.forward_mode.is_idle():
+        return original(worker, batch, *args, **kw)
+    plain = agent.plain_step(batch)
+    size = len(batch.reqs)
+    begun = time.perf_counter()
+    if plain:
+        with _without_drafts(worker):
+            result = original(worker, batch, *args, **kw)
+    else:
+        result = original(worker, batch, *args, **kw)
+    agent.account_step(size, plain=plain, seconds=time.perf_counter() - begun)
+    return result
+
+
+@contextmanager
+def _without_drafts(worker: Any) -> Iterator[None]:
+    """SGLang's own zero-step mode for one forward: verify the root alone, draft nothing."""
+    steps, nodes = worker.speculative_num_steps, worker.speculative_num_draft_tokens
+    worker.speculative_num_steps, worker.speculative_num_draft_tokens = 0, 1
+    try:
+        yield
+    finally:
+        worker.speculative_num_steps, worker.speculative_num_draft_tokens = steps, nodes
+
+
+def _forward_prefill_batch(
+    original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any
+) -> Any:
+    result = original(worker, batch, *args, **kw)
+    agent = _agent_of(worker)
+    if agent is not None and agent.leads and batch.reqs:
+        agent.guard("recording prefills", lambda: agent.observe_prefill(batch, result))
+    return result
+
+
+def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+    verify_input = batch.spec_info
+    result = original(worker, batch, *args, **kw)
+    agent = _agent
+    if agent is not None and agent.leads and not batch.forward_mode.is_idle():
+        batch_spec_info, batch.spec_info = batch.spec_info, verify_input
+        agent.guard("recording verify steps", lambda: agent.observe_verify(batch, result))
+        batch.spec_info = batch_spec_info
+    return result
+
+
+def _verify_tree_greedy_func(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    if _agent is not None:
+        _agent.target_predict = kw.get("target_predict", args[7] if len(args) > 7 else None)
+    return original(*args, **kw)
+
+
+def _process_batch_result_decode(
+    original: Callable[..., Any], processor: Any, batch: Any, result: Any, *args: Any, **kw: Any
+) -> Any:
+    agent = _agent
+    if agent is None or not agent.leads:
+        return original(processor, batch, result, *args, **kw)
+    tracked = agent.before_decode_results(batch)
+    out = original(processor, batch, result, *args, **kw)
+    agent.guard("recording results", lambda: agent.after_decode_results(batch, result, tracked))
+    return out
+
+
+def _process_batch_result_prefill(
+    original: Callable[..., Any], processor: Any, batch: Any, result: Any, *args: Any, **kw: Any
+) -> Any:
+    out = original(processor, batch, result, *args, **kw)
+    agent = _agent
+    if agent is not None and agent.leads:
+        agent.guard("recording prefill results", lambda: agent.after_prefill_results(batch, result))
+    return out
+
+
+def _pull_raw_reqs(original: Callable[..., Any], receiver: Any) -> Any:
+    recv_reqs = original(receiver)
+    agent = _agent
+    if agent is not None and agent.leads:
+        agent.guard("talking to the sidecar", lambda: agent.poll(recv_reqs))
+    return recv_reqs
+
+
+def _process_input_requests(
+    original: Callable[..., Any], scheduler: Any, recv_reqs: list[Any]
+) -> Any:
+    agent = _agent
+    if agent is None:
+        _agent_of_scheduler(scheduler)
+        return original(scheduler, recv_reqs)
+    from aurora_sgl.engine.agent import ApplySwap
+
+    ours = [request for request in recv_reqs if isinstance(request, ApplySwap)]
+    for command in ours:
+        agent.guard("swapping", lambda command=command: agent.apply_swap(command))  # type: ignore[misc]
+    rest = [r for r in recv_reqs if not isinstance(r, ApplySwap)] if ours else recv_reqs
+    return original(scheduler, rest)
+
+
+def _agent_of_scheduler(scheduler: Any) -> None:
+    """Start before the first request, so that a quiet server is known to the store too."""
+    worker = getattr(scheduler, "model_worker", None) or getattr(scheduler, "draft_worker", None)
+    for candidate in (worker, getattr(scheduler, "draft_worker", None)):
+        if type(candidate).__name__ == "EAGLEWorkerV2":
+            _agent_of(candidate)
+            return
+
+
+def _handle_generate_request(
+    original: Callable[..., Any], scheduler: Any, recv_req: Any, *args: Any, **kw: Any
+) -> Any:
+    agent = _agent
+    if agent is not None:
+        agent.guard("admitting requests", lambda: agent.admit_request(recv_req))
+    return original(scheduler, recv_req, *args, **kw)
+
+
+def _verify_uses_greedy(
+    *, is_all_greedy: bool, is_cpu: bool, is_hip: bool, is_xpu: bool, use_rejection_sampling: bool
+) -> bool:
+    """SGLang answers every request greedily on CPU; with our sampling kernels it need not."""
+    return is_all_greedy or is_xpu or (is_hip and not use_rejection_sampling)
