@@ -1,0 +1,148 @@
+"""Engines and sessions: one URL, SQLite or PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from aurora_sgl.config import get_settings
+from aurora_sgl.errors import AuroraError
+
+#: Seconds that a writer waits for another one in SQLite, and for a connection to PostgreSQL.
+BUSY_SECONDS = 30
+CONNECT_SECONDS = 5
+#: Execution option: the transaction only reads. SQLite then takes no write lock at its start.
+READ_ONLY = "aurora_read_only"
+
+
+def connect(url: str | None = None) -> Engine:
+    """An engine for the store at ``url`` (default: the settings' store), tried once.
+
+    Raises ``AuroraError`` with one line, without the password, when the URL is not understood or
+    the database can't be reached.
+    """
+    parsed = _parse(url or get_settings().store_url)
+    engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgres(parsed)
+    try:
+        with reading(engine) as connection:
+            connection.execute(text("SELECT count(*) FROM sqlite_master" if is_sqlite(engine)
+                                    else "SELECT 1"))  # fmt: skip
+    except SQLAlchemyError as error:
+        engine.dispose()
+        raise AuroraError(unreachable(parsed, error)) from None
+    return engine
+
+
+def is_sqlite(bind: Engine | Connection) -> bool:
+    return bind.dialect.name == "sqlite"
+
+
+@contextmanager
+def session(engine: Engine, *, write: bool = True) -> Iterator[Session]:
+    """A session in one transaction: committed at the end, rolled back on an error.
+
+    In SQLite a writing session takes the write lock at its first statement, so that what it read
+    stays true until it commits; keep it short. ``write=False`` takes no lock.
+    """
+    options = {} if write else {READ_ONLY: True}
+    bind = engine.execution_options(**options)
+    with Session(bind, expire_on_commit=False) as active, active.begin():
+        yield active
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection in a transaction that only reads."""
+    with engine.execution_options(**{READ_ONLY: True}).connect() as connection:
+        yield connection
+
+
+def unreachable(url: URL, error: Exception) -> str:
+    """One line that says which store, why, and what to do; never the password."""
+    cause = str(getattr(error, "orig", None) or error).strip().splitlines() or ["no reason given"]
+    line = " ".join(cause[-1].split())
+    if url.password:
+        line = line.replace(str(url.password), "***")
+    shown = url.render_as_string(hide_password=True)
+    return (
+        f"the store {shown} can't be reached ({line}); "
+        "check AURORA_DATABASE_URL and that the database is running"
+    )
+
+
+def _parse(raw: str) -> URL:
+    try:
+        url = make_url(raw)
+    except ArgumentError:
+        raise AuroraError(
+            "AURORA_DATABASE_URL is not a database URL; use sqlite:///path/to/file.db or "
+            "postgresql://user:password@host/database"
+        ) from None
+    if url.drivername in ("postgres", "postgresql"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise AuroraError(
+            f"AURORA_DATABASE_URL names {url.get_backend_name()!r}; "
+            "the store runs on sqlite or postgresql"
+        )
+    return url
+
+
+def _sqlite(url: URL) -> Engine:
+    if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
+        folder = Path(url.database).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AuroraError(
+                f"the folder {folder} of the store can't be made ({error.strerror}); "
+                "set AURORA_HOME or AURORA_DATABASE_URL to a place that you can write"
+            ) from None
+    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves, see begin()
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+        connection.execute("PRAGMA cache_size=-65536")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A deferred transaction that reads first and writes later fails at once when another
+        # process wrote in between; an immediate one waits its turn.
+        only_reads = connection.get_execution_options().get(READ_ONLY, False)
+        connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _postgres(url: URL) -> Engine:
+    try:
+        return create_engine(
+            url,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": CONNECT_SECONDS, "options": "-c timezone=UTC"},
+        )
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise AuroraError(f"the driver of {url.drivername} is missing ({error})") from None
+
+
+__all__ = [
+    "OperationalError",
+    "Session",
+    "connect",
+    "is_sqlite",
+    "reading",
+    "session",
+    "unreachable",
+]

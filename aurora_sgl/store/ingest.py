@@ -1,0 +1,341 @@
+"""From records of the engine to rows, once each.
+
+One transaction a batch. The row lock on ``spool_watermark`` lets one ingest of a boot in at a
+time; under it the keys that are already there are looked up, so what is inserted, and what the
+roll-ups and the counters of requests grow by, is exactly what was not there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from sqlalchemy import Connection, Engine, bindparam, case, select, update
+
+from aurora_sgl import wire
+from aurora_sgl.clock import from_us, utc_now
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.store.connection import is_sqlite
+from aurora_sgl.store.events import insert_events
+from aurora_sgl.store.models import (
+    AcceptanceEvent,
+    AcceptanceMinute,
+    DropCount,
+    Request,
+    RequestTally,
+    Server,
+    SpoolWatermark,
+)
+from aurora_sgl.store.partitions import ensure_partitions
+from aurora_sgl.store.queries.groups import known_version
+from aurora_sgl.store.rollup import (
+    Minute,
+    MinuteKey,
+    RequestSums,
+    Tally,
+    TallyKey,
+    add_lists,
+    per_position,
+    roll_up,
+    tally_key,
+)
+from aurora_sgl.store.upsert import insert, insert_missing, storable, upsert
+
+#: Values of one IN list; both databases take more, plans get no better.
+_CHUNK = 400
+
+Batch = Sequence[tuple[int, Sequence[wire.Record]]]
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    inserted_events: int
+    duplicate_events: int
+    last_seq: int  # watermark of the boot after this batch
+
+
+def ingest(engine: Engine, server_id: int, boot_id: int, batch: Batch) -> IngestResult:
+    """Take envelopes ``(seq, records)`` of one boot. The same batch again changes nothing.
+
+    A step whose request's start never came gets a request in the domain ``default`` that may not
+    be trained on. Raises ``AuroraError`` for an unknown server or a step of another boot, and
+    SQLAlchemy's ``DBAPIError`` when the database fails; nothing is stored then.
+    """
+    records = list(chain.from_iterable(part for _, part in batch))
+    steps = [record for record in records if isinstance(record, wire.VerifyStep)]
+    ensure_partitions(engine, (from_us(us) for us in {step.at_us for step in steps}))
+    with engine.begin() as connection:
+        taken = _lock_watermark(connection, server_id, boot_id)
+        boot_version_id = _boot_version(connection, server_id, boot_id)
+        _start_requests(connection, server_id, boot_id, records)
+        new = _without_stored(connection, steps)
+        clusters = {tally_key(step, step.version_id or boot_version_id) for step in new}
+        tallies = _load_tallies(connection, clusters)
+        domains = _domains(connection, {step.request_id for step in new})
+        minutes, sums = roll_up(new, boot_version_id, domains, tallies)
+        insert_events(connection, new, boot_version_id)
+        _store_tallies(connection, tallies)
+        _store_minutes(connection, server_id, minutes)
+        _count_requests(connection, sums)
+        _finish_requests(connection, records)
+        fresh = chain.from_iterable(part for seq, part in batch if seq > taken)
+        _update_server(connection, server_id, fresh)
+        last = max([taken, *(seq for seq, _ in batch)])
+        connection.execute(
+            update(SpoolWatermark)
+            .where(SpoolWatermark.server_id == server_id, SpoolWatermark.boot_id == boot_id)
+            .values(last_seq=last, updated_at=utc_now())
+        )
+    return IngestResult(len(new), len(steps) - len(new), last)
+
+
+def _lock_watermark(connection: Connection, server_id: int, boot_id: int) -> int:
+    row = {"server_id": server_id, "boot_id": boot_id, "last_seq": 0, "updated_at": utc_now()}
+    insert_missing(connection, SpoolWatermark, [row], ["server_id", "boot_id"])
+    taken = connection.scalar(
+        select(SpoolWatermark.last_seq)
+        .where(SpoolWatermark.server_id == server_id, SpoolWatermark.boot_id == boot_id)
+        .with_for_update()
+    )
+    return int(taken or 0)
+
+
+def _boot_version(connection: Connection, server_id: int, boot_id: int) -> int:
+    row = connection.execute(
+        select(Server.boot_version_id, Server.boot_id).where(Server.id == server_id)
+    ).one_or_none()
+    if row is None or row.boot_id != boot_id:
+        raise AuroraError(f"server {server_id} is not registered with boot {boot_id}")
+    return row.boot_version_id or 0
+
+
+def _start_requests(
+    connection: Connection, server_id: int, boot_id: int, records: Iterable[wire.Record]
+) -> None:
+    started: dict[int, dict[str, Any]] = {}
+    orphans: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if isinstance(record, wire.RequestStarted):
+            started[record.request_id] = {
+                "id": record.request_id,
+                "server_id": server_id,
+                "admitted_at": from_us(record.at_us),
+                "rid": storable(record.rid),
+                "dp_rank": record.dp_rank,
+                "domain": storable(record.domain),
+                "conversation_hash": storable(record.conversation_hash),
+                "prompt_tokens": record.prompt_tokens,
+                "cached_tokens": record.cached_tokens,
+                "sampling": storable(record.sampling),
+                "may_train": record.may_train,
+                "traced": False,
+                "speculates": record.speculates,
+            }
+        elif isinstance(record, wire.VerifyStep | wire.RequestFinished):
+            if record.request_id >> wire.REQUEST_COUNTER_BITS != boot_id:
+                raise AuroraError(
+                    f"request {record.request_id} is not one of boot {boot_id}; "
+                    "the spool belongs to another server"
+                )
+            if record.request_id not in orphans:
+                orphans[record.request_id] = {
+                    "id": record.request_id,
+                    "server_id": server_id,
+                    "admitted_at": from_us(record.at_us),
+                }
+    said = ("rid", "dp_rank", "domain", "conversation_hash", "prompt_tokens", "sampling",
+            "may_train", "speculates", "admitted_at")  # fmt: skip
+    upsert(connection, Request, list(started.values()), ["id"], said)
+    rest = [row for request_id, row in orphans.items() if request_id not in started]
+    insert_missing(connection, Request, rest, ["id"])
+
+
+def _without_stored(
+    connection: Connection, steps: Sequence[wire.VerifyStep]
+) -> list[wire.VerifyStep]:
+    """The steps that are not in the store, each once."""
+    unique = {(step.request_id, step.step): step for step in steps}
+    if not unique:
+        return []
+    ids = sorted({step.request_id for step in steps})
+    times = [step.at_us for step in steps]
+    event = AcceptanceEvent
+    first = min(step.step for step in steps)
+    query = select(event.request_id, event.step).where(
+        event.request_id.in_(bindparam("ids", expanding=True)), event.step >= first
+    )
+    if not is_sqlite(connection):  # leaves out the partitions of other days
+        query = query.where(event.at.between(from_us(min(times)), from_us(max(times))))
+    for begin in range(0, len(ids), _CHUNK):
+        for key in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
+            unique.pop((key[0], key[1]), None)
+    return list(unique.values())
+
+
+def _load_tallies(connection: Connection, keys: set[TallyKey]) -> dict[TallyKey, Tally]:
+    ids = sorted({key.request_id for key in keys})
+    tally = RequestTally
+    query = select(tally).where(tally.request_id.in_(bindparam("ids", expanding=True)))
+    found: dict[TallyKey, Tally] = {}
+    for begin in range(0, len(ids), _CHUNK):
+        for row in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
+            key = TallyKey(
+                row.request_id, row.drafter_version_id, row.depth, row.topk, bool(row.mixed)
+            )
+            if key in keys:
+                found[key] = Tally(row.verify_steps, row.accepted)
+    return found
+
+
+def _store_tallies(connection: Connection, tallies: dict[TallyKey, Tally]) -> None:
+    rows = [
+        {**key._asdict(), "verify_steps": tally.verify_steps, "accepted": tally.accepted}
+        for key, tally in tallies.items()
+    ]
+    upsert(connection, RequestTally, rows, TallyKey._fields, ["verify_steps", "accepted"])
+
+
+def _domains(connection: Connection, request_ids: set[int]) -> dict[int, str]:
+    ids = sorted(request_ids)
+    query = select(Request.id, Request.domain).where(
+        Request.id.in_(bindparam("ids", expanding=True))
+    )
+    found: dict[int, str] = {}
+    for begin in range(0, len(ids), _CHUNK):
+        for row in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
+            found[row.id] = row.domain
+    return found
+
+
+def _store_minutes(
+    connection: Connection, server_id: int, minutes: dict[MinuteKey, Minute]
+) -> None:
+    """Add to rows of this server; the watermark's lock keeps every other writer of them out."""
+    if not minutes:
+        return
+    m = AcceptanceMinute
+    times = [key.minute_us for key in minutes]
+    stored: dict[MinuteKey, Any] = {}
+    query = select(m).where(
+        m.server_id == server_id, m.bucket_start.between(from_us(min(times)), from_us(max(times)))
+    )
+    for row in connection.execute(query):
+        minute_us = round(row.bucket_start.timestamp()) * 1_000_000
+        key = MinuteKey(minute_us, *(getattr(row, name) for name in MinuteKey._fields[1:]))
+        stored[key] = row
+    sums = ("verify_steps", "proposed", "accepted", "requests", "completion_tokens",
+            "sum_steps_squared", "sum_accepted_squared", "sum_steps_accepted")  # fmt: skip
+    rows = []
+    for key, minute in minutes.items():
+        old = stored.get(key)
+        values = {name: getattr(minute, name) + (getattr(old, name) if old else 0) for name in sums}
+        histogram = add_lists(minute.histogram, list(old.histogram) if old else [])
+        rows.append(
+            {
+                **{name: value for name, value in key._asdict().items() if name != "minute_us"},
+                "bucket_start": from_us(key.minute_us),
+                "server_id": server_id,
+                **values,
+                "histogram": histogram,
+                "per_position": per_position(histogram),
+            }
+        )
+    key_columns = ["bucket_start", "server_id", *MinuteKey._fields[1:]]
+    upsert(connection, m, rows, key_columns, [*sums, "histogram", "per_position"])
+
+
+def _count_requests(connection: Connection, sums: dict[int, RequestSums]) -> None:
+    """A running request has one token from its prefill and those that its steps kept; a finished
+    one has what the engine said."""
+    if not sums:
+        return
+    table = Request.__table__
+    started = case((table.c.verify_steps == 0, 1), else_=0)
+    connection.execute(
+        update(Request)
+        .where(table.c.id == bindparam("key"))
+        .values(
+            verify_steps=table.c.verify_steps + bindparam("steps"),
+            proposed=table.c.proposed + bindparam("more_proposed"),
+            accepted=table.c.accepted + bindparam("more_accepted"),
+            completion_tokens=case(
+                (
+                    table.c.status == "running",
+                    table.c.completion_tokens + started + bindparam("kept"),
+                ),
+                else_=table.c.completion_tokens,
+            ),
+        ),
+        [
+            {
+                "key": request_id,
+                "steps": s.verify_steps,
+                "more_proposed": s.proposed,
+                "more_accepted": s.accepted,
+                "kept": s.kept,
+            }
+            for request_id, s in sums.items()
+        ],
+    )
+
+
+def _finish_requests(connection: Connection, records: Iterable[wire.Record]) -> None:
+    rows = {
+        record.request_id: {
+            "key": record.request_id,
+            "finished_at": from_us(record.at_us),
+            "status": record.status,
+            "finish_reason": storable(record.finish_reason),
+            "completion_tokens": record.completion_tokens,
+            "cached_tokens": record.cached_tokens,
+            "reported_verify_steps": record.verify_steps,
+            "reported_proposed": record.proposed,
+            "reported_accepted": record.accepted,
+            "retractions": record.retractions,
+        }
+        for record in records
+        if isinstance(record, wire.RequestFinished)
+    }
+    if rows:
+        connection.execute(
+            update(Request).where(Request.__table__.c.id == bindparam("key")), list(rows.values())
+        )
+
+
+def _update_server(connection: Connection, server_id: int, records: Iterable[wire.Record]) -> None:
+    """What the engine said of itself; only from envelopes that were not taken before, so that a
+    retry doesn't bring back an old state."""
+    change: dict[str, Any] = {}
+    dropped = 0
+    for record in records:
+        if isinstance(record, wire.Hello):
+            change["counters"] = storable(record.counters)
+            change["last_seen_at"] = utc_now()
+            if record.live_version_id:
+                change["live_version_id"] = known_version(record.live_version_id)
+            dropped = max(dropped, record.dropped)
+        elif isinstance(record, wire.SwapDone) and record.ok:
+            change["live_version_id"] = known_version(record.version_id)
+            change |= {"live_sha256": record.live_sha256, "last_error": ""}
+        elif isinstance(record, wire.SwapDone):
+            change["last_error"] = f"version {record.version_id} was refused: {record.reason}"
+    if change:
+        connection.execute(update(Server).where(Server.id == server_id).values(change))
+    if dropped:
+        row = {
+            "server_id": server_id,
+            "place": "engine",
+            "count": dropped,
+            "updated_at": utc_now(),
+        }
+        connection.execute(
+            insert(connection, DropCount)
+            .values(row)
+            .on_conflict_do_update(
+                index_elements=["server_id", "place"],
+                set_={"count": dropped, "updated_at": row["updated_at"]},
+                where=DropCount.count < dropped,
+            )
+        )

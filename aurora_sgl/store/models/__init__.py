@@ -1,0 +1,47 @@
+"""The tables of the store, under the names of the public contract."""
+
+from aurora_sgl.store.models.base import Base, BigInt, Json, UtcDateTime
+from aurora_sgl.store.models.learning import (
+    Alias,
+    Deployment,
+    DrafterVersion,
+    Evaluation,
+    TrainingRun,
+    Trial,
+    TrialWindow,
+)
+from aurora_sgl.store.models.operations import DropCount, Lease, SpoolWatermark, Switch
+from aurora_sgl.store.models.serving import (
+    AcceptanceEvent,
+    AcceptanceMinute,
+    DeploymentGroup,
+    Request,
+    RequestTally,
+    Server,
+    Trace,
+)
+
+__all__ = [
+    "AcceptanceEvent",
+    "AcceptanceMinute",
+    "Alias",
+    "Base",
+    "BigInt",
+    "Deployment",
+    "DeploymentGroup",
+    "DrafterVersion",
+    "DropCount",
+    "Evaluation",
+    "Json",
+    "Lease",
+    "Request",
+    "RequestTally",
+    "Server",
+    "SpoolWatermark",
+    "Switch",
+    "Trace",
+    "TrainingRun",
+    "Trial",
+    "TrialWindow",
+    "UtcDateTime",
+]

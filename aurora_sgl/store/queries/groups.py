@@ -1,0 +1,185 @@
+"""Deployment groups and the servers in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ScalarSelect, select, update
+from sqlalchemy.orm import Session
+
+from aurora_sgl import wire
+from aurora_sgl.clock import utc_now
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.store.models import Alias, DeploymentGroup, DrafterVersion, Request, Server
+from aurora_sgl.store.upsert import insert_missing, storable
+
+
+def ensure_group(
+    s: Session, name: str, target_model: str, target_revision: str, draft_architecture: str
+) -> DeploymentGroup:
+    """The group of that name, made when it is missing.
+
+    Raises ``AuroraError`` when it exists for another target, revision or draft architecture.
+    """
+    wanted = {
+        "target_model": target_model,
+        "target_revision": target_revision,
+        "draft_architecture": draft_architecture,
+    }
+    row = {"name": name, **wanted, "generation": 0, "created_at": utc_now()}
+    insert_missing(s.connection(), DeploymentGroup, [row], ["name"])
+    group = s.scalars(select(DeploymentGroup).where(DeploymentGroup.name == name)).one()
+    for field, value in wanted.items():
+        if getattr(group, field) != value:
+            raise AuroraError(
+                f"group {name!r} has {field} {getattr(group, field)!r}, this server has "
+                f"{value!r}; give this server another group with AURORA_GROUP"
+            )
+    return group
+
+
+def group_by_name(s: Session, name: str) -> DeploymentGroup:
+    """Raises ``AuroraError`` when there is none."""
+    group = s.scalars(select(DeploymentGroup).where(DeploymentGroup.name == name)).one_or_none()
+    if group is None:
+        known = ", ".join(repr(other.name) for other in groups(s)) or "none yet"
+        raise AuroraError(f"there is no deployment group {name!r} (there is: {known})")
+    return group
+
+
+def groups(s: Session) -> Sequence[DeploymentGroup]:
+    return s.scalars(select(DeploymentGroup).order_by(DeploymentGroup.id)).all()
+
+
+def lock_group(s: Session, group_id: int) -> DeploymentGroup:
+    """The group with its row locked until the transaction ends: one change of what is live at a
+    time. (SQLite has locked the whole database by then, see ``store.session``.)"""
+    group = s.scalars(
+        select(DeploymentGroup)
+        .where(DeploymentGroup.id == group_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    if group is None:
+        raise AuroraError(f"there is no deployment group with id {group_id}")
+    return group
+
+
+def desired_version(s: Session, group_id: int) -> tuple[int, int] | None:
+    """(version id, generation) that the servers of the group should run; ``None``: nothing was
+    promoted yet."""
+    row = s.execute(
+        select(Alias.version_id, DeploymentGroup.generation)
+        .join(DeploymentGroup, DeploymentGroup.id == Alias.group_id)
+        .where(Alias.group_id == group_id, Alias.name == "live")
+    ).one_or_none()
+    return None if row is None else (row.version_id, row.generation)
+
+
+def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
+    """The row of this boot, made or refreshed from what the engine says of itself."""
+    said = hello.server
+    row = {
+        "group_id": group_id,
+        "name": str(said.get("name", "")),
+        "boot_id": hello.boot_id,
+        "started_at": utc_now(),
+        "last_seen_at": utc_now(),
+        "sglang_version": str(said.get("sglang_version", "")),
+        "dtype": str(said.get("dtype", "")),
+    }
+    insert_missing(s.connection(), Server, [row], ["boot_id"])
+    server = s.scalars(select(Server).where(Server.boot_id == hello.boot_id)).one()
+    if server.group_id != group_id:
+        raise AuroraError(f"server {server.name!r} (boot {hello.boot_id}) is in another group")
+    server.last_seen_at = utc_now()
+    server.state = "running"
+    server.counters = storable(hello.counters)
+    if hello.live_version_id:
+        server.live_version_id = s.scalar(select(known_version(hello.live_version_id)))
+    s.flush()
+    return server
+
+
+def known_version(version_id: int) -> ScalarSelect[int]:
+    """The id if there is such a version, else NULL: an engine may name one of another store."""
+    return select(DrafterVersion.id).where(DrafterVersion.id == version_id).scalar_subquery()
+
+
+def touch_server(s: Session, server_id: int, **fields: Any) -> None:
+    """Set columns of ``server`` (``last_seen_at`` is set to now unless given)."""
+    s.execute(
+        update(Server).where(Server.id == server_id).values({"last_seen_at": utc_now(), **fields})
+    )
+
+
+def server(s: Session, server_id: int) -> Server:
+    found = s.get(Server, server_id)
+    if found is None:
+        raise AuroraError(f"there is no server with id {server_id}")
+    return found
+
+
+def servers(
+    s: Session, group_id: int | None = None, *, states: Sequence[str] = ("running",)
+) -> Sequence[Server]:
+    """Boots in these states, newest first."""
+    query = select(Server).where(Server.state.in_(states)).order_by(Server.id.desc())
+    if group_id is not None:
+        query = query.where(Server.group_id == group_id)
+    return s.scalars(query).all()
+
+
+def earlier_boots(s: Session, server: Server) -> Sequence[Server]:
+    """Other boots of the same name in the same group that still count as running."""
+    return s.scalars(
+        select(Server).where(
+            Server.group_id == server.group_id,
+            Server.name == server.name,
+            Server.id != server.id,
+            Server.state == "running",
+        )
+    ).all()
+
+
+def silent_servers(
+    s: Session, silent_for: timedelta, now: datetime | None = None
+) -> Sequence[Server]:
+    """Servers that count as running but were not heard of for that long."""
+    return s.scalars(
+        select(Server).where(
+            Server.state == "running", Server.last_seen_at < (now or utc_now()) - silent_for
+        )
+    ).all()
+
+
+def mark_lost(s: Session, server_id: int, boot_id: int) -> int:
+    """A boot is gone: its running requests are ``lost``. Returns how many were."""
+    first = boot_id << wire.REQUEST_COUNTER_BITS
+    lost = s.execute(
+        update(Request)
+        .where(
+            Request.server_id == server_id,
+            Request.status == "running",
+            Request.id.between(first, first + (1 << wire.REQUEST_COUNTER_BITS) - 1),
+        )
+        .values(status="lost", finished_at=utc_now())
+    )
+    s.execute(
+        update(Server)
+        .where(Server.id == server_id, Server.boot_id == boot_id, Server.state == "running")
+        .values(state="gone")
+    )
+    return int(lost.rowcount)  # type: ignore[attr-defined]
+
+
+def live_versions(s: Session, group_id: int) -> Mapping[int, int | None]:
+    """Version that each running server of the group last said was live, by server id."""
+    rows = s.execute(
+        select(Server.id, Server.live_version_id).where(
+            Server.group_id == group_id, Server.state == "running"
+        )
+    )
+    return {row.id: row.live_version_id for row in rows}

@@ -1,0 +1,234 @@
+"""Accept lengths of what was served, with the delta method's interval over requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Row, Select, func, select
+from sqlalchemy.orm import Session
+
+from aurora_sgl.store.models import (
+    AcceptanceEvent,
+    AcceptanceMinute,
+    Request,
+    RequestTally,
+    Server,
+)
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class AcceptLength:
+    """Verify steps of one version (and domain). ``accept_length`` counts the bonus token."""
+
+    version_id: int
+    domain: str  # "": all of them
+    requests: int
+    verify_steps: int
+    proposed: int
+    accepted: int
+    completion_tokens: int
+    accept_length: float
+    ci_low: float | None  # 95%, requests as clusters; None below two requests
+    ci_high: float | None
+
+
+def ratio_interval(
+    clusters: int, steps: int, accepted: int, steps2: float, accepted2: float, product: float
+) -> tuple[float, float] | None:
+    """95% interval of 1 + accepted / steps, from sums over clusters of n^2, y^2 and n y.
+
+    Delta method for a ratio of means (Cochran, Sampling Techniques, 6.4):
+    var R = m / (m - 1) * sum (y - R n)^2 / (sum n)^2.
+    """
+    if clusters < 2 or steps == 0:
+        return None
+    ratio = accepted / steps
+    squares = accepted2 - 2 * ratio * product + ratio * ratio * steps2
+    error = math.sqrt(max(0.0, squares) * clusters / (clusters - 1)) / steps
+    return 1 + ratio - Z95 * error, 1 + ratio + Z95 * error
+
+
+def accept_length_by_version(
+    s: Session,
+    group_id: int,
+    *,
+    min_swap_age: int = 0,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    depth: int | None = None,
+    topk: int | None = None,
+    accept_rule: str | None = None,
+    domains: Sequence[str] | None = None,
+    with_mixed: bool = False,
+    by_domain: bool = False,
+) -> list[AcceptLength]:
+    """What each version reached, over steps with proposals; in the order of version ids.
+
+    Only requests whose draft KV is of one version, unless ``with_mixed``. Read from the roll-ups
+    (times are then cut to the minute); with ``min_swap_age`` from the events themselves.
+    """
+    source = _from_events if min_swap_age > 0 else _from_minutes
+    query = source(min_swap_age, since, until, with_mixed, by_domain, accept_rule)
+    table = AcceptanceEvent if min_swap_age > 0 else AcceptanceMinute
+    domain = Request.domain if min_swap_age > 0 else AcceptanceMinute.domain
+    query = query.where(Server.group_id == group_id)
+    if depth is not None:
+        query = query.where(table.depth == depth)
+    if topk is not None:
+        query = query.where(table.topk == topk)
+    if domains is not None:
+        query = query.where(domain.in_(domains))
+    if min_swap_age > 0:
+        query = _clustered(query)
+    return [_accept_length(row) for row in s.execute(query)]
+
+
+def per_request(
+    s: Session,
+    group_id: int,
+    version_id: int,
+    *,
+    depth: int | None = None,
+    topk: int | None = None,
+    with_mixed: bool = False,
+) -> list[tuple[int, int, int]]:
+    """(request id, verify steps, accepted) under one version: what pairs and resamples."""
+    query = (
+        select(
+            RequestTally.request_id,
+            func.sum(RequestTally.verify_steps),
+            func.sum(RequestTally.accepted),
+        )
+        .join(Request, Request.id == RequestTally.request_id)
+        .join(Server, Server.id == Request.server_id)
+        .where(
+            Server.group_id == group_id,
+            RequestTally.drafter_version_id == version_id,
+            RequestTally.depth > 0,
+        )
+        .group_by(RequestTally.request_id)
+        .order_by(RequestTally.request_id)
+    )
+    if depth is not None:
+        query = query.where(RequestTally.depth == depth)
+    if topk is not None:
+        query = query.where(RequestTally.topk == topk)
+    if not with_mixed:
+        query = query.where(~RequestTally.mixed)
+    return [(int(row[0]), int(row[1]), int(row[2])) for row in s.execute(query)]
+
+
+def _from_minutes(
+    _: int,
+    since: datetime | None,
+    until: datetime | None,
+    with_mixed: bool,
+    by_domain: bool,
+    accept_rule: str | None,
+) -> Select[*tuple[object, ...]]:
+    m = AcceptanceMinute
+    keys = [m.drafter_version_id, *([m.domain] if by_domain else [])]
+    query = (
+        select(
+            *keys,
+            func.sum(m.requests).label("requests"),
+            func.sum(m.verify_steps).label("steps"),
+            func.sum(m.proposed).label("proposed"),
+            func.sum(m.accepted).label("accepted"),
+            func.sum(m.completion_tokens).label("kept"),
+            func.sum(m.sum_steps_squared).label("steps2"),
+            func.sum(m.sum_accepted_squared).label("accepted2"),
+            func.sum(m.sum_steps_accepted).label("product"),
+        )
+        .join(Server, Server.id == m.server_id)
+        .where(m.depth > 0)
+        .group_by(*keys)
+        .order_by(*keys)
+    )
+    if since is not None:
+        query = query.where(m.bucket_start >= since.replace(second=0, microsecond=0))
+    if until is not None:
+        query = query.where(m.bucket_start < until)
+    if not with_mixed:
+        query = query.where(~m.mixed)
+    if accept_rule is not None:
+        query = query.where(m.accept_rule == accept_rule)
+    return query
+
+
+def _from_events(
+    min_swap_age: int,
+    since: datetime | None,
+    until: datetime | None,
+    with_mixed: bool,
+    by_domain: bool,
+    accept_rule: str | None,
+) -> Select[*tuple[object, ...]]:
+    e = AcceptanceEvent
+    keys = [e.drafter_version_id, *([Request.domain] if by_domain else [])]
+    query = (
+        select(
+            *keys,
+            func.count().label("n"),
+            func.sum(e.proposed).label("proposed"),
+            func.sum(e.accepted).label("y"),
+            func.sum(e.kept).label("kept"),
+        )
+        .join(Request, Request.id == e.request_id)
+        .join(Server, Server.id == Request.server_id)
+        .where(e.depth > 0, e.swap_age >= min_swap_age)
+        .group_by(*keys, e.request_id)
+    )
+    if since is not None:
+        query = query.where(e.at >= since)
+    if until is not None:
+        query = query.where(e.at < until)
+    if not with_mixed:
+        query = query.where(~e.mixed)
+    if accept_rule is not None:
+        query = query.where(e.accept_rule == accept_rule)
+    return query
+
+
+def _clustered(per_request: Select[*tuple[object, ...]]) -> Select[*tuple[object, ...]]:
+    r = per_request.subquery().c
+    keys = [r.drafter_version_id, *([r.domain] if "domain" in r else [])]
+    return (
+        select(
+            *keys,
+            func.count().label("requests"),
+            func.sum(r.n).label("steps"),
+            func.sum(r.proposed).label("proposed"),
+            func.sum(r.y).label("accepted"),
+            func.sum(r.kept).label("kept"),
+            func.sum(r.n * r.n).label("steps2"),
+            func.sum(r.y * r.y).label("accepted2"),
+            func.sum(r.n * r.y).label("product"),
+        )
+        .group_by(*keys)
+        .order_by(*keys)
+    )
+
+
+def _accept_length(row: Row[*tuple[object, ...]]) -> AcceptLength:
+    requests, steps, accepted = int(row.requests), int(row.steps), int(row.accepted)
+    interval = ratio_interval(
+        requests, steps, accepted, float(row.steps2), float(row.accepted2), float(row.product)
+    )
+    return AcceptLength(
+        version_id=row.drafter_version_id,
+        domain=getattr(row, "domain", ""),
+        requests=requests,
+        verify_steps=steps,
+        proposed=int(row.proposed),
+        accepted=accepted,
+        completion_tokens=int(row.kept),
+        accept_length=1 + accepted / steps,
+        ci_low=interval[0] if interval else None,
+        ci_high=interval[1] if interval else None,
+    )

@@ -1,0 +1,138 @@
+"""Drafter versions and the aliases that point to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from aurora_sgl.clock import utc_now
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.store.models import Alias, DrafterVersion
+from aurora_sgl.store.upsert import insert_missing, upsert
+
+
+def versions(s: Session, group_id: int) -> Sequence[DrafterVersion]:
+    """Oldest first."""
+    return s.scalars(
+        select(DrafterVersion)
+        .where(DrafterVersion.group_id == group_id)
+        .order_by(DrafterVersion.id)
+    ).all()
+
+
+def version(s: Session, version_id: int) -> DrafterVersion:
+    """Raises ``AuroraError`` when there is none."""
+    found = s.get(DrafterVersion, version_id)
+    if found is None:
+        raise AuroraError(
+            f"there is no drafter version {version_id}; see: aurora-sgl versions list"
+        )
+    return found
+
+
+def version_by_sha256(s: Session, group_id: int, weights_sha256: str) -> DrafterVersion | None:
+    """``weights_sha256``: the whole hash, or the beginning of it."""
+    return s.scalars(
+        select(DrafterVersion)
+        .where(
+            DrafterVersion.group_id == group_id,
+            DrafterVersion.weights_sha256.startswith(weights_sha256, autoescape=True),
+        )
+        .order_by(DrafterVersion.id)
+    ).first()
+
+
+def add_version(
+    s: Session,
+    *,
+    group_id: int,
+    architecture: str,
+    weights_uri: str,
+    weights_sha256: str,
+    vocab_sha256: str,
+    draft_vocab_size: int,
+    target_model: str,
+    source: str,
+    target_revision: str = "",
+    parent_id: int | None = None,
+    training_run_id: int | None = None,
+    note: str = "",
+    config: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> tuple[DrafterVersion, bool]:
+    """The version with these weights in the group, and whether it is new."""
+    row = {
+        "group_id": group_id,
+        "parent_id": parent_id,
+        "created_at": utc_now(),
+        "architecture": architecture,
+        "weights_uri": weights_uri,
+        "weights_sha256": weights_sha256,
+        "vocab_sha256": vocab_sha256,
+        "draft_vocab_size": draft_vocab_size,
+        "target_model": target_model,
+        "target_revision": target_revision,
+        "training_run_id": training_run_id,
+        "source": source,
+        "note": note,
+        "config": dict(config or {}),
+        "metrics": dict(metrics or {}),
+        "pinned": False,
+    }
+    before = version_by_sha256(s, group_id, weights_sha256)
+    if before is not None:
+        return before, False
+    insert_missing(s.connection(), DrafterVersion, [row], ["group_id", "weights_sha256"])
+    made = version_by_sha256(s, group_id, weights_sha256)
+    assert made is not None
+    return made, True
+
+
+def set_pinned(s: Session, version_id: int, pinned: bool) -> DrafterVersion:
+    found = version(s, version_id)
+    found.pinned = pinned
+    s.flush()
+    return found
+
+
+def set_metrics(s: Session, version_id: int, metrics: Mapping[str, Any]) -> None:
+    """Add to the metrics of a version; a name that is there is replaced."""
+    found = version(s, version_id)
+    found.metrics = {**found.metrics, **metrics}
+    s.flush()
+
+
+def set_pruned(s: Session, version_id: int) -> None:
+    """Its weights are deleted."""
+    version(s, version_id).pruned_at = utc_now()
+    s.flush()
+
+
+def set_restored(s: Session, version_id: int) -> None:
+    """Its weights were imported again."""
+    version(s, version_id).pruned_at = None
+    s.flush()
+
+
+def aliases(s: Session, group_id: int) -> dict[str, int]:
+    """Version id by name (live, candidate, previous); a name that points nowhere is missing."""
+    rows = s.execute(select(Alias.name, Alias.version_id).where(Alias.group_id == group_id))
+    return {row.name: row.version_id for row in rows}
+
+
+def set_alias(s: Session, group_id: int, name: str, version_id: int | None) -> None:
+    """Point a name to a version; ``None`` removes it. ``live`` moves only by a deployment, see
+    ``rollout.promote``."""
+    if version_id is None:
+        s.execute(delete(Alias).where(Alias.group_id == group_id, Alias.name == name))
+        return
+    row = {
+        "group_id": group_id,
+        "name": name,
+        "version_id": version_id,
+        "updated_at": utc_now(),
+    }
+    upsert(s.connection(), Alias, [row], ["group_id", "name"], ["version_id", "updated_at"])

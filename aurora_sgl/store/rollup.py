@@ -1,0 +1,143 @@
+"""Sums over verify steps: arithmetic only, no SQL. See ``AcceptanceMinute`` for what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from aurora_sgl.wire import VerifyStep
+
+MINUTE_US = 60_000_000
+
+
+class MinuteKey(NamedTuple):
+    """Key columns of ``acceptance_minute`` but for the server; the minute in microseconds."""
+
+    minute_us: int
+    drafter_version_id: int
+    domain: str
+    depth: int
+    topk: int
+    accept_rule: str
+    batch_bucket: int
+    mixed: bool
+
+
+class TallyKey(NamedTuple):
+    """Key of ``request_tally``: the cluster of a ratio's interval."""
+
+    request_id: int
+    drafter_version_id: int
+    depth: int
+    topk: int
+    mixed: bool
+
+
+@dataclass(slots=True)
+class Minute:
+    """The sums that new steps add to one row."""
+
+    verify_steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    requests: int = 0
+    completion_tokens: int = 0
+    sum_steps_squared: int = 0
+    sum_accepted_squared: int = 0
+    sum_steps_accepted: int = 0
+    histogram: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Steps and accepted proposals of one cluster, as they are after the new steps."""
+
+    verify_steps: int = 0
+    accepted: int = 0
+
+
+@dataclass(slots=True)
+class RequestSums:
+    """What new steps add to one request."""
+
+    verify_steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    kept: int = 0
+
+
+def batch_bucket(batch_size: int) -> int:
+    """The smallest power of two that is not below the batch size."""
+    return 1 << max(0, batch_size - 1).bit_length()
+
+
+def tally_key(step: VerifyStep, version_id: int) -> TallyKey:
+    return TallyKey(step.request_id, version_id, step.depth, step.topk, step.mixed)
+
+
+def add_lists(one: list[int], other: list[int]) -> list[int]:
+    """Element by element; the shorter one counts as zeros there."""
+    if len(one) < len(other):
+        one, other = other, one
+    return [value + (other[i] if i < len(other) else 0) for i, value in enumerate(one)]
+
+
+def per_position(histogram: list[int]) -> list[int]:
+    """How many steps accepted a proposal at depth 1, 2, ...: sums to the accepted proposals."""
+    counts, total = [], 0
+    for steps in reversed(histogram[1:]):
+        total += steps
+        counts.append(total)
+    return counts[::-1]
+
+
+def roll_up(
+    steps: Iterable[VerifyStep],
+    boot_version_id: int,
+    domains: dict[int, str],
+    tallies: dict[TallyKey, Tally],
+) -> tuple[dict[MinuteKey, Minute], dict[int, RequestSums]]:
+    """Sum new steps by minute and by request; ``tallies`` must hold the clusters as stored, and
+    is counted on. A cluster with n steps and y accepted that takes one more step with a accepted
+    grows n^2 by 2n + 1, y^2 by 2ya + a^2 and ny by na + y + a."""
+    minutes: dict[MinuteKey, Minute] = {}
+    requests: dict[int, RequestSums] = {}
+    for step in steps:
+        version_id = step.version_id or boot_version_id
+        key = MinuteKey(
+            step.at_us - step.at_us % MINUTE_US,
+            version_id,
+            domains[step.request_id],
+            step.depth,
+            step.topk,
+            step.accept_rule,
+            batch_bucket(step.batch_size),
+            step.mixed,
+        )
+        minute = minutes.get(key)
+        if minute is None:
+            minute = minutes[key] = Minute()
+        tally = tallies.setdefault(tally_key(step, version_id), Tally())
+        n, y, a = tally.verify_steps, tally.accepted, step.accepted
+        if n == 0:
+            minute.requests += 1
+        minute.sum_steps_squared += 2 * n + 1
+        minute.sum_accepted_squared += 2 * y * a + a * a
+        minute.sum_steps_accepted += n * a + y + a
+        tally.verify_steps, tally.accepted = n + 1, y + a
+        minute.verify_steps += 1
+        minute.proposed += step.proposed
+        minute.accepted += a
+        minute.completion_tokens += step.kept
+        if len(minute.histogram) <= a:
+            minute.histogram.extend([0] * (a + 1 - len(minute.histogram)))
+        minute.histogram[a] += 1
+        sums = requests.get(step.request_id)
+        if sums is None:
+            sums = requests[step.request_id] = RequestSums()
+        sums.verify_steps += 1
+        sums.proposed += step.proposed
+        sums.accepted += a
+        sums.kept += step.kept
+    return minutes, requests
