@@ -219,11 +219,14 @@ class Agent:
             self.channel.put(records)
 
     def after_prefill_results(self, batch: Any, result: Any) -> None:
-        pieces, aux, last = getattr(result, "aurora_prefill", None) or ((), None, None)
+        observed: tuple[Any, Any, Any] = getattr(result, "aurora_prefill", None) or ((), None, None)
+        pieces, aux, last = observed
         for req, state, start, at, rows in pieces:
             if self.capture and not req.is_retracted:
-                part = last[at : at + rows] if last is not None else None
-                self.capture.prompt_rows(req, state, start, aux[at : at + rows], part)
+                part = slice(at, at + rows)
+                self.capture.prompt_rows(
+                    req, state, start, aux[part], last[part] if last is not None else None
+                )
         finished = [
             self._finish(req, req._aurora)
             for req in batch.reqs

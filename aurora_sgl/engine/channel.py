@@ -27,7 +27,7 @@ class Channel:
         self._seq = 0
         self.dropped_records = 0
         self.dropped_traces = 0
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._records = context.socket(zmq.PUSH)
         self._records.set_hwm(1000)
         self._traces = context.socket(zmq.PUSH)

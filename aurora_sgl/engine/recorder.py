@@ -54,7 +54,7 @@ class RequestState:
 
 @dataclass(slots=True)
 class VerifyObservation:
-    """References to what one verify step leaves behind; CPU tensors, or pinned copies on the way."""
+    """What one verify step leaves behind: CPU tensors, or pinned copies on their way."""
 
     draft_token: torch.Tensor  # [batch, nodes]
     first_child: torch.Tensor  # [batch, nodes]

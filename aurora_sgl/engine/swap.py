@@ -50,7 +50,7 @@ class Home:
 
 
 def find_home(name: str, parameters: dict[str, torch.nn.Parameter]) -> Home:
-    """The parameter that ``name`` of a Hugging Face file belongs to. Raises :class:`SwapRefused`."""
+    """The parameter that ``name`` of a file belongs to. Raises :class:`SwapRefused`."""
     for old, new in _RENAMED:
         name = name.replace(old, new)
     for part, fused, shard in _FUSED:
@@ -176,7 +176,7 @@ class Swapper:
                 raise ValueError(f"expected {tuple(shadow.shape)}")
         except (ValueError, RuntimeError, AssertionError) as error:
             raise SwapRefused(
-                f"'{name}' of shape {tuple(tensor.shape)} does not fit the running drafter ({error})"
+                f"'{name}' {tuple(tensor.shape)} does not fit the running drafter ({error})"
             ) from error
 
     def _check_complete(self, staged: Staged, filled: dict[str, int]) -> None:

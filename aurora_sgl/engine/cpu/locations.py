@@ -26,7 +26,7 @@ def _ragged_cells(
     start: torch.Tensor,  # [batch]
     end: torch.Tensor,  # [batch]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of every cell of the ranges ``rows[i], start[i]:end[i]``, one after another."""
+    """Row and column of every cell of the ranges ``rows[i], start[i]:end[i]``, in order."""
     lengths = (end - start).to(torch.int64)
     first = torch.cumsum(lengths, 0) - lengths
     total = int(lengths.sum())
@@ -105,7 +105,7 @@ def _byte_rows(pointer: int, row_bytes: int, rows: int) -> np.ndarray:
     view = _views.get((pointer, row_bytes))
     if view is None or view.shape[0] < rows:
         memory = (ctypes.c_uint8 * (rows * row_bytes)).from_address(pointer)
-        view = np.frombuffer(memory, dtype=np.uint8).reshape(rows, row_bytes)
+        view = np.ctypeslib.as_array(memory).reshape(rows, row_bytes)
         _views[pointer, row_bytes] = view
     return view
 
