@@ -1,0 +1,189 @@
+"""The artifact root: weights and traces as files under one fsspec URL, named by relative URIs.
+
+Everything is written beside its place, checked by size or hash and renamed, so a reader sees the
+whole file or none. In an object store a rename is a copy, and a folder appears file by file;
+there ``config.json`` comes last, so that a folder with one is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import fsspec
+
+from aurora_sgl.config import get_settings
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.hashing import sha256_file
+
+_PIECE = 1 << 20
+_LAST = "config.json"
+
+
+class ArtifactRoot:
+    """Files under ``url`` (default: the settings' root); URIs are relative, with slashes."""
+
+    def __init__(self, url: str | None = None) -> None:
+        self.url = url or get_settings().artifact_root
+        try:
+            fs, path = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise AuroraError(f"AURORA_ARTIFACTS {self.url!r} can't be used: {error}") from None
+        self._fs: Any = fs
+        self._path = str(path).rstrip("/")
+        protocols = fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)
+        self.is_local = "file" in protocols
+
+    def local_path(self, uri: str) -> Path | None:
+        """The path of an artifact when the root is a folder of this machine, else ``None``."""
+        return Path(self._full(uri)) if self.is_local else None
+
+    def exists(self, uri: str) -> bool:
+        """A folder of weights exists when its last file does."""
+        full = self._full(uri)
+        if uri.endswith("/") and not self.is_local:
+            full = f"{full}/{_LAST}"
+        with self._errors(f"look for {uri}"):
+            return bool(self._fs.exists(full))
+
+    def size(self, uri: str) -> int:
+        """Bytes of a file."""
+        with self._errors(f"look at {uri}"):
+            return int(self._fs.size(self._full(uri)))
+
+    @contextmanager
+    def open(self, uri: str) -> Iterator[IO[bytes]]:
+        """A file for reading."""
+        with self._errors(f"read {uri}"), self._fs.open(self._full(uri), "rb") as file:
+            yield file
+
+    def put_file(self, local: Path, uri: str) -> str:
+        """Copy a local file; returns its SHA-256. An older file of that name is replaced."""
+        with self._errors(f"write {uri}"):
+            return self._put(Path(local), self._full(uri))
+
+    def put_folder(self, local: Path, uri: str) -> dict[str, str]:
+        """Copy the files of a local folder, without those in folders below it; the SHA-256 of
+        each by name. Every copy is read back and compared. A folder that exists stays as it is
+        when it holds the same files, otherwise it is replaced."""
+        names = sorted(path.name for path in Path(local).iterdir() if path.is_file())
+        names.sort(key=lambda name: name == _LAST)
+        if not names:
+            raise AuroraError(f"{local} holds no files")
+        hashes = {name: sha256_file(Path(local) / name) for name in names}
+        full = self._full(uri)
+        with self._errors(f"write {uri}"):
+            if self._holds(full, hashes):
+                return hashes
+            target = f"{full}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else full
+            try:
+                for name in names:
+                    self._put(Path(local) / name, f"{target}/{name}")
+                if not self._holds(target, hashes):
+                    raise OSError(errno.EIO, "the copy differs from what was written")
+                if self.is_local:
+                    swap_folders(Path(target), Path(full))
+            except BaseException:
+                if self.is_local:
+                    shutil.rmtree(target, ignore_errors=True)
+                raise
+        return hashes
+
+    def fetch_folder(self, uri: str, into: Path) -> Path:
+        """Copy a folder of artifacts to the local folder ``into``, whole or not at all."""
+        into = Path(into)
+        beside = into.with_name(f".{into.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with self._errors(f"fetch {uri}"):
+                beside.mkdir(parents=True)
+                for found in self._fs.ls(self._full(uri), detail=False):
+                    self._fs.get_file(found, str(beside / PurePosixPath(found).name))
+                swap_folders(beside, into)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        return into
+
+    def delete(self, uri: str) -> None:
+        """Delete a file, or a folder with all in it; nothing happens when it isn't there."""
+        full = self._full(uri)
+        with self._errors(f"delete {uri}"), suppress(FileNotFoundError):
+            self._fs.rm(full, recursive=True)
+
+    def _full(self, uri: str) -> str:
+        parts = PurePosixPath(uri).parts
+        if not parts or uri.startswith("/") or ".." in parts:
+            raise AuroraError(f"{uri!r} is not a path inside of the artifact root")
+        return f"{self._path}/{'/'.join(parts)}"
+
+    def _put(self, local: Path, full: str) -> str:
+        """Copy one file beside ``full``, check its size and rename it."""
+        beside = f"{full}.{uuid.uuid4().hex[:8]}.tmp"
+        digest = hashlib.sha256()
+        self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        try:
+            with local.open("rb") as source, self._fs.open(beside, "wb") as copy:
+                while piece := source.read(_PIECE):
+                    digest.update(piece)
+                    copy.write(piece)
+                if self.is_local:
+                    copy.flush()
+                    os.fsync(copy.fileno())
+            if self._fs.size(beside) != local.stat().st_size:
+                raise OSError(errno.EIO, "the copy is shorter than the file")
+            if self.is_local:
+                os.replace(beside, full)
+            else:
+                self._fs.mv(beside, full)
+        except BaseException:
+            with suppress(OSError):
+                self._fs.rm(beside)
+            raise
+        return digest.hexdigest()
+
+    def _holds(self, full: str, hashes: dict[str, str]) -> bool:
+        try:
+            found = {PurePosixPath(path).name: path for path in self._fs.ls(full, detail=False)}
+        except FileNotFoundError:
+            return False
+        return found.keys() == hashes.keys() and all(
+            self._hash(found[name]) == hashes[name] for name in hashes
+        )
+
+    def _hash(self, full: str) -> str:
+        digest = hashlib.sha256()
+        with self._fs.open(full, "rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise AuroraError(
+                    f"can't {doing}: no space left under {self.url}; free some, or set "
+                    "AURORA_ARTIFACTS to another place"
+                ) from None
+            reason = error.strerror or str(error) or type(error).__name__
+            raise AuroraError(f"can't {doing} under {self.url}: {reason}") from None
+
+
+def swap_folders(new: Path, place: Path) -> None:
+    """Rename ``new`` to ``place``; what was there goes after the new one stands."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.exists():
+        os.rename(new, place)
+        return
+    old = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.old")
+    os.rename(place, old)
+    os.rename(new, place)
+    shutil.rmtree(old, ignore_errors=True)

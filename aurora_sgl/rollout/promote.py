@@ -1,0 +1,225 @@
+"""Promote and roll back: the only two ways in which the alias ``live`` moves.
+
+Each takes the row lock of the group, checks what the caller expected to be live, counts the
+generation up by one and appends a row to ``deployment``. Servers follow by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from aurora_sgl import store
+from aurora_sgl.errors import AuroraError, Refused
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import DeploymentGroup, DrafterVersion
+
+#: ``expected_live`` of a caller that expects that nothing is live yet.
+NONE_LIVE = 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was done, or with ``dry_run`` would be done."""
+
+    action: str  # promote | rollback
+    group: str
+    version_id: int
+    previous_version_id: int | None  # live before
+    generation: int  # of the group, after
+    changed: bool  # False: it was live already, nothing was written
+    dry_run: bool
+    before: dict[str, int]  # alias -> version id
+    after: dict[str, int]
+
+
+def promote(
+    engine: Engine,
+    version_id: int,
+    *,
+    actor: str,
+    reason: str,
+    expected_live: int | None = None,
+    evaluation_id: int | None = None,
+    evidence: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+) -> Change:
+    """Make a version the live one of its group.
+
+    ``expected_live``: the version that the caller saw live (``NONE_LIVE``: none). Left out, it is
+    what is live when the call begins, so that of two calls at once one wins. A version that is
+    live already is left as it is. Raises ``Refused`` when another version is live than expected,
+    when the weights were pruned, or when the evaluation did not pass (``force`` overrides only
+    this one), and ``AuroraError`` for an unknown version, actor or reason missing.
+    """
+    _require(actor, reason)
+    with store.session(engine, write=False) as s:
+        group_id = queries.version(s, version_id).group_id
+        seen = queries.aliases(s, group_id).get("live", NONE_LIVE)
+    with store.session(engine) as s:
+        group = queries.lock_group(s, group_id)
+        version = queries.version(s, version_id)
+        before = queries.aliases(s, group_id)
+        live = before.get("live")
+        if live == version_id:
+            return _unchanged("promote", group, version_id, before, dry_run)
+        _expect(seen if expected_live is None else expected_live, live, "promote", version_id)
+        _require_weights(version)
+        if evaluation_id is not None and not force:
+            _require_pass(s, evaluation_id, version_id)
+        after = {**before, "live": version_id}
+        if live is not None:
+            after["previous"] = live
+        if after.get("candidate") == version_id:
+            del after["candidate"]
+        return _deploy(
+            s, group, "promote", version_id, before, after, actor, reason, evidence,
+            evaluation_id, dry_run,
+        )  # fmt: skip
+
+
+def rollback(
+    engine: Engine,
+    group: str,
+    *,
+    actor: str,
+    reason: str,
+    to: int | None = None,
+    expected_live: int | None = None,
+    evidence: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+) -> Change:
+    """Make the version live again that was live before (``to``: this earlier one).
+
+    Afterwards ``previous`` is what was live before that one, so a second rollback goes one
+    further back and never returns to the version that was left. With ``expected_live`` the call
+    can be repeated: once that version was rolled back, nothing more happens. Raises ``Refused``
+    when there is nothing to go back to, when ``to`` was never live, or when another version is
+    live than expected.
+    """
+    _require(actor, reason)
+    with store.session(engine, write=False) as s:
+        group_id = queries.group_by_name(s, group).id
+        seen = queries.aliases(s, group_id).get("live", NONE_LIVE)
+    with store.session(engine) as s:
+        row = queries.lock_group(s, group_id)
+        before = queries.aliases(s, group_id)
+        live = before.get("live")
+        if live is None:
+            raise Refused(f"nothing is live in group {group!r}, so nothing can be rolled back")
+        last = queries.deployments(s, group_id, limit=1)[0]
+        if last.action == "rollback" and last.previous_version_id == expected_live and (
+            to is None or to == live
+        ):  # fmt: skip
+            return _unchanged("rollback", row, live, before, dry_run)
+        if to == live:
+            return _unchanged("rollback", row, live, before, dry_run)
+        target = to if to is not None else before.get("previous")
+        if target is None:
+            raise Refused(
+                f"version {live} is the first that was live in group {group!r}; "
+                "there is nothing to roll back to, promote another version instead"
+            )
+        _expect(seen if expected_live is None else expected_live, live, "roll back to", target)
+        version = queries.version(s, target)
+        was = queries.promotion_of(s, group_id, target)
+        if version.group_id != group_id or was is None:
+            raise Refused(f"version {target} was never live in group {group!r}; promote it")
+        _require_weights(version)
+        after = {**before, "live": target}
+        after.pop("previous", None)
+        if was.previous_version_id is not None:
+            after["previous"] = was.previous_version_id
+        return _deploy(
+            s, row, "rollback", target, before, after, actor, reason, evidence, None, dry_run
+        )
+
+
+def set_candidate(engine: Engine, version_id: int | None, group_id: int) -> None:
+    """Say which version is being looked at; ``None``: none is."""
+    with store.session(engine) as s:
+        queries.lock_group(s, group_id)
+        if version_id is not None and queries.version(s, version_id).group_id != group_id:
+            raise AuroraError(f"version {version_id} belongs to another group")
+        queries.set_alias(s, group_id, "candidate", version_id)
+
+
+def _deploy(
+    s: Session,
+    group: DeploymentGroup,
+    action: str,
+    version_id: int,
+    before: dict[str, int],
+    after: dict[str, int],
+    actor: str,
+    reason: str,
+    evidence: Mapping[str, Any] | None,
+    evaluation_id: int | None,
+    dry_run: bool,
+) -> Change:
+    live = before.get("live")
+    if dry_run:
+        return Change(action, group.name, version_id, live, group.generation + 1, True, True,
+                      before, after)  # fmt: skip
+    for name in before.keys() | after.keys():
+        if before.get(name) != after.get(name):
+            queries.set_alias(s, group.id, name, after.get(name))
+    row = queries.add_deployment(
+        s, group, action=action, version_id=version_id, previous_version_id=live,
+        actor=actor.strip(), reason=reason.strip(), before=before, after=after,
+        evidence=evidence or {}, evaluation_id=evaluation_id,
+    )  # fmt: skip
+    return Change(action, group.name, version_id, live, row.generation, True, False, before, after)
+
+
+def _unchanged(
+    action: str, group: DeploymentGroup, version_id: int, aliases: dict[str, int], dry_run: bool
+) -> Change:
+    return Change(action, group.name, version_id, version_id, group.generation, False, dry_run,
+                  aliases, aliases)  # fmt: skip
+
+
+def _require(actor: str, reason: str) -> None:
+    if not actor.strip():
+        raise AuroraError("a deployment needs an actor: who does this?")
+    if not reason.strip():
+        raise AuroraError("a deployment needs a reason; say it with --reason")
+
+
+def _expect(expected: int, live: int | None, action: str, version_id: int) -> None:
+    if expected != (live or NONE_LIVE):
+        raise Refused(
+            f"refused to {action} version {version_id}: expected {_name(expected)} to be live, "
+            f"but {_name(live or NONE_LIVE)} is; look at it and try again"
+        )
+
+
+def _name(version_id: int) -> str:
+    return "no version" if version_id == NONE_LIVE else f"version {version_id}"
+
+
+def _require_weights(version: DrafterVersion) -> None:
+    if version.pruned_at is not None:
+        raise Refused(
+            f"the weights of version {version.id} were deleted on {version.pruned_at:%Y-%m-%d}; "
+            "import the same drafter again first"
+        )
+
+
+def _require_pass(s: Session, evaluation_id: int, version_id: int) -> None:
+    evaluation = queries.evaluation(s, evaluation_id)
+    if evaluation.candidate_id != version_id:
+        raise Refused(
+            f"evaluation {evaluation_id} is of version {evaluation.candidate_id}, "
+            f"not of version {version_id}"
+        )
+    if evaluation.verdict != "pass":
+        raise Refused(
+            f"evaluation {evaluation_id} of version {version_id} says {evaluation.verdict}; "
+            "a person may promote it with --force"
+        )

@@ -1,0 +1,213 @@
+"""Versions in and out of the store: import, export, list, show, pin."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine
+
+from aurora_sgl import store
+from aurora_sgl.artifacts import ArtifactRoot, swap_folders
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation
+
+if TYPE_CHECKING:
+    from aurora_sgl.drafter.target import TargetInfo
+
+
+@dataclass(frozen=True)
+class VersionLine:
+    """A row of ``versions list``."""
+
+    version: DrafterVersion
+    aliases: tuple[str, ...]
+    served: queries.AcceptLength | None  # over all draft shapes; None: has not served yet
+
+
+@dataclass(frozen=True)
+class VersionDetails:
+    """What ``versions show`` shows."""
+
+    line: VersionLine
+    lineage: list[int]  # parent, its parent, ...
+    evaluations: list[Evaluation]
+    deployments: list[Deployment]
+    has_weights: bool
+
+
+def import_version(
+    engine: Engine,
+    artifacts: ArtifactRoot,
+    path: Path,
+    group: str,
+    *,
+    source: str = "import",
+    parent_id: int | None = None,
+    training_run_id: int | None = None,
+    note: str = "",
+    metrics: Mapping[str, Any] | None = None,
+    target: TargetInfo | None = None,
+) -> DrafterVersion:
+    """Make a drafter folder a version of a group.
+
+    The folder is validated (against ``target`` too, when given), hashed and copied to
+    ``versions/<weights_sha256[:16]>/``. The same weights again give the version that is there.
+    Raises ``AuroraError`` with the first problem found; nothing is written then.
+    """
+    from aurora_sgl.drafter import checkpoint  # torch is slow to import
+    from aurora_sgl.drafter.config import read_config
+
+    path = Path(path)
+    problems = checkpoint.validate(path, target)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise AuroraError(f"{path} can't be imported: {problems[0]}{more}")
+    tensors = checkpoint.read_tensors(path)
+    config = read_config(path, target_layers=target.num_layers if target else 0)
+    weights_sha256 = checkpoint.content_sha256(tensors)
+    uri = f"versions/{weights_sha256[:16]}/"
+    with store.session(engine, write=False) as s:
+        owner = queries.group_by_name(s, group)
+        if config.architecture != owner.draft_architecture:
+            raise AuroraError(
+                f"{path} is a {config.architecture}, group {group!r} runs "
+                f"{owner.draft_architecture}"
+            )
+        if parent_id is not None and queries.version(s, parent_id).group_id != owner.id:
+            raise AuroraError(f"parent version {parent_id} belongs to another group")
+        known = queries.version_by_sha256(s, owner.id, weights_sha256)
+    if known is None or known.pruned_at is not None or not artifacts.exists(uri):
+        artifacts.put_folder(path, uri)
+    with store.session(engine) as s:
+        version, _ = queries.add_version(
+            s,
+            group_id=owner.id,
+            parent_id=parent_id,
+            architecture=config.architecture,
+            weights_uri=uri,
+            weights_sha256=weights_sha256,
+            vocab_sha256=checkpoint.vocab_sha256(tensors),
+            draft_vocab_size=config.draft_vocab_size,
+            target_model=owner.target_model,
+            target_revision=owner.target_revision,
+            training_run_id=training_run_id,
+            source=source,
+            note=note,
+            config=config.to_json(),
+            metrics=metrics,
+        )
+        if version.pruned_at is not None:
+            queries.set_restored(s, version.id)
+    return version
+
+
+def export_version(
+    engine: Engine, artifacts: ArtifactRoot, version_id: int, into: Path, *, force: bool = False
+) -> Path:
+    """Copy a version's folder out; any SGLang loads it. The copy is hashed and compared.
+
+    Raises ``AuroraError`` when ``into`` has something in it (``force`` replaces it), when the
+    weights were pruned, or when they do not have the hash of the version.
+    """
+    into = Path(into)
+    if into.exists() and (not into.is_dir() or any(into.iterdir())) and not force:
+        raise AuroraError(f"{into} is not empty; choose another folder or add --force")
+    with store.session(engine, write=False) as s:
+        version = queries.version(s, version_id)
+    beside = into.with_name(f".{into.name}.export")
+    fetch_verified(artifacts, version, beside)
+    swap_folders(beside, into)
+    return into
+
+
+def fetch_verified(artifacts: ArtifactRoot, version: DrafterVersion, into: Path) -> Path:
+    """A local copy of a version's folder whose tensors have the version's hash.
+
+    Raises ``AuroraError`` when they have not; the copy is gone then.
+    """
+    from aurora_sgl.drafter import checkpoint
+
+    if version.pruned_at is not None:
+        raise AuroraError(f"the weights of version {version.id} were deleted by db prune")
+    artifacts.fetch_folder(version.weights_uri, into)
+    try:
+        found = checkpoint.content_sha256(checkpoint.read_tensors(into))
+        if found != version.weights_sha256:
+            raise AuroraError(
+                f"{version.weights_uri} has hash {found[:16]}, version {version.id} says "
+                f"{version.weights_sha256[:16]}: the file was changed or damaged"
+            )
+    except AuroraError:
+        shutil.rmtree(into, ignore_errors=True)
+        raise
+    return into
+
+
+def list_versions(engine: Engine, group: str) -> list[VersionLine]:
+    """Oldest first."""
+    with store.session(engine, write=False) as s:
+        group_id = queries.group_by_name(s, group).id
+        names = queries.aliases(s, group_id)
+        served = {row.version_id: row for row in queries.accept_length_by_version(s, group_id)}
+        return [_line(v, names, served) for v in queries.versions(s, group_id)]
+
+
+def show_version(engine: Engine, artifacts: ArtifactRoot, version_id: int) -> VersionDetails:
+    """Raises ``AuroraError`` for an unknown version."""
+    with store.session(engine, write=False) as s:
+        version = queries.version(s, version_id)
+        served = {
+            row.version_id: row for row in queries.accept_length_by_version(s, version.group_id)
+        }
+        lineage: list[int] = []
+        parent = version.parent_id
+        while parent is not None and parent not in lineage:
+            lineage.append(parent)
+            parent = queries.version(s, parent).parent_id
+        history = queries.deployments(s, version.group_id)
+        return VersionDetails(
+            line=_line(version, queries.aliases(s, version.group_id), served),
+            lineage=lineage,
+            evaluations=list(queries.evaluations(s, version_id)),
+            deployments=[
+                row for row in history if version_id in (row.version_id, row.previous_version_id)
+            ],
+            has_weights=version.pruned_at is None and artifacts.exists(version.weights_uri),
+        )
+
+
+def pin_version(engine: Engine, version_id: int, pinned: bool = True) -> DrafterVersion:
+    """A pinned version keeps its weights, whatever retention says."""
+    with store.session(engine) as s:
+        return queries.set_pinned(s, version_id, pinned)
+
+
+def resolve_version(engine: Engine, group: str, name: str) -> int:
+    """A version id from what a person types: an id, an alias, or the start of a hash (at least
+    six characters). Raises ``AuroraError`` when nothing fits."""
+    with store.session(engine, write=False) as s:
+        group_id = queries.group_by_name(s, group).id
+        names = queries.aliases(s, group_id)
+        if name in names:
+            return names[name]
+        if name.isdecimal() and len(name) < 12:
+            return queries.version(s, int(name)).id
+        if len(name) >= 6:
+            found = queries.version_by_sha256(s, group_id, name.lower())
+            if found is not None:
+                return found.id
+    raise AuroraError(f"no version {name!r} in group {group!r}; see: aurora-sgl versions list")
+
+
+def _line(
+    version: DrafterVersion,
+    names: Mapping[str, int],
+    served: Mapping[int, queries.AcceptLength],
+) -> VersionLine:
+    here: Sequence[str] = [name for name, target in names.items() if target == version.id]
+    return VersionLine(version, tuple(sorted(here)), served.get(version.id))
