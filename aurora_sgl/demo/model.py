@@ -239,7 +239,13 @@ def hugging_face_name(name: str) -> str:
 
 def write_tokenizer(facts: dict[str, Any], into: Path) -> None:
     """Byte-level BPE; SmolLM (``tokenizer.ggml.pre = smollm``) also splits numbers into digits."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import (  # type: ignore[import-untyped]
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+    )
 
     tokens: list[str] = facts["tokenizer.ggml.tokens"]
     control = 3  # gguf.TokenType.CONTROL

@@ -1,0 +1,116 @@
+"""Sample traffic: the project's own prompts, or the user's from a JSON Lines file.
+
+One line is one request: ``{"prompt": "...", "domain": "chat", "max_tokens": 128}``. Only ``prompt``
+is required. ``"held_out": true`` marks prompts that measure drafters and are never trained on; in a
+file without such marks a tenth of each domain is taken, by the hash of the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.hashing import sha256_bytes
+
+SAMPLES = Path(__file__).with_name("prompts.jsonl")
+DEFAULT_MAX_TOKENS = 128
+HELD_OUT_SHARE = 0.1
+MAX_TOKENS_LIMIT = 100_000
+
+#: What the header x-aurora-domain carries unchanged.
+_DOMAIN = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request of the sample traffic."""
+
+    domain: str
+    prompt: str
+    max_tokens: int
+    held_out: bool = False
+
+
+def sample_prompts() -> list[Prompt]:
+    """The 420 prompts of the project's own, in the order in which the demo sends them."""
+    return load_prompts(SAMPLES)
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    """Reads a JSON Lines file; empty lines are skipped.
+
+    Raises ``AuroraError`` with file, line number and reason for the first line that is broken, and
+    when the file can't be read or holds no prompt to train on.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise AuroraError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise AuroraError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    prompts = [
+        _prompt_of(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not any(prompt.held_out for prompt in prompts):
+        prompts = _with_some_held_out(prompts)
+    if all(prompt.held_out for prompt in prompts):
+        raise AuroraError(f"{path}: holds no prompt that may be trained on")
+    return prompts
+
+
+def to_serve(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The traffic: what is sent, recorded and trained on."""
+    return [prompt for prompt in prompts if not prompt.held_out]
+
+
+def to_measure(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The held-out prompts; send them with ``x-aurora-train: no``."""
+    return [prompt for prompt in prompts if prompt.held_out]
+
+
+def _prompt_of(line: str, where: str) -> Prompt:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise AuroraError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise AuroraError(f"{where}: expected an object such as {{'prompt': '...'}}")
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise AuroraError(f"{where}: 'prompt' must be a text that is not empty")
+    domain = row.get("domain", "default")
+    if not isinstance(domain, str) or not _DOMAIN.fullmatch(domain):
+        raise AuroraError(f"{where}: 'domain' must be 1 to 64 letters, digits or any of _ . -")
+    max_tokens = row.get("max_tokens", DEFAULT_MAX_TOKENS)
+    if type(max_tokens) is not int or not 1 <= max_tokens <= MAX_TOKENS_LIMIT:
+        raise AuroraError(f"{where}: 'max_tokens' must be a whole number of at least 1")
+    held_out = row.get("held_out", False)
+    if not isinstance(held_out, bool):
+        raise AuroraError(f"{where}: 'held_out' must be true or false")
+    return Prompt(domain, prompt, max_tokens, held_out)
+
+
+def _with_some_held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Marks a tenth of each domain, at least one of a domain with two different prompts."""
+    texts: dict[str, set[str]] = defaultdict(set)
+    for prompt in prompts:
+        texts[prompt.domain].add(prompt.prompt)
+    chosen = {
+        (domain, text)
+        for domain, found in texts.items()
+        if len(found) > 1
+        for text in sorted(found, key=lambda text: sha256_bytes(text.encode()))[
+            : max(1, round(len(found) * HELD_OUT_SHARE))
+        ]
+    }
+    return [
+        replace(prompt, held_out=(prompt.domain, prompt.prompt) in chosen) for prompt in prompts
+    ]
