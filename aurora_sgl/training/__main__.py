@@ -1,0 +1,93 @@
+"""``python -m aurora_sgl.training``: one run in a process of its own, at low priority.
+
+Prints one JSON object (the outcome) on stdout and progress, one JSON object a line, on stderr.
+Exit code 0 when the run succeeded or was skipped, 1 when it failed, 2 for wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.training.settings import TrainSettings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m aurora_sgl.training", description=__doc__)
+    parser.add_argument("--group", default="", help="deployment group (default: the settings')")
+    parser.add_argument("--trigger", default="manual", help="why this run: a word for the store")
+    parser.add_argument("--target", type=Path, help="folder of the target model")
+    parser.add_argument("--base", type=int, help="version to start from (default: the live one)")
+    parser.add_argument("--settings", default="{}", help="JSON object of training settings")
+    given = parser.parse_args(arguments)
+    try:
+        settings = TrainSettings.model_validate_json(given.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        parser.error(f"--settings: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+    os.nice(settings.nice)
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        outcome = _run(given, settings)
+    except AuroraError as error:
+        outcome = {"status": "failed", "error": str(error)}
+    print(json.dumps(outcome), flush=True)
+    return 1 if outcome["status"] == "failed" else 0
+
+
+def _run(given: argparse.Namespace, settings: TrainSettings) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    from aurora_sgl import store
+    from aurora_sgl.artifacts import ArtifactRoot
+    from aurora_sgl.config import get_settings
+    from aurora_sgl.store import queries
+    from aurora_sgl.training.run import train_once
+
+    engine = store.connect()
+    with store.session(engine, write=False) as s:
+        group = queries.group_by_name(s, given.group or get_settings().group)
+    return train_once(
+        engine,
+        ArtifactRoot(get_settings().artifact_root),
+        group,
+        settings,
+        trigger=given.trigger,
+        progress=_Printer(),
+        target=given.target,
+        base_version_id=given.base,
+    ).as_json()
+
+
+class _Printer:
+    """Progress on stderr, at most two update lines a second."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if event.get("event") == "update" and now - self.last < 0.5:
+            return
+        self.last = now
+        print(json.dumps(event), file=sys.stderr, flush=True)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

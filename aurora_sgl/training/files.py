@@ -1,0 +1,51 @@
+"""Files of the artifact root, as paths on this machine."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from aurora_sgl.errors import AuroraError
+
+
+class Artifacts(Protocol):
+    """What training needs of :class:`aurora_sgl.artifacts.ArtifactRoot`."""
+
+    def local_path(self, uri: str) -> Path | None: ...
+
+    def open(self, uri: str) -> IO[bytes]: ...
+
+    def fetch_folder(self, uri: str, into: Path) -> Any: ...
+
+
+class TraceFiles:
+    """Paths of trace files: in place when the root is a local folder, else fetched once."""
+
+    def __init__(self, artifacts: Artifacts, cache: Path) -> None:
+        self.artifacts, self.cache = artifacts, cache
+
+    def __call__(self, uri: str) -> Path:
+        """A path that exists, or one that does not when the file is gone.
+
+        Raises ``AuroraError`` when a remote file cannot be fetched.
+        """
+        local = self.artifacts.local_path(uri)
+        if local is not None:
+            return Path(local)
+        path = self.cache / uri
+        if not path.exists():
+            self._fetch(uri, path)
+        return path
+
+    def _fetch(self, uri: str, path: Path) -> None:
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self.artifacts.open(uri) as source, beside.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+            beside.rename(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise AuroraError(f"cannot fetch trace {uri}: {error}") from None

@@ -1,0 +1,80 @@
+"""Holes at the start of a trace, filled from traces that share the tokens.
+
+A prefix that came from the radix cache was not computed again, so its hidden states were not seen.
+They depend on the tokens before them alone, so any trace of the same tokens has the same ones.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.training.traces import read_tokens
+
+Locate = Callable[[str], Path]  # uri of a trace -> a file on this machine
+
+_HEAD = 16  # tokens behind RecentRequest.head_sha256
+_TOKENS_KEPT = 256  # traces whose tokens stay in memory
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Features of positions ``begin .. end - 1`` from one trace, whose own start is ``start``."""
+
+    uri: str
+    start: int
+    begin: int
+    end: int
+
+
+class Prefixes:
+    """Finds the pieces that make a request's features whole."""
+
+    def __init__(self, rows: Iterable[RecentRequest], locate: Locate) -> None:
+        self.locate = locate
+        self.rows = list(rows)
+        self.by_head: dict[str, list[RecentRequest]] = defaultdict(list)
+        for row in self.rows:
+            self.by_head[row.head_sha256].append(row)
+        self.tokens: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def pieces(self, row: RecentRequest) -> tuple[Piece, ...] | None:
+        """Pieces from position 0 to ``row.end`` in order; None when the hole cannot be filled."""
+        found = [Piece(row.uri, row.start, row.start, row.end)]
+        need = row.start
+        while need > 0:
+            donor = self._donor(row, need)
+            if donor is None:
+                return None
+            found.append(Piece(donor.uri, donor.start, donor.start, need))
+            need = donor.start
+        return tuple(reversed(found))
+
+    def _donor(self, row: RecentRequest, need: int) -> RecentRequest | None:
+        """The trace that reaches furthest back among those that hold position ``need - 1``."""
+        near = self.by_head[row.head_sha256] if need >= _HEAD else self.rows
+        fitting = [d for d in near if d.start < need <= d.end and d.request_id != row.request_id]
+        own = self._tokens_of(row)
+        for donor in sorted(fitting, key=lambda d: (d.start, d.request_id)):
+            try:
+                other = self._tokens_of(donor)
+            except AuroraError:
+                continue  # a broken donor is no donor
+            if len(other) >= need and bool((other[:need] == own[:need]).all()):
+                return donor
+        return None
+
+    def _tokens_of(self, row: RecentRequest) -> torch.Tensor:
+        if row.uri in self.tokens:
+            self.tokens.move_to_end(row.uri)
+            return self.tokens[row.uri]
+        self.tokens[row.uri] = read_tokens(self.locate(row.uri))
+        if len(self.tokens) > _TOKENS_KEPT:
+            self.tokens.popitem(last=False)
+        return self.tokens[row.uri]

@@ -1,0 +1,50 @@
+"""Small random targets and drafters for the tests of drafter and training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, VOCAB, LAYERS = 16, 40, 8
+
+
+def target_folder(folder: Path, *, tied: bool = True, files: int = 1, **config: Any) -> Path:
+    """A folder with the config and the two tensors that a drafter reads of a target."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+        "num_hidden_layers": LAYERS,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000.0,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "eos_token_id": 2,
+        **config,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(VOCAB, HIDDEN, generator=generator),
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
+    if not tied:
+        tensors["lm_head.weight"] = torch.randn(VOCAB, HIDDEN, generator=generator)
+    if files == 1:
+        save_file(tensors, str(folder / "model.safetensors"))
+        return folder
+    names = {}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        names[name] = f"model-{number}.safetensors"
+        save_file({name: tensor}, str(folder / names[name]))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder
