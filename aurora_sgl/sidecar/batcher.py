@@ -12,11 +12,10 @@ import threading
 from collections import Counter, defaultdict
 
 import msgspec
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from aurora_sgl import wire
 from aurora_sgl.sidecar.cursor import Boot, Cursor
-from aurora_sgl.sidecar.link import StoreAway, StoreLink, is_away
+from aurora_sgl.sidecar.link import StoreAway, StoreLink
 from aurora_sgl.sidecar.servers import Known, Registry
 from aurora_sgl.sidecar.spool import Frame, Spool
 from aurora_sgl.sidecar.trace_files import TraceRow
@@ -223,9 +222,9 @@ class Batcher:
                     engine, known.server_id, boot_id, batch
                 ).inserted_events
             return 0
-        except (SQLAlchemyError, ValueError, OverflowError, TypeError) as error:
-            if isinstance(error, DBAPIError) and is_away(error):
-                raise
+        except StoreAway:
+            raise
+        except Exception as error:
             if len(batch) > 1:
                 half = len(batch) // 2
                 first = self._ingest(known, boot_id, batch[:half])

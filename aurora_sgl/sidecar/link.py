@@ -32,6 +32,7 @@ class StoreLink:
         self._engine: Engine | None = None
         self._file: tuple[Path, int] | None = None  # SQLite: path and inode
         self._complained = ""
+        self.connects = 0  # grows with each new connection: what was cached of the store is old
         self.last_ok = 0.0  # time.monotonic() of the last success; 0: never
 
     def engine(self) -> Engine:
@@ -64,6 +65,7 @@ class StoreLink:
         if engine.dialect.name == "sqlite" and engine.url.database:
             path = Path(engine.url.database)
             self._file = (path, path.stat().st_ino)
+        self.connects += 1
         return engine
 
     def _complain(self, why: str) -> None:
@@ -85,10 +87,10 @@ class StoreLink:
         engine = self.engine()
         try:
             yield engine
-        except DBAPIError as error:
+        except Exception as error:
             if not is_away(error):
                 raise
-            self._complain(str(error.orig or error))
+            self._complain(str(getattr(error, "orig", None) or error))
         else:
             self._ok()
 
@@ -105,7 +107,12 @@ class StoreLink:
                 self._engine = None
 
 
-def is_away(error: DBAPIError) -> bool:
-    """Whether trying the same again later can help: locked, full, restarting, unreachable."""
-    name = type(error).__name__
-    return error.connection_invalidated or name in ("OperationalError", "InterfaceError")
+def is_away(error: Exception) -> bool:
+    """Whether trying the same again later can help: locked, full, restarting, unreachable.
+
+    By name, because a COPY raises the driver's own errors, not SQLAlchemy's.
+    """
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return not names.isdisjoint({"OperationalError", "InterfaceError"})

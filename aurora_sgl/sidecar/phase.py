@@ -56,8 +56,11 @@ def decide(
     needed: float | None,  # break-even accept length
     hoped: Expected | None,
     now: str,
+    plain_steps_possible: bool = True,
 ) -> Phase:
     """The phase for ``Settings.speculation`` = ``mode``; ``now`` is the present phase's name."""
+    if not plain_steps_possible:
+        return Phase(SPECULATING, 1.0, "this server can't make steps without drafts")
     if mode == "on":
         return Phase(SPECULATING, 1.0, "speculation is set to on")
     if mode == "off":

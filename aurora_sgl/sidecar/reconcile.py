@@ -108,6 +108,8 @@ class Reconciler:
         if known.boot_version_id is not None:
             self._tell_identity(known, live)
             self._reconcile(known, hello, live)
+        else:
+            self.agrees = not drafter_path(hello)  # a server without a drafter has none to swap
         self._decide_phase(known, hello, live)
         self._report(known, hello, live)
         self._tidy(known)
@@ -175,6 +177,7 @@ class Reconciler:
             phase.break_even(hello.counters),
             hoped,
             self.phase.name,
+            hello.server.get("plain_steps_possible") is not False,
         )
         if (decided.name, decided.share) != (self.phase.name, self.phase.share):
             log.info("%s, share %.2f: %s", decided.name, decided.share, decided.reason)
@@ -210,8 +213,8 @@ class Reconciler:
         if fields == self._reported and live.hellos == self._told_store:
             return
         with self._link.session() as s:
-            seen = {"last_seen_at": clock.utc_now()} if live.hellos != self._told_store else {}
-            queries.touch_server(s, known.server_id, **fields, **seen)
+            heard = clock.utc_now() - timedelta(seconds=time.monotonic() - live.heard_at)
+            queries.touch_server(s, known.server_id, **fields, last_seen_at=heard)
         self._reported, self._told_store = fields, live.hellos
 
     def _tidy(self, known: Known) -> None:

@@ -1,9 +1,10 @@
 """Which server speaks: boots by their Hello, and their rows in the store.
 
-``Hello.server`` carries (strings unless said otherwise): ``name``, ``target_model``,
+Of ``Hello.server`` the sidecar reads (strings unless said otherwise): ``name``, ``target_model``,
 ``target_revision``, ``draft_architecture``, ``drafter_path``, ``drafter_source`` (scratch |
-import), ``dtype``, ``sglang_version``, ``aux_layers`` (list of int), and of the target
-``hidden_size``, ``vocab_size``, ``num_layers`` (int) and ``model_type``.
+import), ``dtype``, ``sglang_version``, ``aux_layers`` (list of int), ``live_sha256`` (of the
+drafter at start), ``plain_steps_possible`` (bool), and of the target ``target_hidden_size``,
+``target_vocab_size`` and ``target_num_layers`` (int).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Registry:
         self._lock = threading.Lock()
         self._hellos = {b: boot.hello for b, boot in cursor.boots.items() if boot.hello}
         self._known: dict[int, Known] = {}
+        self._connects = 0
         self._swaps: list[wire.SwapDone] = []
         self._live: dict[int, Live] = {}
         self.current = 0  # boot that said hello last in this process; 0: none yet
@@ -73,7 +75,8 @@ class Registry:
                 live = self._live.setdefault(record.boot_id, Live())
                 if record.live_version_id != live.version_id:
                     live.version_id, live.sha256 = record.live_version_id, ""
-                live.sha256 = str(record.server.get("live_sha256") or live.sha256)
+                if not record.swap_count:  # afterwards SwapDone says it
+                    live.sha256 = str(record.server.get("live_sha256") or live.sha256)
                 live.heard_at = time.monotonic()
                 live.hellos += 1
         elif isinstance(record, wire.SwapDone):
@@ -106,7 +109,11 @@ class Registry:
 
         Raises ``StoreAway``.
         """
+        self._link.engine()
         with self._lock:
+            if self._connects != self._link.connects:
+                self._connects = self._link.connects
+                self._known.clear()
             known = self._known.get(boot_id)
             hello = self._hellos.get(boot_id)
         if known is not None or hello is None:

@@ -69,12 +69,14 @@ class Stager:
 
         with tempfile.TemporaryDirectory(prefix="aurora-sgl-fetch-") as scratch:
             source = self._folder(wanted, Path(scratch))
-            problems = checkpoint.validate(source, target_info(hello))
+            target = target_info(hello)
+            problems = checkpoint.validate(source, target)
             if problems:
                 raise AuroraError(
                     f"version {wanted.version_id} does not fit this server: {problems[0]}"
                 )
-            self._refuse_other_shape(source, hello, wanted)
+            layers = target.num_layers if target else 0
+            self._refuse_other_shape(source, hello, wanted, layers)
             weights = source / checkpoint.WEIGHTS
             folder = self._room(weights.stat().st_size, wanted.version_id)
             try:
@@ -93,14 +95,13 @@ class Stager:
         return Staged(wanted, folder, folder / checkpoint.WEIGHTS)
 
     @staticmethod
-    def _refuse_other_shape(source: Path, hello: wire.Hello, wanted: Wanted) -> None:
+    def _refuse_other_shape(source: Path, hello: wire.Hello, wanted: Wanted, layers: int) -> None:
         """The engine copies tensors in place: shapes must be those that it was started with."""
         from aurora_sgl.drafter.config import read_config
 
         booted = drafter_path(hello)
         if not booted or not Path(booted).is_dir():
             return
-        layers = int(hello.server.get("num_layers") or 0)
         have = read_config(Path(booted), target_layers=layers)
         want = read_config(source, target_layers=layers)
         names = [field.name for field in dataclasses.fields(have)]
@@ -146,17 +147,22 @@ def _alive(name: str) -> bool:
 
 def target_info(hello: wire.Hello) -> TargetInfo | None:
     """The server's target as ``drafter.checkpoint.validate`` wants it; None when not said."""
-    from aurora_sgl.drafter.target import TargetInfo
+    from aurora_sgl.drafter.target import TargetInfo, read_target
 
     said = hello.server
-    if not said.get("hidden_size") or not said.get("vocab_size"):
+    model, revision = str(said.get("target_model", "")), str(said.get("target_revision", ""))
+    if (Path(model) / "config.json").is_file():
+        return read_target(Path(model), model=model, revision=revision)
+    sizes = [said.get(f"target_{name}") for name in ("hidden_size", "vocab_size", "num_layers")]
+    if not all(sizes):
         return None
+    hidden, vocabulary, layers = (int(size) for size in sizes if size)
     return TargetInfo(
-        model=str(said.get("target_model", "")),
-        hidden_size=int(said["hidden_size"]),
-        vocab_size=int(said["vocab_size"]),
-        num_layers=int(said.get("num_layers") or 0),
-        model_type=str(said.get("model_type", "")),
+        model=model,
+        hidden_size=hidden,
+        vocab_size=vocabulary,
+        num_layers=layers,
+        model_type="",
         raw={},
-        revision=str(said.get("target_revision", "")),
+        revision=revision,
     )

@@ -1,0 +1,192 @@
+"""The engine's side of the sidecar's sockets, and the sidecar as a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+
+from aurora_sgl import wire
+from aurora_sgl.sidecar.endpoint import address
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "it") -> Any:
+    """The first true value of ``condition``; fails after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen within {seconds} s")
+
+
+class Sidecar:
+    """One sidecar process."""
+
+    def __init__(self, home: Path, endpoint: Path, *options: str, **settings: object) -> None:
+        self.home, self.endpoint = home, endpoint
+        self.log = home / "sidecar.log"
+        home.mkdir(parents=True, exist_ok=True)
+        self._options = options
+        self._environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("AURORA_")},
+            "AURORA_HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+            **{f"AURORA_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        self.starts = 0
+        self.start()
+
+    def start(self) -> None:
+        self.starts += 1
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "aurora_sgl.sidecar", "--endpoint", str(self.endpoint),
+                 *self._options],
+                env=self._environment, stdout=log, stderr=log, cwd=self.home,
+            )  # fmt: skip
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self.text().count(": ready: ") == self.starts, 30, "a ready sidecar")
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(20)
+
+    def get(self, path: str) -> tuple[int, str]:
+        url = json.loads((self.endpoint / "health.json").read_text())["url"]
+        try:
+            with urllib.request.urlopen(url + path, timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+class Engine:
+    """What the plugin does with the sockets: numbers its envelopes, says hello, obeys commands."""
+
+    def __init__(self, endpoint: Path, boot_id: int, **server: object) -> None:
+        endpoint.mkdir(parents=True, exist_ok=True)
+        self.boot_id = boot_id
+        self.server: dict[str, Any] = {
+            "name": "test:30000",
+            "target_model": "target",
+            "target_revision": "",
+            "draft_architecture": "LlamaForCausalLMEagle3",
+            "dtype": "bfloat16",
+            "sglang_version": "0.5.21",
+            "aux_layers": [1, 2, 3],
+            **server,
+        }
+        self.context = zmq.Context()
+        self.records = self.context.socket(zmq.PUSH)
+        self.traces = self.context.socket(zmq.PUSH)
+        self.commands = self.context.socket(zmq.PULL)
+        for name in ("records", "traces", "commands"):
+            socket = getattr(self, name)
+            socket.linger = 0
+            socket.reconnect_ivl = 50
+            socket.connect(address(endpoint, name))
+        self.seq = 0
+        self.live = 0
+        self.dropped = 0
+        self.counters: dict[str, float] = {}
+        self.heard: list[wire.Command] = []
+        self.refuse = ""
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def send(self, *records: wire.Record) -> int:
+        with self._lock:
+            self.seq += 1
+            envelope = wire.Envelope(self.boot_id, self.seq, list(records))
+            self.records.send(wire.encode(envelope))
+            return self.seq
+
+    def hello(self) -> None:
+        self.send(
+            wire.Hello(
+                self.boot_id, os.getpid(), self.server, self.live, 0, self.dropped, self.counters
+            )
+        )
+
+    def trace(
+        self, request_id: int, start: int, tokens: list[int], rows: int, **changes: Any
+    ) -> None:
+        fields: dict[str, Any] = {
+            "dtype": "float32", "aux_width": 6, "last_width": 2, "final": False,
+            "output_start": 4, "greedy": True, "step_starts": [], **changes,
+        }  # fmt: skip
+        header = wire.TraceHeader(self.boot_id, request_id, start, tokens, **fields)
+        aux = np.random.rand(rows, fields["aux_width"]).astype(np.float32).tobytes()
+        last = np.random.rand(rows, fields["last_width"]).astype(np.float32).tobytes()
+        self.traces.send_multipart([wire.encode(header), aux, last])
+
+    def run(self) -> None:
+        """Say hello every half second and obey commands, as the scheduler's loop does."""
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        last = 0.0
+        while not self._stop.wait(0.02):
+            if time.monotonic() - last > 0.5:
+                last = time.monotonic()
+                self.hello()
+            while True:
+                try:
+                    command = wire.decode_command(self.commands.recv(zmq.NOBLOCK))
+                except zmq.Again:
+                    break
+                self.heard.append(command)
+                if isinstance(command, wire.Identify):
+                    self.live = self.live or command.version_id
+                elif isinstance(command, wire.SetPhase):
+                    self.counters["speculation_share"] = command.share
+                elif isinstance(command, wire.Stage):
+                    self._swap(command)
+
+    def _swap(self, command: wire.Stage) -> None:
+        from aurora_sgl.drafter import checkpoint
+
+        sha256 = ""
+        if not self.refuse:
+            sha256 = checkpoint.content_sha256(checkpoint.read_tensors(Path(command.path).parent))
+            self.live = command.version_id
+        self.send(
+            wire.SwapDone(
+                self.boot_id,
+                wire.now_us(),
+                command.version_id,
+                not self.refuse,
+                self.refuse,
+                sha256,
+                5.0,
+                1.0,
+            )
+        )
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.context.destroy(linger=0)
