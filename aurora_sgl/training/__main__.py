@@ -53,16 +53,12 @@ def _run(given: argparse.Namespace, settings: TrainSettings) -> dict[str, Any]:
     from aurora_sgl import store
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.config import get_settings
-    from aurora_sgl.store import queries
     from aurora_sgl.training.run import train_once
 
-    engine = store.connect()
-    with store.session(engine, write=False) as s:
-        group = queries.group_by_name(s, given.group or get_settings().group)
     return train_once(
-        engine,
+        store.connect(),
         ArtifactRoot(get_settings().artifact_root),
-        group,
+        given.group or get_settings().group,
         settings,
         trigger=given.trigger,
         progress=_Printer(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -86,6 +87,12 @@ class SequenceSet:
 
     def __iter__(self) -> Iterator[Sequence]:
         return (self[index] for index in range(len(self)))
+
+    def readable(self) -> Iterator[Sequence]:
+        """All but those whose file went (the byte budget takes old ones) or broke meanwhile."""
+        for index in range(len(self)):
+            with suppress(AuroraError):
+                yield self[index]
 
     @property
     def output_tokens(self) -> int:

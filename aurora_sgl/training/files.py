@@ -5,25 +5,15 @@ from __future__ import annotations
 import shutil
 import uuid
 from pathlib import Path
-from typing import IO, Any, Protocol
 
+from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
-
-
-class Artifacts(Protocol):
-    """What training needs of :class:`aurora_sgl.artifacts.ArtifactRoot`."""
-
-    def local_path(self, uri: str) -> Path | None: ...
-
-    def open(self, uri: str) -> IO[bytes]: ...
-
-    def fetch_folder(self, uri: str, into: Path) -> Any: ...
 
 
 class TraceFiles:
     """Paths of trace files: in place when the root is a local folder, else fetched once."""
 
-    def __init__(self, artifacts: Artifacts, cache: Path) -> None:
+    def __init__(self, artifacts: ArtifactRoot, cache: Path) -> None:
         self.artifacts, self.cache = artifacts, cache
 
     def __call__(self, uri: str) -> Path:
@@ -33,7 +23,7 @@ class TraceFiles:
         """
         local = self.artifacts.local_path(uri)
         if local is not None:
-            return Path(local)
+            return local
         path = self.cache / uri
         if not path.exists():
             self._fetch(uri, path)

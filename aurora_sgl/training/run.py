@@ -13,15 +13,16 @@ from typing import Any
 from sqlalchemy import Engine
 
 from aurora_sgl import store
+from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import get_settings
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
-from aurora_sgl.drafter.target import TargetHead, read_target
+from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.store import queries
-from aurora_sgl.store.models import DeploymentGroup
 from aurora_sgl.training import dataset, gate
-from aurora_sgl.training.files import Artifacts, TraceFiles
+from aurora_sgl.training.files import TraceFiles
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.splits import split_of
 from aurora_sgl.training.trainer import Progress, TrainResult, train
@@ -52,8 +53,8 @@ class Outcome:
 
 def train_once(
     engine: Engine,
-    artifacts: Artifacts,
-    group: DeploymentGroup,
+    artifacts: ArtifactRoot,
+    group: str,
     settings: TrainSettings,
     *,
     trigger: str,
@@ -61,7 +62,7 @@ def train_once(
     target: Path | None = None,
     base_version_id: int | None = None,
 ) -> Outcome:
-    """Train on the group's recent requests and import the result as a version of its own.
+    """Train on the requests of a group (by name) and import the result as a version.
 
     ``target`` is the folder of the target model (default: the group's ``target_model``), and
     ``base_version_id`` what training starts from (default: the live version). The caller sees to
@@ -73,21 +74,22 @@ def train_once(
     Re-raises what is not an ``AuroraError`` or ``OSError``, after writing it down.
     """
     with store.session(engine) as s:
-        queries.fail_running(s, group.id, "the trainer stopped without a word")
+        owner = queries.group_by_name(s, group)
+        queries.fail_running(s, owner.id, "the trainer stopped without a word")
         if base_version_id is None:
-            live = queries.desired_version(s, group.id)
+            live = queries.desired_version(s, owner.id)
             base_version_id = live[0] if live else None
         run_id = queries.start_run(
             s,
-            group.id,
+            owner.id,
             trigger=trigger,
             base_version_id=base_version_id,
             objective=settings.objective,
             config=settings.as_json(),
         ).id
-    run = _Run(engine, artifacts, group, settings, run_id, progress)
+    run = _Run(engine, artifacts, owner.id, group, settings, run_id, progress)
     try:
-        return run.go(base_version_id, Path(target or group.target_model))
+        return run.go(base_version_id, Path(target or owner.target_model))
     except Skipped as reason:
         return run.end("skipped", error=str(reason))
     except (AuroraError, OSError) as error:
@@ -101,28 +103,31 @@ class _Run:
     def __init__(
         self,
         engine: Engine,
-        artifacts: Artifacts,
-        group: DeploymentGroup,
+        artifacts: ArtifactRoot,
+        group_id: int,
+        group: str,
         settings: TrainSettings,
         run_id: int,
         progress: Progress | None,
     ) -> None:
-        self.engine, self.artifacts, self.group = engine, artifacts, group
+        self.engine, self.artifacts = engine, artifacts
+        self.group_id, self.group = group_id, group
         self.settings, self.run_id, self.progress = settings, run_id, progress
         self.columns: dict[str, Any] = {}
+        self.info: TargetInfo | None = None
 
     def go(self, base_version_id: int | None, target: Path) -> Outcome:
         if base_version_id is None:
             raise Skipped("no version is live yet: import one and promote it first")
         with _work_folder() as work:
             base = self._base(base_version_id, target, work)
-            data = self._data(base, work)
+            data = self._data(base)
             head = TargetHead.load(target)
             result = train(
                 base, data.train, head, self.settings, dev=data.dev, progress=self.progress
             )
             self._say({"event": "gate", "requests": len(data.gate)})
-            verdict = gate.evaluate(base, result.drafter, data.gate, head, self.settings)
+            verdict = gate.evaluate(base, result.drafter, data.gate.readable(), head, self.settings)
             return self._keep(base_version_id, result, verdict, work)
 
     def end(self, status: str, *, error: str = "", **columns: Any) -> Outcome:
@@ -134,23 +139,17 @@ class _Run:
     def _base(self, version_id: int, target: Path, work: Path) -> Drafter:
         with store.session(self.engine, write=False) as s:
             version = queries.version(s, version_id)
-        folder = self.artifacts.local_path(version.weights_uri)
-        if folder is None:
-            folder = work / "base"
-            self.artifacts.fetch_folder(version.weights_uri, folder)
-        sha256 = checkpoint.content_sha256(checkpoint.read_tensors(Path(folder)))
-        if sha256 != version.weights_sha256:
-            raise AuroraError(f"the weights of version {version_id} are not what was stored")
-        info = read_target(target, model=self.group.target_model)
-        problems = checkpoint.validate(Path(folder), info)
+        folder = fetch_verified(self.artifacts, version, work / "base")
+        info = self.info = read_target(target, model=version.target_model)
+        problems = checkpoint.validate(folder, info)
         if problems:
             raise AuroraError(f"version {version_id} does not fit the target: {problems[0]}")
-        return checkpoint.load(Path(folder), target_layers=info.num_layers)
+        return checkpoint.load(folder, target_layers=info.num_layers)
 
-    def _data(self, base: Drafter, work: Path) -> dataset.Dataset:
+    def _data(self, base: Drafter) -> dataset.Dataset:
         settings = self.settings
         with store.session(self.engine, write=False) as s:
-            rows = queries.recent_requests(s, self.group.id, limit=_DONORS)
+            rows = queries.recent_requests(s, self.group_id, limit=_DONORS)
         held_out = [row for row in rows if self._is_gate(row)][:_GATE_REQUESTS]
         window = [row for row in rows[: settings.window] if not self._is_gate(row)]
         data = dataset.build(
@@ -185,8 +184,6 @@ class _Run:
     def _keep(
         self, base_version_id: int, result: TrainResult, verdict: gate.GateResult, work: Path
     ) -> Outcome:
-        from aurora_sgl.rollout.versions import import_version
-
         folder = checkpoint.save(result.drafter, work / "candidate")
         paired, settings = verdict.paired, self.settings
         metrics = {
@@ -205,6 +202,7 @@ class _Run:
             training_run_id=self.run_id,
             note=f"{settings.objective} on {self.columns['requests']} requests",
             metrics=metrics,
+            target=self.info,
         )
         with store.session(self.engine) as s:
             row = queries.add_evaluation(

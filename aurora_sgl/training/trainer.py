@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,7 +62,7 @@ def train(
     run = _Run(copy.deepcopy(drafter).float(), sequences, head, settings)
     stopping = _EarlyStop(dev, head, settings) if dev is not None and len(dev) else None
     for number in range(settings.passes):
-        for loss in run.one_pass(number):
+        for loss in run.one_pass():
             if progress is not None:
                 progress(run.report(number, loss))
         if run.out_of_time() or (stopping is not None and stopping.after_pass(run.average)):
@@ -86,15 +87,24 @@ class _Run:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.best_tokens: dict[int, torch.Tensor] = {}
         self.total = settings.passes * len(sequences)
-        self.updates = self.tokens = 0
+        self.updates = self.tokens = self.unreadable = 0
         self.started = time.monotonic()
         self.losses: list[float] = []
 
-    def one_pass(self, number: int) -> Iterator[float]:
+    def one_pass(self) -> Iterator[float]:
+        why = "too short"
         for index in torch.randperm(len(self.sequences), generator=self.generator).tolist():
             if self.out_of_time():
                 return
-            yield self._update(index, self.sequences[index])
+            try:
+                sequence = self.sequences[index]
+            except AuroraError as error:  # its file went or broke since the window was chosen
+                self.unreadable += 1
+                why = str(error)
+                continue
+            yield self._update(index, sequence)
+        if not self.updates:
+            raise AuroraError(f"none of the requests could be trained on ({why})")
 
     def _update(self, index: int, sequence: Sequence) -> float:
         settings = self.settings
@@ -188,6 +198,7 @@ class _Run:
         return {
             "updates": self.updates,
             "trained_tokens": self.tokens,
+            "unreadable": self.unreadable,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(self.tokens / seconds, 1),
             "loss_first_pass": _mean(finite[:share]),
@@ -206,7 +217,7 @@ class _EarlyStop:
 
     def after_pass(self, average: Drafter) -> bool:
         served = copy.deepcopy(average).to(served_dtype(self.settings))
-        greedy = (s for s in map(self.dev.__getitem__, range(len(self.dev))) if s.greedy)
+        greedy = (s for s in _readable(self.dev) if s.greedy)
         value = accept_length(replay(served, greedy, self.settings.shape, self.head))
         better = not self.history or value > max(self.history)
         self.history.append(value)
@@ -237,6 +248,12 @@ def _optimizer(drafter: Drafter, settings: TrainSettings) -> torch.optim.Optimiz
         betas=settings.betas,
         fused=True,
     )
+
+
+def _readable(sequences: Sequences) -> Iterator[Sequence]:
+    for index in range(len(sequences)):
+        with suppress(AuroraError):
+            yield sequences[index]
 
 
 def _mean(values: list[float]) -> float | None:

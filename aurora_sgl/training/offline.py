@@ -1,0 +1,134 @@
+"""``aurora-sgl replay``: what versions would have had accepted on the requests in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Engine
+
+from aurora_sgl import store
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.config import get_settings
+from aurora_sgl.drafter import checkpoint
+from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.target import TargetHead, read_target
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import DeploymentGroup
+from aurora_sgl.training import dataset
+from aurora_sgl.training.files import TraceFiles
+from aurora_sgl.training.replay import Replayed, replay_one
+from aurora_sgl.training.settings import TrainSettings
+from aurora_sgl.training.splits import split_of
+from aurora_sgl.training.statistics import accept_length, paired_difference
+from aurora_sgl.training.trainer import served_dtype
+
+
+@dataclass(frozen=True)
+class ReplayLine:
+    """One version on one domain (``""``: all). The difference is to the first version asked for,
+    on the same requests, with its 95% interval; ``None`` for the first version itself."""
+
+    version_id: int
+    domain: str
+    requests: int
+    accept_length: float
+    difference: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+
+
+def replay_versions(
+    engine: Engine,
+    artifacts: ArtifactRoot,
+    group: DeploymentGroup,
+    version_ids: Sequence[int],
+    settings: TrainSettings,
+    *,
+    limit: int,
+    domains: Sequence[str] | None = None,
+    only_held_out: bool = True,
+    target: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ReplayLine]:
+    """Replay versions over the newest ``limit`` greedy requests that have a trace.
+
+    ``only_held_out``: only those that no training run has seen. ``progress`` gets (done, all).
+    Raises ``AuroraError`` when there are no such requests, or weights are missing or damaged.
+    """
+    folder = Path(target or group.target_model)
+    layers = read_target(folder).num_layers
+    head = TargetHead.load(folder)
+    dtype = served_dtype(settings)
+    drafters = [_load(engine, artifacts, each, layers).to(dtype) for each in version_ids]
+    sequences = _sequences(engine, artifacts, group, drafters[0], settings, limit, domains,
+                           only_held_out)  # fmt: skip
+    results: list[list[Replayed]] = [[] for _ in drafters]
+    for done, sequence in enumerate(sequences, start=1):
+        for drafter, replayed in zip(drafters, results, strict=True):
+            replayed.append(replay_one(drafter, sequence, settings.shape, head))
+        if progress is not None:
+            progress(done, len(sequences))
+    return [
+        line
+        for domain in ["", *sorted({r.domain for r in results[0]})]
+        for line in _lines(domain, version_ids, results, settings.seed)
+    ]
+
+
+def _load(engine: Engine, artifacts: ArtifactRoot, version_id: int, layers: int) -> Drafter:
+    from aurora_sgl.rollout.versions import fetch_verified
+
+    with store.session(engine, write=False) as s:
+        version = queries.version(s, version_id)
+    into = get_settings().home.resolve() / "cache" / "versions" / version.weights_sha256[:16]
+    fetch_verified(artifacts, version, into)
+    return checkpoint.load(into, target_layers=layers).eval()
+
+
+def _sequences(
+    engine: Engine,
+    artifacts: ArtifactRoot,
+    group: DeploymentGroup,
+    drafter: Drafter,
+    settings: TrainSettings,
+    limit: int,
+    domains: Sequence[str] | None,
+    only_held_out: bool,
+) -> dataset.SequenceSet:
+    with store.session(engine, write=False) as s:
+        donors = queries.recent_requests(s, group.id, limit=5000)
+        rows = queries.recent_requests(s, group.id, domains=domains, only_greedy=True)
+    if only_held_out:
+        rows = [
+            row
+            for row in rows
+            if split_of(dataset.split_key(row), dev_share=0.0, gate_share=settings.gate_share)
+            == "gate"
+        ]
+    files = TraceFiles(artifacts, get_settings().home / "cache")
+    data = dataset.build(
+        rows[:limit], files, drafter.config, dev_share=0.0, gate_share=0.0, donors=donors
+    )
+    if not data.train:
+        kind = "held-out greedy" if only_held_out else "greedy"
+        raise AuroraError(f"group {group.name!r} has no {kind} request with a trace to replay yet")
+    return data.train
+
+
+def _lines(
+    domain: str, version_ids: Sequence[int], results: Sequence[Sequence[Replayed]], seed: int
+) -> list[ReplayLine]:
+    mine = [[r for r in each if domain in ("", r.domain)] for each in results]
+    first = version_ids[0]
+    lines = [ReplayLine(first, domain, len(mine[0]), accept_length(mine[0]))]
+    for number, replayed in zip(version_ids[1:], mine[1:], strict=True):
+        pair = paired_difference(mine[0], replayed, seed=seed)
+        lines.append(
+            ReplayLine(
+                number, domain, pair.requests, pair.b, pair.difference, pair.ci_low, pair.ci_high
+            )
+        )
+    return lines

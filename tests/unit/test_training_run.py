@@ -1,0 +1,219 @@
+"""A training run from the store to the store, on a real database and real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drafter_cases import target_folder
+from safetensors.torch import save_file
+from sqlalchemy import Engine, select
+from test_training_trainer import RECIPE, requests
+
+from aurora_sgl import store, wire
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.clock import utc_now
+from aurora_sgl.config import get_settings
+from aurora_sgl.drafter import checkpoint, scratch
+from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.hashing import sha256_ints
+from aurora_sgl.rollout.promote import promote
+from aurora_sgl.rollout.versions import import_version
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import Evaluation, Request, TrainingRun
+from aurora_sgl.training.run import train_once
+from aurora_sgl.training.settings import TrainSettings
+
+SETTINGS = TrainSettings(**{**RECIPE, "gate_share": 0.3})
+
+
+@dataclass
+class House:
+    home: Path
+    engine: Engine
+    artifacts: ArtifactRoot
+    target: Path
+    live: int
+
+    def serve(self, count: int) -> None:
+        """Requests as the sidecar would have stored them, with their trace files."""
+        head = TargetHead.load(self.target)
+        with store.session(self.engine) as s:
+            group = queries.group_by_name(s, "default")
+            hello = wire.Hello(7, 1, {"name": "tiny"}, 0, 0, 0, {})
+            server = queries.register_server(s, group.id, hello)
+            for sequence in requests(head, count):
+                self._store(s, server.id, sequence)
+
+    def _store(self, s: Any, server_id: int, sequence: Any) -> None:
+        number = wire.request_id(7, sequence.request_id + 1)
+        uri = f"traces/20260101/{number}.safetensors"
+        path = self.artifacts.local_path(uri)
+        assert path is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {
+                "tokens": sequence.tokens,
+                "aux": sequence.features.contiguous(),
+                "last": sequence.last.contiguous(),
+                "step_starts": torch.zeros(0, dtype=torch.int64),
+            },
+            str(path),
+            metadata={"request_id": str(number), "output_start": "6", "greedy": "1"},
+        )
+        tokens = sequence.tokens.tolist()
+        s.add(
+            Request(
+                id=number,
+                server_id=server_id,
+                admitted_at=utc_now(),
+                finished_at=utc_now(),
+                status="finished",
+                domain=sequence.domain,
+                prompt_tokens=6,
+                may_train=True,
+                completion_tokens=18,
+                conversation_hash=f"c{sequence.request_id}",
+                sampling={},
+            )
+        )
+        s.flush()
+        queries.add_trace(
+            s,
+            request_id=number,
+            uri=uri,
+            bytes=path.stat().st_size,
+            sha256="",
+            start=0,
+            end=23,
+            output_start=6,
+            prompt_sha256=sha256_ints(tokens[:6]),
+            head_sha256=sha256_ints(tokens[:16]),
+            greedy=True,
+            aux_width=48,
+            last_width=16,
+            dtype="float32",
+        )
+
+    def runs(self) -> list[TrainingRun]:
+        with store.session(self.engine, write=False) as s:
+            return list(s.scalars(select(TrainingRun).order_by(TrainingRun.id)))
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    home = tmp_path / "home"
+    monkeypatch.setenv("AURORA_HOME", str(home))
+    get_settings.cache_clear()
+    engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
+    store.upgrade(engine)
+    target = target_folder(tmp_path / "target")
+    artifacts = ArtifactRoot(str(home / "artifacts"))
+    drafter = scratch.make(target, draft_vocab_size=40, seed=1, model=str(target))
+    folder = checkpoint.save(drafter, tmp_path / "scratch")
+    with store.session(engine) as s:
+        queries.ensure_group(s, "default", str(target), "", drafter.config.architecture)
+    version = import_version(engine, artifacts, folder, "default", source="scratch")
+    promote(engine, version.id, actor="test", reason="first")
+    yield House(home, engine, artifacts, target, version.id)
+    get_settings.cache_clear()
+
+
+def test_a_run_makes_a_version_and_an_evaluation_against_the_live_one(house: House) -> None:
+    house.serve(60)
+    seen: list[dict[str, Any]] = []
+    outcome = train_once(
+        house.engine, house.artifacts, "default", SETTINGS, trigger="test", progress=seen.append
+    )
+    assert (outcome.status, outcome.verdict, outcome.error) == ("succeeded", "pass", "")
+    assert {event["event"] for event in seen} == {"window", "update", "gate"}
+    (run,) = house.runs()
+    assert run.status == "succeeded" and run.base_version_id == house.live
+    assert run.requests > 20 and run.tokens > 0 and run.window_start is not None
+    assert outcome.version_id is not None
+    with store.session(house.engine, write=False) as s:
+        version = queries.version(s, outcome.version_id)
+        evaluation = s.get(Evaluation, outcome.evaluation_id)
+        live = queries.desired_version(s, version.group_id)
+    assert live is not None and live[0] == house.live, "a run promotes nothing"
+    assert (version.parent_id, version.training_run_id) == (house.live, run.id)
+    assert version.source == "train"
+    assert evaluation is not None and evaluation.baseline_id == house.live
+    assert evaluation.requests + run.requests == 60
+    assert evaluation.ci_low > 0 and evaluation.candidate_accept_length > 2
+    folder = house.artifacts.local_path(version.weights_uri)
+    assert folder is not None and checkpoint.validate(folder) == []
+    assert list((house.home / "training").iterdir()) == [], "the work folder is gone"
+
+
+def test_too_few_requests_skip_the_run_and_say_so(house: House) -> None:
+    house.serve(3)
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert outcome.status == "skipped" and "at least 8 needed" in outcome.error
+    (run,) = house.runs()
+    assert (run.status, run.error) == ("skipped", outcome.error)
+
+
+def test_broken_weights_of_the_base_fail_the_run_and_make_no_version(house: House) -> None:
+    house.serve(30)
+    with store.session(house.engine, write=False) as s:
+        uri = queries.version(s, house.live).weights_uri
+    path = house.artifacts.local_path(uri)
+    assert path is not None
+    weights = path / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-50])
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert outcome.status == "failed" and "\n" not in outcome.error and outcome.error
+    assert [run.status for run in house.runs()] == ["failed"]
+    with store.session(house.engine, write=False) as s:
+        group = queries.group_by_name(s, "default")
+        assert len(queries.versions(s, group.id)) == 1
+
+
+def test_a_run_that_a_killed_trainer_left_is_ended_by_the_next_one(house: House) -> None:
+    with store.session(house.engine) as s:
+        group = queries.group_by_name(s, "default")
+        queries.start_run(s, group.id, trigger="killed")
+    train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="next")
+    assert [run.status for run in house.runs()] == ["failed", "skipped"]
+    assert "without a word" in house.runs()[0].error
+
+
+def test_what_is_raised_in_between_is_written_down_and_raised_again(house: House) -> None:
+    house.serve(30)
+
+    def stop(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt("stopped by hand")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_once(
+            house.engine, house.artifacts, "default", SETTINGS, trigger="test", progress=stop
+        )
+    (run,) = house.runs()
+    assert run.status == "failed" and run.error == "KeyboardInterrupt: stopped by hand"
+
+
+def test_the_process_prints_one_json_result_and_progress_lines(house: House) -> None:
+    house.serve(40)
+    command = [sys.executable, "-m", "aurora_sgl.training", "--trigger", "test"]
+    command += ["--settings", SETTINGS.model_copy(update={"nice": 0}).model_dump_json()]
+    environment = {**os.environ, "AURORA_HOME": str(house.home), "AURORA_DATABASE_URL": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["status"] == "succeeded" and outcome["version_id"] > house.live
+    events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert events[0]["event"] == "window" and events[-1]["event"] == "gate"
+
+
+def test_the_process_refuses_settings_that_do_not_exist(house: House) -> None:
+    command = [sys.executable, "-m", "aurora_sgl.training", "--settings", '{"pases": 1}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "pases" in done.stderr

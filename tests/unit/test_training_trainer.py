@@ -1,0 +1,165 @@
+"""The trainer on a small world that can be learned: a fixed successor for every token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drafter_cases import HIDDEN, VOCAB, target_folder
+
+from aurora_sgl.drafter import scratch
+from aurora_sgl.drafter.checkpoint import content_sha256, tensors_of
+from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.training import gate
+from aurora_sgl.training.replay import replay
+from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.training.settings import TrainSettings
+from aurora_sgl.training.statistics import accept_length
+from aurora_sgl.training.trainer import train
+
+RECIPE: dict[str, Any] = {
+    "passes": 8,
+    "learning_rate": 5e-3,
+    "autocast": False,
+    "depth": 3,
+    "topk": 2,
+    "nodes": 6,
+    "served_dtype": "float32",
+}
+
+
+def world(folder: Path) -> tuple[Drafter, TargetHead]:
+    target = target_folder(folder)
+    drafter = scratch.make(target, draft_vocab_size=VOCAB, seed=1)
+    return drafter, TargetHead.load(target)
+
+
+def requests(head: TargetHead, count: int, seed: int = 0) -> list[Sequence]:
+    """Each token t is followed by 3 t + 1; the target is sure of it, and features carry t."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(count):
+        tokens = [int(torch.randint(0, VOCAB, (1,), generator=generator))]
+        while len(tokens) < 24:
+            tokens.append((3 * tokens[-1] + 1) % VOCAB)
+        ids = torch.tensor(tokens)
+        last = 3 * head.lm_head[ids[1:]]
+        features = head.embedding[ids[:-1]].repeat(1, 3)
+        found.append(Sequence(number, ids, features, last, 6, domain=f"d{number % 2}"))
+    return found
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "lk"])
+def test_training_raises_the_replayed_accept_length_on_held_out_requests(
+    tmp_path: Path, objective: str
+) -> None:
+    drafter, head = world(tmp_path / "t")
+    settings = TrainSettings(objective=objective, **RECIPE)
+    held_out = requests(head, 12, seed=7)
+    before = content_sha256(tensors_of(drafter))
+    result = train(drafter, requests(head, 30), head, settings)
+    assert content_sha256(tensors_of(drafter)) == before, "the given drafter must not change"
+    verdict = gate.evaluate(drafter, result.drafter, held_out, head, settings)
+    assert verdict.verdict == "pass"
+    assert verdict.paired.b > verdict.paired.a + 0.7
+    assert set(verdict.by_domain) == {"d0", "d1"}
+    assert result.metrics["loss_last_pass"] < result.metrics["loss_first_pass"]
+    assert result.updates == 8 * 30 and result.tokens > 0
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    data = requests(head, 4)
+    hashes = [
+        content_sha256(
+            tensors_of(train(drafter, data, head, TrainSettings(seed=s, passes=1)).drafter)
+        )
+        for s in (1, 1, 2)
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_worse_drafter_fails_the_gate_and_the_same_one_is_inconclusive(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    settings = TrainSettings(**RECIPE)
+    good = train(drafter, requests(head, 30), head, settings).drafter
+    held_out = requests(head, 12, seed=7)
+    assert gate.evaluate(good, drafter, held_out, head, settings).verdict == "fail"
+    assert gate.evaluate(good, good, held_out, head, settings).verdict == "inconclusive"
+    assert gate.evaluate(drafter, good, held_out[:3], head, settings).verdict == "inconclusive"
+    assert gate.evaluate(drafter, good, [], head, settings).verdict == "inconclusive"
+
+
+def test_early_stop_keeps_the_best_average_on_the_dev_split(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    settings = TrainSettings(**{**RECIPE, "passes": 40, "patience": 2})
+    dev = requests(head, 8, seed=5)
+    result = train(drafter, requests(head, 20), head, settings, dev=dev)
+    history = result.metrics["dev_accept_length"]
+    assert len(history) < 40 and history[-3:].index(max(history[-3:])) == 0
+    again = accept_length(replay(result.drafter, dev, settings.shape, head))
+    assert again == pytest.approx(max(history))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    (bad,) = requests(head, 1)
+    bad.last[8] = float("nan")
+    with pytest.raises(AuroraError, match="not finite at update 0"):
+        train(drafter, [bad], head, TrainSettings(passes=1))
+
+
+def test_no_requests_is_an_error_and_unreadable_ones_are_passed_over(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    with pytest.raises(AuroraError, match="no requests"):
+        train(drafter, [], head, TrainSettings())
+
+    class Gone(list[Sequence]):
+        def __getitem__(self, index: Any) -> Any:
+            if index % 2 or len(self) == 1:
+                raise AuroraError("trace x is missing or cut short")
+            return super().__getitem__(index)
+
+    result = train(drafter, Gone(requests(head, 6)), head, TrainSettings(passes=1))
+    assert result.updates == 3 and result.metrics["unreadable"] == 3
+    with pytest.raises(AuroraError, match="none of the requests could be trained on"):
+        train(drafter, Gone(requests(head, 1)), head, TrainSettings(passes=1))
+
+
+def test_without_the_prompt_only_answer_positions_count(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    data = requests(head, 2)
+    everything = train(drafter, data, head, TrainSettings(passes=1)).tokens
+    answers = train(drafter, data, head, TrainSettings(passes=1, train_on_prompt=False)).tokens
+    # 24 tokens, 23 features: rows 0..21 have a target; the answer's rows start at 5.
+    assert (everything, answers) == (2 * 22, 2 * 17)
+
+
+def test_long_requests_are_trained_on_their_last_rows(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    settings = TrainSettings(passes=1, max_rows=8)
+    assert train(drafter, requests(head, 3), head, settings).tokens == 3 * 8
+
+
+def test_a_time_limit_ends_the_run_and_its_rate_schedule(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    reports: list[dict[str, Any]] = []
+    settings = TrainSettings(passes=10_000, max_seconds=1.0)
+    result = train(drafter, requests(head, 10), head, settings, progress=reports.append)
+    assert 0 < result.updates < 100_000
+    assert result.metrics["seconds"] < 5
+    assert len(reports) == result.updates
+
+
+def test_settings_name_the_field_that_is_wrong() -> None:
+    with pytest.raises(ValueError, match="objective must be one of"):
+        TrainSettings(objective="magic")
+    with pytest.raises(ValueError, match="leave nothing"):
+        TrainSettings(dev_share=0.5, gate_share=0.5)
+    with pytest.raises(ValueError, match="pases"):
+        TrainSettings(pases=3)  # type: ignore[call-arg]
+    assert HIDDEN == 16
