@@ -20,6 +20,7 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.config import get_settings
+from aurora_sgl.engine import labels
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.companion import ENDPOINT_VARIABLE
@@ -108,7 +109,7 @@ class Agent:
 
     def plain_step(self, batch: Any) -> bool:
         """Whether this decode step runs without drafts."""
-        if not self.can_skip or self.policy.share >= 1.0:
+        if not self.can_skip:
             return False
         states = [getattr(req, "_aurora", None) for req in batch.reqs]
         return not any(state is not None and state.speculates for state in states)
@@ -122,6 +123,9 @@ class Agent:
         logits = result.logits_output
         aux = logits.hidden_states if logits is not None else None
         total = sum(batch.extend_lens)
+        last = self.last_hidden.take(total) if self.last_hidden and aux is not None else None
+        if self.capture and aux is not None:
+            self.capture.learn_layout(aux, last)
         pieces = []
         records: list[wire.Record] = []
         at = 0
@@ -140,7 +144,6 @@ class Agent:
         if records and self.channel:
             self.channel.put(records)
         if pieces and aux is not None and aux.shape[0] == total:
-            last = self.last_hidden.take(total) if self.last_hidden else None
             result.aurora_prefill = (
                 pieces,
                 to_host(aux),
@@ -158,7 +161,8 @@ class Agent:
         version keeps every request's draft KV of one version, and requests that are served without
         drafts, whose answers have no draft KV, leave nothing that a drafting one would reuse.
         """
-        speculates = not self.can_skip or self.policy.admit()
+        wish = labels.read(recv_req.sampling_params).speculate if self.can_skip else True
+        speculates = self.policy.admit() if wish is None else wish
         key = f"aurora:{self.recorder.live.swap_count}{_SPECULATES if speculates else _PLAIN}"
         recv_req.extra_key = f"{recv_req.extra_key or ''}{key}"
 

@@ -59,6 +59,13 @@ class Capture:
     def __init__(self, channel: Channel, boot_id: int) -> None:
         self._channel = channel
         self._boot_id = boot_id
+        self._dtype, self._aux_width, self._last_width = "", 0, 0  # set by the first prefill
+
+    def learn_layout(self, aux: torch.Tensor, last: torch.Tensor | None) -> None:
+        """Take dtype and widths from the rows of a prefill; they stay the same for a boot."""
+        self._dtype = str(aux.dtype).removeprefix("torch.")
+        self._aux_width = aux.shape[-1]
+        self._last_width = last.shape[-1] if last is not None else 0
 
     def _header(
         self,
@@ -66,8 +73,6 @@ class Capture:
         req: Any,
         start: int,
         tokens: list[int],
-        rows: torch.Tensor | None,
-        last: torch.Tensor | None,
         *,
         final: bool = False,
         steps: list[int] | None = None,
@@ -77,9 +82,9 @@ class Capture:
             request_id=state.request_id,
             start=start,
             tokens=tokens,
-            dtype=str(rows.dtype).removeprefix("torch.") if rows is not None else "",
-            aux_width=rows.shape[-1] if rows is not None else 0,
-            last_width=last.shape[-1] if last is not None else 0,
+            dtype=self._dtype,
+            aux_width=self._aux_width,
+            last_width=self._last_width,
             final=final,
             output_start=len(req.origin_input_ids),
             greedy=state.greedy,
@@ -89,7 +94,7 @@ class Capture:
     def begin(self, req: Any, state: RequestState) -> None:
         """Send the whole prompt's tokens: a cached prefix has no rows, but training needs it."""
         tokens = list(req.origin_input_ids)
-        header = self._header(state, req, 0, tokens, None, None)
+        header = self._header(state, req, 0, tokens)
         state.trace_broken = not self._channel.send_trace(header, b"", b"")
 
     def prompt_rows(
@@ -153,9 +158,7 @@ class Capture:
         aux = torch.cat([piece[2][: len(piece[1])] for piece in held])
         lasts = [piece[3][: len(piece[1])] for piece in held if piece[3] is not None]
         last = torch.cat(lasts) if len(lasts) == len(held) else None
-        header = self._header(
-            state, req, held[0][0], tokens, aux, last, steps=list(state.step_starts)
-        )
+        header = self._header(state, req, held[0][0], tokens, steps=list(state.step_starts))
         state.trace_broken |= not self._channel.send_trace(
             header, _as_bytes(aux), _as_bytes(last) if last is not None else b""
         )
@@ -170,7 +173,7 @@ class Capture:
             return
         start = len(req.origin_input_ids)
         tokens = list(req.output_ids)[: visible_length(req)]
-        header = self._header(state, req, start, tokens, None, None, final=True)
+        header = self._header(state, req, start, tokens, final=True)
         self._channel.send_trace(header, b"", b"")
 
 

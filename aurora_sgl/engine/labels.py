@@ -25,11 +25,12 @@ App = Callable[[Scope, Callable[..., Awaitable[Any]], Callable[..., Awaitable[No
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What a request carries: its domain, its conversation, and whether it may be learnt from."""
+    """What a request says: its domain, its conversation, its consent, its wish for drafts."""
 
     domain: str = DEFAULT_DOMAIN
     conversation: str = ""
     may_train: bool | None = None  # None: the server's setting decides
+    speculate: bool | None = None  # None: the server's phase decides
     warmup: bool = False
 
 
@@ -65,8 +66,9 @@ def attach(sampling_params: Any, *, warmup: bool) -> None:
         labels["domain"] = domain
     if conversation := headers.get("x-aurora-conversation"):
         labels["conversation"] = conversation
-    if train := headers.get("x-aurora-train"):
-        labels["train"] = train.lower() not in ("no", "false", "0", "off")
+    for name in ("train", "speculate"):
+        if said := headers.get(f"x-aurora-{name}"):
+            labels[name] = said.lower() not in ("no", "false", "0", "off")
     params = sampling_params.custom_params
     sampling_params.custom_params = {**(params if isinstance(params, dict) else {}), KEY: labels}
 
@@ -77,10 +79,11 @@ def read(sampling_params: Any) -> Labels:
     found = params.get(KEY) if isinstance(params, dict) else None
     if not isinstance(found, dict):
         return Labels()
-    train = found.get("train")
+    train, speculate = found.get("train"), found.get("speculate")
     return Labels(
         domain=str(found.get("domain") or DEFAULT_DOMAIN)[:MAX_LABEL],
         conversation=str(found.get("conversation") or "")[:MAX_LABEL],
         may_train=train if isinstance(train, bool) else None,
+        speculate=speculate if isinstance(speculate, bool) else None,
         warmup=bool(found.get("warmup")),
     )

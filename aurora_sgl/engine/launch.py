@@ -35,7 +35,8 @@ def _given(args: list[str], flag: str) -> bool:
     return any(arg == flag or arg.startswith(f"{flag}=") for arg in args)
 
 
-def _value_of(args: list[str], flag: str) -> str | None:
+def value_of(args: list[str], flag: str) -> str | None:
+    """What a command line gives for ``flag``, as ``--flag value`` or ``--flag=value``."""
     for at, arg in enumerate(args):
         if arg == flag and at + 1 < len(args):
             return args[at + 1]
@@ -52,7 +53,7 @@ def server_flags(
     Raises ``AuroraError`` for acceptance thresholds other than 1, which are not lossless.
     """
     for flag in ("single", "acc"):
-        value = _value_of(args, f"--speculative-accept-threshold-{flag}")
+        value = value_of(args, f"--speculative-accept-threshold-{flag}")
         if value is not None and float(value) != 1.0:
             raise AuroraError(
                 f"--speculative-accept-threshold-{flag} {value} changes the target's answers; "

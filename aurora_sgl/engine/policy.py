@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
+_ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
 _CREDIT_LIMIT = 64.0  # steps; bounds how many requests in a row may speculate after a quiet time
 
 
@@ -31,7 +32,10 @@ class SpeculationPolicy:
         """Whether a request that starts now speculates."""
         if self.share >= 1.0:
             return True
-        return self.share > 0.0 and self._credit > 0.0
+        if self.share <= 0.0 or self._credit <= 0.0:
+            return False
+        self._credit -= _ENTRY_FEE
+        return True
 
     def account(self, *, speculative: bool, batch_size: int, seconds: float) -> None:
         """Count one step of the server."""

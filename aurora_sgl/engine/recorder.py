@@ -83,8 +83,8 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def parents_from_links(first_child: list[int], next_sibling: list[int]) -> list[int]:
-    """Parent node of node 1..nodes-1 of one request."""
-    parents = [0] * len(first_child)
+    """Parent node of node 1..nodes-1 of one request; -1 for a node that hangs on nothing."""
+    parents = [-1] * len(first_child)
     for parent, child in enumerate(first_child):
         while child != -1:
             parents[child] = parent

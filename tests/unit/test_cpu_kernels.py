@@ -15,7 +15,7 @@ def _random_tree(rng: random.Random, topk: int, depth: int, nodes: int):
     """Scores, selection and parent list as SGLang's organize_draft_results lays them out."""
     # Level 0 has topk candidates below the root; every later level expands topk survivors by topk.
     candidate_scores = [rng.random() for _ in range(topk)]
-    parent_list = [-1] + list(range(topk))  # parents of the groups of level 1
+    parent_list = [-1, *range(topk)]  # parents of the groups of level 1
     survivors = list(range(topk))
     base = topk
     for level in range(1, depth):
@@ -260,6 +260,18 @@ def test_location_kernels_read_and_write_the_ranges_that_they_are_given():
     assert packed.tolist() == [10, 12, 14, 0, 0, 0]
 
 
+def test_a_child_that_was_chosen_without_its_parent_is_never_accepted():
+    # Candidate 5 was drafted from candidate 1, which was not chosen: equal scores can do that.
+    child, sibling, index = (torch.full((1, 3), -1) for _ in range(3))
+    tree.build_tree_kernel_efficient_cpu(
+        torch.tensor([[-1, 0, 1]]), torch.tensor([[0, 5]]), torch.tensor([4]),
+        torch.zeros(9, dtype=torch.bool), torch.zeros(3, dtype=torch.long), index, child, sibling,
+        2, 2, 3,
+    )  # fmt: skip
+    assert child.tolist() == [[1, -1, -1]]
+    assert sibling.tolist() == [[-1, -1, -1]]
+
+
 def test_moving_accepted_slots_reads_everything_before_it_writes():
     buffers = [torch.randn(12, 2, 4), torch.randn(12, 2, 8).bfloat16()]
     before = [b.clone() for b in buffers]
@@ -336,7 +348,7 @@ def test_sampled_verification_draws_every_token_from_the_target(shape):
         if len(tokens) == 1:  # the next verify step draws the second token from the same law
             tokens.append(int(torch.multinomial(second[tokens[0]], 1, generator=generator)))
         counts[tokens[0], tokens[1]] += 1
-    assert 0 < int(accepted.sum()) and int((accepted == 0).sum()) > 0
+    assert int(accepted.sum()) > 0 and int((accepted == 0).sum()) > 0
     expected = (first[:, None] * second * draws).flatten().double()
     expected *= counts.sum() / expected.sum()
     assert stats.chisquare(counts.flatten().double(), expected).pvalue > 1e-4

@@ -23,16 +23,18 @@ def parents_of(
     parent_list: list[int],
     topk: int,
 ) -> list[int]:
-    """Parent node of node 1..n-1.
+    """Parent node of node 1..n-1; -1 for an orphan.
 
     Candidate ``c`` was drafted below group ``c // topk``; group 0 is the root's, the others name
-    the candidate that they were drafted from in ``parent_list``.
+    the candidate that they were drafted from in ``parent_list``. A child can be chosen without its
+    parent when their scores are equal (a probability that rounds to 1, or to 0). Such an orphan
+    hangs on nothing and is never accepted, as in SGLang's CUDA kernel.
     """
     node_of_candidate = {candidate: node for node, candidate in enumerate(selected, start=1)}
     parents = []
     for candidate in selected:
         group = candidate // topk
-        parents.append(0 if group == 0 else node_of_candidate[parent_list[group]])
+        parents.append(0 if group == 0 else node_of_candidate.get(parent_list[group], -1))
     return parents
 
 
@@ -74,14 +76,15 @@ def build_tree_kernel_efficient_cpu(
         child, sibling = [-1] * nodes, [-1] * nodes
         for node in range(nodes - 1, 0, -1):
             parent = parents[node - 1]
-            sibling[node], child[parent] = child[parent], node
+            if parent >= 0:
+                sibling[node], child[parent] = child[parent], node
         rows = [[True] + [False] * (nodes - 1)]
         depths = [0]
         for node, parent in enumerate(parents, start=1):
-            row = list(rows[parent])
+            row = list(rows[max(parent, 0)])  # an orphan sees the root, for want of anything else
             row[node] = True
             rows.append(row)
-            depths.append(depths[parent] + 1)
+            depths.append(depths[max(parent, 0)] + 1)
         visible.append(rows)
         below.append(depths)
         first_child.append(child)

@@ -1,0 +1,151 @@
+"""From ``aurora-sgl serve`` to a running SGLang: what is checked and made ready before it starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Engine
+
+from aurora_sgl import store
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.config import Settings
+from aurora_sgl.drafter import checkpoint, scratch
+from aurora_sgl.drafter.config import read_config
+from aurora_sgl.drafter.target import TargetInfo, read_target
+from aurora_sgl.engine.launch import server_flags, value_of
+from aurora_sgl.engine.process import port_is_free
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.rollout.versions import fetch_verified
+from aurora_sgl.store import queries
+
+SCRATCH = "scratch"
+_DEFAULT_PORT = 30000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How SGLang is going to be started."""
+
+    flags: list[str]
+    environment: dict[str, str]
+    drafter: Path
+    note: str  # one line for people: which drafter, and why
+
+
+def runs_on_cpu(args: list[str]) -> bool:
+    """Whether the server will use our CPU kernels: asked for, or no CUDA device is there."""
+    device = value_of(args, "--device")
+    if device is not None:
+        return device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def plan(
+    model: str,
+    drafter: str | None,
+    sglang_args: list[str],
+    settings: Settings,
+    *,
+    sample_texts: Iterable[str] = (),
+) -> Plan:
+    """Check everything that would stop the server later, and choose the drafter.
+
+    ``drafter`` is a folder, ``scratch``, or None: then the live version of the deployment group,
+    or an untrained drafter when the group has none. Raises ``AuroraError`` with one line for a
+    missing model, a drafter of another target, a port in use, a store that is out of reach.
+    """
+    target = read_target(Path(model))
+    port = int(value_of(sglang_args, "--port") or _DEFAULT_PORT)
+    host = value_of(sglang_args, "--host") or "127.0.0.1"
+    if not port_is_free(host, port):
+        raise AuroraError(f"port {port} on {host} is in use: choose another with --port")
+    engine = store.connect(settings.store_url)
+    try:
+        store.upgrade(engine)
+        folder, note = _choose(drafter, Path(model), target, settings, engine, sample_texts)
+    finally:
+        engine.dispose()
+    problems = checkpoint.validate(folder, target)
+    if problems:
+        raise AuroraError(f"the drafter {folder} cannot serve {model}: {problems[0]}")
+    on_cpu = runs_on_cpu(sglang_args)
+    algorithm = "EAGLE3" if read_config(folder).is_eagle3 else "EAGLE"
+    flags = server_flags(model, str(folder), algorithm, sglang_args, on_cpu=on_cpu)
+    return Plan(flags, _environment(settings, on_cpu), folder, note)
+
+
+def _environment(settings: Settings, on_cpu: bool) -> dict[str, str]:
+    environment = {"AURORA_HOME": str(settings.home.resolve())}
+    if on_cpu:
+        environment["AURORA_CPU"] = "1"
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+    return environment
+
+
+def _choose(
+    drafter: str | None,
+    model: Path,
+    target: TargetInfo,
+    settings: Settings,
+    engine: Engine,
+    sample_texts: Iterable[str],
+) -> tuple[Path, str]:
+    if drafter not in (None, SCRATCH):
+        return _existing(Path(str(drafter))), f"drafter: {drafter}"
+    live = _live(engine, settings) if drafter is None else None
+    if live is not None:
+        folder, version_id = live
+        return folder, f"drafter: version {version_id}, live in group '{settings.group}'"
+    return _untrained(model, target, settings, sample_texts), "drafter: untrained"
+
+
+def _existing(folder: Path) -> Path:
+    if not (folder / "config.json").exists():
+        raise AuroraError(f"no drafter at {folder}: give a folder with config.json, or 'scratch'")
+    return folder
+
+
+def _live(engine: Engine, settings: Settings) -> tuple[Path, int] | None:
+    """The live version's weights in a local folder; None when the group has none yet."""
+    with store.session(engine) as s:
+        known = {group.name: group.id for group in queries.groups(s)}
+        if settings.group not in known:
+            return None
+        desired = queries.desired_version(s, known[settings.group])
+        if desired is None:
+            return None
+        version = queries.version(s, desired[0])
+        into = settings.home.resolve() / "drafters" / version.weights_sha256[:16]
+        return fetch_verified(ArtifactRoot(settings.artifact_root), version, into), version.id
+
+
+def _untrained(
+    model: Path, target: TargetInfo, settings: Settings, sample_texts: Iterable[str]
+) -> Path:
+    """An untrained drafter for this target, made once and kept."""
+    name = sha256_bytes(f"{model.resolve()}|{sorted(target.raw.items(), key=str)}".encode())[:12]
+    folder = settings.home.resolve() / "drafters" / f"scratch-{name}"
+    if not (folder / checkpoint.WEIGHTS).exists():
+        checkpoint.save(scratch.make(model, texts=sample_texts), folder)
+    return folder
+
+
+def serve(model: str, drafter: str | None, sglang_args: list[str], settings: Settings) -> None:
+    """Become the server: replaces this process. Raises ``AuroraError`` before that."""
+    made = plan(model, drafter, sglang_args, settings)
+    print(f"aurora-sgl: {made.note}; store: {_shown(settings)}", file=sys.stderr, flush=True)
+    os.environ.update(made.environment)
+    os.execv(sys.executable, [sys.executable, "-m", "aurora_sgl.engine.launch", *made.flags])
+
+
+def _shown(settings: Settings) -> str:
+    from sqlalchemy import make_url
+
+    return make_url(settings.store_url).render_as_string(hide_password=True)
