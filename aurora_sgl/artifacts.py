@@ -58,11 +58,11 @@ class ArtifactRoot:
         with self._errors(f"look at {uri}"):
             return int(self._fs.size(self._full(uri)))
 
-    @contextmanager
-    def open(self, uri: str) -> Iterator[IO[bytes]]:
-        """A file for reading."""
-        with self._errors(f"read {uri}"), self._fs.open(self._full(uri), "rb") as file:
-            yield file
+    def open(self, uri: str) -> IO[bytes]:
+        """A file for reading; close it, or use it in ``with``."""
+        with self._errors(f"read {uri}"):
+            file: IO[bytes] = self._fs.open(self._full(uri), "rb")
+            return file
 
     def put_file(self, local: Path, uri: str) -> str:
         """Copy a local file; returns its SHA-256. An older file of that name is replaced."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
@@ -21,13 +24,26 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real PostgreSQL of our own, started from the package pgserver; gone after the tests."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pgserver's platformdirs warns about XDG_RUNTIME_DIR
-        import pgserver
-
-        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
+        server = _start_postgres(tmp_path_factory.mktemp("pg"))
     try:
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
     finally:
         server.cleanup()
+
+
+def _start_postgres(folder: Path) -> Any:
+    """pgserver 0.1.4 gives pg_ctl ten seconds, too few for a busy machine; the server comes up
+    all the same, and a second look finds it."""
+    import pgserver
+    from pgserver.postgres_server import PostgresServer
+
+    for _ in range(6):
+        try:
+            return pgserver.get_server(folder, cleanup_mode="delete")
+        except (subprocess.SubprocessError, AssertionError):
+            PostgresServer._instances.pop(folder.resolve(), None)
+            time.sleep(5)
+    raise RuntimeError(f"PostgreSQL did not start in {folder}; see its file named log")
 
 
 @pytest.fixture

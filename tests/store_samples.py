@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
+
+from sqlalchemy.orm import Session
 
 from aurora_sgl import wire
+from aurora_sgl.store import queries
 
 BOOT = 77
 START_US = 1_794_999_960_000_000  # 2026-11-18T11:06:00Z
@@ -150,3 +154,22 @@ def traffic(
     last: list[wire.Record] = [finished(number, so_far) for number, so_far in made.items()]
     envelopes.append((len(envelopes) + 1, last))
     return envelopes
+
+
+def add_version(s: Session, group_id: int, letter: str, **columns: Any) -> int:
+    """A version whose hash is one letter 64 times; its id."""
+    version, _ = queries.add_version(
+        s,
+        **{
+            "group_id": group_id,
+            "architecture": "LlamaForCausalLMEagle3",
+            "weights_uri": f"versions/{letter * 16}/",
+            "weights_sha256": letter * 64,
+            "vocab_sha256": "0" * 64,
+            "draft_vocab_size": 8192,
+            "target_model": "target",
+            "source": "train",
+            **columns,
+        },
+    )
+    return version.id

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot, swap_folders
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store import queries
-from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation
+from aurora_sgl.store.models import Deployment, DeploymentGroup, DrafterVersion, Evaluation
 
 if TYPE_CHECKING:
     from aurora_sgl.drafter.target import TargetInfo
@@ -44,7 +45,7 @@ def import_version(
     engine: Engine,
     artifacts: ArtifactRoot,
     path: Path,
-    group: str,
+    group: DeploymentGroup | int | str,
     *,
     source: str = "import",
     parent_id: int | None = None,
@@ -53,7 +54,7 @@ def import_version(
     metrics: Mapping[str, Any] | None = None,
     target: TargetInfo | None = None,
 ) -> DrafterVersion:
-    """Make a drafter folder a version of a group.
+    """Make a drafter folder a version of a group (the row, its id or its name).
 
     The folder is validated (against ``target`` too, when given), hashed and copied to
     ``versions/<weights_sha256[:16]>/``. The same weights again give the version that is there.
@@ -72,10 +73,10 @@ def import_version(
     weights_sha256 = checkpoint.content_sha256(tensors)
     uri = f"versions/{weights_sha256[:16]}/"
     with store.session(engine, write=False) as s:
-        owner = queries.group_by_name(s, group)
+        owner = _group(s, group)
         if config.architecture != owner.draft_architecture:
             raise AuroraError(
-                f"{path} is a {config.architecture}, group {group!r} runs "
+                f"{path} is a {config.architecture}, group {owner.name!r} runs "
                 f"{owner.draft_architecture}"
             )
         if parent_id is not None and queries.version(s, parent_id).group_id != owner.id:
@@ -202,6 +203,12 @@ def resolve_version(engine: Engine, group: str, name: str) -> int:
             if found is not None:
                 return found.id
     raise AuroraError(f"no version {name!r} in group {group!r}; see: aurora-sgl versions list")
+
+
+def _group(s: Session, group: DeploymentGroup | int | str) -> DeploymentGroup:
+    if isinstance(group, str):
+        return queries.group_by_name(s, group)
+    return queries.group(s, group if isinstance(group, int) else group.id)
 
 
 def _line(

@@ -49,6 +49,14 @@ def group_by_name(s: Session, name: str) -> DeploymentGroup:
     return group
 
 
+def group(s: Session, group_id: int) -> DeploymentGroup:
+    """Raises ``AuroraError`` when there is none."""
+    found = s.get(DeploymentGroup, group_id)
+    if found is None:
+        raise AuroraError(f"there is no deployment group with id {group_id}")
+    return found
+
+
 def groups(s: Session) -> Sequence[DeploymentGroup]:
     return s.scalars(select(DeploymentGroup).order_by(DeploymentGroup.id)).all()
 
@@ -109,9 +117,14 @@ def known_version(version_id: int) -> ScalarSelect[int]:
 
 
 def touch_server(s: Session, server_id: int, **fields: Any) -> None:
-    """Set columns of ``server`` (``last_seen_at`` is set to now unless given)."""
+    """Set columns of ``server``; without any, ``last_seen_at`` becomes now."""
+    if fields.get("live_version_id"):
+        fields["live_version_id"] = known_version(fields["live_version_id"])
     s.execute(
-        update(Server).where(Server.id == server_id).values({"last_seen_at": utc_now(), **fields})
+        update(Server)
+        .where(Server.id == server_id)
+        .values(fields or {"last_seen_at": utc_now()})
+        .execution_options(synchronize_session="fetch")
     )
 
 
