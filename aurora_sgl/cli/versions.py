@@ -1,0 +1,152 @@
+"""versions list, show, import, export, pin and unpin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aurora_sgl.cli.shared import (
+    AsJson,
+    Group,
+    Version,
+    columns_of,
+    open_group,
+    print_rows,
+    target_of,
+    version_id,
+)
+from aurora_sgl.console import print_json, print_table
+
+if TYPE_CHECKING:
+    from aurora_sgl.rollout.versions import VersionLine
+
+versions_app = typer.Typer(help="Drafter versions: list, show, import, export, pin.")
+
+
+@versions_app.command("list")
+def versions_list(group: Group = "", as_json: AsJson = False) -> None:
+    """All versions of a group, oldest first."""
+    from aurora_sgl.rollout.versions import list_versions
+
+    engine, owner = open_group(group)
+    rows = [version_row(line) for line in list_versions(engine, owner.name)]
+    columns = {
+        "id": "id",
+        "is": "aliases",
+        "source": "source",
+        "parent": "parent_id",
+        "created (UTC)": "created_at",
+        "served accept length": "accept_length",
+        "requests": "requests",
+        "replayed": "replayed_accept_length",
+        "weights": "weights",
+        "pinned": "pinned",
+        "note": "note",
+    }
+    print_rows(f"versions of group {owner.name!r}", columns, rows, as_json)
+
+
+@versions_app.command("show")
+def versions_show(version: Version, group: Group = "", as_json: AsJson = False) -> None:
+    """One version: what it is, where it comes from, how it was judged, when it was live."""
+    from aurora_sgl.artifacts import ArtifactRoot
+    from aurora_sgl.rollout.versions import show_version
+
+    engine, owner = open_group(group)
+    found = show_version(engine, ArtifactRoot(), version_id(engine, owner.name, version))
+    row = {
+        **columns_of(found.line.version),
+        **version_row(found.line),
+        "lineage": found.lineage,
+        "has_weights": found.has_weights,
+    }
+    evaluations = [columns_of(each) for each in found.evaluations]
+    deployments = [columns_of(each) for each in found.deployments]
+    if as_json:
+        print_json({**row, "evaluations": evaluations, "deployments": deployments})
+        return
+    facts = [{"name": name, "value": value} for name, value in row.items()]
+    print_table(f"version {row['id']}", {"": "name", " ": "value"}, facts)
+    keys = ("id", "kind", "baseline_id", "requests", "difference", "ci_low", "ci_high", "verdict")
+    print_table("evaluations", {key: key for key in keys}, evaluations)
+    fields = ("generation", "action", "version_id", "previous_version_id", "actor", "reason")
+    print_table("deployments", {key: key for key in fields}, deployments)
+
+
+@versions_app.command("import")
+def versions_import(
+    folder: Annotated[Path, typer.Argument(help="A drafter folder in Hugging Face's format.")],
+    group: Group = "",
+    note: Annotated[str, typer.Option(help="What it is.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check a drafter folder and keep it as a version; it is not live yet."""
+    from aurora_sgl.artifacts import ArtifactRoot
+    from aurora_sgl.rollout.versions import import_version
+
+    engine, owner = open_group(group)
+    version = import_version(
+        engine, ArtifactRoot(), folder, owner.name, note=note, target=target_of(owner)
+    )
+    if as_json:
+        print_json(columns_of(version))
+    else:
+        print(f"version {version.id} ({version.weights_sha256[:16]})")
+
+
+@versions_app.command("export")
+def versions_export(
+    version: Version,
+    into: Annotated[Path, typer.Argument(help="A new folder; any SGLang loads it.")],
+    group: Group = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Copy a version out, checked by its hash."""
+    from aurora_sgl.artifacts import ArtifactRoot
+    from aurora_sgl.rollout.versions import export_version
+
+    engine, owner = open_group(group)
+    number = version_id(engine, owner.name, version)
+    print(export_version(engine, ArtifactRoot(), number, into, force=force))
+
+
+@versions_app.command("pin")
+def versions_pin(version: Version, group: Group = "") -> None:
+    """Keep a version's weights whatever is pruned."""
+    _pin(version, group, True)
+
+
+@versions_app.command("unpin")
+def versions_unpin(version: Version, group: Group = "") -> None:
+    """Leave a version's weights to pruning again."""
+    _pin(version, group, False)
+
+
+def _pin(version: str, group: str, pinned: bool) -> None:
+    from aurora_sgl.rollout.versions import pin_version
+
+    engine, owner = open_group(group)
+    row = pin_version(engine, version_id(engine, owner.name, version), pinned)
+    print(f"version {row.id} is {'pinned' if row.pinned else 'not pinned'}")
+
+
+def version_row(line: VersionLine) -> dict[str, Any]:
+    version, served = line.version, line.served
+    return {
+        "id": version.id,
+        "aliases": list(line.aliases),
+        "source": version.source,
+        "parent_id": version.parent_id,
+        "created_at": version.created_at,
+        "accept_length": served.accept_length if served else None,
+        "ci_low": served.ci_low if served else None,
+        "ci_high": served.ci_high if served else None,
+        "requests": served.requests if served else 0,
+        "replayed_accept_length": version.metrics.get("accept_length_after"),
+        "weights": version.weights_sha256[:12],
+        "weights_sha256": version.weights_sha256,
+        "pinned": version.pinned,
+        "note": version.note,
+    }

@@ -1,0 +1,73 @@
+"""What commands print: Rich tables for people, JSON for programs, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """Times in ISO 8601 (UTC), not-a-number as null."""
+    print(json.dumps(_plain(value), indent=2))
+
+
+def print_table(
+    title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], *, empty: str = ""
+) -> None:
+    """``columns``: heading -> key of the row. Numbers stand at the right, times in UTC."""
+    if not rows:
+        print(empty or f"{title}: none")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for heading, key in columns.items():
+        numeric = all(isinstance(row.get(key), int | float | None) for row in rows)
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(text_of(row.get(key))) for key in columns.values()))
+    Console().print(table)
+
+
+def text_of(value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.3f}"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    if isinstance(value, list | tuple):
+        return ", ".join(text_of(item) for item in value) or "-"
+    return str(value)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"aurora-sgl: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value

