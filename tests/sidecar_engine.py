@@ -107,6 +107,7 @@ class Engine:
             socket.connect(address(endpoint, name))
         self.seq = 0
         self.live = 0
+        self.swaps = 0
         self.dropped = 0
         self.counters: dict[str, float] = {}
         self.heard: list[wire.Command] = []
@@ -125,7 +126,13 @@ class Engine:
     def hello(self) -> None:
         self.send(
             wire.Hello(
-                self.boot_id, os.getpid(), self.server, self.live, 0, self.dropped, self.counters
+                self.boot_id,
+                os.getpid(),
+                self.server,
+                self.live,
+                self.swaps,
+                self.dropped,
+                self.counters,
             )
         )
 
@@ -172,6 +179,7 @@ class Engine:
         if not self.refuse:
             sha256 = checkpoint.content_sha256(checkpoint.read_tensors(Path(command.path).parent))
             self.live = command.version_id
+            self.swaps += 1
         self.send(
             wire.SwapDone(
                 self.boot_id,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 
 from aurora_sgl import wire
 from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.errors import Refused
 from aurora_sgl.sidecar.link import StoreLink
 from aurora_sgl.sidecar.servers import Known, drafter_path
+from aurora_sgl.sidecar.staging import target_info
 from aurora_sgl.store import queries
 
 log = logging.getLogger(__name__)
@@ -20,24 +23,32 @@ def identify(link: StoreLink, artifacts: ArtifactRoot, known: Known, hello: wire
     A drafter that is new to the group is imported, and goes live when the group has no live
     version yet. Raises ``StoreAway``, or ``AuroraError`` for a folder that is no drafter.
     """
-    from aurora_sgl.rollout import promote, versions  # torch: only once a server is there
+    from aurora_sgl.rollout.promote import NONE_LIVE, promote
+    from aurora_sgl.rollout.versions import import_version
 
     source = "scratch" if hello.server.get("drafter_source") == "scratch" else "import"
     with link.guard() as engine:
-        version = versions.import_version(
+        version = import_version(
             engine,
             artifacts,
             Path(drafter_path(hello)),
             known.group_id,
             source=source,
             note=f"the drafter that {hello.server.get('name', 'a server')} was started with",
+            target=target_info(hello),
         )
     with link.session() as s:
         queries.touch_server(s, known.server_id, boot_version_id=version.id)
         first = queries.desired_version(s, known.group_id) is None
     if first:
-        with link.guard() as engine:
-            promote(engine, version.id, actor="system", reason="first version of the group")
-        log.info("version %d is the first of its group, and live", version.id)
+        with link.guard() as engine, contextlib.suppress(Refused):  # another server was first
+            promote(
+                engine,
+                version.id,
+                actor="system",
+                reason="first version of the group",
+                expected_live=NONE_LIVE,
+            )
+            log.info("version %d is the first of its group, and live", version.id)
     known.boot_version_id = version.id
     return int(version.id)
