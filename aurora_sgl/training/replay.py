@@ -19,7 +19,7 @@ leaves it out of a server's records, so that both sides count the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,17 @@ class Replayed:
     def accept_length(self) -> float:
         """Mean of 1 + accepted over the steps; nan without a step."""
         return 1 + self.accepted / self.verify_steps if self.verify_steps else float("nan")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A draft without its root: ``tokens[i]`` is node i + 1, ``parents[i]`` its parent's number.
+
+    Node 0 is the root (the bonus token). Nodes are numbered as SGLang and our records do.
+    """
+
+    tokens: list[int]
+    parents: list[int]
 
 
 def determined(root: int, accepted: int, length: int, depth: int) -> bool:
@@ -115,16 +126,44 @@ def accepted_at(
     head: TargetHead,
 ) -> torch.Tensor:  # [roots] int64
     """Accepted draft tokens of a verify step from each root, as far as the log reaches."""
+    parts = [beam.accepted() for beam in _beams(drafter, sequence, roots, shape, head)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+@torch.inference_mode()
+def proposals_at(
+    drafter: Drafter,
+    sequence: Sequence,
+    roots: torch.Tensor,  # [roots] int64 positions, each >= 1 and <= sequence.rows
+    shape: DraftShape,
+    head: TargetHead,
+) -> list[Proposal]:
+    """The whole draft from each root, numbered as a server records it."""
+    return [
+        proposal
+        for beam in _beams(drafter, sequence, roots, shape, head, whole=True)
+        for proposal in beam.proposals()
+    ]
+
+
+def _beams(
+    drafter: Drafter,
+    sequence: Sequence,
+    roots: torch.Tensor,
+    shape: DraftShape,
+    head: TargetHead,
+    *,
+    whole: bool = False,
+) -> Iterator[_Beam]:
     rows = sequence.rows
     dtype = drafter.dtype
     embeds = head.embed(sequence.tokens[1 : rows + 1], dtype)
     mixed, residual = drafter.mix(embeds, drafter.start(sequence.features[:rows].to(dtype)))
     text = drafter.keys_values(mixed, torch.arange(rows))
-    parts = [
-        _Beam(drafter, head, sequence.tokens, shape, text, part).run(mixed, residual)
-        for part in torch.split(roots, _ROOTS_AT_ONCE)
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    for part in torch.split(roots, _ROOTS_AT_ONCE) if len(roots) else ():
+        beam = _Beam(drafter, head, sequence.tokens, shape, text, part, whole)
+        beam.run(mixed, residual)
+        yield beam
 
 
 class _Beam:
@@ -138,8 +177,10 @@ class _Beam:
         shape: DraftShape,
         text: tuple[torch.Tensor, torch.Tensor],
         roots: torch.Tensor,
+        whole: bool,  # compute every candidate, also those that cannot change what is accepted
     ) -> None:
         self.drafter, self.head, self.shape, self.text = drafter, head, shape, text
+        self.whole = whole
         self.lm_head = None if drafter.config.is_eagle3 else head.lm_head.to(drafter.dtype)
         self.target_ids = drafter.target_ids
         self.base = roots - 1
@@ -147,23 +188,26 @@ class _Beam:
         known = ahead < len(tokens)
         self.wanted = torch.where(known, tokens[ahead.clamp(max=len(tokens) - 1)], -1)
         self.scores = torch.full((len(roots), shape.candidates), -1.0)
+        self.tokens = torch.zeros((len(roots), shape.candidates), dtype=torch.int64)
+        self.parents = torch.full((len(roots), shape.candidates), -1)  # candidate; -1: the root
         self.matched = torch.full((len(roots), shape.depth), -1)  # candidate index at each depth
 
-    def run(self, mixed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def run(self, mixed: torch.Tensor, residual: torch.Tensor) -> None:
         topk = self.shape.topk
         base = self.base
         read, state = self.drafter.rows(mixed[base], residual[base], base, self.text, base)
         prob, token = self._best(read)
-        self.scores[:, :topk] = prob
+        self.scores[:, :topk], self.tokens[:, :topk] = prob, token
         slot = _find(token == self.wanted[:, :1])  # beam slot on the continuation, or -1
         self.matched[:, 0] = slot
         open_ = torch.arange(len(base))
+        beam = torch.arange(topk).expand(len(base), -1)  # candidate in each beam slot
         states = state[:, None].expand(-1, topk, -1)
         own: tuple[torch.Tensor, torch.Tensor] | None = None
         for depth in range(1, self.shape.depth):
             keep = self._undecided(open_, slot, prob)
             open_, prob, token, slot = open_[keep], prob[keep], token[keep], slot[keep]
-            states = states[keep]
+            states, beam = states[keep], beam[keep]
             if not len(open_):
                 break
             own = own if own is None else (own[0][keep], own[1][keep])
@@ -171,15 +215,41 @@ class _Beam:
             step_prob, step_token = (_slots(x, topk) for x in self._best(read))
             expanded = (prob[..., None] * step_prob).flatten(1)
             begin = topk + (depth - 1) * topk**2
-            self.scores[open_, begin : begin + topk**2] = expanded
+            here = slice(begin, begin + topk**2)
+            self.scores[open_, here] = expanded
+            self.tokens[open_, here] = step_token.flatten(1)
+            self.parents[open_, here] = beam.repeat_interleave(topk, dim=1)
             found = self._match(open_, depth, slot, step_token)
             self.matched[open_, depth] = torch.where(found >= 0, begin + found, -1)
             prob, picked = expanded.topk(topk, dim=-1)
             token = step_token.flatten(1).gather(1, picked)
+            beam = begin + picked
             slot = _find((picked == found[:, None]) & (found >= 0)[:, None])
             parents = (picked // topk)[..., None].expand(-1, -1, state.shape[-1])
             states = _slots(state, topk).gather(1, parents)
-        return self._accepted()
+
+    def accepted(self) -> torch.Tensor:  # [roots]
+        chosen = self._chosen()
+        picked = torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, chosen, True)
+        kept = picked.gather(1, self.matched.clamp(min=0)) & (self.matched >= 0)
+        return kept.long().cumprod(-1).sum(-1)
+
+    def proposals(self) -> list[Proposal]:
+        assert self.whole
+        found = []
+        for row, chosen in enumerate(self._chosen().sort(-1).values.tolist()):
+            node_of = {candidate: number for number, candidate in enumerate(chosen, start=1)}
+            parents = self.parents[row, chosen].tolist()
+            found.append(
+                Proposal(
+                    tokens=self.tokens[row, chosen].tolist(),
+                    parents=[node_of.get(parent, 0) for parent in parents],
+                )
+            )
+        return found
+
+    def _chosen(self) -> torch.Tensor:  # [roots, nodes - 1] candidates
+        return self.scores.topk(self.shape.nodes - 1, dim=-1).indices
 
     def _row(
         self,
@@ -229,18 +299,14 @@ class _Beam:
         Either the continuation is still in the beam, or a beam slot outscores the deepest match:
         its children may then push that match out of the chosen nodes.
         """
+        if self.whole:
+            return torch.ones(len(open_), dtype=torch.bool)
         matched = self.matched[open_]
         count = (matched >= 0).sum(-1)
         deepest = matched.gather(1, (count - 1).clamp(min=0)[:, None])
         score = self.scores[open_].gather(1, deepest.clamp(min=0))
         threatened = (count > 0) & (prob > score).any(-1)
         return (slot >= 0) | threatened
-
-    def _accepted(self) -> torch.Tensor:
-        chosen = self.scores.topk(self.shape.nodes - 1, dim=-1).indices
-        picked = torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, chosen, True)
-        kept = picked.gather(1, self.matched.clamp(min=0)) & (self.matched >= 0)
-        return kept.long().cumprod(-1).sum(-1)
 
 
 def _find(hit: torch.Tensor) -> torch.Tensor:  # [rows, n] bool -> [rows] first index, or -1
