@@ -16,7 +16,7 @@ from aurora_sgl.errors import AuroraError
 
 #: Releases that the plugin's hooks fit, first and last; tests/unit/test_upstream_names.py reads
 #: the hooked names out of each of them. The tested one is what requirements/cpu.lock names.
-SGLANG_FIRST, SGLANG_LAST, SGLANG_TESTED = "0.5.17", "0.5.23", "0.5.21"
+SGLANG_FIRST, SGLANG_LAST, SGLANG_TESTED = "0.5.21", "0.5.23", "0.5.21"
 
 NEEDED_DISK = 2 * 1024**3
 GIB = 1024**3
