@@ -42,7 +42,8 @@ DRAIN_SECONDS = 5.0
 QUIET_SECONDS = 0.3
 #: Seconds after which a silent store or engine makes the sidecar unready.
 FRESH_SECONDS = 20.0
-TRACE_QUEUE = 4
+#: Traces that wait for the disk; more stay with the assembler, whose memory is bounded.
+TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Service:
         self._assembler = TraceAssembler(settings.trace_memory_bytes)
         self._writer = TraceWriter(artifacts, home / "tmp")
         self._traces: queue.Queue[tuple[Trace, wire.Hello | None] | None] = queue.Queue()
+        self._queued_bytes = 0
+        self._queued_lock = threading.Lock()
         self._trace_store = TraceStore(self._link, artifacts, settings.capture_bytes)
         self._batcher = Batcher(
             self._spool, self._cursor, self._link, self._registry, self._trace_store
@@ -123,9 +126,10 @@ class Service:
                 log.info("the server is gone")
                 break
             self._receive()
+            self._finished()
             if time.monotonic() - second >= 1.0:
                 second = time.monotonic()
-                self._each_second()
+                self._spool.sync()
         self._leave(engine_is_gone=self._parent_fd in events)
 
     def _receive(self) -> bool:
@@ -155,16 +159,16 @@ class Service:
         except (ValueError, msgspec.DecodeError) as error:
             self._assembler.dropped["malformed"] += 1
             log.warning("a message that is no trace was dropped: %s", error)
-        self._finished()
 
     def _finished(self) -> None:
-        room = TRACE_QUEUE - self._traces.qsize()
-        for trace in self._assembler.take_finished(max(0, room)):
-            self._traces.put((trace, self._registry.hello(trace.header.boot_id)))
-
-    def _each_second(self) -> None:
-        self._spool.sync()
-        self._finished()
+        while self._traces.qsize() < TRACE_QUEUE and self._queued_bytes < TRACE_QUEUE_BYTES:
+            traces = self._assembler.take_finished(1)
+            if not traces:
+                return
+            with self._queued_lock:
+                self._queued_bytes += traces[0].size
+            hello = self._registry.hello(traces[0].header.boot_id)
+            self._traces.put((traces[0], hello))
 
     def _write_traces(self) -> None:
         while (item := self._traces.get()) is not None:
@@ -176,6 +180,8 @@ class Service:
             except Exception:
                 log.exception("a trace was lost")
                 self._writer.dropped["failed"] += 1
+            with self._queued_lock:
+                self._queued_bytes -= item[0].size
 
     def _traces_lost(self) -> int:
         meant = ("no_consent",)
@@ -191,7 +197,8 @@ class Service:
                 quiet = time.monotonic() + QUIET_SECONDS
             else:
                 time.sleep(0.02)
-        self._each_second()
+        self._spool.sync()
+        self._finished()
         self._traces.put(None)
         self._batcher.stop()
         self._reconciler.stop()

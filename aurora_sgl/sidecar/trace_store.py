@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+import msgspec
 from sqlalchemy.exc import IntegrityError
 
 from aurora_sgl import clock
@@ -33,32 +34,24 @@ class TraceStore:
         """Insert rows, then delete the oldest files over the budget. Raises ``StoreAway``."""
         if not rows:
             return
-        for row in rows:
-            try:
-                with self._link.session() as s:
-                    queries.add_trace(
-                        s,
-                        request_id=row.request_id,
-                        uri=row.uri,
-                        bytes=row.bytes,
-                        sha256=row.sha256,
-                        created_at=clock.from_us(row.created_us),
-                        start=row.start,
-                        end=row.end,
-                        output_start=row.output_start,
-                        prompt_sha256=row.prompt_sha256,
-                        head_sha256=row.head_sha256,
-                        greedy=row.greedy,
-                        aux_width=row.aux_width,
-                        last_width=row.last_width,
-                        dtype=row.dtype,
-                    )
-            except IntegrityError:  # the record of its request was lost on the way
-                self.counts["without_request"] += 1
-                self._delete(row.uri)
-            else:
-                self.counts["added"] += 1
+        try:
+            self._insert(rows)
+        except IntegrityError:  # the record of a request was lost on the way
+            for row in rows:
+                try:
+                    self._insert([row])
+                except IntegrityError:
+                    self.counts["without_request"] += 1
+                    self._delete(row.uri)
         self.enforce()
+
+    def _insert(self, rows: list[TraceRow]) -> None:
+        with self._link.session() as s:
+            for row in rows:
+                fields = msgspec.structs.asdict(row)
+                created_at = clock.from_us(fields.pop("created_us"))
+                queries.add_trace(s, **fields, created_at=created_at)
+        self.counts["added"] += len(rows)
 
     def enforce(self) -> None:
         """Delete the oldest traces that are not pinned until the rest fits the budget.

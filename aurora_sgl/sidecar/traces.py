@@ -44,6 +44,11 @@ class Trace:
     def rows(self) -> int:
         return len(self.aux)
 
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        return self.aux.nbytes + self.last.nbytes + self.tokens.nbytes
+
 
 @dataclass
 class _Open:
