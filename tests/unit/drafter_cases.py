@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 HIDDEN, VOCAB, LAYERS = 16, 40, 8
 
 
-def target_folder(folder: Path, *, tied: bool = True, files: int = 1, **config: Any) -> Path:
+def target_folder(
+    folder: Path, *, tied: bool = True, files: int = 1, head_scale: float = 1.0, **config: Any
+) -> Path:
     """A folder with the config and the two tensors that a drafter reads of a target."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = {
@@ -38,7 +40,7 @@ def target_folder(folder: Path, *, tied: bool = True, files: int = 1, **config: 
         "model.norm.weight": torch.ones(HIDDEN),
     }
     if not tied:
-        tensors["lm_head.weight"] = torch.randn(VOCAB, HIDDEN, generator=generator)
+        tensors["lm_head.weight"] = head_scale * torch.randn(VOCAB, HIDDEN, generator=generator)
     if files == 1:
         save_file(tensors, str(folder / "model.safetensors"))
         return folder

@@ -1,4 +1,4 @@
-"""Run by test_drafter_parity: drafts of SGLang's own EAGLE3 model and draft loop, as JSON."""
+"""Run by test_drafter_parity: drafts of SGLang's own models and draft loop, as JSON."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def prepare(root: Path, shape: list[int]) -> Any:
         device="cpu",
         dtype="float32",
         skip_tokenizer_init=True,
-        speculative_algorithm="EAGLE3",
+        speculative_algorithm=sys.argv[4],
         speculative_draft_model_path=str(root / "drafter"),
         speculative_num_steps=depth,
         speculative_eagle_topk=topk,
@@ -73,15 +73,21 @@ def prepare(root: Path, shape: list[int]) -> Any:
 
 
 def load_model(root: Path) -> Any:
+    from sglang.srt.models.llama_eagle import LlamaForCausalLMEagle
     from sglang.srt.models.llama_eagle3 import LlamaForCausalLMEagle3
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(root / "drafter"))
     torch.set_default_dtype(torch.float32)
-    model = LlamaForCausalLMEagle3(config)
+    eagle3 = config.architectures == ["LlamaForCausalLMEagle3"]
+    model = LlamaForCausalLMEagle3(config) if eagle3 else LlamaForCausalLMEagle(config)
     model.load_weights(load_file(str(root / "drafter" / "model.safetensors")).items())
-    embedding = load_file(str(root / "target" / "model.safetensors"))["model.embed_tokens.weight"]
-    model.set_embed(torch.nn.Parameter(embedding))
+    target = load_file(str(root / "target" / "model.safetensors"))
+    embedding = torch.nn.Parameter(target["model.embed_tokens.weight"])
+    if eagle3:
+        model.set_embed(embedding)
+    else:
+        model.set_embed_and_head(embedding, torch.nn.Parameter(target["lm_head.weight"]))
     model.model.layers[0].self_attn.attn = PagedAttention(
         config.num_attention_heads, config.num_key_value_heads, config.head_dim, 256
     )
@@ -89,7 +95,8 @@ def load_model(root: Path) -> Any:
 
 
 def forward(model: Any, batch: Any) -> Any:
-    read, (state,) = model.model(batch.input_ids, batch.positions, batch)
+    out = model.model(batch.input_ids, batch.positions, batch)
+    read, (state,) = out if isinstance(out, tuple) else (out, [out])
     logits = (read @ model.lm_head.weight.T).float()
     return SimpleNamespace(next_token_logits=logits, hidden_states=state)
 
@@ -100,7 +107,6 @@ def draft(model: Any, case: Any, root: int, shape: list[int]) -> dict[str, list[
 
     depth, topk, nodes = shape
     attention = model.model.layers[0].self_attn.attn
-    hot = model.hot_token_id
     # Draft-extend over the committed text: rows 0 .. root - 1.
     batch = batch_of(
         case["tokens"][1 : root + 1],
@@ -124,7 +130,7 @@ def draft(model: Any, case: Any, root: int, shape: list[int]) -> dict[str, list[
         return SimpleNamespace(logits_output=forward(model, inner))
 
     worker = SimpleNamespace(
-        hot_token_id=hot,
+        hot_token_id=getattr(model, "hot_token_id", None),
         topk=topk,
         speculative_num_steps=depth,
         speculative_num_draft_tokens=nodes,

@@ -1,9 +1,9 @@
-"""SGLang's own EAGLE3 model and draft loop against ours, on the same features.
+"""SGLang's own drafters and draft loop against ours, on the same features.
 
-The real ``LlamaForCausalLMEagle3`` loads our folder, and the real
-``EagleDraftWorker.draft_forward`` drafts with it; only the paged attention is a few plain lines here, with the cache layout of
-``prepare_for_draft`` (each beam slot has its own places and they never move). It runs in a process
-of its own, because SGLang's process-wide context stays behind.
+The real ``LlamaForCausalLMEagle3`` (and ``LlamaForCausalLMEagle``) loads our folder, and the real
+``EagleDraftWorker.draft_forward`` drafts with it; only the paged attention is a few plain lines
+here, with the cache layout of ``prepare_for_draft`` (each beam slot has its own places and they
+never move). It runs in a process of its own, because SGLang's process-wide context stays behind.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from drafter_cases import HIDDEN, VOCAB, target_folder
 from safetensors.torch import save_file
 
 from aurora_sgl.drafter import checkpoint, scratch
+from aurora_sgl.drafter.config import EAGLE, EAGLE3, read_config
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.training.replay import DraftShape, proposals_at
 from aurora_sgl.training.sequence import Sequence
@@ -27,17 +28,21 @@ SHAPES = [DraftShape(4), DraftShape(3, 2, 5), DraftShape(3, 4, 8), DraftShape(4,
 ROOTS = [6, 9, 15, 22]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[EAGLE3, EAGLE])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parity")
-    target = target_folder(root / "target", tied=False)
-    drafter = scratch.make(target, draft_vocab_size=24, seed=2)
+    # A soft head: saturated scores tie, and then SGLang itself may pick a child without its parent.
+    target = target_folder(root / "target", tied=False, head_scale=0.05)
+    drafter = scratch.make(target, draft_vocab_size=24, architecture=request.param, seed=2)
     torch.manual_seed(0)
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, mean=0.05, std=0.25)
     checkpoint.save(drafter, root / "drafter", dtype=torch.float32)
     save_file(
-        {"tokens": torch.randint(0, VOCAB, (25,)), "features": torch.randn(24, 3 * HIDDEN)},
+        {
+            "tokens": torch.randint(0, VOCAB, (25,)),
+            "features": torch.randn(24, drafter.config.feature_width),
+        },
         str(root / "case.safetensors"),
     )
     return root
@@ -46,10 +51,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def upstream(folder: Path) -> list[list[dict[str, list[int]]]]:
     """Drafts of SGLang, one list a shape, one entry a root."""
+    algorithm = "EAGLE3" if read_config(folder / "drafter").is_eagle3 else "EAGLE"
     shapes = [[s.depth, s.topk, s.nodes] for s in SHAPES]
     script = Path(__file__).with_name("sglang_drafts.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), json.dumps(shapes), json.dumps(ROOTS)],
+        [
+            sys.executable,
+            str(script),
+            str(folder),
+            json.dumps(shapes),
+            json.dumps(ROOTS),
+            algorithm,
+        ],
         capture_output=True,
         text=True,
         timeout=300,
