@@ -54,7 +54,7 @@ class TrainSettings(BaseModel):
     prompt_weight: float = Field(default=1.0, ge=0)
     """Weight of a prompt position against an answer position."""
 
-    max_rows: int = Field(default=1024, ge=8)
+    max_rows: int = Field(default=512, ge=8)
     """Rows of one request in one update, the last ones: bounds the memory."""
 
     autocast: bool = True
