@@ -1,0 +1,242 @@
+"""The command line on a real SQLite store with real drafter folders."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_training_run import House, house  # noqa: F401 (a fixture)
+from test_training_trainer import RECIPE
+
+from aurora_sgl import cli
+from aurora_sgl.config import get_settings
+from aurora_sgl.drafter import checkpoint, scratch
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``aurora-sgl`` with arguments; gives (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["aurora-sgl", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def second(house: House, tmp_path: Path) -> Path:  # noqa: F811
+    """The folder of another drafter for the same target."""
+    drafter = scratch.make(house.target, draft_vocab_size=40, seed=2, model=str(house.target))
+    return checkpoint.save(drafter, tmp_path / "second")
+
+
+def test_help_takes_less_than_a_second_of_cpu_and_names_every_command() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "aurora_sgl.cli", "--help"], capture_output=True, text=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    for name in ("serve", "demo", "train", "replay", "versions", "promote", "rollback", "db"):
+        assert name in done.stdout
+
+
+def test_help_imports_neither_torch_nor_the_store() -> None:
+    code = (
+        "import sys, aurora_sgl.cli; "
+        "print([m for m in ('torch', 'sqlalchemy', 'sglang', 'numpy', 'streamlit') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_error_is_one_line_on_stderr_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aurora_sgl.cli", "versions", "list"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"AURORA_DATABASE_URL": "mysql://somewhere/else", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("aurora-sgl: ") and "sqlite or postgresql" in done.stderr
+
+
+def test_a_broken_setting_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AURORA_SPECULATION", "sometimes")
+    get_settings.cache_clear()
+    code, _, error = run("db", "current")
+    get_settings.cache_clear()
+    assert code == 1 and "AURORA_SPECULATION" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no-such-command",),
+        ("promote", "2"),  # without a reason
+        ("train",),  # without --once
+        ("train", "--once", "--set", "passes"),
+        ("train", "--once", "--set", "passes=0"),
+        ("train", "--once", "--set", "colour=1"),
+        ("serve",),  # without a model
+    ],
+)
+def test_wrong_use_exits_with_2(run: Run, arguments: tuple[str, ...]) -> None:
+    assert run(*arguments)[0] == 2
+
+
+def test_a_store_of_another_schema_says_how_to_upgrade(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AURORA_HOME", str(tmp_path / "empty"))
+    get_settings.cache_clear()
+    try:
+        code, _, error = run("versions", "list")
+        assert code == 1 and "aurora-sgl db upgrade" in error
+        assert run("db", "current")[0] == 1
+        assert run("db", "upgrade")[0] == 0
+        code, out, _ = run("db", "current", "--json")
+        assert code == 0 and json.loads(out)["up_to_date"] is True
+        code, _, error = run("versions", "list")
+        assert code == 1 and "no deployment group 'default'" in error
+    finally:
+        get_settings.cache_clear()
+
+
+def test_versions_go_in_are_listed_shown_and_come_out(
+    run: Run,
+    house: House,  # noqa: F811
+    second: Path,
+    tmp_path: Path,
+) -> None:
+    code, out, error = run("versions", "import", str(second), "--note", "by hand", "--json")
+    assert code == 0, error
+    made = json.loads(out)
+    rows = json.loads(run("versions", "list", "--json")[1])
+    assert [row["id"] for row in rows] == [house.live, made["id"]]
+    assert rows[0]["aliases"] == ["live"] and rows[1]["note"] == "by hand"
+    assert "by hand" in run("versions", "list")[1]
+
+    shown = json.loads(run("versions", "show", made["weights_sha256"][:8], "--json")[1])
+    assert shown["id"] == made["id"] and shown["has_weights"] and shown["deployments"] == []
+    assert "weights_sha256" in run("versions", "show", "live")[1]
+
+    into = tmp_path / "out"
+    assert run("versions", "export", str(made["id"]), str(into))[0] == 0
+    exported = checkpoint.content_sha256(checkpoint.read_tensors(into))
+    assert exported == made["weights_sha256"]
+    code, _, error = run("versions", "export", str(made["id"]), str(into))
+    assert code == 1 and "not empty" in error
+
+    assert "is pinned" in run("versions", "pin", "live")[1]
+    assert json.loads(run("versions", "list", "--json")[1])[0]["pinned"] is True
+    assert "not pinned" in run("versions", "unpin", "live")[1]
+
+
+def test_a_drafter_of_another_target_is_refused(run: Run, house: House, tmp_path: Path) -> None:  # noqa: F811
+    from drafter_cases import target_folder
+
+    other = target_folder(tmp_path / "other", hidden_size=16, vocab_size=30)
+    folder = checkpoint.save(scratch.make(other, draft_vocab_size=20), tmp_path / "wrong")
+    code, _, error = run("versions", "import", str(folder))
+    assert code == 1 and error.count("\n") == 1 and "can't be imported" in error
+    assert len(json.loads(run("versions", "list", "--json")[1])) == 1
+
+
+def test_promote_and_rollback_move_what_is_live_and_say_so(
+    run: Run,
+    house: House,  # noqa: F811
+    second: Path,
+) -> None:
+    number = str(json.loads(run("versions", "import", str(second), "--json")[1])["id"])
+    code, out, _ = run("promote", number, "--reason", "try", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["dry_run"] is True
+    code, _, error = run("promote", number, "--reason", "try", "--expect-live", number)
+    assert code == 1 and f"version {house.live}" in error
+
+    change = json.loads(run("promote", number, "--reason", "better", "--json")[1])
+    assert (change["changed"], change["generation"]) == (True, 2)
+    assert "live already" in run("promote", number, "--reason", "again")[1]
+    assert "put version" in run("rollback", "--reason", "worse")[1]
+    shown = json.loads(run("versions", "show", "live", "--json")[1])
+    assert shown["id"] == house.live
+    assert [d["action"] for d in shown["deployments"]] == ["rollback", "promote", "promote"]
+    assert "@" in shown["deployments"][0]["actor"]
+    code, _, error = run("rollback", "--reason", "further")
+    assert code == 1 and error.count("\n") == 1
+
+
+def test_one_training_run_makes_a_version_that_replay_can_judge(run: Run, house: House) -> None:  # noqa: F811
+    house.serve(60)
+    recipe = {**RECIPE, "gate_share": 0.3}
+    pairs = [text for name, value in recipe.items() for text in ("--set", f"{name}={value}")]
+    code, out, error = run("train", "--once", "--json", *pairs)
+    assert code == 0, error
+    outcome = json.loads(out)
+    assert outcome["status"] == "succeeded"
+    made = outcome["version_id"]
+    assert json.loads(run("versions", "show", str(made), "--json")[1])["evaluations"]
+
+    code, out, error = run("replay", "live", str(made), "--json", *pairs)
+    assert code == 0, error
+    lines = json.loads(out)
+    whole = [line for line in lines if line["domain"] == "all"]
+    assert [line["version_id"] for line in whole] == [house.live, made]
+    assert whole[0]["difference"] is None
+    assert whole[1]["accept_length"] > whole[0]["accept_length"]
+    assert whole[1]["ci_low"] > 0
+
+
+def test_a_second_trainer_waits_its_turn(run: Run, house: House) -> None:  # noqa: F811
+    from aurora_sgl.training.lease import training_lease
+
+    with training_lease(house.engine, 1):
+        code, _, error = run("train", "--once")
+        assert code == 1 and "is going on" in error
+    code, _, error = run("train", "--once")
+    assert code == 1 and "training skipped" in error  # free again, but nothing to train on
+
+
+def test_prune_says_what_would_go_and_leaves_it(run: Run, house: House) -> None:  # noqa: F811
+    house.serve(4)
+    code, out, _ = run("db", "prune", "--trace-bytes", "0", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["traces"] == 4
+    assert json.loads(run("db", "prune", "--trace-bytes", "0", "--json")[1])["traces"] == 4
+    assert json.loads(run("db", "prune", "--trace-bytes", "0", "--json")[1])["traces"] == 0
+    assert run("db", "prune")[0] == 0
+
+
+def test_unknown_flags_of_serve_go_to_sglang_as_they_are(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aurora_sgl.engine import launch
+
+    seen: list[tuple[str, str, list[str]]] = []
+
+    def serve(model: str, drafter: str, sglang_args: list[str]) -> int:
+        seen.append((model, drafter, sglang_args))
+        return 0
+
+    monkeypatch.setattr(launch, "serve", serve, raising=False)
+    flags = ["--tp-size", "2", "--lora-paths", "a", "b", "--disable-radix-cache", "--port=1", "-x"]
+    assert run("serve", "--model", "m", *flags)[0] == 0
+    assert run("serve", *flags, "--drafter", "d", "--model-path", "m")[0] == 0
+    assert seen == [("m", "scratch", flags), ("m", "d", flags)]

@@ -1,0 +1,73 @@
+"""What doctor finds on this machine, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from aurora_sgl import cli, doctor, store
+from aurora_sgl.config import Settings, get_settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home", database_url="")
+
+
+def found(settings: Settings) -> dict[str, doctor.Finding]:
+    return {finding.name: finding for finding in doctor.examine(settings)}
+
+
+def test_an_environment_made_by_setup_lacks_nothing(settings: Settings) -> None:
+    findings = found(settings)
+    assert {f.name: f.found for f in findings.values() if f.state == "missing"} == {}
+    for name in ("Python", "PyTorch", "CUDA", "SGLang", "plugin", "store", "disk", "demo model"):
+        assert name in findings
+    assert not settings.home.exists(), "doctor changes nothing"
+
+
+def test_a_store_that_was_not_upgraded_is_missing_and_says_how_to_mend_it(
+    settings: Settings,
+) -> None:
+    engine = store.connect(settings.store_url)
+    assert found(settings)["store"].state == "missing"
+    assert "db upgrade" in found(settings)["store"].advice
+    store.upgrade(engine)
+    assert found(settings)["store"].state == "ok"
+
+
+def test_a_store_that_cannot_be_reached_is_named_without_its_password() -> None:
+    url = "postgresql://someone:secret@127.0.0.1:1/nothing"
+    finding = found(Settings(database_url=url))["store"]
+    assert finding.state == "missing"
+    assert "127.0.0.1:1" in finding.found and "secret" not in finding.found
+
+
+def test_what_is_missing_is_advised_in_every_finding(settings: Settings) -> None:
+    assert all(f.advice for f in doctor.examine(settings) if f.state != "ok")
+
+
+def test_the_command_prints_json_and_exits_with_1_when_something_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AURORA_HOME", str(tmp_path))
+    monkeypatch.setenv("AURORA_DATABASE_URL", "postgresql://a:b@127.0.0.1:1/x")
+    monkeypatch.setattr(sys, "argv", ["aurora-sgl", "doctor", "--json"])
+    get_settings.cache_clear()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    get_settings.cache_clear()
+    rows = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 1
+    assert [row["name"] for row in rows if row["state"] == "missing"] == ["store"]
+
+
+@pytest.mark.parametrize(
+    ("release", "supported"),
+    [("0.5.21", True), ("0.5.21.post1", True), ("0.5.23", True), ("0.5.16", False), ("1", False)],
+)
+def test_releases_of_sglang_are_supported_by_number(release: str, supported: bool) -> None:
+    assert doctor.is_supported(release) is supported
