@@ -155,7 +155,7 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _store(settings: Settings) -> Iterator[Finding]:
-    from sqlalchemy import make_url
+    from sqlalchemy.engine import make_url
 
     from aurora_sgl import store
 

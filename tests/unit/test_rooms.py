@@ -47,8 +47,9 @@ def importers(*modules: str) -> set[tuple[str, str]]:
     return found
 
 
-def test_the_reader_of_imports_sees_relative_and_nested_ones() -> None:
-    assert ("cli", "aurora_sgl/cli.py") in importers("aurora_sgl.errors", "aurora_sgl.doctor")
+def test_the_reader_of_imports_sees_those_inside_functions_too() -> None:
+    assert ("cli", "aurora_sgl/cli/__init__.py") in importers("aurora_sgl.errors")
+    assert ("cli", "aurora_sgl/cli/db.py") in importers("aurora_sgl.doctor")
     assert importers("aurora_sgl.no_such_room") == set()
 
 
