@@ -39,12 +39,12 @@ def _define_missing_schemas(package: Path) -> None:
     compiled = [*package.glob("_C*.so"), *package.glob("_C*.pyd")]
     try:
         for library in compiled:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         if compiled:
             return
     except OSError:
         pass
-    _TorchvisionFinder.library = torch.library.Library("torchvision", "DEF")
+    _TorchvisionFinder.library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
         _TorchvisionFinder.library.define(schema)
 

@@ -1,4 +1,4 @@
-"""From ``aurora-sgl serve`` to a running SGLang: what is checked and made ready before it starts."""
+"""From ``aurora-sgl serve`` to a running SGLang: what is checked and made before it starts."""
 
 from __future__ import annotations
 

@@ -200,7 +200,8 @@ def decode_envelope(data: bytes) -> Envelope:
 
 def decode_command(data: bytes) -> Command:
     """Raises ``msgspec.DecodeError`` for bytes that are not a command."""
-    return _command_decoder.decode(data)
+    command: Command = _command_decoder.decode(data)
+    return command
 
 
 def decode_trace_header(data: bytes) -> TraceHeader:

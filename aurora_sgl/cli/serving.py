@@ -14,16 +14,21 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Option("--model", "--model-path", help="Target model folder.")],
     drafter: Annotated[
-        str, typer.Option(help="Drafter folder, or 'scratch' for an untrained one.")
-    ] = "scratch",
+        str | None,
+        typer.Option(
+            help="Drafter folder, or 'scratch' for an untrained one "
+            "(default: the live version of the group, else scratch)."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model with SGLang and keep its drafter learning.
 
     Every other flag goes to SGLang as it is (--port, --tp-size, --speculative-num-steps, ...).
     """
-    from aurora_sgl.engine.launch import serve as run
+    from aurora_sgl.config import get_settings
+    from aurora_sgl.serving import serve as run
 
-    raise typer.Exit(run(model, drafter, context.args))
+    run(model, drafter, context.args, get_settings())
 
 
 def demo(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,20 @@ def start() -> None:
     _supervisor.start()
     atexit.register(shutil.rmtree, endpoint, ignore_errors=True)
     atexit.register(stop)
+
+
+def exit_with_parent() -> None:
+    """End this server, as by SIGTERM, when the process that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20.0)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="aurora-parent-watch", daemon=True).start()
 
 
 def stop() -> None:

@@ -72,6 +72,8 @@ def server_flags(
         defaults |= _CPU_FLAGS
         if not _given(args, "--dtype"):
             defaults["--dtype"] = "bfloat16"
+        if not _given(args, "--sleep-on-idle"):
+            flags.append("--sleep-on-idle")  # else a waiting scheduler keeps one core busy
     for flag, value in defaults.items():
         if not _given(flags, flag):
             flags += [flag, value]
@@ -85,6 +87,8 @@ def main(argv: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    if os.environ.get("AURORA_EXIT_WITH_PARENT") == "1":
+        companion.exit_with_parent()
     load_plugins()
     server_args = prepare_server_args(argv)
     try:

@@ -38,7 +38,7 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 class ServerProcess:
-    """``python -m aurora_sgl.engine.launch`` in a process group of its own, its output in a file."""
+    """``python -m aurora_sgl.engine.launch`` in its own process group, its output in a file."""
 
     def __init__(
         self,

@@ -1,0 +1,452 @@
+"""The closed loop on one machine: serve, record, train, go live, and show it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine
+
+from aurora_sgl import store
+from aurora_sgl.config import Settings, get_settings
+from aurora_sgl.demo.model import demo_model
+from aurora_sgl.demo.prompts import Prompt, load_prompts, sample_prompts, to_measure, to_serve
+from aurora_sgl.demo.screen import Screen, VersionRow
+from aurora_sgl.demo.traffic import Sample, Sent, measure, send_all
+from aurora_sgl.demo.trainer import BackgroundTrainer
+from aurora_sgl.engine.process import ServerProcess, free_port
+from aurora_sgl.errors import AuroraError, Refused
+from aurora_sgl.rollout.promote import promote
+from aurora_sgl.serving import plan
+from aurora_sgl.store import queries
+from aurora_sgl.training.replay import Replayed
+from aurora_sgl.training.statistics import paired_difference
+
+DEPTH, TOPK, NODES = 3, 4, 8
+TRAIN_EVERY = 40  # served requests between training runs
+MAX_TOKENS = 64  # of one answer: keeps the first improvement within minutes on two cores
+MEASURED = 24  # held-out prompts, of all domains
+MEASURED_TOKENS = 40
+_SWAP_SECONDS = 60.0
+
+#: What SGLang is started with; small enough for two cores and a few GiB.
+SERVER_FLAGS = [
+    *("--max-total-tokens", "16384"),
+    *("--max-running-requests", "16"),
+    *("--speculative-num-steps", str(DEPTH)),
+    *("--speculative-eagle-topk", str(TOPK)),
+    *("--speculative-num-draft-tokens", str(NODES)),
+]
+
+
+def run(
+    *,
+    requests: int | None = None,
+    stop: bool = False,
+    prompts: Path | None = None,
+    port: int = 0,
+    as_json: bool = False,
+) -> int:
+    """Run the demo; returns the exit code. Raises ``AuroraError`` for what a user can mend.
+
+    ``requests``: how many to send (None: go on until Ctrl-C). ``stop``: measure the first and the
+    last version on the same held-out prompts, sum up, and end.
+    """
+    settings = get_settings()
+    chosen = load_prompts(prompts) if prompts is not None else sample_prompts()
+    if stop and requests is None:
+        requests = 120
+    model = demo_model(settings.home, quiet=as_json)
+    os.environ["AURORA_HOME"] = str(settings.home.resolve())
+    port = port or free_port()
+    ready = plan(
+        str(model),
+        None,
+        [*SERVER_FLAGS, "--port", str(port)],
+        settings,
+        sample_texts=[prompt.prompt for prompt in chosen],
+    )
+    server = ServerProcess(
+        ready.flags[: ready.flags.index("--port")] + ready.flags[ready.flags.index("--port") + 2 :],
+        port=port,
+        log=settings.home / "logs" / "server.log",
+        environment={
+            "OMP_NUM_THREADS": "1",
+            **ready.environment,
+            "AURORA_EXIT_WITH_PARENT": "1",
+        },
+    )
+    engine = store.connect(settings.store_url)
+    signal.signal(signal.SIGTERM, _interrupt)
+    with Screen(quiet=as_json) as screen:
+        screen.say(ready.note)
+        demo = _Demo(settings, engine, server, screen, chosen, requests, stop)
+        try:
+            asyncio.run(demo.go())
+            failed = False
+        except KeyboardInterrupt:
+            screen.say("stopping ...")
+            failed = stop
+        finally:
+            demo.end()
+    screen.print_table()
+    if stop and not failed:
+        summary = demo.summary()
+        if as_json:
+            print(json.dumps(summary, indent=2))
+        else:
+            screen.say(_sentence(summary))
+    return 130 if failed else 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@dataclass
+class _Measured:
+    """One measurement on the held-out prompts, and what the store says of its requests."""
+
+    sample: Sample
+    per_request: list[Replayed] = field(default_factory=list)
+
+    @property
+    def accept_length(self) -> float | None:
+        steps = sum(one.verify_steps for one in self.per_request)
+        return 1 + sum(one.accepted for one in self.per_request) / steps if steps else None
+
+
+class _Demo:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        server: ServerProcess,
+        screen: Screen,
+        prompts: list[Prompt],
+        requests: int | None,
+        stop: bool,
+    ) -> None:
+        self.settings, self.engine, self.server, self.screen = settings, engine, server, screen
+        self.requests, self.stop = requests, stop
+        self.to_serve = to_serve(prompts)
+        self.held_out = _spread(to_measure(prompts), MEASURED)
+        self.trainer = BackgroundTrainer(
+            {"depth": DEPTH, "topk": TOPK, "nodes": NODES}, {"AURORA_HOME": str(settings.home)}
+        )
+        self.sent: list[Sent] = []
+        self.failed = 0
+        self.trained_at = 0  # requests served when the last training run began
+        self.measured: dict[str, _Measured] = {}
+        self.group_id = 0
+        self.server_id = 0
+
+    # -- the loop ----------------------------------------------------------------------------
+
+    async def go(self) -> None:
+        self.server.start()
+        await asyncio.to_thread(
+            self.server.wait_ready,
+            300.0,
+            lambda seconds: self.screen.bar("starting SGLang", int(seconds), 60, "about 30 s"),
+        )
+        self.screen.end_bar("starting SGLang")
+        self.screen.url = self.server.url
+        self.screen.say(f"SGLang is ready: {self.server.url}/v1")
+        await self._until(self._server_known, 60.0, "the sidecar did not register the server")
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self._measure("no_speculation", drafts=False)
+            await self._measure("first", drafts=True)
+            await self._traffic()
+            if self.stop:
+                await self._last_training()
+                await self._measure("last", drafts=True)
+        finally:
+            watching.cancel()
+            await asyncio.to_thread(self._refresh)
+
+    async def _traffic(self) -> None:
+        training: list[asyncio.Task[None]] = []
+
+        def done(one: Sent) -> None:
+            self.sent.append(one)
+            self.failed += bool(one.error)
+            if one.error:
+                self.screen.say(f"a request failed: {one.error}")
+            self.screen.bar("requests", len(self.sent), self.requests)
+            due = len(self.sent) - self.trained_at >= TRAIN_EVERY
+            if due and (not training or training[-1].done()):
+                self.trained_at = len(self.sent)
+                training.append(asyncio.create_task(self._train("requests")))
+
+        first, later = self._round(0.0), self._round(0.7)
+        if self.requests is None:
+            await send_all(self.server.url, first, done, max_tokens=MAX_TOKENS)
+            endless = itertools.chain.from_iterable(self.to_serve for _ in itertools.count())
+            await send_all(self.server.url, endless, done, max_tokens=MAX_TOKENS, temperature=0.7)
+        else:
+            rest = self.requests - len(self.to_serve)
+            await send_all(
+                self.server.url,
+                itertools.islice(first, self.requests),
+                done,
+                max_tokens=MAX_TOKENS,
+            )
+            if rest > 0:
+                await send_all(
+                    self.server.url,
+                    itertools.islice(itertools.cycle(later), rest),
+                    done,
+                    max_tokens=MAX_TOKENS,
+                    temperature=0.7,  # the prompts come again: sample, so that answers differ
+                )
+        if training:
+            await training[-1]
+
+    def _round(self, temperature: float) -> Iterator[Prompt]:
+        return iter(self.to_serve)
+
+    async def _train(self, trigger: str) -> None:
+        def progress(event: dict[str, Any]) -> None:
+            if event.get("event") == "update":
+                done, total = int(event.get("done", 0)), int(event.get("total", 0))
+                self.screen.bar("training", done, total, f"loss {event.get('loss', 0):.2f}")
+
+        outcome = await self.trainer.run(trigger, progress)
+        self.screen.end_bar("training")
+        if outcome["status"] != "succeeded":
+            self.screen.say(f"training {outcome['status']}: {outcome.get('error', '')}")
+            return
+        await asyncio.to_thread(self._judge, outcome)
+
+    def _judge(self, outcome: dict[str, Any]) -> None:
+        """Promote what replay on held-out requests calls better."""
+        version, metrics = outcome["version_id"], outcome["metrics"]
+        before, after = metrics.get("accept_length_before"), metrics.get("accept_length_after")
+        told = f"version {version}: replay {_number(before)} -> {_number(after)}"
+        if outcome["verdict"] != "pass":
+            self.screen.say(f"{told}, {outcome['verdict']}: not promoted")
+            return
+        try:
+            promote(
+                self.engine,
+                version,
+                actor="demo",
+                reason=f"replay on held-out requests: {_number(before)} -> {_number(after)}",
+                evaluation_id=outcome["evaluation_id"],
+            )
+        except Refused as refusal:
+            self.screen.say(f"{told}, not promoted: {refusal}")
+            return
+        self.screen.say(f"{told}, promoted")
+
+    async def _last_training(self) -> None:
+        if len(self.sent) - self.trained_at > TRAIN_EVERY // 4:
+            self.trained_at = len(self.sent)
+            await self._train("last requests")
+        await self._until(self._converged, _SWAP_SECONDS, "the promoted version did not go live")
+
+    # -- measuring ---------------------------------------------------------------------------
+
+    async def _measure(self, name: str, *, drafts: bool) -> None:
+        label = f"measuring {name.replace('_', ' ')}"
+        total, seen = len(self.held_out), itertools.count(1)
+        sample = await measure(
+            self.server.url,
+            self.held_out,
+            lambda one: self.screen.bar(label, next(seen), total),
+            drafts=drafts,
+            tokens=MEASURED_TOKENS,
+        )
+        self.screen.end_bar(label)
+        self.failed += sample.failed
+        measured = _Measured(sample)
+        if drafts:
+            by_rid: Callable[[], bool] = lambda: self._fill(measured)  # noqa: E731
+            await self._until(by_rid, 30.0, "the store did not receive the measured requests")
+        self.measured[name] = measured
+        speed = f"{sample.tokens_per_second:.1f}"
+        length = measured.accept_length
+        self.screen.speeds[name.replace("_", " ")] = speed
+        told = f", accept length {length:.3f}" if length is not None else ""
+        self.screen.say(f"held-out prompts, {name.replace('_', ' ')}: {speed} tokens/s{told}")
+
+    def _fill(self, measured: _Measured) -> bool:
+        """Verify steps of the measured requests, once the store has them all finished."""
+        found: list[Replayed] = []
+        order = {prompt.prompt: at for at, prompt in enumerate(self.held_out)}
+        with store.session(self.engine, write=False) as s:
+            for one in sorted(measured.sample.sent, key=lambda sent: order[sent.prompt.prompt]):
+                rows = queries.requests_by_rid(s, one.rid)
+                if one.error:
+                    continue
+                if not rows or rows[0].status != "finished":
+                    return False
+                at = order[one.prompt.prompt]
+                found.append(Replayed(at, rows[0].verify_steps, rows[0].accepted))
+        measured.per_request = found
+        return True
+
+    # -- the store ---------------------------------------------------------------------------
+
+    async def _until(self, condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
+        for _ in range(int(seconds * 4)):
+            if not self.server.running:
+                raise AuroraError(f"SGLang ended by itself (log: {self.server.log})")
+            if await asyncio.to_thread(condition):
+                return
+            await asyncio.sleep(0.25)
+        raise AuroraError(f"{otherwise} (log: {self.settings.home / 'logs' / 'sidecar.log'})")
+
+    def _server_known(self) -> bool:
+        with store.session(self.engine, write=False) as s:
+            for group in queries.groups(s):
+                if group.name != self.settings.group:
+                    continue
+                for row in queries.servers(s, group.id):
+                    if row.name.endswith(self.server.url.rpartition(":")[2]) and row.live_sha256:
+                        self.group_id, self.server_id = group.id, row.id
+                        return row.live_version_id is not None
+        return False
+
+    def _converged(self) -> bool:
+        with store.session(self.engine, write=False) as s:
+            desired = queries.desired_version(s, self.group_id)
+            row = queries.server(s, self.server_id)
+            return desired is not None and row.live_version_id == desired[0]
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.to_thread(self._refresh)
+            await asyncio.sleep(1.0)
+
+    def _refresh(self) -> None:
+        if not self.group_id:
+            return
+        with store.session(self.engine, write=False) as s:
+            row = queries.server(s, self.server_id)
+            reason = str((row.counters or {}).get("phase_reason", ""))
+            self.screen.phase = f"{row.phase or 'starting'} - {reason}" if reason else row.phase
+            lengths = {
+                one.version_id: one
+                for one in queries.accept_length_by_version(s, self.group_id, depth=DEPTH)
+            }
+            self.screen.versions = [
+                self._row(s, version, lengths.get(version.id), version.id == row.live_version_id)
+                for version in queries.versions(s, self.group_id)
+            ]
+
+    def _row(self, s: Any, version: Any, served: Any, live: bool) -> VersionRow:
+        origin = version.source if version.parent_id is None else f"version {version.parent_id}"
+        evaluations = queries.evaluations(s, version.id)
+        row = VersionRow(version.id, origin, live=live)
+        if evaluations:
+            row.replayed = _number(evaluations[-1].candidate_accept_length)
+            row.verdict = evaluations[-1].verdict
+        if served is not None:
+            row.served = served.requests
+            row.accept_length = _number(served.accept_length)
+        return row
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Stop everything that was started."""
+        self.trainer.stop()
+        self.server.stop()
+
+    def summary(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        with store.session(self.engine, write=False) as s:
+            row = queries.server(s, self.server_id)
+            lengths = {
+                one.version_id: one
+                for one in queries.accept_length_by_version(s, self.group_id, depth=DEPTH)
+            }
+            versions = [
+                self._version(s, version, lengths.get(version.id))
+                for version in queries.versions(s, self.group_id)
+            ]
+            live_version, live_sha256 = row.live_version_id, row.live_sha256
+            phase, counters = row.phase, dict(row.counters or {})
+            events = queries.count_events(s, self.server_id)
+            dropped = sum(queries.drops(s, self.group_id).values())
+        first, last = self.measured["first"], self.measured["last"]
+        paired = paired_difference(first.per_request, last.per_request)
+        speeds = {name: m.sample.tokens_per_second for name, m in self.measured.items()}
+        return {
+            "requests": len(self.sent),
+            "failed_requests": self.failed,
+            "events": events,
+            "versions": versions,
+            "live_version": live_version,
+            "live_sha256": live_sha256,
+            "accept_length": {
+                "first": _round(paired.a),
+                "last": _round(paired.b),
+                "difference": _round(paired.difference),
+                "ci_low": _round(paired.ci_low),
+                "ci_high": _round(paired.ci_high),
+                "requests": paired.requests,
+            },
+            "tokens_per_second": {name: _round(speed) for name, speed in speeds.items()},
+            "phase": phase,
+            "break_even": _break_even(counters),
+            "dropped_records": dropped,
+        }
+
+    def _version(self, s: Any, version: Any, served: Any) -> dict[str, Any]:
+        evaluations = queries.evaluations(s, version.id)
+        replayed = evaluations[-1].candidate_accept_length if evaluations else None
+        measured = served.accept_length if served is not None else None
+        return {
+            "id": version.id,
+            "parent": version.parent_id,
+            "source": version.source,
+            "weights_sha256": version.weights_sha256,
+            "accept_length": _round(measured if measured is not None else replayed),
+            "accept_length_replayed": _round(replayed),
+            "accept_length_served": _round(measured),
+            "verdict": evaluations[-1].verdict if evaluations else None,
+        }
+
+
+def _spread(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """The first ``count`` distinct prompts, taken from the domains in turn."""
+    by_domain: dict[str, list[Prompt]] = {}
+    for prompt in {prompt.prompt: prompt for prompt in prompts}.values():
+        by_domain.setdefault(prompt.domain, []).append(prompt)
+    turns = itertools.zip_longest(*by_domain.values())
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
+
+
+def _break_even(counters: dict[str, Any]) -> float | None:
+    plain, spec = counters.get("step_ms_plain"), counters.get("step_ms_spec")
+    return _round(spec / plain) if plain and spec else None
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None or value != value else round(value, 4)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _sentence(summary: dict[str, Any]) -> str:
+    length, speed = summary["accept_length"], summary["tokens_per_second"]
+    return (
+        f"{summary['requests']} requests, {summary['failed_requests']} failed; accept length "
+        f"{length['first']:.3f} -> {length['last']:.3f} (95% of the difference: "
+        f"{length['ci_low']:+.3f} to {length['ci_high']:+.3f}); tokens/s without speculation "
+        f"{speed['no_speculation']:.1f}, first {speed['first']:.1f}, last {speed['last']:.1f}; "
+        f"live version {summary['live_version']}"
+    )

@@ -1,0 +1,109 @@
+"""Sample traffic to the OpenAI endpoint, a few requests at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import httpx
+
+from aurora_sgl.demo.prompts import Prompt
+
+STREAMS = 4
+_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One request that was answered, or not."""
+
+    prompt: Prompt
+    rid: str
+    tokens: int  # completion tokens
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Some requests and the wall-clock time that they took together."""
+
+    sent: tuple[Sent, ...]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(one.tokens for one in self.sent) / self.seconds if self.seconds else 0.0
+
+    @property
+    def failed(self) -> int:
+        return sum(1 for one in self.sent if one.error)
+
+
+async def send(
+    client: httpx.AsyncClient,
+    prompt: Prompt,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    headers: dict[str, str] | None = None,
+) -> Sent:
+    """One chat completion; an error is returned, not raised."""
+    rid = uuid.uuid4().hex
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": prompt.prompt}],
+        "max_tokens": min(max_tokens, prompt.max_tokens),
+        "temperature": temperature,
+        "rid": rid,
+    }
+    labels = {"x-aurora-domain": prompt.domain, **(headers or {})}
+    try:
+        answer = await client.post("/v1/chat/completions", json=body, headers=labels)
+    except httpx.HTTPError as error:
+        return Sent(prompt, rid, 0, f"{type(error).__name__}: {error}")
+    if answer.status_code != 200:
+        return Sent(prompt, rid, 0, f"HTTP {answer.status_code}: {answer.text[:200]}")
+    return Sent(prompt, rid, int(answer.json()["usage"]["completion_tokens"]))
+
+
+async def send_all(
+    url: str,
+    prompts: Iterable[Prompt],
+    done: Callable[[Sent], None],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    headers: dict[str, str] | None = None,
+    streams: int = STREAMS,
+) -> Sample:
+    """Send prompts over ``streams`` connections; ``done`` is called for each answer."""
+    waiting: Iterator[Prompt] = iter(prompts)
+    sent: list[Sent] = []
+    begun = time.monotonic()
+
+    async def stream(client: httpx.AsyncClient) -> None:
+        for prompt in waiting:
+            one = await send(
+                client, prompt, max_tokens=max_tokens, temperature=temperature, headers=headers
+            )
+            sent.append(one)
+            done(one)
+            if one.error:
+                await asyncio.sleep(0.2)
+
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT) as client:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(streams):
+                group.create_task(stream(client))
+    return Sample(tuple(sent), time.monotonic() - begun)
+
+
+async def measure(
+    url: str, prompts: Iterable[Prompt], done: Callable[[Sent], None], *, drafts: bool, tokens: int
+) -> Sample:
+    """The same held-out prompts with or without drafts, greedily, not to be trained on."""
+    headers = {"x-aurora-train": "no", "x-aurora-speculate": "yes" if drafts else "no"}
+    return await send_all(url, prompts, done, max_tokens=tokens, headers=headers)
