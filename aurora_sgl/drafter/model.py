@@ -112,6 +112,10 @@ class Drafter(nn.Module):
         return layer
 
     @property
+    def device(self) -> torch.device:
+        return self.fc.weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.fc.weight.dtype
 
@@ -119,7 +123,7 @@ class Drafter(nn.Module):
     def target_ids(self) -> torch.Tensor:  # [draft_vocab] int64
         """Target token id of each draft token id."""
         if not self.config.is_eagle3:
-            return torch.arange(self.config.vocab_size, device=self.fc.weight.device)
+            return torch.arange(self.config.vocab_size, device=self.device)
         return self.d2t + torch.arange(self.config.draft_vocab_size, device=self.d2t.device)
 
     def start(self, features: torch.Tensor) -> torch.Tensor:  # [rows, feature_width] -> [rows, H]
@@ -181,5 +185,5 @@ class Drafter(nn.Module):
         return F.linear(read, lm_head.to(read.dtype)).float()
 
     def _frequencies(self) -> torch.Tensor:
-        self.frequencies = self.frequencies.to(self.fc.weight.device)
+        self.frequencies = self.frequencies.to(self.device)
         return self.frequencies

@@ -83,6 +83,14 @@ class TargetHead:
         lm_head = embedding if tied else _read_tensor(Path(folder), _HEAD)
         return cls(embedding[: info.vocab_size], lm_head[: info.vocab_size])
 
+    def to(self, device: torch.device) -> TargetHead:
+        """The same tensors on another device; this object when they are there already."""
+        if self.embedding.device == device:
+            return self
+        embedding = self.embedding.to(device)
+        tied = self.lm_head.data_ptr() == self.embedding.data_ptr()
+        return TargetHead(embedding, embedding if tied else self.lm_head.to(device))
+
     def embed(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # [..., H]
         return self.embedding[tokens].to(dtype)
 

@@ -13,7 +13,7 @@ from aurora_sgl.training.replay import Replayed, replay_one
 from aurora_sgl.training.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.statistics import PairedDifference, paired_difference
-from aurora_sgl.training.trainer import served_dtype
+from aurora_sgl.training.trainer import device_of, served_dtype
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ def evaluate(
     Anything else, and too few requests, is inconclusive.
     """
     dtype = served_dtype(settings)
-    old, new = (copy.deepcopy(d).to(dtype).eval() for d in (base, candidate))
+    old, new = (copy.deepcopy(d).to(device_of(settings), dtype).eval() for d in (base, candidate))
+    head = head.to(device_of(settings))
     before: list[Replayed] = []
     after: list[Replayed] = []
     for sequence in sequences:

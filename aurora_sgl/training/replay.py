@@ -103,6 +103,7 @@ def replay_one(
     drafter: Drafter, sequence: Sequence, shape: DraftShape, head: TargetHead
 ) -> Replayed:
     """See :func:`replay`."""
+    sequence, head = sequence.to(drafter.device), head.to(drafter.device)
     length = len(sequence.tokens)
     first = sequence.output_start
     roots = torch.arange(first, min(length - 2, sequence.rows) + 1)
@@ -155,11 +156,13 @@ def _beams(
     *,
     whole: bool = False,
 ) -> Iterator[_Beam]:
+    sequence, head = sequence.to(drafter.device), head.to(drafter.device)
+    roots = roots.to(drafter.device)
     rows = sequence.rows
     dtype = drafter.dtype
     embeds = head.embed(sequence.tokens[1 : rows + 1], dtype)
     mixed, residual = drafter.mix(embeds, drafter.start(sequence.features[:rows].to(dtype)))
-    text = drafter.keys_values(mixed, torch.arange(rows))
+    text = drafter.keys_values(mixed, torch.arange(rows, device=roots.device))
     for part in torch.split(roots, _ROOTS_AT_ONCE) if len(roots) else ():
         beam = _Beam(drafter, head, sequence.tokens, shape, text, part, whole)
         beam.run(mixed, residual)
@@ -184,13 +187,16 @@ class _Beam:
         self.lm_head = None if drafter.config.is_eagle3 else head.lm_head.to(drafter.dtype)
         self.target_ids = drafter.target_ids
         self.base = roots - 1
-        ahead = roots[:, None] + 1 + torch.arange(shape.depth)
+        device = self.device = roots.device
+        ahead = roots[:, None] + 1 + torch.arange(shape.depth, device=device)
         known = ahead < len(tokens)
         self.wanted = torch.where(known, tokens[ahead.clamp(max=len(tokens) - 1)], -1)
-        self.scores = torch.full((len(roots), shape.candidates), -1.0)
-        self.tokens = torch.zeros((len(roots), shape.candidates), dtype=torch.int64)
-        self.parents = torch.full((len(roots), shape.candidates), -1)  # candidate; -1: the root
-        self.matched = torch.full((len(roots), shape.depth), -1)  # candidate index at each depth
+        size = (len(roots), shape.candidates)
+        self.scores = torch.full(size, -1.0, device=device)
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        # Candidate index of the parent (-1: the root), and of the match at each depth (-1: none).
+        self.parents = torch.full(size, -1, device=device)
+        self.matched = torch.full((len(roots), shape.depth), -1, device=device)
 
     def run(self, mixed: torch.Tensor, residual: torch.Tensor) -> None:
         topk = self.shape.topk
@@ -200,8 +206,10 @@ class _Beam:
         self.scores[:, :topk], self.tokens[:, :topk] = prob, token
         slot = _find(token == self.wanted[:, :1])  # beam slot on the continuation, or -1
         self.matched[:, 0] = slot
-        open_ = torch.arange(len(base))
-        beam = torch.arange(topk).expand(len(base), -1)  # candidate in each beam slot
+        open_ = torch.arange(len(base), device=self.device)
+        beam = torch.arange(topk, device=self.device).expand(
+            len(base), -1
+        )  # candidate in each beam slot
         states = state[:, None].expand(-1, topk, -1)
         own: tuple[torch.Tensor, torch.Tensor] | None = None
         for depth in range(1, self.shape.depth):
@@ -287,7 +295,7 @@ class _Beam:
         self, open_: torch.Tensor, depth: int, slot: torch.Tensor, token: torch.Tensor
     ) -> torch.Tensor:  # [open] index within topk * topk, or -1
         parent = slot.clamp(min=0)
-        children = token[torch.arange(len(open_)), parent]
+        children = token[torch.arange(len(open_), device=self.device), parent]
         child = _find(children == self.wanted[open_, depth, None])
         return torch.where((slot >= 0) & (child >= 0), parent * self.shape.topk + child, -1)
 
@@ -300,7 +308,7 @@ class _Beam:
         its children may then push that match out of the chosen nodes.
         """
         if self.whole:
-            return torch.ones(len(open_), dtype=torch.bool)
+            return torch.ones(len(open_), dtype=torch.bool, device=self.device)
         matched = self.matched[open_]
         count = (matched >= 0).sum(-1)
         deepest = matched.gather(1, (count - 1).clamp(min=0)[:, None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,11 @@ class Sequence:
         assert self.tokens.ndim == 1 and self.features.ndim == 2
         assert 0 < self.output_start < len(self.tokens)
         assert self.output_start <= self.rows, "features must cover the prompt"
+
+    def to(self, device: torch.device) -> Sequence:
+        """The same request with its tensors on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "features", "last")}
+        return replace(self, **moved)
 
     @property
     def rows(self) -> int:

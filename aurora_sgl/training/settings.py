@@ -63,6 +63,9 @@ class TrainSettings(BaseModel):
     seed: int = 0
     """Seed of the order of requests."""
 
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where training and the gate's replay run; auto: the GPU when there is one."""
+
     threads: int = Field(default=1, ge=1)
     """CPU threads of the run."""
 

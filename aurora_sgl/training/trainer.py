@@ -59,7 +59,9 @@ def train(
     if not len(sequences):
         raise AuroraError("no requests to train on")
     torch.manual_seed(settings.seed)
-    run = _Run(copy.deepcopy(drafter).float(), sequences, head, settings)
+    device = device_of(settings)
+    head = head.to(device)
+    run = _Run(copy.deepcopy(drafter).float().to(device), sequences, head, settings)
     stopping = _EarlyStop(dev, head, settings) if dev is not None and len(dev) else None
     for number in range(settings.passes):
         for loss in run.one_pass():
@@ -68,7 +70,7 @@ def train(
         if run.out_of_time() or (stopping is not None and stopping.after_pass(run.average)):
             break
     best = stopping.best if stopping is not None and stopping.best is not None else run.average
-    result = TrainResult(best, run.updates, run.tokens, run.metrics())
+    result = TrainResult(best.cpu(), run.updates, run.tokens, run.metrics())
     if stopping is not None:
         result.metrics["dev_accept_length"] = stopping.history
     return result
@@ -90,6 +92,7 @@ class _Run:
         self.updates = self.tokens = self.unreadable = 0
         self.started = time.monotonic()
         self.losses: list[float] = []
+        self.device = drafter.device
 
     def one_pass(self) -> Iterator[float]:
         why = "too short"
@@ -107,13 +110,13 @@ class _Run:
             raise AuroraError(f"none of the requests could be trained on ({why})")
 
     def _update(self, index: int, sequence: Sequence) -> float:
-        settings = self.settings
+        settings, sequence = self.settings, sequence.to(self.device)
         first, last = self._rows(sequence)
         if last - first < 1:
             return float("nan")
         if index not in self.best_tokens:
             self.best_tokens[index] = self.target.best_tokens(sequence)
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast):
             logits = unroll(
                 self.drafter,
                 sequence,
@@ -122,7 +125,7 @@ class _Run:
                 last_row=last,
                 steps=settings.steps,
             )
-        weight = torch.ones(last - first)
+        weight = torch.ones(last - first, device=self.device)
         weight[: max(0, sequence.output_start - 1 - first)] = settings.prompt_weight
         steps = self.target.steps(
             logits,
@@ -226,6 +229,19 @@ class _EarlyStop:
         else:
             self.since += 1
         return bool(self.settings.patience) and self.since >= self.settings.patience
+
+
+def device_of(settings: TrainSettings) -> torch.device:
+    """Raises ``AuroraError`` when a GPU is asked for that is not there."""
+    if settings.device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(settings.device)
+    if device.type != "cuda":
+        return device
+    index = device.index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise AuroraError(f"there is no GPU {settings.device} for training: use device=cpu")
+    return torch.device("cuda", index)
 
 
 def served_dtype(settings: TrainSettings) -> torch.dtype:

@@ -31,14 +31,15 @@ def unroll(
     """Logits of ``steps`` unrolled steps from base rows ``first_row .. last_row - 1``.
 
     Step k holds the base rows whose input token is known: those below ``len(tokens) - 1 - k``.
+    Drafter, sequence and head must be on one device.
     """
     tokens = sequence.tokens
     rows = min(sequence.rows, last_row)
     embeds = head.embed(tokens, dtype)
     features = sequence.features[:rows].to(dtype)
     mixed, residual = drafter.mix(embeds[1 : rows + 1], drafter.start(features))
-    text = drafter.keys_values(mixed, torch.arange(rows))
-    base = torch.arange(first_row, rows)
+    text = drafter.keys_values(mixed, torch.arange(rows, device=drafter.device))
+    base = torch.arange(first_row, rows, device=drafter.device)
     lm_head = None if drafter.config.is_eagle3 else head.lm_head
     read, state = drafter.rows(mixed[base], residual[base], base, text, base)
     logits = [drafter.logits(read, lm_head)]

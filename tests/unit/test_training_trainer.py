@@ -163,3 +163,10 @@ def test_settings_name_the_field_that_is_wrong() -> None:
     with pytest.raises(ValueError, match="pases"):
         TrainSettings(pases=3)  # type: ignore[call-arg]
     assert HIDDEN == 16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    with pytest.raises(AuroraError, match="no GPU cuda for training"):
+        train(drafter, requests(head, 2), head, TrainSettings(device="cuda"))
