@@ -95,9 +95,9 @@ class StoreLink:
             self._ok()
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Session]:
+    def session(self, *, write: bool = True) -> Iterator[Session]:
         """A session in one transaction. Raises :class:`StoreAway`."""
-        with self.guard() as engine, store.session(engine) as session:
+        with self.guard() as engine, store.session(engine, write=write) as session:
             yield session
 
     def close(self) -> None:

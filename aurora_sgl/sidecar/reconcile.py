@@ -111,7 +111,7 @@ class Reconciler:
         else:
             self.agrees = not drafter_path(hello)  # a server without a drafter has none to swap
         self._decide_phase(known, hello, live)
-        self._report(known, hello, live)
+        self._report(known, live)
         self._tidy(known)
 
     def _identify(self, known: Known, hello: wire.Hello) -> None:
@@ -144,7 +144,7 @@ class Reconciler:
             self._error = late
 
     def _reconcile(self, known: Known, hello: wire.Hello, live: Live) -> None:
-        with self._link.session() as s:
+        with self._link.session(write=False) as s:
             desired = queries.desired_version(s, known.group_id)
             if desired is None:
                 self.agrees = True
@@ -169,7 +169,7 @@ class Reconciler:
         hoped = None
         version_id = live.version_id or known.boot_version_id
         if self._settings.speculation == "auto" and version_id is not None:
-            with self._link.session() as s:
+            with self._link.session(write=False) as s:
                 hoped = self._expected(s, known.group_id, version_id)
         decided = phase.decide(
             self._settings.speculation,
@@ -199,15 +199,18 @@ class Reconciler:
                 steps, accepted = row.verify_steps, row.accepted
         return phase.expected(replays[0] if replays else None, steps, accepted)
 
-    def _report(self, known: Known, hello: wire.Hello, live: Live) -> None:
-        """Write the server's row when something of it changed, and every Hello."""
+    def _report(self, known: Known, live: Live) -> None:
+        """Write the server's row when something of it changed, and at every Hello.
+
+        Ingest writes the counters of the Hello itself.
+        """
         fields: dict[str, Any] = {
             "state": "running",
             "live_version_id": live.version_id or known.boot_version_id,
             "live_sha256": live.sha256,
             "phase": self.phase.name,
             "speculation_share": self.phase.share,
-            "counters": {**hello.counters, "phase_reason": self.phase.reason},
+            "phase_reason": self.phase.reason,
             "last_error": self._error,
         }
         if fields == self._reported and live.hellos == self._told_store:
@@ -223,12 +226,14 @@ class Reconciler:
             return
         self._tidy_at = time.monotonic() + TIDY_SECONDS
         silent = clock.utc_now() - timedelta(seconds=DEAD_SECONDS)
+        with self._link.session(write=False) as s:
+            others = queries.earlier_boots(s, queries.server(s, known.server_id))
+            dead = [(o.id, o.boot_id) for o in others if o.last_seen_at < silent]
+        fresh = self._traces_lost() - self._traces_told
+        if not dead and not fresh:
+            return
         with self._link.session() as s:
-            lost = 0
-            for other in queries.earlier_boots(s, queries.server(s, known.server_id)):
-                if other.last_seen_at < silent:
-                    lost += queries.mark_lost(s, other.id, other.boot_id)
-            fresh = self._traces_lost() - self._traces_told
+            lost = sum(queries.mark_lost(s, *boot) for boot in dead)
             queries.add_drops(s, known.server_id, "trace", fresh)
         self._traces_told += fresh
         if lost:

@@ -59,7 +59,7 @@ class TraceStore:
         Rows go before files, so that no row names a file that is gone.
         """
         while True:
-            with self._link.session() as s:
+            with self._link.session(write=False) as s:
                 over = queries.trace_bytes_total(s) - self._budget
                 if over <= 0:
                     return

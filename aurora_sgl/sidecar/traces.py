@@ -22,7 +22,7 @@ IDLE_SECONDS = 300.0
 #: Seconds that a finished trace waits for the record that says whether it may be kept.
 CONSENT_SECONDS = 15.0
 #: Requests whose consent is remembered.
-MAX_KNOWN = 100_000
+MAX_KNOWN = 20_000
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

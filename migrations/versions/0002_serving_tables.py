@@ -57,6 +57,7 @@ def upgrade() -> None:
         required("state", sa.String),
         required("dtype", sa.String),
         required("phase", sa.String),
+        required("phase_reason", sa.String),
         optional("speculation_share", sa.Double),
         required("counters", Json),
         required("last_error", sa.String),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import store_samples as samples
 from sidecar_engine import Engine, Sidecar, wait_until
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from aurora_sgl import store
 
@@ -26,15 +26,17 @@ def query(url: str, statement: str) -> int:
 
 
 def test_a_database_that_stops_and_comes_back_misses_nothing(
-    tmp_path: Path, postgres_database: str
+    tmp_path: Path, postgres_url: str
 ) -> None:
     from pgserver._commands import pg_ctl
     from pgserver.postgres_server import PostgresServer
 
-    engine_of_test = store.connect(postgres_database)
-    with store.reading(engine_of_test) as connection:
+    admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
         folder = str(connection.scalar(text("SHOW data_directory")))
-    engine_of_test.dispose()
+        connection.execute(text("CREATE DATABASE stopped"))
+    admin.dispose()
+    postgres_database = postgres_url.replace("/postgres?", "/stopped?")
     home, endpoint = tmp_path / "home", tmp_path / "e"
     sidecar = Sidecar(home, endpoint, database_url=postgres_database)
     engine = Engine(endpoint, BOOT)

@@ -228,7 +228,8 @@ def test_speculation_goes_from_a_share_to_all_steps_when_replay_says_that_it_pay
             candidate_accept_length=1.5,
         )
     wait_until(lambda: world.server()["phase"] == "speculating")
-    assert world.engine.counters["speculation_share"] == 1.0
+    wait_until(lambda: world.engine.counters["speculation_share"] == 1.0)
+    assert "1.50 (replay), break-even 1.30" in world.server()["phase_reason"]
     assert any(
         isinstance(command, wire.SetPhase) and "1.50 (replay), break-even 1.30" in command.reason
         for command in world.engine.heard

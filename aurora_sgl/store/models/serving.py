@@ -52,6 +52,7 @@ class Server(Base):
     state: Mapped[str] = mapped_column(default="running")
     dtype: Mapped[str] = mapped_column(default="")
     phase: Mapped[str] = mapped_column(default="")
+    phase_reason: Mapped[str] = mapped_column(default="")
     speculation_share: Mapped[float | None]  # of the verify steps, in [0, 1]
     counters: Mapped[dict[str, Any]] = mapped_column(default=dict)
     last_error: Mapped[str] = mapped_column(default="")
