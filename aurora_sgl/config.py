@@ -42,10 +42,10 @@ class Settings(BaseSettings):
     """Whether a request without the x-aurora-train header may be used for training."""
 
     record_buffer: int = Field(default=20_000, ge=1)
-    """Records that wait in the engine while the sidecar is away; the rest is dropped and counted."""
+    """Records that wait in the engine while the sidecar is away; more are dropped and counted."""
 
     spool_bytes: int = Field(default=1024**3, ge=0)
-    """Bytes of the sidecar's local spool while the store is away; the rest is dropped and counted."""
+    """Bytes of the sidecar's spool while the store is away; more are dropped and counted."""
 
     trace_memory_bytes: int = Field(default=512 * 1024**2, ge=1)
     """Bytes of unfinished traces that the sidecar holds; the oldest request is dropped first."""

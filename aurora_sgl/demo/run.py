@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,32 +187,16 @@ class _Demo:
                 self.trained_at = len(self.sent)
                 training.append(asyncio.create_task(self._train("requests")))
 
-        first, later = self._round(0.0), self._round(0.7)
-        if self.requests is None:
-            await send_all(self.server.url, first, done, max_tokens=MAX_TOKENS)
-            endless = itertools.chain.from_iterable(self.to_serve for _ in itertools.count())
-            await send_all(self.server.url, endless, done, max_tokens=MAX_TOKENS, temperature=0.7)
-        else:
-            rest = self.requests - len(self.to_serve)
-            await send_all(
-                self.server.url,
-                itertools.islice(first, self.requests),
-                done,
-                max_tokens=MAX_TOKENS,
-            )
-            if rest > 0:
-                await send_all(
-                    self.server.url,
-                    itertools.islice(itertools.cycle(later), rest),
-                    done,
-                    max_tokens=MAX_TOKENS,
-                    temperature=0.7,  # the prompts come again: sample, so that answers differ
-                )
+        # The first round is greedy. When the prompts come again, sampling keeps answers apart.
+        left = self.requests
+        first = self.to_serve[:left]
+        await send_all(self.server.url, first, done, max_tokens=MAX_TOKENS)
+        again = itertools.islice(
+            itertools.cycle(self.to_serve), None if left is None else left - len(first)
+        )
+        await send_all(self.server.url, again, done, max_tokens=MAX_TOKENS, temperature=0.7)
         if training:
             await training[-1]
-
-    def _round(self, temperature: float) -> Iterator[Prompt]:
-        return iter(self.to_serve)
 
     async def _train(self, trigger: str) -> None:
         def progress(event: dict[str, Any]) -> None:

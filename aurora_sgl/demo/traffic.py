@@ -94,10 +94,12 @@ async def send_all(
             if one.error:
                 await asyncio.sleep(0.2)
 
-    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT) as client:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(streams):
-                group.create_task(stream(client))
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=_TIMEOUT) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        for _ in range(streams):
+            group.create_task(stream(client))
     return Sample(tuple(sent), time.monotonic() - begun)
 
 
