@@ -18,17 +18,20 @@ class TrainSettings(BaseModel):
     objective: str = "forward_kl"
     """What is made small: forward_kl or lk."""
 
-    steps: int = Field(default=4, ge=1, le=8)
-    """Unrolled steps of the training-time test."""
+    steps: int = Field(default=3, ge=1, le=8)
+    """Unrolled steps of the training-time test. From scratch over 120 requests (SmolLM2-135M, three
+    domains, tree of 16) one pass with 2, 3, 4 steps gave 1.66, 1.62, 1.59, and three passes with 2
+    and 4 gave 1.88 and 1.91: few while young and cheaper, more later."""
 
     step_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of step k is step_decay ** k (EAGLE-3)."""
 
-    passes: int = Field(default=6, ge=1)
-    """Passes over the window."""
+    passes: int = Field(default=2, ge=1)
+    """Passes over the window. In the same setting one and three passes gave 1.59 and 1.91."""
 
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak rate of AdamW."""
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+    """Peak rate of AdamW. In the same setting 1e-3 and 2e-3 gave 1.59 and 1.68 after one pass, 1.91
+    and 1.89 after three."""
 
     final_rate: float = Field(default=0.1, ge=0, le=1)
     """Rate at the end as a share of the peak; it falls along a half cosine."""
@@ -49,7 +52,8 @@ class TrainSettings(BaseModel):
     """Average of the weights that is published; 0: the last weights."""
 
     train_on_prompt: bool = True
-    """Whether the prompt's positions count too: the target's distribution is known there."""
+    """Whether the prompt's positions count too: the target's distribution is known there. In the
+    same setting 1.59 with and 1.55 without, for 1.5 times the time."""
 
     prompt_weight: float = Field(default=1.0, ge=0)
     """Weight of a prompt position against an answer position."""
