@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,15 +22,21 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real PostgreSQL of our own, started from the package pgserver; gone after the tests."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pgserver's platformdirs warns about XDG_RUNTIME_DIR
-        server = _start_postgres(tmp_path_factory.mktemp("pg"))
+def postgres_url() -> Iterator[str]:
+    """A real PostgreSQL of our own, started from the package pgserver; gone after the tests.
+
+    Not under pytest's own temporary folder: run as root, the server is another user, and each
+    pytest that starts closes that folder to others.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="aurora-test-pg-"))
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pgserver's platformdirs warns about XDG_RUNTIME_DIR
+            server = _start_postgres(folder / "data")
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    finally:
         server.cleanup()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start_postgres(folder: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection
@@ -13,7 +14,11 @@ from aurora_sgl.store.models import Base
 
 
 def insert(connection: Connection, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
-    if connection.dialect.name == "sqlite":
+    return _insert(connection.dialect.name, model)
+
+
+def _insert(dialect: str, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    if dialect == "sqlite":
         return sqlite.insert(model.__table__)  # type: ignore[arg-type]
     return postgresql.insert(model.__table__)  # type: ignore[arg-type]
 
@@ -40,9 +45,7 @@ def insert_missing(
 ) -> None:
     """Insert the rows whose key is not there yet."""
     if rows:
-        connection.execute(
-            insert(connection, model).on_conflict_do_nothing(index_elements=list(key)), list(rows)
-        )
+        connection.execute(_statement(connection.dialect.name, model, tuple(key), ()), list(rows))
 
 
 def upsert(
@@ -54,11 +57,18 @@ def upsert(
 ) -> None:
     """Insert rows; where the key is there, set the columns ``change`` to the new values."""
     if rows:
-        statement = insert(connection, model)
-        new = statement.excluded
-        connection.execute(
-            statement.on_conflict_do_update(
-                index_elements=list(key), set_={column: new[column] for column in change}
-            ),
-            list(rows),
-        )
+        statement = _statement(connection.dialect.name, model, tuple(key), tuple(change))
+        connection.execute(statement, list(rows))
+
+
+@cache  # building one takes longer than running it, and ingest runs five a batch
+def _statement(
+    dialect: str, model: type[Base], key: tuple[str, ...], change: tuple[str, ...]
+) -> postgresql.Insert | sqlite.Insert:
+    statement = _insert(dialect, model)
+    if not change:
+        return statement.on_conflict_do_nothing(index_elements=list(key))
+    new = statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=list(key), set_={column: new[column] for column in change}
+    )

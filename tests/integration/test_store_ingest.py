@@ -117,6 +117,7 @@ def test_minutes_and_events_give_the_same_accept_length_and_interval(engine: Eng
         (by_event,) = queries.accept_length_by_version(s, group, min_swap_age=5, depth=3)
         by_domain = queries.accept_length_by_version(s, group, by_domain=True)
         per_request = queries.per_request(s, group, 0)
+        assert queries.count_events(s, server_id) == by_minute.verify_steps
     assert asdict(by_minute) == pytest.approx(asdict(by_event))
     assert by_minute.ci_low is not None and by_minute.ci_high is not None
     assert by_minute.ci_low < by_minute.accept_length < by_minute.ci_high
@@ -249,6 +250,7 @@ def test_running_requests_of_a_boot_that_is_gone_are_lost(engine: Engine) -> Non
         assert [boot.id for boot in queries.earlier_boots(s, server)] == [old]
         assert queries.mark_lost(s, old, 77) == 1
         assert queries.earlier_boots(s, server) == []
+        assert queries.count_events(s, new) == 0
         statuses = dict(s.execute(select(Request.id, Request.status)).tuples().all())
     assert [statuses[wire.request_id(77, 1)], statuses[wire.request_id(77, 2)]] == [
         "lost",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -254,3 +256,28 @@ def test_times_come_back_in_utc(engine: Engine) -> None:
     assert lease.acquired_at == moment
     assert lease.expires_at - lease.acquired_at == timedelta(seconds=5)
     assert lease.acquired_at.tzinfo == UTC
+
+
+def test_an_installed_wheel_upgrades_without_the_repository(
+    empty_store_url: str, tmp_path: Path
+) -> None:
+    """pyproject puts ``migrations`` into the wheel as ``aurora_sgl/_migrations``."""
+    root = Path(__file__).parents[2]
+    hatch = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]
+    place = hatch["build"]["targets"]["wheel"]["sources"]["migrations"]
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(root / "aurora_sgl", tmp_path / "site" / "aurora_sgl", ignore=skip)
+    shutil.copytree(root / "migrations", tmp_path / "site" / place, ignore=skip)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from aurora_sgl import store; "
+        "print(store.upgrade(store.connect(sys.argv[2])), store.__file__)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path / "site"), empty_store_url],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    ).stdout.split()
+    assert out[0] == store.head()
+    assert out[1].startswith(str(tmp_path))

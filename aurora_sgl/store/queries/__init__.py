@@ -39,7 +39,6 @@ from aurora_sgl.store.queries.operations import (
     acquire_lease,
     add_drops,
     drops,
-    forget_lease,
     is_on,
     lease,
     release_lease,
@@ -52,6 +51,7 @@ from aurora_sgl.store.queries.operations import (
 from aurora_sgl.store.queries.requests import (
     RecentRequest,
     add_trace,
+    count_events,
     count_finished,
     delete_traces,
     pin_traces,
@@ -60,7 +60,6 @@ from aurora_sgl.store.queries.requests import (
     requests_by_rid,
     trace_bytes_total,
     traces_oldest_first,
-    untraceable,
 )
 from aurora_sgl.store.queries.versions import (
     add_version,
@@ -86,6 +85,7 @@ __all__ = [
     "add_trace",
     "add_version",
     "aliases",
+    "count_events",
     "count_finished",
     "delete_traces",
     "deployments",
@@ -97,7 +97,6 @@ __all__ = [
     "evaluations",
     "fail_running",
     "finish_run",
-    "forget_lease",
     "group",
     "group_by_name",
     "groups",
@@ -133,7 +132,6 @@ __all__ = [
     "touch_server",
     "trace_bytes_total",
     "traces_oldest_first",
-    "untraceable",
     "version",
     "version_by_sha256",
     "versions",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
@@ -154,7 +154,3 @@ def drops(s: Session, group_id: int) -> dict[str, int]:
     for place, count in rows:
         total[place] = total.get(place, 0) + count
     return total
-
-
-def forget_lease(s: Session, name: str) -> None:
-    s.execute(delete(Lease).where(Lease.name == name))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
+from aurora_sgl import wire
 from aurora_sgl.clock import utc_now
-from aurora_sgl.store.models import Request, Server, Trace
+from aurora_sgl.store.models import AcceptanceEvent, Request, Server, Trace
 from aurora_sgl.store.upsert import upsert
 
 
@@ -190,9 +191,18 @@ def pin_traces(s: Session, request_ids: Sequence[int], pinned: bool = True) -> N
         s.execute(update(Trace).where(Trace.request_id.in_(part)).values(pinned=pinned))
 
 
-def untraceable(s: Session, request_ids: Sequence[int]) -> set[int]:
-    """Of these ids, the requests that forbid training or are not in the store."""
-    allowed = s.scalars(
-        select(Request.id).where(Request.id.in_(request_ids), or_(Request.may_train))
+def count_events(s: Session, server_id: int) -> int:
+    """Verify steps of one server that are in the store (until retention takes them)."""
+    boot_id = s.scalar(select(Server.boot_id).where(Server.id == server_id))
+    if boot_id is None:
+        return 0
+    first = wire.request_id(boot_id, 1) - 1
+    last = first + (1 << wire.REQUEST_COUNTER_BITS) - 1
+    return (
+        s.scalar(
+            select(func.count())
+            .select_from(AcceptanceEvent)
+            .where(AcceptanceEvent.request_id.between(first, last))
+        )
+        or 0
     )
-    return set(request_ids) - set(allowed)
