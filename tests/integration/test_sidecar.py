@@ -224,6 +224,7 @@ def test_an_endpoint_or_a_spool_is_never_shared(
     sidecar.wait_ready()
     same_endpoint = Sidecar(tmp_path / "other", endpoint)
     same_spool = Sidecar(tmp_path / "third", tmp_path / "e3", "--spool", str(tmp_path / "s"))
+    started += [same_endpoint, same_spool]
     assert same_endpoint.process.wait(30) == 1
     assert same_spool.process.wait(30) == 1
     pid = sidecar.process.pid

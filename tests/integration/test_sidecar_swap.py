@@ -76,9 +76,9 @@ class World:
         self.db = store.connect(f"sqlite:///{self.home / 'aurora.db'}")
 
     def close(self) -> None:
+        self.sidecar.stop()  # takes what it staged out of shared memory
         self.engine.close()
-        self.sidecar.process.kill()
-        self.sidecar.process.wait()
+        self.db.dispose()
 
     def rows(self, query: str) -> list[dict[str, Any]]:
         engine = store.connect(f"sqlite:///{self.home / 'aurora.db'}")
