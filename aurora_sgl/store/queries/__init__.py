@@ -58,9 +58,11 @@ from aurora_sgl.store.queries.requests import (
     recent_requests,
     request,
     requests_by_rid,
+    trace,
     trace_bytes_total,
     traces_oldest_first,
 )
+from aurora_sgl.store.queries.steps import events
 from aurora_sgl.store.queries.versions import (
     add_version,
     aliases,
@@ -95,6 +97,7 @@ __all__ = [
     "ensure_group",
     "evaluation",
     "evaluations",
+    "events",
     "fail_running",
     "finish_run",
     "group",
@@ -130,6 +133,7 @@ __all__ = [
     "start_run",
     "switches",
     "touch_server",
+    "trace",
     "trace_bytes_total",
     "traces_oldest_first",
     "version",

@@ -162,6 +162,11 @@ def add_trace(
     s.execute(update(Request).where(Request.id == request_id).values(traced=True))
 
 
+def trace(s: Session, request_id: int) -> Trace | None:
+    """Where the hidden states of a request lie; None when it has no trace, or no longer."""
+    return s.get(Trace, request_id)
+
+
 def traces_oldest_first(
     s: Session, limit: int | None = None, *, with_pinned: bool = False
 ) -> Sequence[Trace]:

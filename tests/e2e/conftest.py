@@ -1,0 +1,256 @@
+"""One demo, one shared server, and the drafters that they need: real ones, made in the session.
+
+The demo runs first: what it serves and trains gives the other tests traces and a trained drafter
+whose proposals are really accepted and really rejected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine
+
+from aurora_sgl import store
+from aurora_sgl.engine.process import ServerProcess, free_port
+from aurora_sgl.store import queries
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [
+    "Explain how a bicycle stays upright.",
+    "Write a Python function that reverses a list.",
+    "Name three rivers in Europe.",
+    "What is the capital of Peru?",
+    "Write a haiku about rain.",
+    "List the steps to make tea.",
+    "Why is the sky blue?",
+    "Give me a JSON object with name and age.",
+    "Translate 'good morning' into French.",
+    "Tell a joke about a cat.",
+    "What does HTTP stand for?",
+    "Summarise the plot of Hamlet.",
+    "Write a for loop in C.",
+    "What is 12 times 7?",
+    "Describe a sunset.",
+    "How do plants make food?",
+    "Define entropy.",
+    "Write an email asking for a day off.",
+    "What are prime numbers?",
+    "Name a famous painter.",
+]
+TREE = (3, 4, 8)  # steps, top-k, nodes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.timeout(1500))
+
+
+@dataclass
+class Running:
+    """A server, the store that it records into, and what tests ask of them."""
+
+    process: ServerProcess
+    home: Path
+    engine: Engine
+    group_id: int
+    server_id: int
+
+    @property
+    def url(self) -> str:
+        return self.process.url
+
+    def generate(self, ids: list[int], headers: dict[str, str] | None = None, **sampling: Any):
+        """One request to the native endpoint; returns SGLang's answer."""
+        body = {"input_ids": ids, "sampling_params": {"temperature": 0, **sampling}}
+        answer = httpx.post(f"{self.url}/generate", json=body, headers=headers, timeout=300)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def request(self, rid: str, seconds: float = 20.0) -> Any:
+        """The store's row of a request, once it is finished."""
+
+        def finished() -> Any:
+            with store.session(self.engine, write=False) as s:
+                rows = queries.requests_by_rid(s, rid)
+                return rows[0] if rows and rows[0].status != "running" else None
+
+        return until(finished, seconds, f"request {rid} in the store")
+
+    def events(self, request_id: int) -> list[dict[str, Any]]:
+        """The decoded verify steps of a request, in order."""
+        with store.session(self.engine, write=False) as s:
+            return [dict(row) for row in queries.events(s, request_id)]
+
+    def live_version(self) -> int | None:
+        with store.session(self.engine, write=False) as s:
+            return queries.server(s, self.server_id).live_version_id
+
+    def row(self) -> Any:
+        with store.session(self.engine, write=False) as s:
+            return queries.server(s, self.server_id)
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0, what: str = "it") -> Any:
+    """The first true value of ``condition``; fails after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
+
+
+def start(
+    home: Path,
+    model: Path,
+    drafter: Path | None,
+    *,
+    shape: tuple[int, int, int] = TREE,
+    dtype: str = "float32",
+    flags: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+) -> Running:
+    """A server as ``aurora-sgl serve`` starts it."""
+    from aurora_sgl.config import Settings
+    from aurora_sgl.serving import plan
+
+    port = free_port()
+    steps, topk, nodes = shape
+    given = [
+        *("--dtype", dtype, "--max-running-requests", "8"),
+        *("--speculative-num-steps", str(steps), "--speculative-eagle-topk", str(topk)),
+        *("--speculative-num-draft-tokens", str(nodes), *flags),
+    ]
+    if "--max-total-tokens" not in given:
+        given += ["--max-total-tokens", "4096"]
+    settings = Settings(home=home)
+    made = plan(str(model), str(drafter) if drafter else None, given, settings)
+    process = ServerProcess(
+        made.flags,
+        port=port,
+        log=home / "logs" / "server.log",
+        environment={
+            **made.environment,
+            "OMP_NUM_THREADS": "1",
+            "AURORA_SPECULATION": "on",
+            "AURORA_EXIT_WITH_PARENT": "1",
+            **(environment or {}),
+        },
+    )
+    process.start()
+    process.wait_ready(240)
+    engine = store.connect(settings.store_url)
+
+    def known() -> tuple[int, int] | None:
+        with store.session(engine, write=False) as s:
+            for group in queries.groups(s):
+                for row in queries.servers(s, group.id):
+                    if row.name.endswith(f":{port}") and row.live_version_id:
+                        return group.id, row.id
+        return None
+
+    group_id, server_id = until(known, 60, "the server in the store")
+    return Running(process, home, engine, group_id, server_id)
+
+
+@pytest.fixture(scope="session")
+def base_home() -> Path:
+    """Where the demo's model is kept between runs: converting it takes a while."""
+    return Path(os.environ.get("AURORA_TEST_HOME", ROOT / "aurora-data")).resolve()
+
+
+@pytest.fixture(scope="session")
+def model(base_home: Path) -> Path:
+    from aurora_sgl.demo.model import demo_model
+
+    return demo_model(base_home, quiet=True)
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What ``aurora-sgl demo --exit --json`` left behind."""
+
+    summary: dict[str, Any]
+    home: Path
+    errors: str
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, model: Path, base_home: Path) -> DemoRun:
+    home = tmp_path_factory.mktemp("demo")
+    (home / "models").symlink_to(base_home / "models")
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "aurora_sgl.cli", "demo", "--requests", "120", "--exit", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "AURORA_HOME": str(home)},
+        timeout=1400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return DemoRun(json.loads(done.stdout), home, done.stderr, time.monotonic() - begun)
+
+
+@pytest.fixture(scope="session")
+def trained(demo: DemoRun) -> Path:
+    """The folder of the drafter that the demo ended with."""
+    live = next(v for v in demo.summary["versions"] if v["id"] == demo.summary["live_version"])
+    return demo.home / "artifacts" / "versions" / live["weights_sha256"][:16]
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Path) -> list[list[int]]:
+    """Token ids of twenty chat prompts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in PROMPTS
+    ]
+
+
+@pytest.fixture(scope="session")
+def hugging_face(model: Path) -> Any:
+    """The target in Hugging Face's own float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, trained: Path
+) -> Iterator[Running]:
+    """The shared server: float32, trees, prompts in chunks of 64, a KV pool small enough to
+    retract requests from when eight run at once."""
+    running = start(
+        tmp_path_factory.mktemp("server"),
+        model,
+        trained,
+        flags=(
+            *("--chunked-prefill-size", "64", "--max-total-tokens", "768"),
+            *("--schedule-conservativeness", "0.05"),
+        ),
+    )
+    yield running
+    running.process.stop()
+    running.engine.dispose()

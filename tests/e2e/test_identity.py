@@ -1,0 +1,110 @@
+"""Speculation is lossless: greedy float32 output is the target's own, token by token."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.conftest import Running, start
+
+TOKENS = 32
+
+
+def assert_greedy(hugging_face: Any, prompt: list[int], output: list[int]) -> None:
+    """Every output token is the argmax of Hugging Face's float32 logits, given those before."""
+    with torch.no_grad():
+        logits = hugging_face(torch.tensor([prompt + output])).logits[0]
+    wanted = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    assert output == wanted
+
+
+def serve_and_compare(running: Running, prompts: list[list[int]], hugging_face: Any) -> float:
+    """Serve all prompts, four at a time; returns the accept length of the run."""
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda ids: running.generate(ids, max_new_tokens=TOKENS), prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_greedy(hugging_face, prompt, answer["output_ids"])
+    infos = [answer["meta_info"] for answer in answers]
+    return 1 + sum(i["spec_num_correct_drafts"] for i in infos) / sum(
+        i["spec_verify_ct"] for i in infos
+    )
+
+
+def test_eagle3_trees_give_hugging_faces_tokens(
+    server: Running, prompts: list[list[int]], hugging_face: Any
+) -> None:
+    assert serve_and_compare(server, prompts, hugging_face) > 1.1  # drafts were accepted
+
+
+def test_plain_steps_of_a_speculating_server_give_hugging_faces_tokens(
+    server: Running, prompts: list[list[int]], hugging_face: Any
+) -> None:
+    plain = {"x-aurora-speculate": "no"}
+    for prompt in prompts[:6]:
+        answer = server.generate(prompt, headers=plain, max_new_tokens=TOKENS)
+        assert_greedy(hugging_face, prompt, answer["output_ids"])
+        assert answer["meta_info"]["spec_num_correct_drafts"] == 0
+
+
+def test_a_mix_of_plain_and_drafting_requests_gives_hugging_faces_tokens(
+    server: Running, prompts: list[list[int]], hugging_face: Any
+) -> None:
+    def one(numbered: tuple[int, list[int]]) -> list[int]:
+        at, prompt = numbered
+        headers = {"x-aurora-speculate": "no" if at % 2 else "yes"}
+        return server.generate(prompt, headers=headers, max_new_tokens=TOKENS)["output_ids"]
+
+    with ThreadPoolExecutor(6) as pool:
+        outputs = list(pool.map(one, enumerate(prompts[:12])))
+    for prompt, output in zip(prompts, outputs, strict=False):
+        assert_greedy(hugging_face, prompt, output)
+
+
+@pytest.mark.parametrize("kind", ["chain", "eagle", "wide tree"])
+def test_other_draft_shapes_give_hugging_faces_tokens(
+    kind: str,
+    tmp_path: Path,
+    model: Path,
+    trained: Path,
+    eagle_drafter: Path,
+    prompts: list[list[int]],
+    hugging_face: Any,
+) -> None:
+    drafter = eagle_drafter if kind == "eagle" else trained
+    shape = {"chain": (4, 1, 5), "eagle": (2, 2, 5), "wide tree": (4, 8, 16)}[kind]
+    running = start(tmp_path, model, drafter, shape=shape)
+    try:
+        assert serve_and_compare(running, prompts, hugging_face) > 1.02
+    finally:
+        running.process.stop()
+
+
+def test_without_speculation_our_cpu_kernels_give_hugging_faces_tokens(
+    tmp_path: Path, model: Path, prompts: list[list[int]], hugging_face: Any
+) -> None:
+    from aurora_sgl.engine.launch import server_flags
+    from aurora_sgl.engine.process import ServerProcess, free_port
+
+    flags = ["--dtype", "float32", "--max-total-tokens", "4096", "--max-running-requests", "8"]
+    process = ServerProcess(
+        server_flags(str(model), None, "", flags, on_cpu=True),
+        port=free_port(),
+        log=tmp_path / "server.log",
+        environment={"AURORA_CPU": "1", "OMP_NUM_THREADS": "1", "AURORA_HOME": str(tmp_path)},
+    )
+    process.start()
+    try:
+        process.wait_ready(240)
+        plain = Running(process, tmp_path, None, 0, 0)  # type: ignore[arg-type]
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(
+                pool.map(lambda ids: plain.generate(ids, max_new_tokens=TOKENS), prompts)
+            )
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert_greedy(hugging_face, prompt, answer["output_ids"])
+    finally:
+        process.stop()
