@@ -10,11 +10,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, make_url, text
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the samples beside the tests
 
@@ -33,7 +34,9 @@ def postgres_url() -> Iterator[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pgserver's platformdirs warns about XDG_RUNTIME_DIR
             server = _start_postgres(folder / "data")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        _make_quick(url)
+        yield url
         server.cleanup()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,17 +57,34 @@ def _start_postgres(folder: Path) -> Any:
     raise RuntimeError(f"PostgreSQL did not start in {folder}; see its file named log")
 
 
-@pytest.fixture
-def postgres_database(postgres_url: str) -> Iterator[str]:
-    """The URL of an empty database of the test's own."""
+def _make_quick(url: str) -> None:
+    """Nothing here outlives the machine, so nothing waits for the disk. Commits are still written
+    (synchronous_commit stays on): a test kills the server and wants them back."""
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        for setting in ("fsync", "full_page_writes"):
+            connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
+        connection.execute(text("SELECT pg_reload_conf()"))
+    admin.dispose()
+
+
+@contextmanager
+def _database(postgres_url: str, template: str = "template1") -> Iterator[str]:
     name = f"test_{next(_numbers)}"
     admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
     yield postgres_url.replace("/postgres?", f"/{name}?")
     with admin.connect() as connection:
         connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     admin.dispose()
+
+
+@pytest.fixture
+def postgres_database(postgres_url: str) -> Iterator[str]:
+    """The URL of an empty database of the test's own."""
+    with _database(postgres_url) as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -75,12 +95,42 @@ def empty_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("postgres_database"))
 
 
-@pytest.fixture
-def engine(empty_store_url: str) -> Iterator[Engine]:
+@pytest.fixture(scope="session")
+def upgraded_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store at the newest schema, for tests to copy: quicker than migrating for each."""
+    path = tmp_path_factory.mktemp("store") / "aurora.db"
+    _upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def upgraded_postgres(postgres_url: str) -> Iterator[str]:
+    """The name of a database at the newest schema, for tests to copy."""
+    with _database(postgres_url) as url:
+        _upgrade(url)
+        yield str(make_url(url).database)
+
+
+def _upgrade(url: str) -> None:
+    from aurora_sgl import store
+
+    engine = store.connect(url)
+    store.upgrade(engine)
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """An engine of a store at the newest schema, on each database in turn."""
     from aurora_sgl import store
 
-    engine = store.connect(empty_store_url)
-    store.upgrade(engine)
-    yield engine
-    engine.dispose()
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            shutil.copy(request.getfixturevalue("upgraded_sqlite"), tmp_path / "aurora.db")
+            url = f"sqlite:///{tmp_path / 'aurora.db'}"
+        else:
+            template = request.getfixturevalue("upgraded_postgres")
+            url = stack.enter_context(_database(request.getfixturevalue("postgres_url"), template))
+        engine = store.connect(url)
+        yield engine
+        engine.dispose()
