@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -77,7 +78,7 @@ def stage(number: int, title: str, work: Callable[[Callable[[str], None]], str])
 
 
 def line_width() -> int:
-    return os.get_terminal_size().columns + len("\r\033[K") - 1
+    return shutil.get_terminal_size().columns + len("\r\033[K") - 1
 
 
 def make_venv(show: Callable[[str], None]) -> str:

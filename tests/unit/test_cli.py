@@ -14,7 +14,7 @@ from test_training_run import House, house  # noqa: F401 (a fixture)
 from test_training_trainer import RECIPE
 
 from aurora_sgl import cli
-from aurora_sgl.config import get_settings
+from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.drafter import checkpoint, scratch
 
 Run = Callable[..., tuple[int, str, str]]
@@ -227,16 +227,25 @@ def test_prune_says_what_would_go_and_leaves_it(run: Run, house: House) -> None:
 def test_unknown_flags_of_serve_go_to_sglang_as_they_are(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aurora_sgl.engine import launch
+    from aurora_sgl import serving
 
-    seen: list[tuple[str, str, list[str]]] = []
+    seen: list[tuple[str, str | None, list[str]]] = []
 
-    def serve(model: str, drafter: str, sglang_args: list[str]) -> int:
+    def serve(model: str, drafter: str | None, sglang_args: list[str], _: Settings) -> None:
         seen.append((model, drafter, sglang_args))
-        return 0
 
-    monkeypatch.setattr(launch, "serve", serve, raising=False)
+    monkeypatch.setattr(serving, "serve", serve)
     flags = ["--tp-size", "2", "--lora-paths", "a", "b", "--disable-radix-cache", "--port=1", "-x"]
     assert run("serve", "--model", "m", *flags)[0] == 0
     assert run("serve", *flags, "--drafter", "d", "--model-path", "m")[0] == 0
-    assert seen == [("m", "scratch", flags), ("m", "d", flags)]
+    assert seen == [("m", None, flags), ("m", "d", flags)]
+
+
+def test_serving_a_model_that_is_not_there_is_refused_in_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AURORA_HOME", str(tmp_path / "home"))
+    get_settings.cache_clear()
+    code, _, error = run("serve", "--model", str(tmp_path / "absent"))
+    get_settings.cache_clear()
+    assert code == 1 and error.count("\n") == 1 and "absent" in error

@@ -98,7 +98,13 @@ def test_nothing_imports_the_command_line() -> None:
 
 #: What may be named outside the store, in signatures.
 SQL_TYPES = {"sqlalchemy.Engine", "sqlalchemy.Connection", "sqlalchemy.engine", "sqlalchemy.exc"}
-SQL_TYPES |= {"sqlalchemy.orm.Session", "sqlalchemy.Row", "sqlalchemy.orm", "sqlalchemy"}
+SQL_TYPES |= {
+    "sqlalchemy.make_url",
+    "sqlalchemy.orm.Session",
+    "sqlalchemy.Row",
+    "sqlalchemy.orm",
+    "sqlalchemy",
+}
 
 
 def test_sql_is_written_in_the_store_only() -> None:
