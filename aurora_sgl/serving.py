@@ -78,7 +78,10 @@ def plan(
     on_cpu = runs_on_cpu(sglang_args)
     algorithm = "EAGLE3" if read_config(folder).is_eagle3 else "EAGLE"
     flags = server_flags(model, str(folder), algorithm, sglang_args, on_cpu=on_cpu)
-    return Plan(flags, _environment(settings, on_cpu), folder, note)
+    environment = _environment(settings, on_cpu)
+    if folder.name.startswith(SCRATCH):
+        environment["AURORA_DRAFTER_SOURCE"] = SCRATCH
+    return Plan(flags, environment, folder, note)
 
 
 def _environment(settings: Settings, on_cpu: bool) -> dict[str, str]:

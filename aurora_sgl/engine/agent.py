@@ -58,7 +58,9 @@ class Agent:
         self.description = description
         endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
         self.channel = (
-            Channel(Path(endpoint), self.boot_id, settings.record_buffer)
+            Channel(
+                Path(endpoint) / str(description["dp_rank"]), self.boot_id, settings.record_buffer
+            )
             if leads and endpoint and settings.record
             else None
         )
@@ -88,7 +90,7 @@ class Agent:
         self.target_predict: torch.Tensor | None = None
         self._said_hello = 0.0
         self._apply_asked = False
-        self._step_is_plain = False
+        self._deadline_us = 0
         self._done: list[wire.Record] = []  # filled by the read-back thread, one append each
         self._failed_parts: set[str] = set()
         self._read_back_at_start()
@@ -299,6 +301,7 @@ class Agent:
             self._refuse(command.version_id, "another swap is being staged")
         else:
             self._apply_asked = False
+            self._deadline_us = command.deadline_us
             self.swapper.begin_staging(
                 command.version_id, Path(command.path), command.weights_sha256
             )
@@ -316,9 +319,14 @@ class Agent:
             self.swapper.failure = None
             self._refuse(version_id, reason)
         staged = self.swapper.staged
-        if staged is not None and not self._apply_asked and recv_reqs is not None:
-            self._apply_asked = True
-            recv_reqs.append(ApplySwap(staged.version_id))
+        if staged is None or self._apply_asked or recv_reqs is None:
+            return
+        if self._deadline_us and wire.now_us() > self._deadline_us:
+            self.swapper.staged = None
+            self._refuse(staged.version_id, "staging took longer than the sidecar waits")
+            return
+        self._apply_asked = True
+        recv_reqs.append(ApplySwap(staged.version_id))
 
     def apply_swap(self, command: ApplySwap) -> None:
         """On every rank, at the same place in the request stream: copy the staged weights in."""

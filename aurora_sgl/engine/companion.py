@@ -1,4 +1,5 @@
-"""The sidecar beside this server: started by the process that takes HTTP requests."""
+"""The sidecars beside this server, one for each data-parallel rank: started by the process that
+takes HTTP requests."""
 
 from __future__ import annotations
 
@@ -16,22 +17,23 @@ from aurora_sgl.config import get_settings
 
 ENDPOINT_VARIABLE = "AURORA_ENDPOINT"
 
-_supervisor: Any = None
+_supervisors: list[Any] = []
 
 
-def start() -> None:
-    """Start the sidecar and tell the schedulers, which are spawned later, where it listens."""
-    global _supervisor
+def start(dp_size: int) -> None:
+    """Start the sidecars and tell the schedulers, which are spawned later, where they listen."""
     settings = get_settings()
-    if not settings.record or _supervisor is not None:
+    if not settings.record or _supervisors:
         return
     from aurora_sgl.sidecar.supervisor import SidecarSupervisor
 
-    endpoint = Path(tempfile.mkdtemp(prefix="aurora-"))  # ipc paths are limited to 107 bytes
-    os.environ[ENDPOINT_VARIABLE] = str(endpoint)
-    _supervisor = SidecarSupervisor(settings, endpoint)
-    _supervisor.start()
-    atexit.register(shutil.rmtree, endpoint, ignore_errors=True)
+    base = Path(tempfile.mkdtemp(prefix="aurora-"))  # ipc paths are limited to 107 bytes
+    os.environ[ENDPOINT_VARIABLE] = str(base)
+    for rank in range(dp_size):
+        supervisor = SidecarSupervisor(settings, base / str(rank))
+        supervisor.start()
+        _supervisors.append(supervisor)
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
     atexit.register(stop)
 
 
@@ -50,8 +52,6 @@ def exit_with_parent() -> None:
 
 
 def stop() -> None:
-    """Let the sidecar take what it was sent, and end it."""
-    global _supervisor
-    if _supervisor is not None:
-        _supervisor.stop()
-        _supervisor = None
+    """Let the sidecars take what they were sent, and end them."""
+    while _supervisors:
+        _supervisors.pop().stop()

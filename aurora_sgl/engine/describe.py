@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
 
@@ -33,6 +34,9 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "target_revision": str(getattr(runner.model_config, "revision", None) or ""),
         "target_vocab_size": int(runner.model_config.vocab_size),
         "target_hidden_size": int(runner.model_config.hidden_size),
+        "target_num_layers": int(runner.model_config.num_hidden_layers),
+        "aux_layers": _aux_layers(runner.model_config, drafter.model_config),
+        "drafter_source": os.environ.get("AURORA_DRAFTER_SOURCE", ""),
         "drafter_path": str(_value(args, "speculative_draft_model_path", "") or ""),
         "draft_architecture": type(drafter.model).__name__,
         "algorithm": str(_value(args, "speculative_algorithm", "")),
@@ -49,6 +53,14 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "plain_steps_possible": not graphs and not _value(args, "speculative_adaptive", False),
     }
     return description, int(getattr(parallel, "tp_rank", 0)) == 0
+
+
+def _aux_layers(target: Any, drafter: Any) -> list[int]:
+    """Layers whose outputs feed the drafter: from its config, else SGLang's choice."""
+    config = getattr(drafter.hf_config, "eagle_config", None) or {}
+    chosen = config.get("eagle_aux_hidden_state_layer_ids")
+    layers = int(target.num_hidden_layers)
+    return [int(layer) for layer in chosen] if chosen else [1, layers // 2 - 1, layers - 4]
 
 
 def _value(args: Any, name: str, default: Any) -> Any:

@@ -132,7 +132,7 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
     if algorithm in ("EAGLE", "EAGLE3"):
         from aurora_sgl.engine import companion
 
-        companion.start()
+        companion.start(int(getattr(server_args, "dp_size", 1) or 1))
         http_server = sys.modules.get("sglang.srt.entrypoints.http_server")
         if http_server is not None:
             from aurora_sgl.engine.labels import HeaderMiddleware

@@ -67,7 +67,7 @@ def test_the_answer_can_be_read_off_its_verify_steps(
 ) -> None:
     """Tree, accepted path, first rejection and the target's tokens, against the answer itself."""
     for prompt in prompts[3:6]:
-        answer, row, steps = serve(server, prompt, max_new_tokens=24)
+        answer, _, steps = serve(server, prompt, max_new_tokens=24)
         written = answer["output_ids"][:1]
         for number, step in enumerate(steps):
             assert step["step"] == number

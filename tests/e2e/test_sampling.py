@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,9 +25,7 @@ def exact_law(
     for _ in range(LENGTH):
         longer: dict[tuple[int, ...], float] = {}
         heads = list(runs)
-        for some in (
-            itertools.batched(heads, 16) if hasattr(itertools, "batched") else _chunks(heads)
-        ):
+        for some in _chunks(heads):
             with torch.no_grad():
                 logits = hugging_face(torch.tensor([prompt + list(h) for h in some])).logits[:, -1]
             probs = torch.softmax(logits / temperature, -1).double()
