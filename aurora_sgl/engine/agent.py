@@ -134,7 +134,12 @@ class Agent:
         for row, req in enumerate(batch.reqs):
             rows = batch.extend_lens[row]
             if not hasattr(req, "_aurora"):
-                admitted = self.recorder.admit(req, speculates=self._admit_to_speculation(req))
+                chosen = str(getattr(req, "extra_key", None) or "")  # see admit_request
+                admitted = self.recorder.admit(
+                    req,
+                    speculates=_DRAFTS in chosen,
+                    traced=chosen.endswith(_TRACED),
+                )
                 if admitted is not None:
                     records.append(admitted[1])
                     if admitted[0].traced and self.capture:
@@ -152,20 +157,20 @@ class Agent:
                 to_host(last) if last is not None else None,
             )
 
-    def _admit_to_speculation(self, req: Any) -> bool:
-        # The namespace of the prefix cache was chosen when the request came in: see admit_request.
-        return str(getattr(req, "extra_key", "") or "").endswith(_SPECULATES)
-
     def admit_request(self, recv_req: Any) -> None:
-        """Before a request is queued: choose its share of speculation and its cache namespace.
+        """Before a request is queued: choose what is done with it, and its cache namespace.
 
         Draft KV in the prefix cache was made by the drafter of its time. A namespace per live
-        version keeps every request's draft KV of one version, and requests that are served without
-        drafts, whose answers have no draft KV, leave nothing that a drafting one would reuse.
+        version keeps every request's draft KV of one version. Requests that are served without
+        drafts, whose answers have no draft KV, leave nothing that a drafting one would reuse; and
+        what a traced request finds in the cache was traced too, so that no prefix is unknown.
         """
-        wish = labels.read(recv_req.sampling_params).speculate if self.can_skip else True
+        said = labels.read(recv_req.sampling_params)
+        wish = said.speculate if self.can_skip else True
         speculates = self.policy.admit() if wish is None else wish
-        key = f"aurora:{self.recorder.live.swap_count}{_SPECULATES if speculates else _PLAIN}"
+        traced = self.capture is not None and self.recorder.choose_to_trace(said)
+        key = f"aurora:{self.recorder.live.swap_count}"
+        key += f"{_DRAFTS if speculates else ''}{_TRACED if traced else ''}"
         recv_req.extra_key = f"{recv_req.extra_key or ''}{key}"
 
     def observe_verify(self, batch: Any, result: Any) -> None:
@@ -375,5 +380,5 @@ class Agent:
         return visible_length(req)
 
 
-_SPECULATES = ":drafts"
-_PLAIN = ":plain"
+_DRAFTS = ":drafts"
+_TRACED = ":traced"

@@ -139,25 +139,37 @@ class Recorder:
         self._train_by_default = train_by_default
         self._dp_rank = dp_rank
         self._counter = 0
-        self._capture_credit = 1.0
+        self._capture_credit = 0.0
         self._running: dict[int, tuple[weakref.ref[Any], RequestState]] = {}
 
     @property
     def running(self) -> int:
         return len(self._running)
 
-    def admit(self, req: Any, *, speculates: bool) -> tuple[RequestState, wire.Record] | None:
+    def may_train(self, said: labels.Labels) -> bool:
+        """Whether a request may be learnt from: its own word, else the server's setting."""
+        return self._train_by_default if said.may_train is None else said.may_train
+
+    def choose_to_trace(self, said: labels.Labels) -> bool:
+        """Whether the hidden states of a request that comes in now are captured."""
+        if said.warmup or not self.may_train(said):
+            return False
+        self._capture_credit = min(self._capture_credit + self.capture_share, 1.0)
+        if self.capture_share <= 0 or self._capture_credit < 1.0:
+            return False
+        self._capture_credit -= 1.0
+        return True
+
+    def admit(
+        self, req: Any, *, speculates: bool, traced: bool
+    ) -> tuple[RequestState, wire.Record] | None:
         """Register a request at its first prefill; None for warm-ups and health checks."""
         said = labels.read(req.sampling_params)
         if said.warmup or str(req.rid).startswith("HEALTH_CHECK"):
             req._aurora = None
             return None
         self._counter += 1
-        may_train = self._train_by_default if said.may_train is None else said.may_train
-        self._capture_credit = min(self._capture_credit + self.capture_share, 1.0)
-        traced = may_train and self.capture_share > 0 and self._capture_credit >= 1.0
-        if traced:
-            self._capture_credit -= 1.0
+        may_train = self.may_train(said)
         state = RequestState(
             request_id=wire.request_id(self.boot_id, self._counter),
             labels=said,

@@ -254,3 +254,35 @@ def server(
     yield running
     running.process.stop()
     running.engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def eagle_drafter(tmp_path_factory: pytest.TempPathFactory, model: Path, demo: DemoRun) -> Path:
+    """An EAGLE drafter (embedding and head are the target's) trained on the demo's traces."""
+    import torch
+
+    from aurora_sgl.artifacts import ArtifactRoot
+    from aurora_sgl.drafter import checkpoint, scratch
+    from aurora_sgl.drafter.config import EAGLE
+    from aurora_sgl.drafter.target import TargetHead
+    from aurora_sgl.training import dataset
+    from aurora_sgl.training.files import TraceFiles
+    from aurora_sgl.training.settings import TrainSettings
+    from aurora_sgl.training.trainer import train
+
+    torch.set_num_threads(1)
+    engine = store.connect(f"sqlite:///{demo.home / 'aurora.db'}")
+    with store.session(engine, write=False) as s:
+        rows = queries.recent_requests(s, queries.groups(s)[0].id, limit=500)
+    drafter = scratch.make(model, architecture=EAGLE)
+    built = dataset.build(
+        rows[:60],
+        TraceFiles(ArtifactRoot(str(demo.home / "artifacts")), demo.home / "cache"),
+        drafter.config,
+        dev_share=0.0,
+        gate_share=0.0,
+        donors=rows,
+    )
+    settings = TrainSettings(passes=1, max_seconds=60)
+    result = train(drafter, built.train, TargetHead.load(model), settings)
+    return checkpoint.save(result.drafter, tmp_path_factory.mktemp("eagle") / "drafter")

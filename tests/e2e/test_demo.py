@@ -1,0 +1,59 @@
+"""The first command that a user types: the whole loop, on the embedded defaults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.e2e.conftest import DemoRun, until
+
+
+def test_the_demo_ends_with_a_better_drafter_live(demo: DemoRun) -> None:
+    summary = demo.summary
+    assert summary["requests"] == 120
+    assert summary["failed_requests"] == 0
+    assert summary["dropped_records"] == 0
+    assert summary["events"] > 120
+    assert len(summary["versions"]) >= 2
+    assert all(version["accept_length"] >= 1.0 for version in summary["versions"])
+    assert summary["live_version"] in [version["id"] for version in summary["versions"]]
+    live = next(v for v in summary["versions"] if v["id"] == summary["live_version"])
+    assert live["id"] > 1 and live["weights_sha256"] == summary["live_sha256"]
+    length = summary["accept_length"]
+    assert length["last"] >= 1.10
+    assert length["ci_low"] > 0  # the paired 95% interval of the difference excludes 0
+    assert set(summary["tokens_per_second"]) == {"no_speculation", "first", "last"}
+    assert all(speed > 0 for speed in summary["tokens_per_second"].values())
+
+
+def test_the_demo_says_what_it_does_while_it_does_it(demo: DemoRun) -> None:
+    for words in ("SGLang is ready", "held-out prompts, first", "promoted", "requests: 120/120"):
+        assert words in demo.errors
+    assert "Traceback" not in demo.errors
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, base_home: Path, model: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "models").symlink_to(base_home / "models")
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "aurora_sgl.cli", "demo"],
+        stdout=subprocess.DEVNULL,
+        stderr=(home / "demo.err").open("wb"),
+        env={**os.environ, "AURORA_HOME": str(home)},
+    )
+    until(lambda: "SGLang is ready" in (home / "demo.err").read_text(), 240, "the server")
+    time.sleep(2)
+    family = psutil.Process(demo.pid).children(recursive=True)
+    assert len(family) >= 3  # the server, its scheduler, its sidecar, ...
+    demo.send_signal(signal.SIGINT)
+    assert demo.wait(60) in (0, 130)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive, [process.cmdline() for process in alive]
+    assert "Traceback" not in (home / "demo.err").read_text()

@@ -1,0 +1,94 @@
+"""Replay and the server agree on the accept length of the same drafter on the same requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from aurora_sgl import store
+from aurora_sgl.drafter import checkpoint
+from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.rollout.promote import rollback
+from aurora_sgl.store import queries
+from aurora_sgl.training import dataset
+from aurora_sgl.training.files import TraceFiles
+from aurora_sgl.training.replay import DraftShape, replay_one
+from tests.e2e.conftest import TREE, Running, until
+from tests.e2e.test_records import serve
+from tests.e2e.test_swap import a_relative, artifacts, go_live, server_group
+
+
+def replayed_and_served(
+    server: Running, model: Path, request_ids: list[int], version_id: int
+) -> tuple[float, float, int]:
+    """(replayed accept length, served one, requests) of one version on the same requests.
+
+    Replay leaves out steps whose draft runs past the end of the answer, because nothing is known
+    there; the same steps are left out of what was served.
+    """
+    with store.session(server.engine, write=False) as s:
+        rows = queries.recent_requests(s, server.group_id, limit=2000)
+        uri = queries.version(s, version_id).weights_uri
+    drafter = checkpoint.load(artifacts(server).local_path(uri)).float().eval()
+    built = dataset.build(
+        [row for row in rows if row.request_id in request_ids],
+        TraceFiles(artifacts(server), server.home / "cache"),
+        drafter.config,
+        dev_share=0.0,
+        gate_share=0.0,
+        donors=rows,
+    )
+    head = TargetHead.load(model)
+    shape = DraftShape(*TREE)
+    steps = accepted = served_steps = served_accepted = 0
+    for sequence in built.train:
+        with torch.no_grad():
+            one = replay_one(drafter, sequence, shape, head)
+        steps += one.verify_steps
+        accepted += one.accepted
+        for event in server.events(sequence.request_id)[: one.verify_steps]:
+            assert event["drafter_version_id"] == version_id and not event["mixed"]
+            served_steps += 1
+            served_accepted += event["accepted"]
+    return 1 + accepted / steps, 1 + served_accepted / served_steps, len(built.train)
+
+
+def serve_some(server: Running, prompts: list[list[int]]) -> list[int]:
+    ids = [serve(server, prompt, max_new_tokens=28)[1].id for prompt in prompts]
+
+    def traced() -> bool:
+        with store.session(server.engine, write=False) as s:
+            return all(queries.trace(s, request_id) is not None for request_id in ids)
+
+    until(traced, 30, "the traces")
+    return ids
+
+
+def test_replayed_and_served_accept_length_agree_with_a_warm_radix_cache(
+    server: Running, model: Path, prompts: list[list[int]]
+) -> None:
+    """All chat prompts share the template's system prompt, which is cached after the first."""
+    version = server.live_version()
+    assert version is not None
+    ids = serve_some(server, prompts[:12])
+    replayed, served, requests = replayed_and_served(server, model, ids, version)
+    assert requests == 12
+    assert served > 1.1
+    assert abs(replayed / served - 1) < 0.02
+
+
+def test_they_agree_across_a_swap_for_requests_that_are_prefilled_after_it(
+    server: Running, model: Path, trained: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    other = a_relative(server, trained, tmp_path / "near", 0.99)
+    before = server.live_version()
+    go_live(server, other)
+    try:
+        ids = serve_some(server, prompts[:12])
+        replayed, served, requests = replayed_and_served(server, model, ids, other)
+        assert requests == 12
+        assert abs(replayed / served - 1) < 0.02
+    finally:
+        rollback(server.engine, server_group(server), actor="test", reason="undo")
+        until(lambda: server.live_version() == before, 30, "the rollback")

@@ -1,0 +1,166 @@
+"""A new drafter in the running server: between two steps, without a trace in the output."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from aurora_sgl import store
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.drafter import checkpoint
+from aurora_sgl.rollout.promote import promote, rollback
+from aurora_sgl.rollout.versions import import_version
+from aurora_sgl.store import queries
+from tests.e2e.conftest import Running, until
+from tests.e2e.test_identity import assert_greedy
+from tests.e2e.test_records import serve
+
+
+def artifacts(server: Running) -> ArtifactRoot:
+    return ArtifactRoot(str(server.home / "artifacts"))
+
+
+def a_relative(server: Running, folder: Path, into: Path, scale: float) -> int:
+    """A version whose weights are a little off those in ``folder``."""
+    shutil.copytree(folder, into)
+    tensors = load_file(into / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dim() > 1:
+            tensors[name] = (tensor.float() * scale).to(tensor.dtype)
+    save_file(tensors, into / "model.safetensors", {"format": "pt"})
+    version = import_version(server.engine, artifacts(server), into, server.group_id)
+    return version.id
+
+
+def go_live(server: Running, version_id: int, reason: str = "a test", **kw: Any) -> None:
+    promote(server.engine, version_id, actor="test", reason=reason, **kw)
+    until(lambda: server.live_version() == version_id, 30, f"version {version_id} to be live")
+
+
+def test_a_swap_in_mid_request_changes_no_token_and_the_server_reports_what_is_live(
+    server: Running, trained: Path, prompts: list[list[int]], hugging_face: Any, tmp_path: Path
+) -> None:
+    before = server.live_version()
+    assert before is not None
+    other = a_relative(server, trained, tmp_path / "other", 0.97)
+    rid, body = uuid.uuid4().hex, {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
+    answer: dict[str, Any] = {}
+
+    def long_request() -> None:
+        asked = {"input_ids": prompts[0], "rid": rid, "sampling_params": body}
+        answer.update(httpx.post(f"{server.url}/generate", json=asked, timeout=300).json())
+
+    thread = threading.Thread(target=long_request)
+    thread.start()
+    time.sleep(2.0)
+    go_live(server, other)
+    thread.join()
+    assert_greedy(hugging_face, prompts[0], answer["output_ids"])
+    with store.session(server.engine, write=False) as s:
+        assert (
+            queries.server(s, server.server_id).live_sha256
+            == queries.version(s, other).weights_sha256
+        )
+    row = server.request(rid)
+    steps = server.events(row.id)
+    versions = [step["drafter_version_id"] for step in steps]
+    assert versions == sorted(versions, key=[before, other].index)
+    assert set(versions) == {before, other}
+    first = versions.index(other)
+    assert steps[first]["swap_age"] == 0 or steps[first]["swap_age"] < steps[first - 1]["swap_age"]
+    assert not any(step["mixed"] for step in steps[:first])
+    assert all(step["mixed"] for step in steps[first:])
+    _, _, after = serve(server, prompts[0], max_new_tokens=8)
+    assert {step["drafter_version_id"] for step in after} == {other}
+    assert not any(step["mixed"] for step in after)  # prefilled after the swap, its own cache
+    rollback(server.engine, server_group(server), actor="test", reason="back to where it was")
+    until(lambda: server.live_version() == before, 30, "the rollback")
+
+
+def server_group(server: Running) -> str:
+    with store.session(server.engine, write=False) as s:
+        return queries.group(s, server.group_id).name
+
+
+def test_the_weights_that_are_read_back_are_those_of_the_version(server: Running) -> None:
+    row = server.row()
+    with store.session(server.engine, write=False) as s:
+        version = queries.version(s, row.live_version_id)
+    folder = artifacts(server).local_path(version.weights_uri)
+    assert row.live_sha256 == version.weights_sha256
+    assert checkpoint.content_sha256(checkpoint.read_tensors(folder)) == row.live_sha256
+
+
+@pytest.mark.parametrize("damage", ["another vocabulary", "changed on disk", "truncated"])
+def test_weights_that_do_not_fit_are_refused_with_a_reason_and_serving_goes_on(
+    damage: str,
+    server: Running,
+    trained: Path,
+    prompts: list[list[int]],
+    hugging_face: Any,
+    tmp_path: Path,
+) -> None:
+    before = server.live_version()
+    folder = tmp_path / "bad"
+    shutil.copytree(trained, folder)
+    if damage == "another vocabulary":
+        tensors = load_file(folder / "model.safetensors")
+        hot = tensors["d2t"] + torch.arange(tensors["d2t"].numel())
+        unused = sorted(set(range(49152)) - set(hot.tolist()))[-1]
+        tensors["t2d"][hot[-1]] = False
+        hot[-1] = unused
+        hot = hot.sort().values
+        tensors["t2d"][unused] = True
+        tensors["d2t"] = hot - torch.arange(hot.numel())
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        version_id = import_version(server.engine, artifacts(server), folder, server.group_id).id
+    else:
+        version_id = a_relative(server, trained, tmp_path / damage, 0.9 + len(damage) / 1000)
+        with store.session(server.engine, write=False) as s:
+            uri = queries.version(s, version_id).weights_uri
+        stored = artifacts(server).local_path(uri) / "model.safetensors"
+        data = bytearray(stored.read_bytes())
+        stored.unlink()
+        data[-1] ^= 1
+        stored.write_bytes(bytes(data if damage == "changed on disk" else data[:-100]))
+    promote(server.engine, version_id, actor="test", reason=damage)
+    try:
+        words = {"another vocabulary": "vocabulary"}.get(damage, "")
+        until(lambda: server.row().last_error and words in server.row().last_error, 30, "a refusal")
+        assert server.live_version() == before
+        answer = server.generate(prompts[5], max_new_tokens=12)
+        assert_greedy(hugging_face, prompts[5], answer["output_ids"])
+    finally:
+        rollback(server.engine, server_group(server), actor="test", reason="undo")
+        until(lambda: not server.row().last_error, 30, "the error to be gone")
+
+
+def test_a_sidecar_that_is_killed_comes_back_and_recording_goes_on(
+    server: Running, prompts: list[list[int]]
+) -> None:
+    before = {p.pid for p in sidecars(server)}
+    assert before
+    for process in sidecars(server):
+        process.send_signal(signal.SIGKILL)
+    server.generate(prompts[3], max_new_tokens=8)  # while it is away
+    until(lambda: {p.pid for p in sidecars(server)} - before, 30, "a new sidecar")
+    _, row, steps = serve(server, prompts[4], max_new_tokens=8)
+    assert row.status == "finished" and len(steps) == row.verify_steps
+
+
+def sidecars(server: Running) -> list[Any]:
+    return [
+        process
+        for process in server.process.family()
+        if "aurora_sgl.sidecar" in " ".join(process.cmdline())
+    ]
