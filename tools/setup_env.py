@@ -119,7 +119,6 @@ def check_torch(show: Callable[[str], None], *, cuda: bool) -> str:
         )
         pin = next(row for row in LOCK.read_text().splitlines() if row.startswith("torch=="))
         pip(show, 0, pin)
-        pip(show, 0, "--no-deps", "-r", str(LOCK))
         found = torch_build()
     if found is None:
         raise SetupFailed(f"torch does not import; try `{VENV.name}/bin/python -c 'import torch'`")
