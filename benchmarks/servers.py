@@ -1,0 +1,94 @@
+"""What the benchmarks with a running server share: starting one, asking it, printing a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from aurora_sgl.config import Settings
+from aurora_sgl.demo.model import demo_model
+from aurora_sgl.demo.prompts import Prompt, sample_prompts
+from aurora_sgl.engine.process import ServerProcess, free_port
+from aurora_sgl.serving import plan
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """``--json`` and ``--model``; a benchmark adds its own."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--model", type=Path, help="target folder (default: the demo's model)")
+    parser.add_argument("--drafter", help="drafter folder (default: untrained)")
+    return parser
+
+
+def target(given: argparse.Namespace) -> Path:
+    return given.model or demo_model(Path(os.environ.get("AURORA_HOME", "aurora-data")))
+
+
+@contextmanager
+def server(
+    model: Path,
+    drafter: str | None = None,
+    *,
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[tuple[ServerProcess, Path]]:
+    """(a server that is ready, its data folder); both are gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="aurora-bench-") as folder:
+        home = Path(folder)
+        given = ["--max-total-tokens", "8192", "--max-running-requests", "8", *flags]
+        texts = [prompt.prompt for prompt in sample_prompts()]
+        made = plan(str(model), drafter, given, Settings(home=home), sample_texts=texts)
+        process = ServerProcess(
+            made.flags,
+            port=free_port(),
+            log=home / "logs" / "server.log",
+            environment={
+                **made.environment,
+                "OMP_NUM_THREADS": "1",
+                "AURORA_EXIT_WITH_PARENT": "1",
+                **(environment or {}),
+            },
+        )
+        process.start()
+        try:
+            process.wait_ready()
+            yield process, home
+        finally:
+            process.stop()
+
+
+def ask(url: str, prompt: Prompt, tokens: int, **headers: str) -> dict[str, Any]:
+    """One greedy answer of exactly ``tokens`` tokens from the native endpoint."""
+    body = {
+        "text": prompt.prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+    }
+    answer = httpx.post(f"{url}/generate", json=body, headers=headers, timeout=600)
+    answer.raise_for_status()
+    return dict(answer.json())
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """One table, or the same rows as JSON."""
+    if as_json:
+        print(json.dumps({"title": title, "rows": list(rows)}, indent=2))
+        return
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)

@@ -1,0 +1,156 @@
+"""How long does a swap hold up a running stream? Aim: no gap above twice the median step.
+
+Streams run all the time while two versions of a drafter go live in turn. Around each swap the
+longest gap between two tokens of any stream is set against the median gap of the whole run. A step
+that carries several tokens is one gap.
+
+    python benchmarks/swap_stall.py [--swaps 50] [--streams 2] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+import httpx
+from safetensors.torch import load_file, save_file
+
+from aurora_sgl import store
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.demo.prompts import sample_prompts
+from aurora_sgl.rollout.promote import promote
+from aurora_sgl.rollout.versions import import_version
+from aurora_sgl.store import queries
+from benchmarks.servers import arguments, report, server, target
+
+
+class Stream(threading.Thread):
+    """Asks for one long answer after another and notes when tokens arrive."""
+
+    def __init__(self, url: str, number: int) -> None:
+        super().__init__(daemon=True)
+        self.url, self.number = url, number
+        self.arrivals: list[float] = []
+        self.breaks: list[int] = [0]  # where a new answer begins
+        self.failed = 0
+        self.stopping = False
+
+    def run(self) -> None:
+        prompts = sample_prompts()
+        at = self.number * 50
+        while not self.stopping:
+            at += 1
+            body = {
+                "text": prompts[at % len(prompts)].prompt,
+                "stream": True,
+                "sampling_params": {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True},
+            }
+            try:
+                with httpx.stream("POST", f"{self.url}/generate", json=body, timeout=120) as answer:
+                    for line in answer.iter_lines():
+                        if line.startswith("data: {"):
+                            self.arrivals.append(time.perf_counter())
+                    self.failed += answer.status_code != 200
+            except httpx.HTTPError:
+                self.failed += not self.stopping
+            self.breaks.append(len(self.arrivals))
+
+    def gaps(self) -> list[tuple[float, float]]:
+        """(end, length) of every gap within an answer."""
+        fresh = set(self.breaks)
+        return [
+            (b, b - a)
+            for i, (a, b) in enumerate(zip(self.arrivals, self.arrivals[1:], strict=False), 1)
+            if i not in fresh
+        ]
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--swaps", type=int, default=50)
+    parser.add_argument("--streams", type=int, default=2)
+    given = parser.parse_args()
+    environment = {"AURORA_SPECULATION": "on"}
+    with server(target(given), given.drafter, environment=environment) as (process, home):
+        engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
+        group_id, server_id, first = _known(engine)
+        versions = [first, _relative(engine, home, group_id, first)]
+        streams = [Stream(process.url, number) for number in range(given.streams)]
+        for stream in streams:
+            stream.start()
+        time.sleep(8)
+        windows: list[tuple[float, float]] = []
+        for number in range(given.swaps):
+            wanted = versions[(number + 1) % 2]
+            begun = time.perf_counter()
+            promote(engine, wanted, actor="benchmark", reason="swap stall")
+            while _live(engine, server_id) != wanted:
+                time.sleep(0.05)
+            windows.append((begun, time.perf_counter()))
+            if number % 10 == 9:
+                print(f"swap {number + 1}/{given.swaps}", file=sys.stderr)
+            time.sleep(0.5)
+        for stream in streams:
+            stream.stopping = True
+        gaps = [gap for stream in streams for gap in stream.gaps()]
+        step = median(length for _, length in gaps)
+        longest = [
+            max((g for end, g in gaps if begun <= end <= done + 0.3), default=0.0)
+            for begun, done in windows
+        ]
+        outside = [
+            g for end, g in gaps if not any(begun <= end <= done + 0.3 for begun, done in windows)
+        ]
+        row = {
+            "swaps": given.swaps,
+            "streams": given.streams,
+            "median step ms": 1000 * step,
+            "longest gap at a swap / step, median": median(longest) / step,
+            "p99": sorted(longest)[int(0.99 * (len(longest) - 1))] / step,
+            "max": max(longest) / step,
+            "same without a swap, p99": sorted(outside)[int(0.99 * (len(outside) - 1))] / step,
+            "failed requests": sum(stream.failed for stream in streams),
+            "aim": "max <= 2, 0 failed",
+        }
+    report("swap stall", [row], as_json=given.json)
+
+
+def _known(engine) -> tuple[int, int, int]:
+    while True:
+        with store.session(engine, write=False) as s:
+            for group in queries.groups(s):
+                for row in queries.servers(s, group.id):
+                    if row.live_version_id:
+                        return group.id, row.id, row.live_version_id
+        time.sleep(0.2)
+
+
+def _live(engine, server_id: int) -> int | None:
+    with store.session(engine, write=False) as s:
+        return queries.server(s, server_id).live_version_id
+
+
+def _relative(engine, home: Path, group_id: int, version_id: int) -> int:
+    """A version whose weights differ a little from another's."""
+    artifacts = ArtifactRoot(str(home / "artifacts"))
+    with store.session(engine, write=False) as s:
+        uri = queries.version(s, version_id).weights_uri
+    folder = home / "relative"
+    shutil.copytree(artifacts.local_path(uri), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dim() > 1:
+            tensors[name] = (tensor.float() * 0.99).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    return import_version(engine, artifacts, folder, group_id).id
+
+
+if __name__ == "__main__":
+    main()
