@@ -201,7 +201,7 @@ class _Demo:
     async def _train(self, trigger: str) -> None:
         def progress(event: dict[str, Any]) -> None:
             if event.get("event") == "update":
-                done, total = int(event.get("done", 0)), int(event.get("total", 0))
+                done, total = int(event["update"]), int(event["updates"])
                 self.screen.bar("training", done, total, f"loss {event.get('loss', 0):.2f}")
 
         outcome = await self.trainer.run(trigger, progress)
