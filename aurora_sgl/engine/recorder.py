@@ -97,8 +97,9 @@ def visible_length(req: Any) -> int:
     return int(req.finished_len) if req.finished_len is not None else len(req.output_ids)
 
 
-def describe_sampling(params: Any) -> dict[str, Any]:
+def describe_sampling(req: Any) -> dict[str, Any]:
     """The sampling parameters that matter for learning and replay."""
+    params = req.sampling_params
     described: dict[str, Any] = {
         "temperature": params.temperature,
         "top_p": params.top_p,
@@ -119,6 +120,8 @@ def describe_sampling(params: Any) -> dict[str, Any]:
         getattr(params, name, None) for name in ("json_schema", "regex", "ebnf", "structural_tag")
     ):
         described["grammar"] = True
+    if getattr(req, "custom_logit_processor", None):
+        described["custom_logit_processor"] = True
     return described
 
 
@@ -194,7 +197,7 @@ class Recorder:
             else sha256_ints(prompt),
             prompt_tokens=len(prompt),
             cached_tokens=int(getattr(req, "cached_tokens", 0) or 0),
-            sampling=describe_sampling(req.sampling_params),
+            sampling=describe_sampling(req),
             may_train=may_train,
             traced=traced,
             speculates=speculates,

@@ -53,18 +53,30 @@ def _run(given: argparse.Namespace, settings: TrainSettings) -> dict[str, Any]:
     from aurora_sgl import store
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.config import get_settings
+    from aurora_sgl.store import queries
+    from aurora_sgl.training.lease import training_lease
     from aurora_sgl.training.run import train_once
 
-    return train_once(
-        store.connect(),
-        ArtifactRoot(get_settings().artifact_root),
-        given.group or get_settings().group,
-        settings,
-        trigger=given.trigger,
-        progress=_Printer(),
-        target=given.target,
-        base_version_id=given.base,
-    ).as_json()
+    engine, printer = store.connect(), _Printer()
+    group = given.group or get_settings().group
+    with store.session(engine, write=False) as s:
+        group_id = queries.group_by_name(s, group).id
+    with training_lease(engine, group_id) as renew:
+
+        def progress(event: dict[str, Any]) -> None:
+            renew(event)
+            printer(event)
+
+        return train_once(
+            engine,
+            ArtifactRoot(get_settings().artifact_root),
+            group,
+            settings,
+            trigger=given.trigger,
+            progress=progress,
+            target=given.target,
+            base_version_id=given.base,
+        ).as_json()
 
 
 class _Printer:
