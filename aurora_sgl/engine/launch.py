@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 os.environ.setdefault("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND", "1")
 
@@ -91,11 +92,21 @@ def main(argv: list[str]) -> None:
         companion.exit_with_parent()
     load_plugins()
     server_args = prepare_server_args(argv)
+    code = 0
     try:
         run_server(server_args)
-    finally:
-        companion.stop()
-        kill_process_tree(os.getpid(), include_parent=False)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    companion.stop()
+    kill_process_tree(os.getpid(), include_parent=False)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at a normal exit compiled modules print pages about what they leaked
 
 
 if __name__ == "__main__":
