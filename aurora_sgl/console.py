@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from aurora_sgl.clock import utc_now
+
 
 def print_json(value: Any) -> None:
     """Times in ISO 8601 (UTC), not-a-number as null."""
@@ -46,7 +48,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.3f}"
     if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
+        return f"{value:%m-%d %H:%M:%S}" if value.year == utc_now().year else f"{value:%Y-%m-%d}"
     if isinstance(value, list | tuple):
         return ", ".join(text_of(item) for item in value) or "-"
     return str(value)

@@ -15,7 +15,8 @@ from collections import deque
 from statistics import median
 
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
-_CREDIT_LIMIT = 64.0  # steps; bounds how many requests in a row may speculate after a quiet time
+#: Steps; bounds what a quiet time saves up, and the debt of requests that asked for drafts.
+_CREDIT_LIMIT = 256.0
 
 
 class SpeculationPolicy:
@@ -39,7 +40,8 @@ class SpeculationPolicy:
 
     def account(self, *, speculative: bool, batch_size: int, seconds: float) -> None:
         """Count one step of the server."""
-        self._credit = min(self._credit + self.share - float(speculative), _CREDIT_LIMIT)
+        credit = self._credit + self.share - float(speculative)
+        self._credit = max(-_CREDIT_LIMIT, min(credit, _CREDIT_LIMIT))
         if speculative:
             self.speculative_steps += 1
         else:
