@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     explore_share: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of verify steps that carry drafts while they do not pay yet."""
 
+    cpu_packed_weights: bool = True
+    """On CPU in bfloat16: keep oneDNN's packed copy of the weights beside them (more memory)."""
+
     retention_days: int = Field(default=30, ge=1)
     """Days that acceptance events are kept."""
 

@@ -15,6 +15,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from aurora_sgl.config import get_settings
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -49,6 +51,12 @@ SCHEDULER_HOOKS = (
 #: Hooked in every scheduler process of a machine without a GPU.
 CPU_HOOKS = (
     f"{_SPECULATIVE}eagle_utils._verify_uses_greedy",
+    "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.process_weights_after_loading",
+    "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding.__init__",
+    f"{_MANAGERS}scheduler_components.weight_updater."
+    "SchedulerWeightUpdaterManager._observe_weight_load",
+    f"{_MANAGERS}scheduler_components.weight_updater."
+    "SchedulerWeightUpdaterManager.end_weight_update",
     "sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend.init_forward_metadata",
     "sglang.srt.layers.attention.intel_amx_backend."
     "IntelAMXMultiStepDraftBackend.init_forward_metadata",
@@ -108,12 +116,27 @@ def register() -> None:
     for name, hook in hooks.items():
         HookRegistry.register(name, hook, around)
     if _on_cpu():
-        from aurora_sgl.engine.cpu.attention import begin_forward
+        _register_on_cpu(HookRegistry, HookType)
 
-        uses_greedy, *metadata = CPU_HOOKS
-        HookRegistry.register(uses_greedy, _verify_uses_greedy, HookType.REPLACE)
-        for name in metadata:
-            HookRegistry.register(name, lambda *args, **kw: begin_forward(), HookType.BEFORE)
+
+def _register_on_cpu(registry: Any, kinds: Any) -> None:
+    from aurora_sgl.engine.cpu import linear
+    from aurora_sgl.engine.cpu.attention import begin_forward
+
+    uses_greedy, linear_loaded, embedding_made, weights_load, weights_end, *metadata = CPU_HOOKS
+    registry.register(uses_greedy, _verify_uses_greedy, kinds.REPLACE)
+    if get_settings().cpu_packed_weights:
+        registry.register(
+            linear_loaded, lambda result, method, layer: linear.mark(layer), kinds.AFTER
+        )
+        registry.register(
+            embedding_made, lambda result, layer, *args, **kw: linear.mark(layer), kinds.AFTER
+        )
+        # SGLang's own weight updates change values in place: what was packed is then stale.
+        for name in (weights_load, weights_end):
+            registry.register(name, lambda *args, **kw: linear.forget(), kinds.BEFORE)
+    for name in metadata:
+        registry.register(name, lambda *args, **kw: begin_forward(), kinds.BEFORE)
 
 
 def _on_cpu() -> bool:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from aurora_sgl.drafter.checkpoint import content_sha256
+from aurora_sgl.engine.cpu import linear
 
 #: SGLang fuses these; (name in the file, name in the model, shard id of the weight loader).
 _FUSED = (
@@ -75,6 +76,7 @@ class Staged:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     shadows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    packed: dict[str, torch.Tensor] = field(default_factory=dict)  # see engine.cpu.linear
     staged_ms: float = 0.0
 
 
@@ -160,8 +162,15 @@ class Swapper:
             self._load(staged.shadows[home.parameter], tensor, home, name)
             filled[home.parameter] += tensor.numel()
         self._check_complete(staged, filled)
+        self._pack(staged)
         staged.staged_ms = 1000 * (time.perf_counter() - begun)
         return staged
+
+    def _pack(self, staged: Staged) -> None:
+        """Where the CPU kernels keep packed copies of weights, make those of the shadows too."""
+        for name, shadow in staged.shadows.items():
+            if linear.uses(self._parameters[name]):
+                staged.packed[name] = linear.pack(shadow)
 
     def _load(
         self, shadow: torch.nn.Parameter, tensor: torch.Tensor, home: Home, name: str
@@ -208,6 +217,8 @@ class Swapper:
         with torch.no_grad():
             for name, shadow in staged.shadows.items():
                 self._parameters[name].data.copy_(shadow.data)
+                if name in staged.packed:
+                    linear.replace(self._parameters[name], staged.packed[name])
         return 1000 * (time.perf_counter() - begun)
 
     def read_back(self, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from tests.e2e.conftest import Running, start
 
-TOKENS = 32
+TOKENS = 24
 
 
 def assert_greedy(hugging_face: Any, prompt: list[int], output: list[int]) -> None:
@@ -78,7 +78,8 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
     shape = {"chain": (4, 1, 5), "eagle": (2, 2, 5), "wide tree": (4, 8, 16)}[kind]
     running = start(tmp_path, model, drafter, shape=shape)
     try:
-        assert serve_and_compare(running, prompts, hugging_face) > 1.02
+        some = prompts[:8] if kind == "wide tree" else prompts
+        assert serve_and_compare(running, some, hugging_face) > 1.02
     finally:
         running.process.stop()
 

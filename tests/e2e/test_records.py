@@ -125,7 +125,7 @@ def read(server: Running, request_id: int) -> Any:
     """The trace file of a request."""
     found = until(lambda: _trace(server, request_id), 20, "the trace")
     path = ArtifactRoot(str(server.home / "artifacts")).local_path(found.uri)
-    return read_trace(path)
+    return read_trace(path, start=found.start)
 
 
 def test_sampled_requests_are_marked_as_accepted_by_the_targets_sample(

@@ -359,3 +359,32 @@ def test_acceptance_thresholds_that_are_not_lossless_are_refused():
         sampling.tree_speculative_sampling_target_only(
             *[torch.zeros(1, 1)] * 11, threshold_single=0.9
         )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32, 130])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_packed_linears_equal_unpacked_ones_and_follow_a_swap(rows, with_bias):
+    from aurora_sgl.engine.cpu import linear
+
+    if not linear.supported():
+        pytest.skip("no bfloat16 in oneDNN on this machine: serving falls back to F.linear")
+    torch.manual_seed(rows)
+    weight, other = torch.randn(96, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    bias = torch.randn(96).bfloat16() if with_bias else None
+    x = torch.randn(rows, 64).bfloat16()
+
+    def error() -> float:
+        exact = torch.nn.functional.linear(
+            x.double(), weight.double(), bias.double() if bias is not None else None
+        )
+        got = linear.weight_packed_linear(x, weight, bias, True)
+        plain = torch.nn.functional.linear(x, weight, bias)
+        assert (got.double() - exact).norm() <= 1.05 * (plain.double() - exact).norm() + 1e-6
+        return float((got.double() - exact).norm() / exact.norm())
+
+    assert error() < 5e-3
+    weight.copy_(other)
+    linear.replace(weight, linear.pack(other))
+    assert error() < 5e-3
+    linear.forget()
+    assert error() < 5e-3

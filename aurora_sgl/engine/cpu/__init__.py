@@ -51,10 +51,11 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         import torch
 
-        from aurora_sgl.engine.cpu import attention, locations, sampling, tree
+        from aurora_sgl.engine.cpu import attention, linear, locations, sampling, tree
 
         for part in (locations, sampling, tree):
             for name in part.KERNELS:
                 setattr(module, name, getattr(part, name))
-        for name in attention.KERNELS:
-            setattr(torch.ops.sgl_kernel, name, getattr(attention, name))
+        for part in (attention, linear):
+            for name in part.KERNELS:
+                setattr(torch.ops.sgl_kernel, name, getattr(part, name))
