@@ -12,7 +12,7 @@ import httpx
 
 from aurora_sgl.demo.prompts import Prompt
 
-STREAMS = 4
+STREAMS = 2
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 

@@ -190,7 +190,12 @@ class DemoRun:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory, model: Path, base_home: Path) -> DemoRun:
-    home = tmp_path_factory.mktemp("demo")
+    kept = os.environ.get("AURORA_TEST_DEMO")  # of an earlier session, while working on one test
+    if kept and (Path(kept) / "run.json").exists():
+        found = json.loads((Path(kept) / "run.json").read_text())
+        return DemoRun(found["summary"], Path(kept), found["errors"], found["seconds"])
+    home = Path(kept) if kept else tmp_path_factory.mktemp("demo")
+    home.mkdir(exist_ok=True)
     (home / "models").symlink_to(base_home / "models")
     begun = time.monotonic()
     done = subprocess.run(
@@ -202,7 +207,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory, model: Path, base_home: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return DemoRun(json.loads(done.stdout), home, done.stderr, time.monotonic() - begun)
+    run = DemoRun(json.loads(done.stdout), home, done.stderr, time.monotonic() - begun)
+    found = {"summary": run.summary, "errors": run.errors, "seconds": run.seconds}
+    (home / "run.json").write_text(json.dumps(found))
+    return run
 
 
 @pytest.fixture(scope="session")
