@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.e2e.conftest import Running, start
+from tests.e2e.test_sampling import assert_targets_law
 
 TOKENS = 24
 
@@ -80,6 +81,10 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
     try:
         some = prompts[:8] if kind == "wide tree" else prompts
         assert serve_and_compare(running, some, hugging_face) > 1.02
+        if kind == "chain":  # trees are in test_sampling, on the shared server
+            assert_targets_law(
+                running, prompts[2], hugging_face, temperature=1.0, top_k=3, top_p=0.95
+            )
     finally:
         running.process.stop()
 
