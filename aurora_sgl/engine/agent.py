@@ -31,18 +31,28 @@ from aurora_sgl.engine.recorder import (
     VerifyObservation,
     new_boot_id,
     to_host,
-    visible_length,
 )
-from aurora_sgl.engine.swap import Swapper, file_layout
+from aurora_sgl.engine.swap import Staged, Swapper
 
 logger = logging.getLogger("aurora_sgl")
 
 _HELLO_SECONDS = 2.0
+_RETRY_SECONDS = 0.1  # between two questions whether all ranks have staged
+_FAILED, _BUSY, _READY = 0, 1, 2  # what a rank says of its staging; the smallest decides
+
+
+@dataclass(frozen=True, slots=True)
+class StageSwap:
+    """Travels through the scheduler's own request path to every rank: stage these weights."""
+
+    version_id: int
+    path: str
+    weights_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class ApplySwap:
-    """The command that travels through the scheduler's own request path to every rank."""
+    """Travels the same way: if every rank has staged the version, copy it in, all at this step."""
 
     version_id: int
 
@@ -89,7 +99,9 @@ class Agent:
         )
         self.target_predict: torch.Tensor | None = None
         self._said_hello = 0.0
-        self._apply_asked = False
+        self.tp_size = int(description["tp_size"])
+        self._to_stage: StageSwap | None = None
+        self._apply_after = 0.0
         self._deadline_us = 0
         self._done: list[wire.Record] = []  # filled by the read-back thread, one append each
         self._failed_parts: set[str] = set()
@@ -302,14 +314,12 @@ class Agent:
                 self.policy.share = command.share
         elif isinstance(command, wire.SetCapture):
             self.recorder.capture_share = command.share
-        elif self.swapper.busy:
+        elif self.swapper.busy or self._to_stage is not None:
             self._refuse(command.version_id, "another swap is being staged")
         else:
-            self._apply_asked = False
+            self._to_stage = StageSwap(command.version_id, command.path, command.weights_sha256)
+            self._apply_after = 0.0
             self._deadline_us = command.deadline_us
-            self.swapper.begin_staging(
-                command.version_id, Path(command.path), command.weights_sha256
-            )
 
     def _refuse(self, version_id: int, reason: str) -> None:
         if self.channel:
@@ -319,27 +329,57 @@ class Agent:
             self.channel.put([done])
 
     def _drive_swap(self, recv_reqs: list[Any] | None) -> None:
-        if self.swapper.failure is not None:
+        """On the leading rank: put the next command of a swap among the received requests."""
+        if recv_reqs is None:
+            return
+        if self._to_stage is not None:
+            recv_reqs.append(self._to_stage)
+            self._to_stage = None
+            return
+        if self.swapper.failure is not None and self.tp_size == 1:
             version_id, reason = self.swapper.failure
             self.swapper.failure = None
             self._refuse(version_id, reason)
-        staged = self.swapper.staged
-        if staged is None or self._apply_asked or recv_reqs is None:
+        ready = self.swapper.staged or self.swapper.failure
+        if ready is None or time.monotonic() < self._apply_after:
             return
-        if self._deadline_us and wire.now_us() > self._deadline_us:
-            self.swapper.staged = None
-            self._refuse(staged.version_id, "staging took longer than the sidecar waits")
-            return
-        self._apply_asked = True
-        recv_reqs.append(ApplySwap(staged.version_id))
+        version_id = ready[0] if isinstance(ready, tuple) else ready.version_id
+        self._apply_after = time.monotonic() + _RETRY_SECONDS
+        recv_reqs.append(ApplySwap(version_id))
+
+    def stage_swap(self, command: StageSwap) -> None:
+        """On every rank: begin to stage, in a thread."""
+        self.swapper.begin_staging(command.version_id, Path(command.path), command.weights_sha256)
 
     def apply_swap(self, command: ApplySwap) -> None:
-        """On every rank, at the same place in the request stream: copy the staged weights in."""
+        """On every rank, at the same place in the request stream: all copy, or none does."""
         staged = self.swapper.staged
-        if staged is None or staged.version_id != command.version_id:
-            self._refuse(command.version_id, "this rank has not staged the version")
+        mine = staged is not None and staged.version_id == command.version_id
+        late = self.leads and 0 < self._deadline_us < wire.now_us()
+        failed = late or (not mine and not self.swapper.busy)
+        worst = self._worst_of_all_ranks(_FAILED if failed else _READY if mine else _BUSY)
+        if worst == _BUSY:
+            return  # the leading rank asks again
+        failure, self.swapper.failure, self.swapper.staged = self.swapper.failure, None, None
+        if worst == _FAILED or staged is None:
+            reason = "staging took longer than the sidecar waits" if late else ""
+            reason = reason or (failure[1] if failure else "another rank could not stage it")
+            self._refuse(command.version_id, reason)
             return
-        self.swapper.staged = None
+        self._go_live(staged)
+
+    def _worst_of_all_ranks(self, mine: int) -> int:
+        if self.tp_size == 1:
+            return mine
+        from sglang.srt.distributed import get_tp_group
+
+        agreed = torch.tensor([mine])
+        torch.distributed.all_reduce(
+            agreed, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
+        )
+        return int(agreed[0])
+
+    def _go_live(self, staged: Staged) -> None:
         apply_ms = self.swapper.apply(staged)
         live = self.recorder.live
         live.version_id = staged.version_id
@@ -349,7 +389,7 @@ class Agent:
 
         def read_back() -> None:
             try:
-                found, reason = self.swapper.read_back(staged.shapes, staged.dtypes), ""
+                found, reason = self.swapper.read_back(staged, whole=self.tp_size == 1), ""
             except Exception as error:
                 found, reason = "", f"reading the live weights back failed: {error}"
             self._done.append(
@@ -373,11 +413,8 @@ class Agent:
         path = self.description.get("drafter_path")
         if self.channel is None or not path or not Path(str(path)).exists():
             return
-        shapes, dtypes = file_layout(Path(str(path)))
-        self.description["live_sha256"] = self.swapper.read_back(shapes, dtypes)
-
-    def output_length(self, req: Any) -> int:
-        return visible_length(req)
+        staged = self.swapper.stage(0, Path(str(path)), None)
+        self.description["live_sha256"] = self.swapper.read_back(staged, whole=self.tp_size == 1)
 
 
 _DRAFTS = ":drafts"

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aurora_sgl.config import get_settings
@@ -73,6 +74,7 @@ LEANED_ON = (
     f"{_MANAGERS}utils.GenerationBatchResult.accept_lens",
     f"{_MANAGERS}schedule_batch.Req",
     "sglang.srt.runtime_context.get_parallel",
+    "sglang.srt.distributed.get_tp_group",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._build_trivial_verify_input",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._stub_skipped_draft_extend",
     "sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3",
@@ -286,12 +288,16 @@ def _process_input_requests(
     if agent is None:
         _agent_of_scheduler(scheduler)
         return original(scheduler, recv_reqs)
-    from aurora_sgl.engine.agent import ApplySwap
+    from aurora_sgl.engine.agent import ApplySwap, StageSwap
 
-    ours = [request for request in recv_reqs if isinstance(request, ApplySwap)]
-    for command in ours:
-        agent.guard("swapping", lambda command=command: agent.apply_swap(command))  # type: ignore[misc]
-    rest = [r for r in recv_reqs if not isinstance(r, ApplySwap)] if ours else recv_reqs
+    rest = []
+    for request in recv_reqs:
+        if isinstance(request, StageSwap):
+            agent.guard("staging", partial(agent.stage_swap, request))
+        elif isinstance(request, ApplySwap):
+            agent.guard("swapping", partial(agent.apply_swap, request))
+        else:
+            rest.append(request)
     return original(scheduler, rest)
 
 

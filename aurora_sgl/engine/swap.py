@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from aurora_sgl.drafter.checkpoint import content_sha256
+from aurora_sgl.drafter.checkpoint import WEIGHTS, content_sha256
 from aurora_sgl.engine.cpu import linear
 
 #: SGLang fuses these; (name in the file, name in the model, shard id of the weight loader).
@@ -117,7 +117,7 @@ class Swapper:
 
         def work() -> None:
             try:
-                self.staged = self._stage(version_id, path, weights_sha256)
+                self.staged = self.stage(version_id, path, weights_sha256)
             except SwapRefused as refusal:
                 self.failure = (version_id, str(refusal))
             except Exception as error:  # whatever it is, serving goes on with the old weights
@@ -126,12 +126,17 @@ class Swapper:
         self._thread = threading.Thread(target=work, name="aurora-stage", daemon=True)
         self._thread.start()
 
-    def _stage(self, version_id: int, path: Path, weights_sha256: str) -> Staged:
+    def stage(self, version_id: int, path: Path, weights_sha256: str | None) -> Staged:
+        """Load a file (or a folder's) into shadows; a hash, when given, must be the content's.
+
+        Raises :class:`SwapRefused` with the reason when the weights cannot go live here.
+        """
         begun = time.perf_counter()
+        path = path / WEIGHTS if path.is_dir() else path
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         actual = content_sha256(tensors)
-        if actual != weights_sha256:
+        if weights_sha256 is not None and actual != weights_sha256:
             raise SwapRefused(
                 f"the staged weights hash to {actual[:12]}, not to {weights_sha256[:12]}"
             )
@@ -143,7 +148,7 @@ class Swapper:
         }
         staged = Staged(
             version_id=version_id,
-            weights_sha256=weights_sha256,
+            weights_sha256=actual,
             homes={name: find_home(name, self._parameters) for name in weights},
             shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
             dtypes={name: tensor.dtype for name, tensor in tensors.items()},
@@ -221,11 +226,18 @@ class Swapper:
                     linear.replace(self._parameters[name], staged.packed[name])
         return 1000 * (time.perf_counter() - begun)
 
-    def read_back(self, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> str:
+    def read_back(self, staged: Staged, *, whole: bool) -> str:
         """Content hash of the tensors that the model holds now, in the file's names and dtypes.
 
-        With tensor parallelism a rank holds shards only; then this hashes what it has.
+        Where a rank of a tensor-parallel group holds shards only (``whole`` is false), the shards
+        are compared with those that the hashed file was loaded into: equal, they stand for it.
         """
+        if not whole:
+            for name, shadow in staged.shadows.items():
+                if not torch.equal(self._parameters[name].data, shadow.data):
+                    raise SwapRefused(f"'{name}' is not what was staged")
+            return staged.weights_sha256
+        shapes, dtypes = staged.shapes, staged.dtypes
         tensors: dict[str, torch.Tensor] = {}
         at: dict[str, int] = {}
         order = {"q": 0, "k": 1, "v": 2, 0: 0, 1: 1, None: 0}
@@ -248,28 +260,3 @@ class Swapper:
                 inside[hot] = True
                 tensors["t2d"] = inside.to(dtypes["t2d"])
         return content_sha256(tensors)
-
-
-def file_layout(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
-    """Shapes and dtypes of a safetensors file or of a folder's ``model.safetensors``."""
-    file_path = path / "model.safetensors" if path.is_dir() else path
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    with safe_open(file_path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            piece = file.get_slice(name)
-            shapes[name] = tuple(piece.get_shape())
-            dtypes[name] = _DTYPES[piece.get_dtype()]
-    return shapes, dtypes
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-}
