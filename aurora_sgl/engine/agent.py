@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.config import get_settings
+from aurora_sgl.drafter.checkpoint import WEIGHTS
 from aurora_sgl.engine import labels
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
@@ -32,29 +31,12 @@ from aurora_sgl.engine.recorder import (
     new_boot_id,
     to_host,
 )
-from aurora_sgl.engine.swap import Staged, Swapper
+from aurora_sgl.engine.swap import Swapper
+from aurora_sgl.engine.swap_driver import SwapDriver
 
 logger = logging.getLogger("aurora_sgl")
 
 _HELLO_SECONDS = 2.0
-_RETRY_SECONDS = 0.1  # between two questions whether all ranks have staged
-_FAILED, _BUSY, _READY = 0, 1, 2  # what a rank says of its staging; the smallest decides
-
-
-@dataclass(frozen=True, slots=True)
-class StageSwap:
-    """Travels through the scheduler's own request path to every rank: stage these weights."""
-
-    version_id: int
-    path: str
-    weights_sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class ApplySwap:
-    """Travels the same way: if every rank has staged the version, copy it in, all at this step."""
-
-    version_id: int
 
 
 class Agent:
@@ -91,21 +73,26 @@ class Agent:
             if self.capture and hasattr(target_model, "logits_processor")
             else None
         )
-        self.swapper = Swapper(
+        swapper = Swapper(
             worker.draft_worker.draft_runner.model,
             target_model,
             worker.draft_worker.hot_token_id,
             worker.target_worker.model_config.vocab_size,
         )
+        self._done: list[wire.Record] = []  # filled by the read-back thread, one append each
+        self.swaps = SwapDriver(
+            swapper,
+            self.recorder.live,
+            self.boot_id,
+            tp_size=int(description["tp_size"]),
+            report=self._done.append if self.channel else None,
+        )
         self.target_predict: torch.Tensor | None = None
         self._said_hello = 0.0
-        self.tp_size = int(description["tp_size"])
-        self._to_stage: StageSwap | None = None
-        self._apply_after = 0.0
-        self._deadline_us = 0
-        self._done: list[wire.Record] = []  # filled by the read-back thread, one append each
         self._failed_parts: set[str] = set()
-        self._read_back_at_start()
+        drafter = Path(str(description.get("drafter_path") or "."))
+        if self.channel is not None and (drafter / WEIGHTS).exists():
+            description["live_sha256"] = self.swaps.read_back_at_start(drafter)
 
     # -- safety ------------------------------------------------------------------------------
 
@@ -133,7 +120,8 @@ class Agent:
         self.policy.account(speculative=not plain, batch_size=batch_size, seconds=seconds)
 
     def observe_prefill(self, batch: Any, result: Any) -> None:
-        """After the target's prefill: admit requests, take references to hidden states."""
+        """After the target's prefill, on every rank: admit requests; on the leading one also take
+        references to hidden states."""
         logits = result.logits_output
         aux = logits.hidden_states if logits is not None else None
         total = sum(batch.extend_lens)
@@ -146,11 +134,12 @@ class Agent:
         for row, req in enumerate(batch.reqs):
             rows = batch.extend_lens[row]
             if not hasattr(req, "_aurora"):
-                chosen = str(getattr(req, "extra_key", None) or "")  # see admit_request
+                chosen = str(getattr(req, "extra_key", None) or "")  # see _admit
                 admitted = self.recorder.admit(
                     req,
                     speculates=_DRAFTS in chosen,
-                    traced=chosen.endswith(_TRACED),
+                    traced=self.capture is not None and chosen.endswith(_TRACED),
+                    follow=self.leads,
                 )
                 if admitted is not None:
                     records.append(admitted[1])
@@ -169,8 +158,10 @@ class Agent:
                 to_host(last) if last is not None else None,
             )
 
-    def admit_request(self, recv_req: Any) -> None:
+    def _admit(self, recv_req: Any) -> None:
         """Before a request is queued: choose what is done with it, and its cache namespace.
+
+        The choice travels in the namespace, so that all ranks make the same one.
 
         Draft KV in the prefix cache was made by the drafter of its time. A namespace per live
         version keeps every request's draft KV of one version. Requests that are served without
@@ -270,7 +261,15 @@ class Agent:
     # -- the sidecar -------------------------------------------------------------------------
 
     def poll(self, recv_reqs: list[Any] | None) -> None:
-        """Between two steps, on the leading rank: send what waits, take commands."""
+        """Between two steps, on the leading rank, before what was received goes to all ranks:
+        choose what is done with new requests, send what waits, take commands."""
+        for received in recv_reqs or ():
+            name = type(received).__name__
+            if name == "TokenizedGenerateReqInput":
+                self._admit(received)
+            elif name == "BatchTokenizedGenerateReqInput":
+                for one in received:
+                    self._admit(one)
         if self.channel is None:
             return
         now = time.monotonic()
@@ -284,7 +283,10 @@ class Agent:
         command = self.channel.receive()
         if command is not None:
             self._obey(command)
-        self._drive_swap(recv_reqs)
+        if recv_reqs is not None:
+            ours = self.swaps.next_command()
+            if ours is not None:
+                recv_reqs.append(ours)
 
     def hello(self) -> wire.Hello:
         assert self.channel is not None
@@ -314,107 +316,8 @@ class Agent:
                 self.policy.share = command.share
         elif isinstance(command, wire.SetCapture):
             self.recorder.capture_share = command.share
-        elif self.swapper.busy or self._to_stage is not None:
-            self._refuse(command.version_id, "another swap is being staged")
         else:
-            self._to_stage = StageSwap(command.version_id, command.path, command.weights_sha256)
-            self._apply_after = 0.0
-            self._deadline_us = command.deadline_us
-
-    def _refuse(self, version_id: int, reason: str) -> None:
-        if self.channel:
-            done = wire.SwapDone(
-                self.boot_id, wire.now_us(), version_id, False, reason, "", 0.0, 0.0
-            )
-            self.channel.put([done])
-
-    def _drive_swap(self, recv_reqs: list[Any] | None) -> None:
-        """On the leading rank: put the next command of a swap among the received requests."""
-        if recv_reqs is None:
-            return
-        if self._to_stage is not None:
-            recv_reqs.append(self._to_stage)
-            self._to_stage = None
-            return
-        if self.swapper.failure is not None and self.tp_size == 1:
-            version_id, reason = self.swapper.failure
-            self.swapper.failure = None
-            self._refuse(version_id, reason)
-        ready = self.swapper.staged or self.swapper.failure
-        if ready is None or time.monotonic() < self._apply_after:
-            return
-        version_id = ready[0] if isinstance(ready, tuple) else ready.version_id
-        self._apply_after = time.monotonic() + _RETRY_SECONDS
-        recv_reqs.append(ApplySwap(version_id))
-
-    def stage_swap(self, command: StageSwap) -> None:
-        """On every rank: begin to stage, in a thread."""
-        self.swapper.begin_staging(command.version_id, Path(command.path), command.weights_sha256)
-
-    def apply_swap(self, command: ApplySwap) -> None:
-        """On every rank, at the same place in the request stream: all copy, or none does."""
-        staged = self.swapper.staged
-        mine = staged is not None and staged.version_id == command.version_id
-        late = self.leads and 0 < self._deadline_us < wire.now_us()
-        failed = late or (not mine and not self.swapper.busy)
-        worst = self._worst_of_all_ranks(_FAILED if failed else _READY if mine else _BUSY)
-        if worst == _BUSY:
-            return  # the leading rank asks again
-        failure, self.swapper.failure, self.swapper.staged = self.swapper.failure, None, None
-        if worst == _FAILED or staged is None:
-            reason = "staging took longer than the sidecar waits" if late else ""
-            reason = reason or (failure[1] if failure else "another rank could not stage it")
-            self._refuse(command.version_id, reason)
-            return
-        self._go_live(staged)
-
-    def _worst_of_all_ranks(self, mine: int) -> int:
-        if self.tp_size == 1:
-            return mine
-        from sglang.srt.distributed import get_tp_group
-
-        agreed = torch.tensor([mine])
-        torch.distributed.all_reduce(
-            agreed, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
-        )
-        return int(agreed[0])
-
-    def _go_live(self, staged: Staged) -> None:
-        apply_ms = self.swapper.apply(staged)
-        live = self.recorder.live
-        live.version_id = staged.version_id
-        live.swap_count += 1
-        live.steps_since_swap = 0
-        logger.info("aurora: drafter version %d is live (%.1f ms)", staged.version_id, apply_ms)
-
-        def read_back() -> None:
-            try:
-                found, reason = self.swapper.read_back(staged, whole=self.tp_size == 1), ""
-            except Exception as error:
-                found, reason = "", f"reading the live weights back failed: {error}"
-            self._done.append(
-                wire.SwapDone(
-                    boot_id=self.boot_id,
-                    at_us=wire.now_us(),
-                    version_id=staged.version_id,
-                    ok=not reason,
-                    reason=reason,
-                    live_sha256=found,
-                    staged_ms=staged.staged_ms,
-                    apply_ms=apply_ms,
-                )
-            )
-
-        if self.channel:
-            threading.Thread(target=read_back, name="aurora-read-back", daemon=True).start()
-
-    def _read_back_at_start(self) -> None:
-        """Report the hash of the drafter that the server was started with, read from the model."""
-        path = self.description.get("drafter_path")
-        if self.channel is None or not path or not Path(str(path)).exists():
-            return
-        staged = self.swapper.stage(0, Path(str(path)), None)
-        self.description["live_sha256"] = self.swapper.read_back(staged, whole=self.tp_size == 1)
+            self.swaps.ask(command)
 
 
 _DRAFTS = ":drafts"

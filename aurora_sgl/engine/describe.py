@@ -52,7 +52,7 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         # need a graph of its own. So there every step carries drafts.
         "plain_steps_possible": not graphs and not _value(args, "speculative_adaptive", False),
     }
-    return description, int(getattr(parallel, "tp_rank", 0)) == 0
+    return description, int(getattr(parallel, "attn_tp_rank", 0)) == 0
 
 
 def _aux_layers(target: Any, drafter: Any) -> list[int]:

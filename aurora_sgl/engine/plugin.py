@@ -41,7 +41,6 @@ SCHEDULER_HOOKS = (
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2.verify",
     f"{_SPECULATIVE}eagle_utils.verify_tree_greedy_func",
     f"{_MANAGERS}scheduler.Scheduler.process_input_requests",
-    f"{_MANAGERS}scheduler.Scheduler.handle_generate_request",
     f"{_MANAGERS}scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
     f"{_MANAGERS}scheduler_components.batch_result_processor."
     "SchedulerBatchResultProcessor.process_batch_result_decode",
@@ -73,6 +72,8 @@ LEANED_ON = (
     f"{_MANAGERS}tokenizer_manager.ServerStatus",
     f"{_MANAGERS}utils.GenerationBatchResult.accept_lens",
     f"{_MANAGERS}schedule_batch.Req",
+    f"{_MANAGERS}io_struct.TokenizedGenerateReqInput",
+    f"{_MANAGERS}io_struct.BatchTokenizedGenerateReqInput",
     "sglang.srt.runtime_context.get_parallel",
     "sglang.srt.distributed.get_tp_group",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._build_trivial_verify_input",
@@ -107,7 +108,6 @@ def register() -> None:
                 _verify,
                 _verify_tree_greedy_func,
                 _process_input_requests,
-                _handle_generate_request,
                 _pull_raw_reqs,
                 _process_batch_result_decode,
                 _process_batch_result_prefill,
@@ -229,7 +229,7 @@ def _forward_prefill_batch(
 ) -> Any:
     result = original(worker, batch, *args, **kw)
     agent = _agent_of(worker)
-    if agent is not None and agent.leads and batch.reqs:
+    if agent is not None and batch.reqs:
         agent.guard("recording prefills", lambda: agent.observe_prefill(batch, result))
     return result
 
@@ -288,14 +288,12 @@ def _process_input_requests(
     if agent is None:
         _agent_of_scheduler(scheduler)
         return original(scheduler, recv_reqs)
-    from aurora_sgl.engine.agent import ApplySwap, StageSwap
+    from aurora_sgl.engine.swap_driver import ApplySwap, StageSwap
 
     rest = []
     for request in recv_reqs:
-        if isinstance(request, StageSwap):
-            agent.guard("staging", partial(agent.stage_swap, request))
-        elif isinstance(request, ApplySwap):
-            agent.guard("swapping", partial(agent.apply_swap, request))
+        if isinstance(request, StageSwap | ApplySwap):
+            agent.guard("swapping", partial(agent.swaps.obey, request))
         else:
             rest.append(request)
     return original(scheduler, rest)
@@ -308,15 +306,6 @@ def _agent_of_scheduler(scheduler: Any) -> None:
         if type(candidate).__name__ == "EAGLEWorkerV2":
             _agent_of(candidate)
             return
-
-
-def _handle_generate_request(
-    original: Callable[..., Any], scheduler: Any, recv_req: Any, *args: Any, **kw: Any
-) -> Any:
-    agent = _agent
-    if agent is not None:
-        agent.guard("admitting requests", lambda: agent.admit_request(recv_req))
-    return original(scheduler, recv_req, *args, **kw)
 
 
 def _verify_uses_greedy(

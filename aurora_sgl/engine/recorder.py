@@ -164,9 +164,12 @@ class Recorder:
         return True
 
     def admit(
-        self, req: Any, *, speculates: bool, traced: bool
+        self, req: Any, *, speculates: bool, traced: bool, follow: bool
     ) -> tuple[RequestState, wire.Record] | None:
-        """Register a request at its first prefill; None for warm-ups and health checks."""
+        """Register a request at its first prefill; None for warm-ups and health checks.
+
+        ``follow``: whether this rank records it to its end.
+        """
         said = labels.read(req.sampling_params)
         if said.warmup or str(req.rid).startswith("HEALTH_CHECK"):
             req._aurora = None
@@ -183,7 +186,8 @@ class Recorder:
             swap_count=self.live.swap_count,
         )
         req._aurora = state
-        self._running[state.request_id] = (weakref.ref(req), state)
+        if follow:
+            self._running[state.request_id] = (weakref.ref(req), state)
         conversation = said.conversation or getattr(req, "session_id", None)
         prompt = list(req.origin_input_ids)
         started = wire.RequestStarted(

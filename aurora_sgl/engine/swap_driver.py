@@ -1,0 +1,153 @@
+"""A swap from the sidecar's command to the live weights, the same on every rank.
+
+The leading rank turns the command into requests of its own that travel through the scheduler's
+request path, so that all ranks of a tensor-parallel group see them at the same place: first stage,
+then apply. Before they apply, the ranks agree: all copy at this step, or none does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_sgl import wire
+from aurora_sgl.engine.recorder import Live
+from aurora_sgl.engine.swap import Staged, Swapper
+
+logger = logging.getLogger("aurora_sgl")
+
+_RETRY_SECONDS = 0.1  # between two questions whether all ranks have staged
+_FAILED, _BUSY, _READY = 0, 1, 2  # what a rank says of its staging; the smallest decides
+
+
+@dataclass(frozen=True, slots=True)
+class StageSwap:
+    """To every rank: stage these weights."""
+
+    version_id: int
+    path: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApplySwap:
+    """To every rank: if all have staged the version, copy it in, all at this step."""
+
+    version_id: int
+
+
+class SwapDriver:
+    """One per scheduler process; ``report`` takes a ``SwapDone`` and may be called by a thread."""
+
+    def __init__(
+        self,
+        swapper: Swapper,
+        live: Live,
+        boot_id: int,
+        *,
+        tp_size: int,
+        report: Callable[[wire.SwapDone], None] | None,
+    ) -> None:
+        self._swapper, self._live, self._boot_id = swapper, live, boot_id
+        self._tp_size, self._report = tp_size, report
+        self._asked: StageSwap | None = None
+        self._deadline_us = 0
+        self._apply_after = 0.0
+
+    def ask(self, command: wire.Stage) -> None:
+        """On the leading rank: the sidecar wants a version live."""
+        if self._swapper.busy or self._asked is not None:
+            self._refuse(command.version_id, "another swap is being staged")
+            return
+        self._asked = StageSwap(command.version_id, command.path, command.weights_sha256)
+        self._deadline_us = command.deadline_us
+        self._apply_after = 0.0
+
+    def next_command(self) -> StageSwap | ApplySwap | None:
+        """On the leading rank: what to put among the received requests now."""
+        if self._asked is not None:
+            asked, self._asked = self._asked, None
+            return asked
+        staged, failure = self._swapper.staged, self._swapper.failure
+        if (staged is None and failure is None) or time.monotonic() < self._apply_after:
+            return None
+        self._apply_after = time.monotonic() + _RETRY_SECONDS
+        return ApplySwap(staged.version_id if staged is not None else failure[0])  # type: ignore[index]
+
+    def obey(self, command: StageSwap | ApplySwap) -> None:
+        """On every rank, at the same place in the request stream."""
+        if isinstance(command, StageSwap):
+            path = Path(command.path)
+            self._swapper.begin_staging(command.version_id, path, command.weights_sha256)
+            return
+        staged = self._swapper.staged
+        mine = staged is not None and staged.version_id == command.version_id
+        late = 0 < self._deadline_us < wire.now_us()
+        if late or (not mine and not self._swapper.busy):
+            worst = self._worst_of_all_ranks(_FAILED)
+        else:
+            worst = self._worst_of_all_ranks(_READY if mine else _BUSY)
+        if worst == _BUSY:
+            return  # the leading rank asks again
+        failure = self._swapper.failure
+        self._swapper.failure = self._swapper.staged = None
+        if worst == _READY and staged is not None:
+            self._go_live(staged)
+        elif late:
+            self._refuse(command.version_id, "staging took longer than the sidecar waits")
+        else:
+            reason = failure[1] if failure else "another rank could not stage the weights"
+            self._refuse(command.version_id, reason)
+
+    def _worst_of_all_ranks(self, mine: int) -> int:
+        if self._tp_size == 1:
+            return mine
+        from sglang.srt.distributed import get_tp_group
+
+        agreed = torch.tensor([mine])
+        torch.distributed.all_reduce(
+            agreed, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
+        )
+        return int(agreed[0])
+
+    def _refuse(self, version_id: int, reason: str) -> None:
+        if self._report is not None:
+            self._report(self._done(version_id, False, reason, "", 0.0, 0.0))
+
+    def _done(self, version_id: int, ok: bool, *rest: Any) -> wire.SwapDone:
+        return wire.SwapDone(self._boot_id, wire.now_us(), version_id, ok, *rest)
+
+    def _go_live(self, staged: Staged) -> None:
+        apply_ms = self._swapper.apply(staged)
+        self._live.version_id = staged.version_id
+        self._live.swap_count += 1
+        self._live.steps_since_swap = 0
+        logger.info("aurora: drafter version %d is live (%.1f ms)", staged.version_id, apply_ms)
+        report = self._report
+        if report is None:
+            return
+
+        def read_back() -> None:
+            try:
+                found, reason = self.read_back(staged), ""
+            except Exception as error:
+                found, reason = "", f"reading the live weights back failed: {error}"
+            times = (staged.staged_ms, apply_ms)
+            report(self._done(staged.version_id, not reason, reason, found, *times))
+
+        threading.Thread(target=read_back, name="aurora-read-back", daemon=True).start()
+
+    def read_back(self, staged: Staged) -> str:
+        """The live hash, computed from the model's own tensors."""
+        return self._swapper.read_back(staged, whole=self._tp_size == 1)
+
+    def read_back_at_start(self, drafter: Path) -> str:
+        """The live hash of the drafter that the server was started with."""
+        return self.read_back(self._swapper.stage(0, drafter, None))
