@@ -48,6 +48,7 @@ PROMPTS = [
     "Name a famous painter.",
 ]
 TREE = (3, 4, 8)  # steps, top-k, nodes
+DEMO_REQUESTS = 72  # two training runs; keeps the suite short
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -199,7 +200,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory, model: Path, base_home: Path)
     (home / "models").symlink_to(base_home / "models")
     begun = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "aurora_sgl.cli", "demo", "--requests", "120", "--exit", "--json"],
+        [
+            sys.executable,
+            "-m",
+            "aurora_sgl.cli",
+            "demo",
+            "--requests",
+            str(DEMO_REQUESTS),
+            "--exit",
+            "--json",
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "AURORA_HOME": str(home)},
@@ -284,13 +294,13 @@ def eagle_drafter(tmp_path_factory: pytest.TempPathFactory, model: Path, demo: D
         rows = queries.recent_requests(s, queries.groups(s)[0].id, limit=500)
     drafter = scratch.make(model, architecture=EAGLE)
     built = dataset.build(
-        rows[:60],
+        rows[:36],
         TraceFiles(ArtifactRoot(str(demo.home / "artifacts")), demo.home / "cache"),
         drafter.config,
         dev_share=0.0,
         gate_share=0.0,
         donors=rows,
     )
-    settings = TrainSettings(passes=1, max_seconds=60)
+    settings = TrainSettings(passes=1, max_seconds=40)
     result = train(drafter, built.train, TargetHead.load(model), settings)
     return checkpoint.save(result.drafter, tmp_path_factory.mktemp("eagle") / "drafter")

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.conftest import DemoRun, until
+from tests.e2e.conftest import DEMO_REQUESTS, DemoRun, until
 
 
 def test_the_demo_ends_with_a_better_drafter_live(demo: DemoRun) -> None:
     summary = demo.summary
-    assert summary["requests"] == 120
+    assert summary["requests"] == DEMO_REQUESTS
     assert summary["failed_requests"] == 0
     assert summary["dropped_records"] == 0
-    assert summary["events"] > 120
+    assert summary["events"] > DEMO_REQUESTS
     assert len(summary["versions"]) >= 2
     assert all(version["accept_length"] >= 1.0 for version in summary["versions"])
     assert summary["live_version"] in [version["id"] for version in summary["versions"]]
@@ -33,7 +33,12 @@ def test_the_demo_ends_with_a_better_drafter_live(demo: DemoRun) -> None:
 
 
 def test_the_demo_says_what_it_does_while_it_does_it(demo: DemoRun) -> None:
-    for words in ("SGLang is ready", "held-out prompts, first", "promoted", "requests: 120/120"):
+    for words in (
+        "SGLang is ready",
+        "held-out prompts, first",
+        "promoted",
+        f"requests: {DEMO_REQUESTS}/{DEMO_REQUESTS}",
+    ):
         assert words in demo.errors
     assert "Traceback" not in demo.errors
 

@@ -12,7 +12,7 @@ import torch
 from tests.e2e.conftest import Running, start
 from tests.e2e.test_sampling import assert_targets_law
 
-TOKENS = 24
+TOKENS = 20
 
 
 def assert_greedy(hugging_face: Any, prompt: list[int], output: list[int]) -> None:
@@ -79,7 +79,7 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
     shape = {"chain": (4, 1, 5), "eagle": (2, 2, 5), "wide tree": (4, 8, 16)}[kind]
     running = start(tmp_path, model, drafter, shape=shape)
     try:
-        some = prompts[:8] if kind == "wide tree" else prompts
+        some = prompts[:6] if kind == "wide tree" else prompts
         assert serve_and_compare(running, some, hugging_face) > 1.02
         if kind == "chain":  # trees are in test_sampling, on the shared server
             assert_targets_law(
