@@ -75,7 +75,7 @@ LEANED_ON = (
     f"{_MANAGERS}io_struct.TokenizedGenerateReqInput",
     f"{_MANAGERS}io_struct.BatchTokenizedGenerateReqInput",
     "sglang.srt.runtime_context.get_parallel",
-    "sglang.srt.distributed.get_tp_group",
+    "sglang.srt.distributed.parallel_state.get_tp_group",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._build_trivial_verify_input",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._stub_skipped_draft_extend",
     "sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3",

@@ -109,7 +109,7 @@ class SwapDriver:
     def _worst_of_all_ranks(self, mine: int) -> int:
         if self._tp_size == 1:
             return mine
-        from sglang.srt.distributed import get_tp_group
+        from sglang.srt.distributed.parallel_state import get_tp_group
 
         agreed = torch.tensor([mine])
         torch.distributed.all_reduce(
