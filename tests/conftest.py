@@ -10,12 +10,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, text
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the samples beside the tests
 
@@ -37,7 +37,8 @@ def postgres_url() -> Iterator[str]:
         url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
         _make_quick(url)
         yield url
-        server.cleanup()
+        with suppress(Exception):  # the folder goes all the same
+            server.cleanup()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -68,16 +69,25 @@ def _make_quick(url: str) -> None:
     admin.dispose()
 
 
-@contextmanager
-def _database(postgres_url: str, template: str = "template1") -> Iterator[str]:
+def _create_database(postgres_url: str, template: str = "template1") -> str:
+    """The name of a new database."""
     name = f"test_{next(_numbers)}"
+    _administer(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template}")
+    return name
+
+
+def _administer(postgres_url: str, statement: str) -> None:
     admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    yield postgres_url.replace("/postgres?", f"/{name}?")
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        connection.execute(text(statement))
     admin.dispose()
+
+
+@contextmanager
+def _database(postgres_url: str, template: str = "template1") -> Iterator[str]:
+    name = _create_database(postgres_url, template)
+    yield postgres_url.replace("/postgres?", f"/{name}?")
+    _administer(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
@@ -104,11 +114,12 @@ def upgraded_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def upgraded_postgres(postgres_url: str) -> Iterator[str]:
-    """The name of a database at the newest schema, for tests to copy."""
-    with _database(postgres_url) as url:
-        _upgrade(url)
-        yield str(make_url(url).database)
+def upgraded_postgres(postgres_url: str) -> str:
+    """The name of a database at the newest schema, for tests to copy. It goes with its server:
+    at the end of a session the server may be on its way out already."""
+    name = _create_database(postgres_url)
+    _upgrade(postgres_url.replace("/postgres?", f"/{name}?"))
+    return name
 
 
 def _upgrade(url: str) -> None:

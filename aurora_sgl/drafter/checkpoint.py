@@ -46,7 +46,8 @@ def content_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
         tensor = named[name].detach().cpu().contiguous()
         head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|"
         digest.update(head.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        # A view, not a copy: hashing then runs without the interpreter lock.
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -8,6 +8,8 @@ so CUDA graphs stay valid. Afterwards the live hash is computed from the paramet
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -89,6 +91,12 @@ def _shadow(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return twin
 
 
+def yield_to_the_step() -> None:
+    """Lower the priority of this thread (Linux): the scheduler's step comes first."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+
+
 class Swapper:
     """Stages, applies and reads back the weights of the running drafter."""
 
@@ -116,6 +124,7 @@ class Swapper:
         self.staged, self.failure = None, None
 
         def work() -> None:
+            yield_to_the_step()
             try:
                 self.staged = self.stage(version_id, path, weights_sha256)
             except SwapRefused as refusal:

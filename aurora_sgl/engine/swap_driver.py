@@ -19,7 +19,7 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.engine.recorder import Live
-from aurora_sgl.engine.swap import Staged, Swapper
+from aurora_sgl.engine.swap import Staged, Swapper, yield_to_the_step
 
 logger = logging.getLogger("aurora_sgl")
 
@@ -135,6 +135,7 @@ class SwapDriver:
             return
 
         def read_back() -> None:
+            yield_to_the_step()
             try:
                 found, reason = self.read_back(staged), ""
             except Exception as error:
