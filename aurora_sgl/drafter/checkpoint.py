@@ -47,7 +47,7 @@ def content_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
         head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|"
         digest.update(head.encode())
         # A view, not a copy: hashing then runs without the interpreter lock.
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
