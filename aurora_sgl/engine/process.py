@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -122,6 +123,9 @@ class ServerProcess:
         _, alive = psutil.wait_procs(family, timeout=_STOP_SECONDS)
         for process in alive:
             process.kill()
+        # What was spawned while we waited, or lost its parent, is still of our process group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         psutil.wait_procs(alive, timeout=5.0)
         self._process.wait()
         if self._output is not None:

@@ -14,7 +14,7 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.service import Service
 
 #: Serving comes first on a machine that has few cores.
-NICENESS = 5
+NICENESS = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
