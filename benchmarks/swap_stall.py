@@ -9,7 +9,6 @@ that carries several tokens is one gap.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import threading
@@ -147,8 +146,6 @@ def _relative(engine, home: Path, group_id: int, version_id: int) -> int:
         if tensor.is_floating_point() and tensor.dim() > 1:
             tensors[name] = (tensor.float() * 0.99).to(tensor.dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config))
     return import_version(engine, artifacts, folder, group_id).id
 
 

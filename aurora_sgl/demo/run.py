@@ -25,6 +25,7 @@ from aurora_sgl.engine.process import ServerProcess, free_port
 from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.serving import plan
+from aurora_sgl.sidecar.phase import break_even
 from aurora_sgl.store import queries
 from aurora_sgl.training.replay import Replayed
 from aurora_sgl.training.statistics import paired_difference
@@ -317,16 +318,20 @@ class _Demo:
             return
         with store.session(self.engine, write=False) as s:
             row = queries.server(s, self.server_id)
-            reason = str((row.counters or {}).get("phase_reason", ""))
+            reason = row.phase_reason
             self.screen.phase = f"{row.phase or 'starting'} - {reason}" if reason else row.phase
-            lengths = {
-                one.version_id: one
-                for one in queries.accept_length_by_version(s, self.group_id, depth=DEPTH)
-            }
             self.screen.versions = [
-                self._row(s, version, lengths.get(version.id), version.id == row.live_version_id)
-                for version in queries.versions(s, self.group_id)
+                self._row(s, version, served, version.id == row.live_version_id)
+                for version, served in self._versions(s)
             ]
+
+    def _versions(self, s: Any) -> list[tuple[Any, queries.AcceptLength | None]]:
+        """Every version of the group, and what it reached on the served requests."""
+        served = {
+            one.version_id: one
+            for one in queries.accept_length_by_version(s, self.group_id, depth=DEPTH)
+        }
+        return [(one, served.get(one.id)) for one in queries.versions(s, self.group_id)]
 
     def _row(self, s: Any, version: Any, served: Any, live: bool) -> VersionRow:
         origin = version.source if version.parent_id is None else f"version {version.parent_id}"
@@ -351,14 +356,7 @@ class _Demo:
         """What ``--json`` prints."""
         with store.session(self.engine, write=False) as s:
             row = queries.server(s, self.server_id)
-            lengths = {
-                one.version_id: one
-                for one in queries.accept_length_by_version(s, self.group_id, depth=DEPTH)
-            }
-            versions = [
-                self._version(s, version, lengths.get(version.id))
-                for version in queries.versions(s, self.group_id)
-            ]
+            versions = [self._version(s, version, served) for version, served in self._versions(s)]
             live_version, live_sha256 = row.live_version_id, row.live_sha256
             phase, counters = row.phase, dict(row.counters or {})
             events = queries.count_events(s, self.server_id)
@@ -383,7 +381,7 @@ class _Demo:
             },
             "tokens_per_second": {name: _round(speed) for name, speed in speeds.items()},
             "phase": phase,
-            "break_even": _break_even(counters),
+            "break_even": _round(break_even(counters)),
             "dropped_records": dropped,
         }
 
@@ -410,11 +408,6 @@ def _spread(prompts: list[Prompt], count: int) -> list[Prompt]:
         by_domain.setdefault(prompt.domain, []).append(prompt)
     turns = itertools.zip_longest(*by_domain.values())
     return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
-
-
-def _break_even(counters: dict[str, Any]) -> float | None:
-    plain, spec = counters.get("step_ms_plain"), counters.get("step_ms_spec")
-    return _round(spec / plain) if plain and spec else None
 
 
 def _round(value: float | None) -> float | None:

@@ -13,7 +13,7 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.engine.channel import Channel
-from aurora_sgl.engine.recorder import RequestState, VerifyObservation, to_host, visible_length
+from aurora_sgl.engine.recorder import RequestState, VerifyObservation, visible_length
 
 _ROWS_PER_MESSAGE = 32
 
@@ -127,7 +127,7 @@ class Capture:
             path = observation.accept_index[row, :accept_len].to(torch.int64)
             last = observation.last[path]
         root = len(req.origin_input_ids) + before - 1
-        sequence = list(req.output_ids)[before - 1 : before - 1 + accept_len]
+        sequence = list(req.output_ids[before - 1 : before - 1 + accept_len])
         state.step_starts.append(root)
         self._add(req, state, root, sequence, aux, last)
 
@@ -172,9 +172,6 @@ class Capture:
         if state.trace_broken:
             return
         start = len(req.origin_input_ids)
-        tokens = list(req.output_ids)[: visible_length(req)]
+        tokens = list(req.output_ids[: visible_length(req)])
         header = self._header(state, req, start, tokens, final=True)
         self._channel.send_trace(header, b"", b"")
-
-
-__all__ = ["Capture", "LastHiddenState", "to_host"]

@@ -33,8 +33,6 @@ class RequestState:
     """One request, from its first prefill to its end. Hangs on SGLang's ``Req``."""
 
     request_id: int
-    labels: labels.Labels
-    may_train: bool
     traced: bool
     speculates: bool
     greedy: bool
@@ -42,8 +40,7 @@ class RequestState:
     steps: int = 0
     proposed: int = 0
     accepted: int = 0
-    drafted: bool = False  # a plain step left holes in the draft KV
-    holes: bool = False
+    holes: bool = False  # a plain step left holes in the draft KV
     trace_rows: list[tuple[int, list[int], torch.Tensor, torch.Tensor | None]] = field(
         default_factory=list
     )
@@ -178,8 +175,6 @@ class Recorder:
         may_train = self.may_train(said)
         state = RequestState(
             request_id=wire.request_id(self.boot_id, self._counter),
-            labels=said,
-            may_train=may_train,
             traced=traced,
             speculates=speculates,
             greedy=is_greedy(req.sampling_params),
@@ -217,7 +212,7 @@ class Recorder:
     ) -> list[wire.Record]:
         """One record per request of a decode batch.
 
-        ``tracked`` holds (row in the batch, request, state, visible output length before the step).
+        ``tracked`` holds (row in the batch, request, state, output tokens before the step).
         """
         seen = observation
         drafted = seen.draft_token.tolist()
@@ -237,8 +232,7 @@ class Recorder:
             else:
                 # Sampled: the tokens along the accepted path; a stop may have cut the output, but
                 # SGLang keeps the whole run in output_ids.
-                run = list(req.output_ids)[before : before + accept_lens[row]]
-                target_tokens = run
+                target_tokens = list(req.output_ids[before : before + accept_lens[row]])
             state.holes |= seen.depth == 0
             records.append(
                 wire.VerifyStep(

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.engine.process import ServerProcess, free_port
 from aurora_sgl.store import queries
+from tests.sidecar_engine import wait_until as until
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [
@@ -101,16 +102,6 @@ class Running:
     def row(self) -> Any:
         with store.session(self.engine, write=False) as s:
             return queries.server(s, self.server_id)
-
-
-def until(condition: Callable[[], Any], seconds: float = 30.0, what: str = "it") -> Any:
-    """The first true value of ``condition``; fails after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
 
 
 def start(
