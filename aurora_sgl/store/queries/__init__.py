@@ -62,7 +62,7 @@ from aurora_sgl.store.queries.requests import (
     trace_bytes_total,
     traces_oldest_first,
 )
-from aurora_sgl.store.queries.steps import events
+from aurora_sgl.store.queries.steps import events, step_times
 from aurora_sgl.store.queries.versions import (
     add_version,
     aliases,
@@ -131,6 +131,7 @@ __all__ = [
     "set_switch",
     "silent_servers",
     "start_run",
+    "step_times",
     "switches",
     "touch_server",
     "trace",
