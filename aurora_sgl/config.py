@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     cpu_packed_weights: bool = True
     """On CPU in bfloat16: keep oneDNN's packed copy of the weights beside them (more memory)."""
 
+    attention: str = Field(default="auto", pattern="^(auto|flashinfer|sdpa)$")
+    """Attention of training and replay; auto: FlashInfer on CUDA where it works, else PyTorch."""
+
     retention_days: int = Field(default=30, ge=1)
     """Days that acceptance events are kept."""
 
@@ -72,6 +75,120 @@ class Settings(BaseSettings):
     @property
     def artifact_root(self) -> str:
         return self.artifacts or str(self.home.resolve() / "artifacts")
+
+
+class GateSettings(BaseSettings):
+    """What a candidate has to show before it may go live. Read from ``AURORA_GATE_*``."""
+
+    model_config = SettingsConfigDict(env_prefix="AURORA_GATE_", env_file=".env", extra="ignore")
+
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    """Chance that candidates no better than the live version ever pass against it, all tries
+    together. The k-th try spends alpha / (k (k + 1))."""
+
+    requests: int = Field(default=300, ge=2)
+    """Newest held-out requests that are replayed."""
+
+    domain_margin: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the live version's accept length that no domain may lose."""
+
+    min_domain_requests: int = Field(default=8, ge=2)
+    """A domain with fewer replayed requests is shown but not judged."""
+
+
+class WatchSettings(BaseSettings):
+    """What is looked at after a promotion. Read from ``AURORA_WATCH_*``."""
+
+    model_config = SettingsConfigDict(env_prefix="AURORA_WATCH_", env_file=".env", extra="ignore")
+
+    windows: int = Field(default=3, ge=1)
+    """Windows that end a watch well."""
+
+    failures: int = Field(default=2, ge=1)
+    """Bad or empty windows that roll back. A window that is worse beyond doubt does so alone."""
+
+    steps: int = Field(default=300, ge=1)
+    """Verify steps with drafts that end a window."""
+
+    requests: int = Field(default=6, ge=2)
+    """Finished requests that a window needs as well."""
+
+    seconds: float = Field(default=600.0, gt=0)
+    """A window ends after this time in any case, counted from the first request in it."""
+
+    margin: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the accept length before the promotion that may be lost."""
+
+    speed_margin: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the tokens per second of a stream, at the same batch size, that may be lost."""
+
+    look_back_hours: float = Field(default=24.0, gt=0)
+    """Hours before the promotion from which the comparison is taken."""
+
+
+class TrialSettings(BaseSettings):
+    """The switchback trial. Read from ``AURORA_TRIAL_*``."""
+
+    model_config = SettingsConfigDict(env_prefix="AURORA_TRIAL_", env_file=".env", extra="ignore")
+
+    automatic: bool = False
+    """Whether the scheduler runs a trial between a passed gate and the promotion."""
+
+    pairs: int = Field(default=8, ge=3)
+    """Pairs of windows, one of each version in random order."""
+
+    window_seconds: float = Field(default=60.0, gt=0)
+    """Length of one window."""
+
+    warm_seconds: float = Field(default=10.0, ge=0)
+    """Beginning of a window that is not counted: the swap, and requests from before it."""
+
+    level: float = Field(default=0.95, gt=0.5, lt=1)
+    """Level of the intervals over pairs of windows."""
+
+    speed_margin: float = Field(default=0.03, ge=0, lt=1)
+    """Share of tokens per second that a candidate may lose and still pass."""
+
+
+class SchedulerSettings(BaseSettings):
+    """When to train. Read from ``AURORA_SCHEDULER_*``."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="AURORA_SCHEDULER_", env_file=".env", extra="ignore"
+    )
+
+    minutes: float = Field(default=60.0, ge=0)
+    """Train at least this often while there are new requests; 0: never by time alone."""
+
+    requests: int = Field(default=200, ge=0)
+    """Train after this many new requests that may be learnt from; 0: never by number alone."""
+
+    min_new_requests: int = Field(default=8, ge=1)
+    """New requests below which no trigger starts a run."""
+
+    drift: bool = True
+    """Train when the accept length of the live version falls, in any domain."""
+
+    drift_delta: float = Field(default=0.002, gt=0, lt=1)
+    """Confidence of the change detector (ADWIN's delta); smaller: fewer false alarms."""
+
+    cooldown_minutes: float = Field(default=5.0, ge=0)
+    """Rest after a run, and before automatic promotions after a rollback."""
+
+    lease_seconds: float = Field(default=15.0, gt=1)
+    """A scheduler that says nothing for this long loses its place to another one."""
+
+    pause_queue: float = Field(default=4.0, ge=0)
+    """Requests waiting at one server from which training pauses; 0: never for the queue."""
+
+    slow_queue: float = Field(default=1.0, ge=0)
+    """Requests waiting at one server from which training takes every second moment only."""
+
+    pause_step_ms: float = Field(default=0.0, ge=0)
+    """Median time of a verify step from which training pauses; 0: never for latency."""
+
+    port: int = Field(default=0, ge=-1, le=65535)
+    """Loopback port of the scheduler's /healthz and /metrics; 0: a free one; -1: none."""
 
 
 @lru_cache(maxsize=1)

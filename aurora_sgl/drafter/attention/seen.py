@@ -1,0 +1,140 @@
+"""Which text rows each query sees, for one request or for several packed behind each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries of one request that are computed together, and the text rows that they reach."""
+
+    queries: slice
+    text: slice
+    hidden: torch.Tensor  # [queries, text] bool: True where the query does not see the row
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Made by :meth:`run`, :meth:`up_to` or :meth:`masks`; the lengths are known on the host.
+
+    Packed request r owns the queries ``query_indptr[r] .. query_indptr[r + 1] - 1`` and likewise
+    its text rows, after :meth:`pick`. Without a mask it is *causal*, aligned at the end: query i of
+    q sees the rows 0 .. t - q + i of the t rows of its request. Each query sees at least one row.
+    """
+
+    query_indptr: tuple[int, ...]
+    text_indptr: tuple[int, ...]
+    mask: torch.Tensor | None = None  # bool, the [q, t] of each request flattened, end to end
+    rows: torch.Tensor | int | None = None  # what pick takes: an index, the first ones, or all
+
+    @classmethod
+    def run(
+        cls, firsts: Sequence[int], counts: Sequence[int], texts: Sequence[int] | None = None
+    ) -> Seen:
+        """Query i of request r sees the rows ``0 .. firsts[r] + i`` of its text.
+
+        ``counts`` are the queries of each request, ``texts`` the rows of its text as they are
+        packed (default: just as many as its last query sees). Needs nothing from the device.
+        """
+        assert all(first >= 0 for first in firsts) and all(count >= 1 for count in counts)
+        reached = [first + count for first, count in zip(firsts, counts, strict=True)]
+        return cls(_indptr(counts), _indptr(reached), None, _reached_rows(reached, texts))
+
+    @classmethod
+    def up_to(
+        cls,
+        last_row: torch.Tensor,  # [queries] int64, counted from the start of a query's own text
+        counts: Sequence[int] | None = None,  # queries of each request; default: one request
+        texts: Sequence[int] | None = None,  # packed text rows of each request
+    ) -> Seen:
+        """Each query sees the rows ``0 .. last_row`` of its text.
+
+        Rows that go up by one from query to query become a :meth:`run`. Reads ``last_row`` on the
+        host: one synchronisation when it is on a GPU, which :meth:`run` saves.
+        """
+        parts = torch.split(last_row.cpu(), list(counts or [len(last_row)]))
+        if all(bool((part.diff() == 1).all()) for part in parts):
+            return cls.run([int(part[0]) for part in parts], [len(part) for part in parts], texts)
+        reached = [int(part.max()) + 1 for part in parts]
+        masks = [
+            torch.arange(rows) <= part[:, None] for rows, part in zip(reached, parts, strict=True)
+        ]
+        made = cls.masks([mask.to(last_row.device) for mask in masks])
+        return cls(made.query_indptr, made.text_indptr, made.mask, _reached_rows(reached, texts))
+
+    @classmethod
+    def masks(cls, masks: Sequence[torch.Tensor]) -> Seen:
+        """Any pattern: a bool [queries, text rows] for each request, True where a row is seen.
+
+        A tree is one: its text rows followed by its nodes, where a node sees the text, its
+        ancestors and itself.
+        """
+        flat = torch.cat([mask.flatten() for mask in masks])
+        return cls(_indptr([len(m) for m in masks]), _indptr([m.shape[1] for m in masks]), flat)
+
+    @property
+    def queries(self) -> int:
+        return self.query_indptr[-1]
+
+    @property
+    def text(self) -> int:
+        """Text rows after :meth:`pick`."""
+        return self.text_indptr[-1]
+
+    def pick(self, packed: torch.Tensor) -> torch.Tensor:
+        """The rows of the packed text that are seen at all."""
+        if isinstance(self.rows, torch.Tensor):
+            return packed[self.rows.to(packed.device)]
+        return packed[: self.rows]
+
+    def requests(self) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
+        """(queries, text rows, mask or ``None`` for causal) of each request."""
+        begin = 0
+        for number in range(len(self.query_indptr) - 1):
+            queries = slice(*self.query_indptr[number : number + 2])
+            text = slice(*self.text_indptr[number : number + 2])
+            shape = (queries.stop - queries.start, text.stop - text.start)
+            mask = None
+            if self.mask is not None:
+                end = begin + shape[0] * shape[1]
+                mask, begin = self.mask[begin:end].view(shape), end
+            yield queries, text, mask
+
+    def blocks(self, scores: int, rows: int, device: torch.device) -> Iterator[Block]:
+        """Blocks of at most ``rows`` queries and about ``scores`` pairs of query and row."""
+        for queries, text, mask in self.requests():
+            length = text.stop - text.start
+            ahead = length - (
+                queries.stop - queries.start
+            )  # rows that the first query sees, less 1
+            size = max(1, min(rows, scores // max(1, length)))
+            for begin in range(queries.start, queries.stop, size):
+                end = min(begin + size, queries.stop)
+                one = slice(begin - queries.start, end - queries.start)
+                if mask is not None:
+                    yield Block(slice(begin, end), text, ~mask[one])
+                    continue
+                reached = ahead + one.stop
+                last = torch.arange(ahead + one.start, reached, device=device)
+                hidden = torch.arange(reached, device=device) > last[:, None]
+                yield Block(slice(begin, end), slice(text.start, text.start + reached), hidden)
+
+
+def _indptr(lengths: Sequence[int]) -> tuple[int, ...]:
+    return (0, *accumulate(lengths))
+
+
+def _reached_rows(reached: Sequence[int], texts: Sequence[int] | None) -> torch.Tensor | int:
+    if texts is None or list(texts) == list(reached):
+        return sum(reached)
+    assert len(texts) == len(reached), (len(texts), len(reached))
+    assert all(have >= need for have, need in zip(texts, reached, strict=True)), (texts, reached)
+    begins = _indptr(texts)[:-1]
+    return torch.cat(
+        [torch.arange(begin, begin + need) for begin, need in zip(begins, reached, strict=True)]
+    )
