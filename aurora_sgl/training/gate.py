@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
+from sqlalchemy import Engine
+
+from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.drafter.model import Drafter
-from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.drafter.target import TargetHead, read_target
+from aurora_sgl.rollout.gate import Judgement, judge
+from aurora_sgl.rollout.interval import Difference
+from aurora_sgl.store.models import DeploymentGroup
+from aurora_sgl.training.offline import load_version, replayable
 from aurora_sgl.training.replay import Replayed, replay_one
 from aurora_sgl.training.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.statistics import PairedDifference, paired_difference
 from aurora_sgl.training.trainer import device_of, served_dtype
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """``verdict`` is pass, fail or inconclusive; ``by_domain`` holds the same, by domain."""
+    """Both replays of the same requests, and what they come to as a first try.
 
-    paired: PairedDifference
-    verdict: str
-    by_domain: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ``rollout.gate.record`` stores them; how often the live version was tried before counts there.
+    """
+
+    before: list[Replayed]
+    after: list[Replayed]
+    judged: Judgement
+
+    @property
+    def paired(self) -> Difference:
+        return self.judged.overall
+
+    @property
+    def verdict(self) -> str:
+        return self.judged.verdict
 
 
 def evaluate(
@@ -32,11 +49,41 @@ def evaluate(
     head: TargetHead,
     settings: TrainSettings,
 ) -> GateResult:
-    """Replay both drafters in the served dtype and draft shape on the greedy ones among these.
+    """Replay both drafters in the served dtype and draft shape on the greedy ones among these."""
+    before, after = _replay_both(base, candidate, sequences, head, settings)
+    judged = judge(before, after, fewest=settings.min_gate_requests, seed=settings.seed)
+    return GateResult(before, after, judged)
 
-    Pass: the whole 95% interval of the paired difference lies above zero. Fail: it lies below.
-    Anything else, and too few requests, is inconclusive.
+
+def replay_pair(
+    engine: Engine,
+    artifacts: ArtifactRoot,
+    group: DeploymentGroup,
+    baseline_id: int,
+    candidate_id: int,
+    settings: TrainSettings,
+    *,
+    limit: int,
+    target: Path | None = None,
+) -> tuple[list[Replayed], list[Replayed]]:
+    """Two stored versions over the newest held-out requests of their group.
+
+    Raises ``AuroraError`` when weights are missing or damaged, or there are no such requests.
     """
+    folder = Path(target or group.target_model)
+    layers = read_target(folder).num_layers
+    old, new = (load_version(engine, artifacts, i, layers) for i in (baseline_id, candidate_id))
+    sequences = replayable(engine, artifacts, group, old, settings, limit, None)
+    return _replay_both(old, new, sequences.readable(), TargetHead.load(folder), settings)
+
+
+def _replay_both(
+    base: Drafter,
+    candidate: Drafter,
+    sequences: Iterable[Sequence],
+    head: TargetHead,
+    settings: TrainSettings,
+) -> tuple[list[Replayed], list[Replayed]]:
     dtype = served_dtype(settings)
     old, new = (copy.deepcopy(d).to(device_of(settings), dtype).eval() for d in (base, candidate))
     head = head.to(device_of(settings))
@@ -46,27 +93,4 @@ def evaluate(
         if sequence.greedy:
             before.append(replay_one(old, sequence, settings.shape, head))
             after.append(replay_one(new, sequence, settings.shape, head))
-    paired = paired_difference(before, after, seed=settings.seed)
-    by_domain = {}
-    for domain in sorted({r.domain for r in before}):
-        part = paired_difference(
-            [r for r in before if r.domain == domain],
-            [r for r in after if r.domain == domain],
-            seed=settings.seed,
-        )
-        by_domain[domain] = {
-            "requests": part.requests,
-            "baseline": part.a,
-            "candidate": part.b,
-            "ci_low": part.ci_low,
-            "ci_high": part.ci_high,
-        }
-    return GateResult(paired, _verdict(paired, settings.min_gate_requests), by_domain)
-
-
-def _verdict(paired: PairedDifference, fewest: int) -> str:
-    if paired.requests < max(2, fewest):
-        return "inconclusive"
-    if paired.ci_low > 0:
-        return "pass"
-    return "fail" if paired.ci_high < 0 else "inconclusive"
+    return before, after

@@ -62,8 +62,8 @@ def replay_versions(
     layers = read_target(folder).num_layers
     head = TargetHead.load(folder)
     dtype = served_dtype(settings)
-    drafters = [_load(engine, artifacts, each, layers).to(dtype) for each in version_ids]
-    sequences = _sequences(engine, artifacts, group, drafters[0], settings, limit, domains,
+    drafters = [load_version(engine, artifacts, each, layers).to(dtype) for each in version_ids]
+    sequences = replayable(engine, artifacts, group, drafters[0], settings, limit, domains,
                            only_held_out)  # fmt: skip
     results: list[list[Replayed]] = [[] for _ in drafters]
     for done, sequence in enumerate(sequences, start=1):
@@ -78,7 +78,8 @@ def replay_versions(
     ]
 
 
-def _load(engine: Engine, artifacts: ArtifactRoot, version_id: int, layers: int) -> Drafter:
+def load_version(engine: Engine, artifacts: ArtifactRoot, version_id: int, layers: int) -> Drafter:
+    """A version in float32. Raises ``AuroraError`` when its weights are missing or damaged."""
     from aurora_sgl.rollout.versions import fetch_verified
 
     with store.session(engine, write=False) as s:
@@ -88,7 +89,7 @@ def _load(engine: Engine, artifacts: ArtifactRoot, version_id: int, layers: int)
     return checkpoint.load(into, target_layers=layers).eval()
 
 
-def _sequences(
+def replayable(
     engine: Engine,
     artifacts: ArtifactRoot,
     group: DeploymentGroup,
@@ -96,8 +97,9 @@ def _sequences(
     settings: TrainSettings,
     limit: int,
     domains: Sequence[str] | None,
-    only_held_out: bool,
+    only_held_out: bool = True,
 ) -> dataset.SequenceSet:
+    """The newest greedy requests with a trace. Raises ``AuroraError`` when there are none."""
     with store.session(engine, write=False) as s:
         donors = queries.recent_requests(s, group.id, limit=5000)
         rows = queries.recent_requests(s, group.id, domains=domains, only_greedy=True)

@@ -19,6 +19,7 @@ from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.rollout.gate import record
 from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.store import queries
 from aurora_sgl.training import dataset, gate
@@ -189,8 +190,8 @@ class _Run:
         metrics = {
             **self.columns.get("metrics", {}),
             **result.metrics,
-            "accept_length_before": _number(paired.a),
-            "accept_length_after": _number(paired.b),
+            "accept_length_before": _number(paired.baseline),
+            "accept_length_after": _number(paired.candidate),
         }
         version = import_version(
             self.engine,
@@ -204,28 +205,17 @@ class _Run:
             metrics=metrics,
             target=self.info,
         )
-        with store.session(self.engine) as s:
-            row = queries.add_evaluation(
-                s,
-                candidate_id=version.id,
-                baseline_id=base_version_id,
-                kind="replay",
-                requests=paired.requests,
-                verdict=verdict.verdict,
-                candidate_accept_length=_number(paired.b),
-                baseline_accept_length=_number(paired.a),
-                difference=_number(paired.difference),
-                ci_low=_number(paired.ci_low),
-                ci_high=_number(paired.ci_high),
-                depth=settings.depth,
-                topk=settings.topk,
-                nodes=settings.shape.nodes,
-                details={"by_domain": _clean(verdict.by_domain), "run_id": self.run_id},
-            )
-        outcome = self.end("succeeded", tokens=result.tokens, metrics=metrics)
-        return Outcome(
-            outcome.run_id, "succeeded", version.id, row.id, verdict.verdict, "", metrics
+        row = record(
+            self.engine,
+            verdict.before,
+            verdict.after,
+            candidate_id=version.id,
+            baseline_id=base_version_id,
+            recipe=settings,
+            details={"run_id": self.run_id},
         )
+        outcome = self.end("succeeded", tokens=result.tokens, metrics=metrics)
+        return Outcome(outcome.run_id, "succeeded", version.id, row.id, row.verdict, "", metrics)
 
     def _say(self, event: dict[str, Any]) -> None:
         if self.progress is not None:
@@ -250,9 +240,3 @@ def _one_line(error: BaseException) -> str:
 def _number(value: float) -> float | None:
     """NaN has no place in JSON or SQL."""
     return value if value == value else None
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _clean(inner) for key, inner in value.items()}
-    return _number(value) if isinstance(value, float) else value

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aurora_sgl import store, wire
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.rollout import promote
+from aurora_sgl.rollout import promote, switches
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.models import AcceptanceEvent, Base
@@ -56,6 +56,7 @@ def fill(engine: Engine) -> None:
     ingest(engine, server_id, samples.BOOT, [*batch, (99, extra)])
     promote(engine, first, actor="ada", reason="first")
     promote(engine, second, actor="ada", reason="better", evidence={"difference": 0.1})
+    switches.turn(engine, "default", "learning", False, actor="ada", reason="a test")
 
 
 def plain(value: Any) -> Any:
@@ -230,6 +231,8 @@ def test_an_empty_database_asks_for_the_upgrade(empty_store_url: str) -> None:
         "DELETE FROM deployment",
         "UPDATE drafter_version SET weights_sha256 = 'x'",
         "DELETE FROM drafter_version WHERE id = 2",
+        "UPDATE audit SET reason = 'nicer'",
+        "DELETE FROM audit",
     ],
 )
 def test_history_can_not_be_changed(engine: Engine, statement: str) -> None:

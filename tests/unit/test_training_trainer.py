@@ -65,8 +65,8 @@ def test_training_raises_the_replayed_accept_length_on_held_out_requests(
     assert content_sha256(tensors_of(drafter)) == before, "the given drafter must not change"
     verdict = gate.evaluate(drafter, result.drafter, held_out, head, settings)
     assert verdict.verdict == "pass"
-    assert verdict.paired.b > verdict.paired.a + 0.7
-    assert set(verdict.by_domain) == {"d0", "d1"}
+    assert verdict.paired.candidate > verdict.paired.baseline + 0.7
+    assert set(verdict.judged.by_domain) == {"d0", "d1"}
     assert result.metrics["loss_last_pass"] < result.metrics["loss_first_pass"]
     assert result.updates == 8 * 30 and result.tokens > 0
 

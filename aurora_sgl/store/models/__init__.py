@@ -11,6 +11,7 @@ from aurora_sgl.store.models.learning import (
     TrialWindow,
 )
 from aurora_sgl.store.models.operations import DropCount, Lease, SpoolWatermark, Switch
+from aurora_sgl.store.models.rollout import Audit, Drift, SchedulerState, Watch, WatchWindow
 from aurora_sgl.store.models.serving import (
     AcceptanceEvent,
     AcceptanceMinute,
@@ -25,17 +26,20 @@ __all__ = [
     "AcceptanceEvent",
     "AcceptanceMinute",
     "Alias",
+    "Audit",
     "Base",
     "BigInt",
     "Deployment",
     "DeploymentGroup",
     "DrafterVersion",
+    "Drift",
     "DropCount",
     "Evaluation",
     "Json",
     "Lease",
     "Request",
     "RequestTally",
+    "SchedulerState",
     "Server",
     "SpoolWatermark",
     "Switch",
@@ -44,4 +48,6 @@ __all__ = [
     "Trial",
     "TrialWindow",
     "UtcDateTime",
+    "Watch",
+    "WatchWindow",
 ]

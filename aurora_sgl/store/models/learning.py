@@ -108,6 +108,8 @@ class Evaluation(Base):
     ci_low: Mapped[float | None]
     ci_high: Mapped[float | None]
     verdict: Mapped[str]
+    attempt: Mapped[int | None]  # of all tries against this baseline; None: spent nothing
+    alpha: Mapped[float | None]  # what this try spent of the allowance
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 
@@ -168,6 +170,7 @@ class TrialWindow(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     version_id: Mapped[int] = mapped_column(ForeignKey("drafter_version.id"))
     started_at: Mapped[datetime]
+    ends_at: Mapped[datetime | None]  # servers go back to the live version by then at the latest
     finished_at: Mapped[datetime | None]
     requests: Mapped[int] = mapped_column(default=0)
     verify_steps: Mapped[int] = mapped_column(default=0)

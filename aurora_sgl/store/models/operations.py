@@ -11,7 +11,8 @@ from aurora_sgl.store.models.base import Base
 
 
 class Switch(Base):
-    """A kill switch of a group, such as ``learning`` or ``promotion``. No row means on."""
+    """A kill switch of a group: ``learning`` or ``auto_promote``. No row means on. Its history is
+    in ``audit``."""
 
     __tablename__ = "switch"
 

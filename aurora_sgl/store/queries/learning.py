@@ -96,10 +96,13 @@ def add_evaluation(
     depth: int | None = None,
     topk: int | None = None,
     nodes: int | None = None,
+    attempt: int | None = None,
+    alpha: float | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """``difference`` is candidate less baseline, with its 95% interval; ``verdict`` is pass,
-    fail or inconclusive; ``domain`` empty means all of them together."""
+    """``difference`` is candidate less baseline, with its interval (95%, or 1 - 2 alpha for a try
+    that spends ``alpha`` of the gate's allowance); ``verdict`` is pass, fail or inconclusive;
+    ``domain`` empty means all of them together."""
     row = Evaluation(
         candidate_id=candidate_id,
         baseline_id=baseline_id,
@@ -116,6 +119,8 @@ def add_evaluation(
         ci_low=ci_low,
         ci_high=ci_high,
         verdict=verdict,
+        attempt=attempt,
+        alpha=alpha,
         details=dict(details or {}),
     )
     s.add(row)
