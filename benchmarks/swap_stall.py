@@ -30,7 +30,7 @@ from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
 from benchmarks.servers import arguments, report, server, target
 
-TOKENS = 3000  # of one answer: long, so that prefills are rare
+TOKENS = 600  # of one answer: prefills are rare, and attention is not what a step is made of
 
 
 class Stream(threading.Thread):
@@ -113,15 +113,16 @@ def main() -> None:
         row = {
             "swaps": given.swaps,
             "streams": given.streams,
-            "windows compared": len(quiet),
-            "failed requests": sum(stream.failed for stream in streams),
-            "aim": "max <= 2, 0 failed",
+            "compared": len(quiet),
+            "failed": sum(stream.failed for stream in streams),
         }
         rows = [
-            {"gaps": name, **_compare(gaps, quiet), **row}
-            for name, gaps in (("in the scheduler", made), ("at the client", seen))
+            {"seen by": name, **_compare(gaps, quiet), **row}
+            for name, gaps in (("scheduler", made), ("client", seen))
         ]
-    report("longest gap at a swap, in median steps", rows, as_json=given.json)
+    report(
+        "longest gap at a swap, in median steps (aim: max <= 2, 0 failed)", rows, as_json=given.json
+    )
 
 
 def _compare(
@@ -141,7 +142,7 @@ def _compare(
         "median": median(longest),
         "p99": longest[int(0.99 * (len(longest) - 1))],
         "max": longest[-1],
-        "p99 of all other gaps": outside[int(0.99 * (len(outside) - 1))],
+        "p99 without": outside[int(0.99 * (len(outside) - 1))],
     }
 
 

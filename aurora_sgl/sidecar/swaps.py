@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from aurora_sgl import wire
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.sidecar.idle import when_idle
 from aurora_sgl.sidecar.staging import Staged, Stager, Wanted
 
 #: Seconds that the engine has to answer a Stage command.
@@ -46,7 +47,7 @@ class Swaps:
         if self.busy or time.monotonic() < self._retry_at:
             return ""
         try:
-            staged = self._stager.stage(wanted, hello)
+            staged = when_idle(lambda: self._stager.stage(wanted, hello))
         except AuroraError as error:
             return self._fail(str(error))
         deadline = wire.now_us() + int(DEADLINE_SECONDS * 1e6)
