@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from aurora_sgl.drafter.attention import attend
+from aurora_sgl.drafter.attention import Seen, attend
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.rope import inverse_frequencies, rotate
 
@@ -155,8 +155,8 @@ class Drafter(nn.Module):
         residual: torch.Tensor,  # [rows, H]
         positions: torch.Tensor,  # [rows]
         text: tuple[torch.Tensor, torch.Tensor],  # keys and values of the text rows
-        last_row: torch.Tensor,  # [rows]
-        own: tuple[torch.Tensor, torch.Tensor] | None = None,  # [rows, own, kv_heads, head_dim]
+        last_row: torch.Tensor | Seen,  # [rows]: text rows 0..last_row are seen
+        own: tuple[torch.Tensor, ...] | None = None,  # attend's own_key, own_value and own_seen
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [rows, H] twice
         """What the head reads, and what the next drafted row takes for its hidden state.
 

@@ -11,18 +11,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from drafter_cases import target_folder
-from test_training_trainer import RECIPE, requests
+from drafter_cases import RECIPE, requests, target_folder
 
-from aurora_sgl.drafter import scratch
+from aurora_sgl.drafter import attention, scratch
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.training.replay import DraftShape, proposals_at, replay
 from aurora_sgl.training.settings import TrainSettings
+from aurora_sgl.training.statistics import accept_length
 from aurora_sgl.training.trainer import train
 from aurora_sgl.training.unroll import unroll
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 GPU = torch.device("cuda", 0)
+#: Heads as wide as FlashInfer's kernels take them.
+WIDE = {"head_dim": 64}
 
 
 def test_replay_on_the_gpu_drafts_and_accepts_what_the_cpu_does(tmp_path: Path) -> None:
@@ -42,27 +47,66 @@ def test_replay_on_the_gpu_drafts_and_accepts_what_the_cpu_does(tmp_path: Path) 
         )
 
 
-def test_unrolled_steps_have_the_same_logits_and_gradients(tmp_path: Path) -> None:
-    target = target_folder(tmp_path / "t")
+def test_replay_in_bfloat16_through_flashinfer_accepts_as_much_as_on_the_cpu(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("flashinfer")
+    target = target_folder(tmp_path / "t", **WIDE)
+    head = TargetHead.load(target)
+    settings = TrainSettings(**{**RECIPE, "device": "cpu", "passes": 3})
+    drafter = train(
+        scratch.make(target, draft_vocab_size=40), requests(head, 20), head, settings
+    ).drafter.bfloat16()
+    held_out = requests(head, 20, seed=7)
+    for shape in (DraftShape(3), DraftShape(3, 4, 8)):
+        on_cpu = accept_length(replay(drafter, held_out, shape, head))
+        with attention.using("flashinfer"):
+            on_gpu = accept_length(replay(copy.deepcopy(drafter).to(GPU), held_out, shape, head))
+        assert on_gpu == pytest.approx(on_cpu, abs=0.05) and on_gpu > 1.2
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flashinfer"])
+def test_unrolled_steps_have_the_same_logits_and_gradients(tmp_path: Path, backend: str) -> None:
+    if backend == "flashinfer":
+        pytest.importorskip("flashinfer")
+    target = target_folder(tmp_path / "t", **WIDE)
     head = TargetHead.load(target)
     (sequence,) = requests(head, 1)
     drafter = scratch.make(target, draft_vocab_size=40)
-    gradients = []
+    # FlashInfer has no float32: there both sides run under autocast, and rounding is allowed for.
+    half = backend == "flashinfer"
+    found = []
     for device in (torch.device("cpu"), GPU):
         mine = copy.deepcopy(drafter).to(device)
-        logits = unroll(
-            mine, sequence.to(device), head.to(device), first_row=0, last_row=20, steps=4
-        )
-        torch.stack([x.pow(2).mean() for x in logits]).sum().backward()  # type: ignore[no-untyped-call]
-        gradients.append([p.grad.cpu() for p in mine.parameters() if p.grad is not None])
-    for cpu, gpu in zip(*gradients, strict=True):
-        torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-6)
+        with (
+            attention.using(backend if device == GPU else "sdpa"),
+            torch.autocast(device.type, torch.bfloat16, enabled=half),
+        ):
+            logits = unroll(
+                mine, sequence.to(device), head.to(device), first_row=0, last_row=20, steps=4
+            )
+            torch.stack([x.pow(2).mean() for x in logits]).sum().backward()  # type: ignore[no-untyped-call]
+        grads = [p.grad.cpu() for p in mine.parameters() if p.grad is not None]
+        found.append([x.detach().cpu() for x in logits] + grads)
+    for cpu, gpu in zip(*found, strict=True):
+        if half:
+            assert float((gpu - cpu).norm() / cpu.norm()) < 0.05
+        else:
+            torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-6)
 
 
-def test_a_run_on_the_gpu_learns(tmp_path: Path) -> None:
-    target = target_folder(tmp_path / "t")
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_a_run_on_the_gpu_learns(tmp_path: Path, backend: str) -> None:
+    target = target_folder(tmp_path / "t", **WIDE)
     head = TargetHead.load(target)
     settings = TrainSettings(**{**RECIPE, "device": "cuda", "autocast": True})
-    result = train(scratch.make(target, draft_vocab_size=40), requests(head, 30), head, settings)
+    drafter = scratch.make(target, draft_vocab_size=40)
+    held_out = requests(head, 12, seed=7)
+    with attention.using(backend):
+        result = train(drafter, requests(head, 30), head, settings)
     assert result.drafter.device.type == "cpu"
     assert result.metrics["loss_last_pass"] < result.metrics["loss_first_pass"]
+    before, after = (
+        accept_length(replay(d, held_out, settings.shape, head)) for d in (drafter, result.drafter)
+    )
+    assert after > before + 0.7

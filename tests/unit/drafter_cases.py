@@ -9,7 +9,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.training.sequence import Sequence
+
 HIDDEN, VOCAB, LAYERS = 16, 40, 8
+
+#: Settings of training that learn :func:`requests` in seconds.
+RECIPE: dict[str, Any] = {
+    "passes": 8,
+    "learning_rate": 5e-3,
+    "autocast": False,
+    "depth": 3,
+    "topk": 2,
+    "nodes": 6,
+    "served_dtype": "float32",
+}
 
 
 def target_folder(
@@ -50,3 +64,18 @@ def target_folder(
         save_file({name: tensor}, str(folder / names[name]))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     return folder
+
+
+def requests(head: TargetHead, count: int, seed: int = 0) -> list[Sequence]:
+    """Each token t is followed by 3 t + 1; the target is sure of it, and features carry t."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(count):
+        tokens = [int(torch.randint(0, VOCAB, (1,), generator=generator))]
+        while len(tokens) < 24:
+            tokens.append((3 * tokens[-1] + 1) % VOCAB)
+        ids = torch.tensor(tokens)
+        last = 3 * head.lm_head[ids[1:]]
+        features = head.embedding[ids[:-1]].repeat(1, 3)
+        found.append(Sequence(number, ids, features, last, 6, domain=f"d{number % 2}"))
+    return found

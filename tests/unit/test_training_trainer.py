@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from drafter_cases import HIDDEN, VOCAB, target_folder
+from drafter_cases import HIDDEN, RECIPE, VOCAB, requests, target_folder
 
 from aurora_sgl.drafter import scratch
 from aurora_sgl.drafter.checkpoint import content_sha256, tensors_of
@@ -21,36 +21,11 @@ from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.statistics import accept_length
 from aurora_sgl.training.trainer import train
 
-RECIPE: dict[str, Any] = {
-    "passes": 8,
-    "learning_rate": 5e-3,
-    "autocast": False,
-    "depth": 3,
-    "topk": 2,
-    "nodes": 6,
-    "served_dtype": "float32",
-}
-
 
 def world(folder: Path) -> tuple[Drafter, TargetHead]:
     target = target_folder(folder)
     drafter = scratch.make(target, draft_vocab_size=VOCAB, seed=1)
     return drafter, TargetHead.load(target)
-
-
-def requests(head: TargetHead, count: int, seed: int = 0) -> list[Sequence]:
-    """Each token t is followed by 3 t + 1; the target is sure of it, and features carry t."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for number in range(count):
-        tokens = [int(torch.randint(0, VOCAB, (1,), generator=generator))]
-        while len(tokens) < 24:
-            tokens.append((3 * tokens[-1] + 1) % VOCAB)
-        ids = torch.tensor(tokens)
-        last = 3 * head.lm_head[ids[1:]]
-        features = head.embedding[ids[:-1]].repeat(1, 3)
-        found.append(Sequence(number, ids, features, last, 6, domain=f"d{number % 2}"))
-    return found
 
 
 @pytest.mark.parametrize("objective", ["forward_kl", "lk"])

@@ -1,0 +1,104 @@
+"""What the engine does with CUDA graphs: a swap that they see, and hidden states out of them.
+
+Graphs are captured from a small module here; SGLang itself does not run in these tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+pytest.importorskip("msgspec")
+pytest.importorskip("zmq")
+
+from aurora_sgl.drafter.checkpoint import content_sha256
+from aurora_sgl.engine.capture import LastHiddenState
+from aurora_sgl.engine.swap import Swapper, SwapRefused
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+GPU = torch.device("cuda", 0)
+
+
+def captured(run: Any) -> torch.cuda.CUDAGraph:
+    """A graph of ``run``, warmed up on another stream as PyTorch asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        run()
+    return graph
+
+
+def drafter() -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.fc = nn.Linear(24, 8, bias=False)
+    module.lm_head = nn.Linear(8, 16, bias=False)
+    return module.to(GPU, torch.bfloat16)
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "fc.weight": torch.randn(8, 24, generator=generator).bfloat16(),
+        "lm_head.weight": torch.randn(16, 8, generator=generator).bfloat16(),
+    }
+
+
+def test_a_captured_graph_runs_on_with_the_weights_that_were_swapped_in(tmp_path: Path) -> None:
+    model, target = drafter(), nn.Linear(4, 4).to(GPU)
+    x = torch.randn(3, 24, device=GPU, dtype=torch.bfloat16)
+    out = torch.empty(3, 16, device=GPU, dtype=torch.bfloat16)
+    graph = captured(lambda: out.copy_(model.lm_head(model.fc(x))))
+    swapper = Swapper(model, target, None, 16)
+    for version in (1, 2):
+        new = weights(version)
+        save_file(new, str(tmp_path / f"{version}.safetensors"))
+        staged = swapper.stage(version, tmp_path / f"{version}.safetensors", content_sha256(new))
+        graph.replay()
+        before = out.clone()
+        swapper.apply(staged)
+        graph.replay()
+        wanted = x @ new["fc.weight"].to(GPU).T @ new["lm_head.weight"].to(GPU).T
+        torch.testing.assert_close(out, wanted)
+        assert not torch.equal(out, before)
+        assert swapper.read_back(staged, whole=True) == content_sha256(new)
+
+
+def test_weights_that_share_the_targets_storage_are_refused_on_the_gpu(tmp_path: Path) -> None:
+    model = drafter()
+    new = weights(1)
+    save_file(new, str(tmp_path / "1.safetensors"))
+    with pytest.raises(SwapRefused, match="share storage"):
+        Swapper(model, model.lm_head, None, 16).stage(1, tmp_path / "1.safetensors", None)
+
+
+def test_hidden_states_come_out_of_replayed_graphs() -> None:
+    class LogitsProcessor:
+        def forward(self, input_ids: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states.sum(-1)
+
+    processor = LogitsProcessor()
+    kept = LastHiddenState(processor)
+    x = torch.zeros(4, 8, device=GPU)
+    graph = captured(lambda: processor.forward(None, 2 * x))
+    for value in (1.0, 5.0):
+        x.fill_(value)
+        graph.replay()
+        rows = kept.take(3)
+        assert rows is not None
+        torch.testing.assert_close(rows, torch.full((3, 8), 2 * value, device=GPU))
+    eager = torch.ones(2, 8, device=GPU)
+    processor.forward(None, eager)
+    assert kept.take(2) is not None and kept.take(3) is None
