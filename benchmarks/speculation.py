@@ -1,8 +1,8 @@
 """Does speculation pay on the demo's traffic? Tokens/s with drafts against without, as it learns.
 
 Runs the demo in stages on one data folder (bfloat16, EAGLE3 trees of 8 nodes, one thread for the
-server and one for training): it measures the same held-out prompts without drafts, with the first
-drafter and with the last one of each stage, on the same server in the same minutes.
+server and one for training): it measures the same held-out prompts with the first drafter and with
+the last one of each stage, and just before each of them without drafts, on the same server.
 
     python benchmarks/speculation.py [--stages 200,1000] [--json]
 """
@@ -48,10 +48,10 @@ def main() -> None:
         for total in map(int, given.stages.split(",")):
             summary = stage(home, total - served)
             speeds, lengths = summary["tokens_per_second"], summary["accept_length"]
-            plain = speeds["no_speculation"]
             if not rows:
+                plain = speeds["no_speculation"]
                 rows.append(_row(0, lengths["first"], plain, speeds["first"]))
-            rows.append(_row(total, lengths["last"], plain, speeds["last"]))
+            rows.append(_row(total, lengths["last"], speeds["no_speculation_last"], speeds["last"]))
             served = total
     report("speculation against none, held-out prompts", rows, as_json=given.json)
 

@@ -1,0 +1,112 @@
+"""Let the target answer the prompts: greedy, in batches, shard by shard, to be stopped at any time.
+
+    python -m benchmarks.corpus.generate [--narrow 1440] [--code 1632] [--chat 9600]
+
+Domains take turns, so that a stop leaves something of each. A shard that exists is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import aurora_sgl.compat  # noqa: F401  (torchvision beside a CPU torch)
+from aurora_sgl.demo.model import demo_model
+from benchmarks.corpus.prompts import DOMAINS, CorpusPrompt, corpus_prompts
+from benchmarks.corpus.shards import DATA, Answered, read_shard, shards, write_shard
+
+SHARD = 96  # requests
+PROMPT_TOKENS = 220  # longer prompts are passed over
+ANSWER_TOKENS = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for domain, wanted in (("narrow", 1440), ("code", 1632), ("chat", 9600)):
+        parser.add_argument(f"--{domain}", type=int, default=wanted)
+    parser.add_argument("--prompts-file", type=Path)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(given.threads)
+    prompts = corpus_prompts(given.prompts_file)
+    target = _Target(demo_model(Path(os.environ.get("AURORA_HOME", "aurora-data"))))
+    wanted = {domain: min(getattr(given, domain), len(prompts[domain])) for domain in DOMAINS}
+    begun, made = time.monotonic(), 0
+    for shard in range(max(wanted.values()) // SHARD):
+        for domain in DOMAINS:
+            path = given.data / domain / f"{shard:04d}.npz"
+            if (shard + 1) * SHARD > wanted[domain] or path.exists():
+                continue
+            answered = target.answer(prompts[domain][shard * SHARD : (shard + 1) * SHARD])
+            write_shard(path, answered)
+            made += sum(len(one.tokens) - one.prompt_tokens for one in answered)
+            rate = made / (time.monotonic() - begun)
+            print(
+                f"{domain} {shard}: {made} answer tokens, {rate:.0f}/s", file=sys.stderr, flush=True
+            )
+    for domain in DOMAINS:
+        rows = [one for path in shards(domain, given.data) for one in read_shard(path)]
+        answer = sum(len(one.tokens) - one.prompt_tokens for one in rows)
+        print(f"{domain}: {len(rows)} requests, {answer} answer tokens")
+
+
+class _Target:
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self.stop = {self.tokenizer.eos_token_id, self.model.config.eos_token_id}
+
+    def answer(self, prompts: list[CorpusPrompt]) -> list[Answered]:
+        rows = [(prompt, self._tokens(prompt.text)) for prompt in prompts]
+        rows = [row for row in rows if len(row[1]) <= PROMPT_TOKENS]
+        rows.sort(key=lambda row: len(row[1]))
+        half = (len(rows) + 1) // 2
+        found = [one for part in (rows[:half], rows[half:]) for one in self._batch(part)]
+        return sorted(found, key=lambda one: one.number)
+
+    def _tokens(self, text: str) -> list[int]:
+        chat = [{"role": "user", "content": text}]
+        ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+
+    def _batch(self, rows: list[tuple[CorpusPrompt, list[int]]]) -> list[Answered]:
+        import torch
+
+        width = max(len(tokens) for _, tokens in rows)
+        pad = self.model.config.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(t)) + t for _, t in rows])
+        mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for _, t in rows])
+        with torch.inference_mode():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=ANSWER_TOKENS,
+                eos_token_id=sorted(self.stop),
+                pad_token_id=pad,
+            )
+        found = []
+        for (prompt, tokens), row in zip(rows, out[:, width:].tolist(), strict=True):
+            ends = [at for at, token in enumerate(row) if token in self.stop]
+            answer = row[: ends[0] + 1] if ends else row
+            whole = np.array(tokens + answer, np.uint16)
+            found.append(Answered(prompt.domain, prompt.number, whole, len(tokens)))
+        return found
+
+
+if __name__ == "__main__":
+    main()
