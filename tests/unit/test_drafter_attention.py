@@ -69,9 +69,11 @@ def test_blocks_cover_what_is_seen_once_and_stay_within_their_limits(case: Case)
         at, begin = at + len(visible), begin + visible.shape[1]
     found = torch.zeros(seen.queries, seen.text, dtype=torch.int64)
     for block in seen.blocks(40, 4, CPU):
-        count, text = block.hidden.shape
+        count, text = (x.stop - x.start for x in (block.queries, block.text))
         assert count == 1 or (count <= 4 and count * text <= 40)
-        found[block.queries, block.text] += (~block.hidden).long()
+        rows = torch.ones(count, text, dtype=torch.int64)
+        rows[:, block.tail] -= block.hidden.long()
+        found[block.queries, block.text] += rows
     assert torch.equal(found, seen.pick(wanted.T).T)
     assert int(found.sum()) == int(wanted.sum())
 

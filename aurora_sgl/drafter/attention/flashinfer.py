@@ -85,11 +85,10 @@ def _checkered(queries: int, rows: int, device: torch.device) -> torch.Tensor:
 
 
 def _text(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen) -> State:
-    wrapper = _wrappers(query.device, seen.mask is not None).plan(seen, query, key.shape[1])
-    out, lse = wrapper.run(
-        query.contiguous(), key.contiguous(), value.contiguous(), return_lse=True
-    )
-    return State(out, lse)
+    with torch.cuda.device(query.device):
+        wrapper = _wrappers(query.device, seen.mask is not None).plan(seen, query, key.shape[1])
+        tensors = (x.contiguous() for x in (query, key, value))
+        return State(*wrapper.run(*tensors, return_lse=True))
 
 
 def _merge(a: State, b: State) -> State:
@@ -100,7 +99,8 @@ def _merge(a: State, b: State) -> State:
 
 @lru_cache(maxsize=8)
 def _wrappers(device: torch.device, masked: bool) -> _Wrappers:
-    return _Wrappers(device)
+    with torch.inference_mode(False):  # replay may come first, training writes to them after it
+        return _Wrappers(device)
 
 
 @lru_cache(maxsize=4)

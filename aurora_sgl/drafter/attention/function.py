@@ -94,7 +94,7 @@ def text_backward(
     q = grouped(wide(query) * scale, kv_heads).transpose(0, 1).contiguous()
     d_out = grouped(wide(grad_out), kv_heads).transpose(0, 1).contiguous()
     k, v = (wide(x).transpose(0, 1).contiguous() for x in (key, value))
-    lse_, delta_ = (grouped(x, kv_heads).transpose(0, 1) for x in (lse / LOG2_E, delta))
+    less_lse, less_delta = (grouped(-x, kv_heads).transpose(0, 1) for x in (lse / LOG2_E, delta))
     d_q = torch.empty_like(q)
     d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
     rows = BLOCK_ROWS.get(query.device.type, BLOCK_ROWS["cuda"])
@@ -102,16 +102,22 @@ def text_backward(
         at, text = block.queries, block.text
         shape = (kv_heads, at.stop - at.start, heads // kv_heads, text.stop - text.start)
         q_, do_ = q[:, at].flatten(1, 2), d_out[:, at].flatten(1, 2)
-        scores = torch.bmm(q_, k[:, text].transpose(1, 2)).view(shape)
-        scores.sub_(lse_[:, at, :, None]).masked_fill_(block.hidden[None, :, None], -math.inf)
+        # The matrix products start from -L and from -D, spread over the rows.
+        scores = torch.baddbmm(_column(less_lse[:, at]), q_, k[:, text].transpose(1, 2)).view(shape)
+        scores[..., block.tail].masked_fill_(block.hidden[None, :, None], -math.inf)
         p = scores.exp_()
-        d_p = torch.bmm(do_, v[:, text].transpose(1, 2)).view(shape)
-        d_s = d_p.sub_(delta_[:, at, :, None]).mul_(p).flatten(1, 2)
+        d_p = torch.baddbmm(_column(less_delta[:, at]), do_, v[:, text].transpose(1, 2)).view(shape)
+        d_s = d_p.mul_(p).flatten(1, 2)
         d_v[:, text].baddbmm_(p.flatten(1, 2).transpose(1, 2), do_)
         d_k[:, text].baddbmm_(d_s.transpose(1, 2), q_)
         d_q[:, at] = torch.bmm(d_s, k[:, text]).view_as(d_q[:, at])
     d_query = d_q.mul_(scale).transpose(0, 1).reshape(query.shape)
     return d_query, d_k.transpose(0, 1), d_v.transpose(0, 1)
+
+
+def _column(x: torch.Tensor) -> torch.Tensor:
+    """[kv_heads, queries, group] -> [kv_heads, queries * group, 1]"""
+    return x.flatten(1, 2)[..., None]
 
 
 def own_backward(

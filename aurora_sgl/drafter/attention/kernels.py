@@ -37,7 +37,8 @@ def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: See
     for block in seen.blocks(BLOCK_SCORES // heads, BLOCK_ROWS["cuda"], query.device):
         by_key = grouped(wide(query[block.queries]), kv_heads)
         scores = torch.einsum("qkgd,tkd->qkgt", by_key, wide(key[block.text]))
-        scores = scores.masked_fill(block.hidden[:, None, None], -math.inf) * head_dim**-0.5
+        scores[..., block.tail].masked_fill_(block.hidden[:, None, None], -math.inf)
+        scores *= head_dim**-0.5
         outs.append(torch.einsum("qkgt,tkd->qkgd", scores.softmax(-1), wide(value[block.text])))
         lses.append(scores.logsumexp(-1) * LOG2_E)
     out = torch.cat(outs).reshape(query.shape)

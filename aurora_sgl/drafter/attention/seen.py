@@ -15,7 +15,13 @@ class Block:
 
     queries: slice
     text: slice
-    hidden: torch.Tensor  # [queries, text] bool: True where the query does not see the row
+    hidden: torch.Tensor  # [queries, n] bool: which of the last n rows a query does not see
+
+    @property
+    def tail(self) -> slice:
+        """The last n of the block's text rows; every query sees the rows before them."""
+        length = self.text.stop - self.text.start
+        return slice(length - self.hidden.shape[1], length)
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,9 @@ class Seen:
                 if mask is not None:
                     yield Block(slice(begin, end), text, ~mask[one])
                     continue
-                reached = ahead + one.stop
-                last = torch.arange(ahead + one.start, reached, device=device)
-                hidden = torch.arange(reached, device=device) > last[:, None]
-                yield Block(slice(begin, end), slice(text.start, text.start + reached), hidden)
+                upper = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device)
+                reached = slice(text.start, text.start + ahead + one.stop)
+                yield Block(slice(begin, end), reached, upper.triu(1))
 
 
 def _indptr(lengths: Sequence[int]) -> tuple[int, ...]:
