@@ -115,19 +115,16 @@ class Seen:
         """Blocks of at most ``rows`` queries and about ``scores`` pairs of query and row."""
         for queries, text, mask in self.requests():
             length = text.stop - text.start
-            ahead = length - (
-                queries.stop - queries.start
-            )  # rows that the first query sees, less 1
             size = max(1, min(rows, scores // max(1, length)))
             for begin in range(queries.start, queries.stop, size):
                 end = min(begin + size, queries.stop)
-                one = slice(begin - queries.start, end - queries.start)
                 if mask is not None:
-                    yield Block(slice(begin, end), text, ~mask[one])
+                    hidden = ~mask[begin - queries.start : end - queries.start]
+                    yield Block(slice(begin, end), text, hidden)
                     continue
-                upper = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device)
-                reached = slice(text.start, text.start + ahead + one.stop)
-                yield Block(slice(begin, end), reached, upper.triu(1))
+                later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device)
+                reached = slice(text.start, text.stop - (queries.stop - end))
+                yield Block(slice(begin, end), reached, later.triu(1))
 
 
 def _indptr(lengths: Sequence[int]) -> tuple[int, ...]:
