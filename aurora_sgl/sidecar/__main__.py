@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
 
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.priority import step_back
 from aurora_sgl.sidecar.service import Service
 
 #: Serving comes first on a machine that has few cores.
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    os.nice(NICENESS)
+    step_back(NICENESS)
     try:
         service = Service(
             get_settings(), chosen.endpoint, spool=chosen.spool, parent_pid=chosen.parent_pid

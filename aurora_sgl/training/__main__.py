@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.priority import step_back
 from aurora_sgl.training.settings import TrainSettings
 
 
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         first = error.errors()[0]
         parser.error(f"--settings: {'.'.join(map(str, first['loc']))}: {first['msg']}")
-    os.nice(settings.nice)
+    step_back(settings.nice)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)

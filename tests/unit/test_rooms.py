@@ -121,7 +121,7 @@ def test_sql_is_written_in_the_store_only() -> None:
 
 
 def test_the_shared_ground_stands_on_no_room() -> None:
-    ground = {"config", "errors", "clock", "hashing", "wire", "artifacts"}
+    ground = {"config", "errors", "clock", "hashing", "wire", "artifacts", "priority"}
     rooms = set(FORBIDDEN) - {"dashboard"}
     wrong = {
         f"{file} imports {room}"
