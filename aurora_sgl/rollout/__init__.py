@@ -1,10 +1,23 @@
 """What is live, and how it gets there: versions in and out, promote, roll back, gate, trial, watch.
 
-People and programs act through these functions; each change says who did it and why.
+People and programs act through these functions; each change says who did it and why:
+``promote``, ``rollback``, ``pin``, ``unpin``, ``switches.turn``, ``trial.start``, ``trial.stop``.
+What goes on is read with ``status.look`` (or its parts), ``watch.status``, ``trial.status``.
 """
 
-from aurora_sgl.rollout import switches
+from aurora_sgl.rollout import status, switches, trial, watch
 from aurora_sgl.rollout.pins import PinChange, pin, unpin
 from aurora_sgl.rollout.promote import Change, promote, rollback
 
-__all__ = ["Change", "PinChange", "pin", "promote", "rollback", "switches", "unpin"]
+__all__ = [
+    "Change",
+    "PinChange",
+    "pin",
+    "promote",
+    "rollback",
+    "status",
+    "switches",
+    "trial",
+    "unpin",
+    "watch",
+]

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from aurora_sgl import store
+from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import DeploymentGroup, DrafterVersion
 
 #: ``expected_live`` of a caller that expects that nothing is live yet.
 NONE_LIVE = 0
+#: Seconds that servers have to follow a deployment before another promotion may overtake it, and
+#: without a word after which a server is not waited for.
+SETTLE_SECONDS, SILENT_SECONDS = 60.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,17 @@ def promote(
     evidence: Mapping[str, Any] | None = None,
     dry_run: bool = False,
     force: bool = False,
+    only_if_on: str = "",
 ) -> Change:
-    """Make a version the live one of its group.
+    """Make a version the live one of its group, and start the watch over it.
 
     ``expected_live``: the version that the caller saw live (``NONE_LIVE``: none). Left out, it is
     what is live when the call begins, so that of two calls at once one wins. A version that is
     live already is left as it is. Raises ``Refused`` when another version is live than expected,
-    when the weights were pruned, or when the evaluation did not pass (``force`` overrides only
-    this one), and ``AuroraError`` for an unknown version, actor or reason missing.
+    when the weights were pruned or belong to another target, or when the switch ``only_if_on`` is
+    off; without ``force`` also when the evaluation did not pass, when a watch rolled this version
+    back, while a trial runs, and while servers still follow the deployment before. Raises
+    ``AuroraError`` for an unknown version, actor or reason missing.
     """
     _require(actor, reason)
     with store.session(engine, write=False) as s:
@@ -70,8 +78,15 @@ def promote(
             return _unchanged("promote", group, version_id, before, dry_run)
         _expect(seen if expected_live is None else expected_live, live, "promote", version_id)
         _require_weights(version)
-        if evaluation_id is not None and not force:
-            _require_pass(s, evaluation_id, version_id)
+        _require_target(version, group)
+        if only_if_on and not queries.is_on(s, group_id, only_if_on):
+            raise Refused(f"{only_if_on} is switched off in group {group.name!r}")
+        if not force:
+            if evaluation_id is not None:
+                _require_pass(s, evaluation_id, version_id)
+            _require_unmarked(s, version_id)
+            _require_quiet(s, group_id, version_id)
+            _require_settled(s, group_id, version_id)
         after = {**before, "live": version_id}
         if live is not None:
             after["previous"] = live
@@ -169,12 +184,24 @@ def _deploy(
     for name in before.keys() | after.keys():
         if before.get(name) != after.get(name):
             queries.set_alias(s, group.id, name, after.get(name))
+    _end_what_ran(s, group.id, action, version_id, actor)
     row = queries.add_deployment(
         s, group, action=action, version_id=version_id, previous_version_id=live,
         actor=actor.strip(), reason=reason.strip(), before=before, after=after,
         evidence=evidence or {}, evaluation_id=evaluation_id,
     )  # fmt: skip
+    if action == "promote" and live is not None:
+        queries.start_watch(s, group.id, row.generation, version_id, live)
     return Change(action, group.name, version_id, live, row.generation, True, False, before, after)
+
+
+def _end_what_ran(s: Session, group_id: int, action: str, version_id: int, actor: str) -> None:
+    """A deployment ends the trial and the watch before it."""
+    reason = f"{action} of version {version_id} by {actor.strip()}"
+    while (trial := queries.running_trial(s, group_id)) is not None:
+        queries.end_trial(s, trial, "stopped", verdict="", stopped_by=reason)
+    while (watch := queries.running_watch(s, group_id)) is not None:
+        queries.end_watch(s, watch, "failed" if actor.strip() == "watch" else "ended", reason)
 
 
 def _unchanged(
@@ -208,6 +235,54 @@ def _require_weights(version: DrafterVersion) -> None:
         raise Refused(
             f"the weights of version {version.id} were deleted on {version.pruned_at:%Y-%m-%d}; "
             "import the same drafter again first"
+        )
+
+
+def _require_target(version: DrafterVersion, group: DeploymentGroup) -> None:
+    its = (version.target_model, version.target_revision)
+    if its != (group.target_model, group.target_revision):
+        raise Refused(
+            f"version {version.id} was made for {' '.join(its).strip()}, group {group.name!r} "
+            f"serves {group.target_model} {group.target_revision}".rstrip()
+        )
+
+
+def _require_unmarked(s: Session, version_id: int) -> None:
+    live = [e for e in queries.evaluations(s, version_id) if e.kind == "live"]
+    if live and live[0].verdict == "fail":
+        raise Refused(
+            f"version {version_id} was rolled back by the watch on "
+            f"{live[0].created_at:%Y-%m-%d %H:%M} UTC; a person may promote it with --force"
+        )
+
+
+def _require_quiet(s: Session, group_id: int, version_id: int) -> None:
+    trial = queries.running_trial(s, group_id)
+    if trial is not None:
+        raise Refused(
+            f"refused to promote version {version_id}: trial {trial.id} of version "
+            f"{trial.candidate_id} is running; wait, stop it (aurora-sgl trial stop), or add "
+            "--force"
+        )
+
+
+def _require_settled(s: Session, group_id: int, version_id: int) -> None:
+    """One promotion at a time: the servers that can follow the last one have followed."""
+    last = queries.deployments(s, group_id, limit=1)
+    now = utc_now()
+    if not last or not timedelta(0) <= now - last[0].created_at < timedelta(seconds=SETTLE_SECONDS):
+        return
+    behind = [
+        server.name
+        for server in queries.servers(s, group_id)
+        if server.live_version_id not in (None, last[0].version_id)
+        and not server.last_error
+        and now - server.last_seen_at < timedelta(seconds=SILENT_SECONDS)
+    ]
+    if behind:
+        raise Refused(
+            f"refused to promote version {version_id}: version {last[0].version_id} is still on "
+            f"its way to {', '.join(behind)}; wait, or add --force"
         )
 
 

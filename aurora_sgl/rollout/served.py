@@ -1,0 +1,140 @@
+"""Arithmetic over what was served: lengths against a baseline, and the speed of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from scipy.special import stdtrit
+
+from aurora_sgl.store.queries import Cluster, Step
+from aurora_sgl.store.rollup import batch_bucket
+
+#: Verify steps below which a stratum of the baseline says nothing.
+FEWEST_STEPS = 30
+#: Gaps between two steps of a stream that are left out, in medians: it waited for something else.
+LONG_GAP = 10.0
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Sums over the requests of one domain and draft shape: steps n, accepted y, squares."""
+
+    requests: int = 0
+    steps: int = 0
+    accepted: int = 0
+    steps2: float = 0.0
+    accepted2: float = 0.0
+    product: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.accepted / self.steps
+
+    @property
+    def variance(self) -> float:
+        """Of the ratio, requests as clusters (delta method)."""
+        r, m = self.ratio, self.requests
+        squares = self.accepted2 - 2 * r * self.product + r * r * self.steps2
+        return max(0.0, squares) * m / max(m - 1, 1) / self.steps**2
+
+
+def key_of(cluster: Cluster) -> str:
+    return f"{cluster.depth}/{cluster.topk}/{cluster.domain}"
+
+
+def strata(clusters: Iterable[Cluster]) -> dict[str, Stratum]:
+    """Requests by draft shape and domain."""
+    found: dict[str, Stratum] = {}
+    for c in clusters:
+        old, n, y = found.get(key_of(c), Stratum()), c.verify_steps, c.accepted
+        found[key_of(c)] = Stratum(
+            old.requests + 1,
+            old.steps + n,
+            old.accepted + y,
+            old.steps2 + n * n,
+            old.accepted2 + y * y,
+            old.product + n * y,
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accept length of some requests against what a baseline would have had on the same mix of
+    domains and draft shapes. ``error`` is the standard error of the difference."""
+
+    requests: int  # of those that could be compared
+    accept_length: float
+    expected: float
+    error: float
+
+    @property
+    def difference(self) -> float:
+        return self.accept_length - self.expected
+
+    def upper(self, tail: float) -> float:
+        """Upper end of the one-sided interval of the difference (Student's)."""
+        return self.difference + float(-stdtrit(self.requests - 1, tail)) * self.error
+
+
+def compare(clusters: Sequence[Cluster], baseline: Mapping[str, Stratum]) -> Comparison | None:
+    """``None`` when fewer than two requests have a counterpart in the baseline."""
+    known = {key: s for key, s in baseline.items() if s.requests > 1 and s.steps >= FEWEST_STEPS}
+    here = [c for c in clusters if key_of(c) in known]
+    if len(here) < 2:
+        return None
+    steps = sum(c.verify_steps for c in here)
+    excess = [c.accepted - known[key_of(c)].ratio * c.verify_steps for c in here]
+    difference = sum(excess) / steps
+    m = len(here)
+    residuals = sum(
+        (e - difference * c.verify_steps) ** 2 for e, c in zip(excess, here, strict=True)
+    )
+    shares: dict[str, float] = {}
+    for c in here:
+        shares[key_of(c)] = shares.get(key_of(c), 0.0) + c.verify_steps / steps
+    variance = residuals * m / (m - 1) / steps**2
+    variance += sum(share**2 * known[key].variance for key, share in shares.items())
+    length = 1 + sum(c.accepted for c in here) / steps
+    return Comparison(m, length, length - difference, variance**0.5)
+
+
+def paces(steps: Sequence[Step]) -> dict[int, tuple[int, float]]:
+    """Tokens and seconds of single streams by batch size (the next power of two).
+
+    Each step counts with the time since the step before it of the same request; steps come by
+    request and in order.
+    """
+    gaps: list[tuple[int, int, float]] = []
+    for before, now in pairwise(steps):
+        if now.request_id == before.request_id and now.step == before.step + 1:
+            seconds = (now.at - before.at).total_seconds()
+            if seconds > 0:
+                gaps.append((batch_bucket(now.batch_size), now.kept, seconds))
+    if not gaps:
+        return {}
+    longest = LONG_GAP * median(seconds for _, _, seconds in gaps)
+    found: dict[int, tuple[int, float]] = {}
+    for bucket, kept, seconds in gaps:
+        if seconds <= longest:
+            tokens, total = found.get(bucket, (0, 0.0))
+            found[bucket] = (tokens + kept, total + seconds)
+    return found
+
+
+def speeds(
+    now: Mapping[int, tuple[int, float]], before: Mapping[int, tuple[int, float]]
+) -> tuple[float, float] | None:
+    """Tokens per second of a stream now, and what the baseline made at the same batch sizes.
+
+    ``None`` when no batch size was seen for long enough on both sides.
+    """
+    both = [b for b in now if b in before and min(now[b][0], before[b][0]) >= FEWEST_STEPS]
+    seconds = sum(now[b][1] for b in both)
+    if not seconds:
+        return None
+    expected = sum(now[b][1] * before[b][0] / before[b][1] for b in both)
+    return sum(now[b][0] for b in both) / seconds, expected / seconds

@@ -1,0 +1,140 @@
+"""What is live where, what goes on, and what comes next: one look at a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Engine
+
+from aurora_sgl import store
+from aurora_sgl.clock import utc_now
+from aurora_sgl.rollout import switches, trial, watch
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import Audit, Drift
+
+#: Seconds without a word after which a server or scheduler counts as silent.
+SILENT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """How far one server is. ``reason`` says why it does not run what it should."""
+
+    server_id: int
+    name: str
+    live_version_id: int | None
+    live_sha256: str
+    wanted_version_id: int | None
+    converged: bool
+    reason: str
+    phase: str
+    phase_reason: str
+    speculation_share: float | None
+    last_seen_at: datetime
+
+
+@dataclass(frozen=True)
+class SchedulerStatus:
+    """What the scheduler of a group does, what it will do next, when, and why."""
+
+    alive: bool
+    holder: str
+    state: str  # waiting, training, gate, trial, watch, cooldown, off
+    reason: str
+    next_action: str
+    next_at: datetime | None
+    details: dict[str, Any]
+    updated_at: datetime | None
+
+
+@dataclass(frozen=True)
+class GroupStatus:
+    """Everything that ``aurora-sgl status`` shows of a group."""
+
+    group: str
+    generation: int
+    aliases: dict[str, int]
+    wanted_version_id: int | None
+    trial_id: int | None  # set while a trial decides what the servers run
+    servers: list[ServerStatus]
+    switches: list[switches.SwitchState]
+    scheduler: SchedulerStatus
+    watch: watch.WatchStatus | None
+    trial: trial.TrialStatus | None
+
+
+def servers(engine: Engine, group: str) -> list[ServerStatus]:
+    """The running servers of a group, by name: what each runs, and why not what it should."""
+    now = utc_now()
+    with store.session(engine, write=False) as s:
+        group_id = queries.group_by_name(s, group).id
+        wanted = queries.wanted_version(s, group_id)
+        sha256 = queries.version(s, wanted.version_id).weights_sha256 if wanted else ""
+        found = []
+        for row in sorted(queries.servers(s, group_id), key=lambda row: row.name):
+            want = wanted.version_id if wanted else None
+            same_bytes = not row.live_sha256 or row.live_sha256 == sha256
+            silent = now - row.last_seen_at > timedelta(seconds=SILENT_SECONDS)
+            converged = want is None or (row.live_version_id == want and same_bytes)
+            reason = ""
+            if silent:
+                reason = f"not heard of since {row.last_seen_at:%Y-%m-%d %H:%M:%S} UTC"
+            elif not converged:
+                reason = row.last_error or f"version {want} is on its way"
+            found.append(
+                ServerStatus(row.id, row.name, row.live_version_id, row.live_sha256, want,
+                             converged and not silent, reason, row.phase, row.phase_reason,
+                             row.speculation_share, row.last_seen_at)
+            )  # fmt: skip
+    return found
+
+
+def scheduler(engine: Engine, group: str) -> SchedulerStatus:
+    """What the scheduler last said; not ``alive`` when there is none, or it went silent."""
+    with store.session(engine, write=False) as s:
+        row = queries.scheduler_state(s, queries.group_by_name(s, group).id)
+    if row is None:
+        why = "no scheduler ever ran for this group; start one with: aurora-sgl scheduler"
+        return SchedulerStatus(False, "", "", why, "", None, {}, None)
+    age = abs((utc_now() - row.updated_at).total_seconds())
+    alive = age < SILENT_SECONDS and row.state != "stopped"
+    reason = row.reason if alive else f"the scheduler is gone; it last said: {row.reason}"
+    return SchedulerStatus(
+        alive, row.holder, row.state, reason, row.next_action, row.next_at,
+        dict(row.details), row.updated_at,
+    )  # fmt: skip
+
+
+def drifts(engine: Engine, group: str, *, limit: int = 50) -> Sequence[Drift]:
+    """Falls of the live accept length that were detected, newest first."""
+    with store.session(engine, write=False) as s:
+        return queries.drifts(s, queries.group_by_name(s, group).id, limit=limit)
+
+
+def audit(engine: Engine, group: str, *, limit: int = 100) -> Sequence[Audit]:
+    """Switches, pins and trials: who, when, why; newest first. Deployments have their own table."""
+    with store.session(engine, write=False) as s:
+        return queries.audits(s, queries.group_by_name(s, group).id, limit=limit)
+
+
+def look(engine: Engine, group: str) -> GroupStatus:
+    """All of it at once."""
+    with store.session(engine, write=False) as s:
+        row = queries.group_by_name(s, group)
+        names = queries.aliases(s, row.id)
+        wanted = queries.wanted_version(s, row.id)
+    return GroupStatus(
+        group=group,
+        generation=row.generation,
+        aliases=names,
+        wanted_version_id=wanted.version_id if wanted else None,
+        trial_id=wanted.trial_id if wanted else None,
+        servers=servers(engine, group),
+        switches=switches.read(engine, group),
+        scheduler=scheduler(engine, group),
+        watch=watch.status(engine, group),
+        trial=trial.status(engine, group),
+    )

@@ -1,0 +1,307 @@
+"""The watch over a promotion: windows of live traffic against what was served before it.
+
+A promotion starts its watch in the same transaction; :func:`tick` carries it on from the store
+alone, so that any process may do it, and one that died is replaced by the next. Windows are cut
+from the times of the requests, not from when somebody looked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from aurora_sgl import store
+from aurora_sgl.clock import utc_now
+from aurora_sgl.config import WatchSettings
+from aurora_sgl.errors import AuroraError, Refused
+from aurora_sgl.rollout.promote import rollback
+from aurora_sgl.rollout.served import Comparison, Stratum, compare, paces, speeds, strata
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import Watch, WatchWindow
+from aurora_sgl.store.queries import Cluster
+
+#: One-sided tails: worse beyond doubt (alone enough), and worse as far as one window tells.
+DOUBTLESS, TELLING = 0.001, 0.05
+#: Requests of the baseline that are looked at.
+BASELINE_REQUESTS = 400
+#: Seconds without a word after which a server counts as gone.
+SILENT_SECONDS = 60.0
+#: Smallest share of steps with drafts that stretches a window.
+LEAST_SHARE = 0.1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WatchStatus:
+    """A watch with its windows so far."""
+
+    watch: Watch
+    windows: Sequence[WatchWindow]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one window came to: pass, bad, fail (beyond doubt) or empty."""
+
+    verdict: str
+    reason: str
+
+
+def status(engine: Engine, group: str) -> WatchStatus | None:
+    """The newest watch of a group, running or not; ``None``: there was none."""
+    with store.session(engine, write=False) as s:
+        found = queries.watches(s, queries.group_by_name(s, group).id, limit=1)
+        return WatchStatus(found[0], queries.watch_windows(s, found[0].id)) if found else None
+
+
+def tick(
+    engine: Engine,
+    group_id: int,
+    *,
+    settings: WatchSettings | None = None,
+    now: datetime | None = None,
+) -> WatchStatus | None:
+    """Close the windows that are over and act on them; ``None``: no watch is running.
+
+    Rolls back when a window is worse beyond doubt, or ``failures`` of them are bad or empty.
+    """
+    moment = now or utc_now()
+    with store.session(engine) as s:
+        watch = queries.running_watch(s, group_id, lock=True)
+        if watch is None:
+            return None
+        if queries.aliases(s, group_id).get("live") != watch.version_id:
+            queries.end_watch(s, watch, "ended", "another version went live")
+            return WatchStatus(watch, queries.watch_windows(s, watch.id))
+        if not watch.settings:
+            chosen = settings or WatchSettings()
+            watch.settings = chosen.model_dump(mode="json")
+            watch.baseline = _baseline(s, watch, chosen)
+            s.flush()
+        rules = WatchSettings.model_validate(watch.settings)
+        windows = list(queries.watch_windows(s, watch.id))
+        while _outcome(windows, rules) is None:
+            row = _next_window(s, watch, windows, rules, moment)
+            if row is None:
+                return WatchStatus(watch, windows)
+            log.info("watch over version %d: %s", watch.version_id, row.reason)
+            windows.append(row)
+    return _conclude(engine, watch, windows, rules)
+
+
+def judge(
+    clusters: Sequence[Cluster], baseline: dict[str, Stratum], rules: WatchSettings
+) -> tuple[Verdict, Comparison | None]:
+    """Accept length of a window's requests against the baseline on the same mix."""
+    found = compare(clusters, baseline)
+    if found is None:
+        return Verdict("pass", "nothing of the kind was served before; nothing to compare"), None
+    said = f"accept length {found.accept_length:.3f}, expected {found.expected:.3f}"
+    floor = -rules.margin * found.expected
+    if found.upper(DOUBTLESS) < floor:
+        return Verdict("fail", f"{said}: worse beyond doubt"), found
+    if found.difference < floor and found.upper(TELLING) < 0:
+        return Verdict("bad", f"{said}: worse than the margin allows"), found
+    return Verdict("pass", said), found
+
+
+def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
+    """What the version before served until the promotion, in sums."""
+    if watch.baseline_id is None:
+        return {"strata": {}, "paces": {}}
+    until = watch.started_at
+    since = until - timedelta(hours=rules.look_back_hours)
+    found = queries.clusters(
+        s, watch.group_id, watch.baseline_id,
+        since=since, until=until, limit=BASELINE_REQUESTS, newest=True,
+    )  # fmt: skip
+    steps = queries.steps_of_requests(s, [c.request_id for c in found], watch.baseline_id)
+    return {
+        "version_id": watch.baseline_id,
+        "requests": len(found),
+        "since": since.isoformat(),
+        "until": until.isoformat(),
+        "strata": {key: asdict(stratum) for key, stratum in strata(found).items()},
+        "paces": {str(bucket): pace for bucket, pace in paces(steps).items()},
+    }
+
+
+def _next_window(
+    s: Session,
+    watch: Watch,
+    windows: Sequence[WatchWindow],
+    rules: WatchSettings,
+    now: datetime,
+) -> WatchWindow | None:
+    """The row of the next window, or ``None`` while it goes on."""
+    begun = windows[-1].finished_at if windows else watch.started_at
+    begun = min(begun, now)  # a clock that went back must not stop the watch
+    clusters = queries.clusters(s, watch.group_id, watch.version_id, since=begun)
+    steps = 0
+    for count, cluster in enumerate(clusters, start=1):
+        steps += cluster.verify_steps
+        if steps >= rules.steps and count >= rules.requests:
+            end = cluster.finished_at + timedelta(microseconds=1)
+            return _close(s, watch, windows, begun, end, clusters[:count], rules)
+    servers = queries.servers(s, watch.group_id)
+    if servers and all(server.phase == "off" for server in servers):
+        return None  # nothing speculates, nothing can be told
+    first = queries.first_finished(s, watch.group_id, begun)
+    if first is None:
+        silent = now - timedelta(seconds=SILENT_SECONDS)
+        gone = not servers or all(server.last_seen_at < silent for server in servers)
+        end = begun + timedelta(seconds=rules.seconds)
+        if not gone or now < end:
+            return None  # no traffic is no evidence
+        why = Verdict("empty", "no server of the group answers")
+        return _write(s, watch, windows, begun, now, [], why)
+    share = max([LEAST_SHARE, *(server.speculation_share or 0.0 for server in servers)])
+    end = first + timedelta(seconds=rules.seconds / share)
+    if now < end:
+        return None
+    inside = [c for c in clusters if c.finished_at < end]
+    return _close(s, watch, windows, begun, end, inside, rules)
+
+
+def _close(
+    s: Session,
+    watch: Watch,
+    windows: Sequence[WatchWindow],
+    begun: datetime,
+    end: datetime,
+    clusters: Sequence[Cluster],
+    rules: WatchSettings,
+) -> WatchWindow:
+    if len(clusters) < 2:
+        reason = f"requests were served, {len(clusters)} with drafts of version {watch.version_id}"
+        return _write(s, watch, windows, begun, end, clusters, Verdict("empty", reason))
+    known = {key: Stratum(**sums) for key, sums in watch.baseline["strata"].items()}
+    verdict, compared = judge(clusters, known, rules)
+    steps = queries.steps_of_requests(s, [c.request_id for c in clusters], watch.version_id)
+    before = {int(b): (int(p[0]), float(p[1])) for b, p in watch.baseline["paces"].items()}
+    speed = speeds(paces(steps), before)
+    if verdict.verdict == "pass" and speed and speed[0] < (1 - rules.speed_margin) * speed[1]:
+        told = f"{verdict.reason}; {speed[0]:.1f} tokens/s of a stream, expected {speed[1]:.1f}"
+        verdict = Verdict("bad", told)
+    return _write(s, watch, windows, begun, end, clusters, verdict, compared, speed)
+
+
+def _write(
+    s: Session,
+    watch: Watch,
+    windows: Sequence[WatchWindow],
+    begun: datetime,
+    end: datetime,
+    clusters: Sequence[Cluster],
+    verdict: Verdict,
+    compared: Comparison | None = None,
+    speed: tuple[float, float] | None = None,
+) -> WatchWindow:
+    steps = sum(c.verify_steps for c in clusters)
+    accepted = sum(c.accepted for c in clusters)
+    return queries.add_watch_window(
+        s,
+        watch_id=watch.id,
+        number=len(windows) + 1,
+        started_at=begun,
+        finished_at=end,
+        requests=len(clusters),
+        verify_steps=steps,
+        accepted=accepted,
+        accept_length=1 + accepted / steps if steps else None,
+        expected_accept_length=compared.expected if compared else None,
+        tokens_per_second=speed[0] if speed else None,
+        expected_tokens_per_second=speed[1] if speed else None,
+        verdict=verdict.verdict,
+        reason=verdict.reason,
+        metrics={"compared": asdict(compared) if compared else None},
+    )
+
+
+def _outcome(windows: Sequence[WatchWindow], rules: WatchSettings) -> str | None:
+    """passed, failed, or ``None`` while it goes on."""
+    wrong = [w for w in windows if w.verdict != "pass"]
+    if any(w.verdict == "fail" for w in wrong) or len(wrong) >= rules.failures:
+        return "failed"
+    return "passed" if len(windows) >= rules.windows else None
+
+
+def _conclude(
+    engine: Engine, watch: Watch, windows: Sequence[WatchWindow], rules: WatchSettings
+) -> WatchStatus:
+    outcome = _outcome(windows, rules)
+    last = windows[-1].reason
+    with store.session(engine) as s:
+        name = queries.group(s, watch.group_id).name
+        _mark(s, watch, windows, "pass" if outcome == "passed" else "fail")
+    reason = f"{len(windows)} windows, the last: {last}"
+    if outcome == "failed":
+        evidence = {"watch_id": watch.id, "windows": [_plain(window) for window in windows]}
+        try:
+            change = rollback(
+                engine,
+                name,
+                actor="watch",
+                reason=f"version {watch.version_id}: {last}",
+                expected_live=watch.version_id,
+                evidence=evidence,
+            )
+            reason = f"{last}; version {change.version_id} is live again"
+        except Refused as refusal:
+            reason = f"{last}; no rollback: {refusal}"
+        except AuroraError as error:
+            reason = f"{last}; the rollback failed: {error}"
+        log.warning("watch over version %d: %s", watch.version_id, reason)
+    with store.session(engine) as s:
+        found = queries.watches(s, watch.group_id)
+        row = next(each for each in found if each.id == watch.id)
+        queries.end_watch(s, row, str(outcome), reason)
+        return WatchStatus(row, queries.watch_windows(s, row.id))
+
+
+def _mark(s: Session, watch: Watch, windows: Sequence[WatchWindow], verdict: str) -> None:
+    """The version's evaluation by live traffic; once a watch."""
+    known = queries.evaluations(s, watch.version_id)
+    if any(e.kind == "live" and e.details.get("watch_id") == watch.id for e in known):
+        return
+    steps = sum(w.verify_steps for w in windows)
+    length = 1 + sum(w.accepted for w in windows) / steps if steps else None
+    weighed = [
+        (w.verify_steps, w.expected_accept_length) for w in windows if w.expected_accept_length
+    ]
+    total = sum(n for n, _ in weighed)
+    expected = sum(n * e for n, e in weighed) / total if total else None
+    queries.add_evaluation(
+        s,
+        candidate_id=watch.version_id,
+        baseline_id=watch.baseline_id,
+        kind="live",
+        requests=sum(w.requests for w in windows),
+        verdict=verdict,
+        candidate_accept_length=length,
+        baseline_accept_length=expected,
+        difference=length - expected if length and expected else None,
+        details={"watch_id": watch.id, "generation": watch.generation,
+                 "windows": [_plain(window) for window in windows]},
+    )  # fmt: skip
+
+
+def _plain(window: WatchWindow) -> dict[str, Any]:
+    return {
+        "number": window.number,
+        "requests": window.requests,
+        "verify_steps": window.verify_steps,
+        "accept_length": window.accept_length,
+        "expected_accept_length": window.expected_accept_length,
+        "tokens_per_second": window.tokens_per_second,
+        "expected_tokens_per_second": window.expected_tokens_per_second,
+        "verdict": window.verdict,
+        "reason": window.reason,
+    }
