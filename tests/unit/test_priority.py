@@ -9,21 +9,23 @@ from pathlib import Path
 import pytest
 
 AUTOGROUP = Path("/proc/self/autogroup")
+#: Without autogroups the file is missing or empty: niceness then counts between sessions too.
+HAS_AUTOGROUPS = AUTOGROUP.exists() and bool(AUTOGROUP.read_text().split())
 SCRIPT = """
 import os
 from pathlib import Path
 from aurora_sgl.priority import step_back
 step_back(7)
-print(os.nice(0), Path("/proc/self/autogroup").read_text().split()[-1])
+group = Path("/proc/self/autogroup")
+print(os.nice(0), (group.read_text().split() if group.exists() else [])[-1:])
 """
 
 
-@pytest.mark.skipif(not AUTOGROUP.exists(), reason="a kernel without autogroups")
 @pytest.mark.parametrize("own_session", [True, False])
 def test_a_session_leader_takes_its_whole_session_back_and_nobody_else_does(
     own_session: bool,
 ) -> None:
-    before = AUTOGROUP.read_text().split()[-1]
+    before = AUTOGROUP.read_text().split()[-1:] if HAS_AUTOGROUPS else []
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
@@ -33,4 +35,4 @@ def test_a_session_leader_takes_its_whole_session_back_and_nobody_else_does(
     )
     niceness, group = done.stdout.split()
     assert int(niceness) >= 7
-    assert group == ("7" if own_session else before)
+    assert group == str(["7"] if own_session and HAS_AUTOGROUPS else before)
