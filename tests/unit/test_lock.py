@@ -78,7 +78,9 @@ def test_every_line_of_the_lock_pins_one_version() -> None:
     assert len(pins) == len(locked())
 
 
-@pytest.mark.parametrize("requirement", requirements("demo", "dev", "scale"), ids=lambda r: str(r.name))
+@pytest.mark.parametrize(
+    "requirement", requirements("demo", "dev", "scale"), ids=lambda r: str(r.name)
+)
 def test_the_lock_satisfies_what_pyproject_asks_for(requirement: Requirement) -> None:
     version = locked().get(canonicalize_name(requirement.name))
     assert version is not None, f"{requirement.name} is not in requirements/cpu.lock"
