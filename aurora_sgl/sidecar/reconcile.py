@@ -17,11 +17,11 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar import boot_version, phase
-from aurora_sgl.sidecar.link import StoreAway, StoreLink
 from aurora_sgl.sidecar.servers import Known, Live, Registry, drafter_path
 from aurora_sgl.sidecar.staging import Stager, Wanted
 from aurora_sgl.sidecar.swaps import Swaps
 from aurora_sgl.store import queries
+from aurora_sgl.store.link import StoreAway, StoreLink
 
 TICK_SECONDS = 1.0
 PHASE_SECONDS = 5.0

@@ -25,7 +25,6 @@ from aurora_sgl.sidecar.batcher import TRACE, Batcher, Intake
 from aurora_sgl.sidecar.cursor import Cursor
 from aurora_sgl.sidecar.endpoint import Endpoint
 from aurora_sgl.sidecar.health import HealthServer, Status
-from aurora_sgl.sidecar.link import StoreAway, StoreLink
 from aurora_sgl.sidecar.reconcile import Reconciler
 from aurora_sgl.sidecar.servers import Registry
 from aurora_sgl.sidecar.spools import adopt, open_spool
@@ -33,6 +32,7 @@ from aurora_sgl.sidecar.staging import Stager
 from aurora_sgl.sidecar.trace_files import TraceWriter
 from aurora_sgl.sidecar.trace_store import TraceStore
 from aurora_sgl.sidecar.traces import Trace, TraceAssembler
+from aurora_sgl.store.link import StoreAway, StoreLink
 
 POLL_MS = 250
 #: Messages that are taken in one round before anything else gets its turn.
@@ -67,7 +67,7 @@ class Service:
             adopt(home, self._spool, self._cursor)
         artifacts = ArtifactRoot(settings.artifact_root)
         self._artifacts = artifacts
-        self._link = StoreLink(settings.store_url)
+        self._link = StoreLink(settings.store_url, "records wait in the spool")
         self._registry = Registry(self._link, self._cursor, settings.group)
         self._intake = Intake(self._spool, self._registry)
         self._assembler = TraceAssembler(settings.trace_memory_bytes)
