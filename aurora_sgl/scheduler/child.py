@@ -21,10 +21,15 @@ log = logging.getLogger(__name__)
 
 
 class TrainingProcess:
-    """``python -m aurora_sgl.training`` in a session of its own. Ends with this process, also when
+    """``python -m MODULE`` in a session of its own. Ends with this process, also when
     that is killed. Use it from one thread, which must live as long as it."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        module: str = "aurora_sgl.training",
+    ) -> None:
         """Starts it. Raises ``OSError`` when the system has no room for it."""
         self.started = time.monotonic()
         self.progress: dict[str, Any] = {}
@@ -34,7 +39,7 @@ class TrainingProcess:
         self._paused_at: float | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "aurora_sgl.scheduler.bound", str(os.getpid()),
-             "aurora_sgl.training", *arguments],
+             module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -29,7 +29,9 @@ def load_of(servers: Iterable[Server], rules: SchedulerSettings, elapsed: Elapse
         if elapsed.since(server.last_seen_at) > FRESH_SECONDS:
             continue
         queue = float(server.counters.get("queue", 0.0))
-        step_ms = float(server.counters.get("step_ms", 0.0))
+        # of the last steps, however long ago they were: a server without requests is not slow
+        running = server.counters.get("running_requests", 0.0)
+        step_ms = float(server.counters.get("step_ms", 0.0)) if running else 0.0
         if rules.pause_queue and queue >= rules.pause_queue:
             said = f"{queue:.0f} requests wait at {server.name} (limit {rules.pause_queue:.0f})"
             return Load(NONE, said)
