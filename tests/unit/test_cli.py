@@ -149,9 +149,9 @@ def test_versions_go_in_are_listed_shown_and_come_out(
     code, _, error = run("versions", "export", str(made["id"]), str(into))
     assert code == 1 and "not empty" in error
 
-    assert "is pinned" in run("versions", "pin", "live")[1]
+    assert "is pinned" in run("versions", "pin", "live", "--reason", "good")[1]
     assert json.loads(run("versions", "list", "--json")[1])[0]["pinned"] is True
-    assert "not pinned" in run("versions", "unpin", "live")[1]
+    assert "not pinned" in run("versions", "unpin", "live", "--reason", "old")[1]
 
 
 def test_a_drafter_of_another_target_is_refused(run: Run, house: House, tmp_path: Path) -> None:  # noqa: F811
