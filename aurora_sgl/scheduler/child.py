@@ -14,8 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+import psutil
+
 #: Seconds between asking a run to end and ending it.
 GRACE_SECONDS = 3.0
+#: Seconds that a busy machine may take to stop a process.
+STILL_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +100,16 @@ class TrainingProcess:
         return {"status": "failed", "error": why}
 
     def pause(self) -> None:
-        if not self.paused:
-            self._signal(signal.SIGSTOP)
-            self._paused_at = time.monotonic()
+        """Stop it where it is; returns when it stands still."""
+        if self.paused:
+            return
+        self._signal(signal.SIGSTOP)
+        self._paused_at = time.monotonic()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while time.monotonic() < self._paused_at + STILL_SECONDS and (
+                psutil.Process(self.pid).status() != psutil.STATUS_STOPPED
+            ):
+                time.sleep(0.005)
 
     def resume(self) -> None:
         if self.paused:

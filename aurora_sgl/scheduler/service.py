@@ -41,12 +41,13 @@ class Service:
         self._reason = "it has just started"
         self._samples: list[Sample] = []
         self._complained = ""
+        for name in ("apscheduler", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         # One thread for everything: rounds never overlap, and a training run lives as long as it.
         self._clock = BackgroundScheduler(executors={"default": ThreadPoolExecutor(1)})
         always: dict[str, Any] = {"max_instances": 1, "coalesce": True, "misfire_grace_time": None}
         self._clock.add_job(self._round, "interval", seconds=TICK_SECONDS, **always)
         self._clock.add_job(self._measure, "interval", seconds=METRICS_SECONDS, **always)
-        logging.getLogger("apscheduler").setLevel(logging.ERROR)
         self.health: HealthServer | None = None
 
     def start(self) -> None:
