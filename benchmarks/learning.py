@@ -87,18 +87,21 @@ def in_rounds(
     settings: TrainSettings,
     stops: Sequence[int],
     *,
+    rounds: Sequence[int] = ROUNDS,
+    since: int = 0,
     budget: _BUDGETS | None = None,
     name: str = "",
 ) -> Iterator[Learned]:
-    """A training run, as the scheduler starts them, at each of ``ROUNDS``: it begins with what the
-    last one published and trains on the newest ``window`` requests and a share of older ones.
+    """A training run, as the scheduler starts them, at each of ``rounds``: it begins with what the
+    last one published and trains on the newest ``window`` requests and a share of older ones. The
+    drafter that it all begins with has seen ``since`` requests.
 
     ``budget`` bounds the processor's time of all runs so far. With a ``name`` the state of the last
     round is kept: a benchmark that was killed, or is asked for more requests, goes on there.
     """
     kept = _Kept(name)
-    now = kept.load(start)
-    for served in (n for n in ROUNDS if n <= max(stops)):
+    now = kept.load(start, since)
+    for served in (n for n in rounds if n <= max(stops)):
         if served > now.served:
             now = _round(now, requests, served, settings, budget)
             kept.save(now)
@@ -228,9 +231,9 @@ class _Kept:
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]
             self.path = CACHE.parent / "rounds" / f"{digest}.pt"
 
-    def load(self, start: Drafter) -> Learned:
+    def load(self, start: Drafter, since: int) -> Learned:
         if self.path is None or not self.path.exists():
-            return Learned(0, start, 0.0, 0)
+            return Learned(since, start, 0.0, 0)
         state = torch.load(self.path, weights_only=True)
         drafter = copy.deepcopy(start)
         drafter.load_state_dict(state["drafter"])

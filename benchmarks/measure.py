@@ -48,6 +48,17 @@ def paired(a: Mapping[str, Any], b: Mapping[str, Any], shape: str) -> PairedDiff
     return paired_difference(_replayed(a[shape]), _replayed(b[shape]))
 
 
+def pooled_by_request(by_domain: Mapping[str, Sequence[Mapping[str, Any]]]) -> Measured:
+    """Measurements of several seeds and domains as one: sums of a request over seeds, then the
+    domains' requests side by side. A request stays one unit of what is resampled."""
+    found: Measured = {shape: {"accepted": [], "steps": []} for shape in SHAPES}
+    for seeds in by_domain.values():
+        for shape, sums in found.items():
+            for name, values in sums.items():
+                values += np.sum([one[shape][name] for one in seeds], axis=0).tolist()
+    return found
+
+
 def lengths(
     sums: Mapping[str, Sequence[int]],
     picks: np.ndarray,  # [draws, requests] int

@@ -38,6 +38,10 @@ class Cells:
         found = self.cells.get(_name(key))
         return found[1] if found else None
 
+    def cell(self, **key: Any) -> dict[str, Any]:
+        """A cell that must be there. Raises ``KeyError`` when it is not."""
+        return self.cells[_name(key)][1]
+
     def put(self, result: Mapping[str, Any], **key: Any) -> None:
         """Add a cell; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
