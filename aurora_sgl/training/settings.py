@@ -33,6 +33,9 @@ class TrainSettings(BaseModel):
     passes: int = Field(default=2, ge=1)
     """Passes over the window. In the same setting one and three passes gave 1.59 and 1.91."""
 
+    least_updates: int = Field(default=0, ge=0)
+    """Updates that a run makes at least: a small window gets more passes. 0: ``passes`` alone."""
+
     learning_rate: float = Field(default=1.5e-3, gt=0)
     """Peak rate of AdamW. In the same setting 1e-3 and 2e-3 gave 1.59 and 1.68 after one pass, 1.91
     and 1.89 after three."""

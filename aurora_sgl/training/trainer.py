@@ -47,13 +47,16 @@ def train(
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
     team: Team | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainResult:
     """Train a copy of ``drafter``; the given one stays as it is.
 
     ``checkpoints``, already begun with the plan of this run, makes it go on where it was killed.
     Every process of a ``team`` calls this with the same arguments and gets the same result; only
-    process 0 replays ``dev``, writes checkpoints and reports progress. Raises ``AuroraError`` when
-    there is nothing to train on or the loss stops being finite.
+    process 0 replays ``dev``, writes checkpoints and reports progress. ``clock`` is what
+    ``max_seconds`` is counted by, in seconds (``time.process_time``: the processor's, for a
+    comparison on a busy machine). Raises ``AuroraError`` when there is nothing to train on or the
+    loss stops being finite.
     """
     if not len(sequences):
         raise AuroraError("no requests to train on")
@@ -62,9 +65,9 @@ def train(
     head = head.to(device)
     learner = Learner(copy.deepcopy(drafter).float().to(device), sequences, head, settings, team)
     stopping = EarlyStop(dev, head, settings) if dev is not None and len(dev) else None
-    run = _Run(learner, stopping, checkpoints, progress)
+    run = _Run(learner, stopping, checkpoints, progress, clock)
     run.take_up()
-    while run.number < settings.passes and not run.over:
+    while run.number < len(run.plan) and not run.over:
         run.one_pass()
     best = stopping.best if stopping is not None and stopping.best is not None else learner.average
     return TrainResult(best.cpu(), learner.updates, run.tokens, run.metrics())
@@ -79,11 +82,13 @@ class _Run:
         stopping: EarlyStop | None,
         checkpoints: Checkpoints | None,
         progress: Progress | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.now = clock
         self.learner, self.settings, self.team = learner, learner.settings, learner.team
         self.stopping, self.progress = stopping, progress
         self.checkpoints = checkpoints
-        self.plan = [self._batches(number) for number in range(self.settings.passes)]
+        self.plan = self._passes()
         self.total = sum(map(len, self.plan))
         self.number = self.place = 0  # of the pass, and of the next update in it
         self.tokens = self.unreadable = self.seen = self.resumed_at = 0
@@ -92,7 +97,7 @@ class _Run:
         self.over = False
         self.losses: list[float] = []
         self.statistics: dict[str, list[float]] = {}  # of the objective, one value an update
-        self.started = time.monotonic()
+        self.started = self.now()
 
     def one_pass(self) -> None:
         updates = self.plan[self.number]
@@ -150,6 +155,13 @@ class _Run:
             }
         )
 
+    def _passes(self) -> list[list[list[int]]]:
+        """The updates of each pass; a small window gets more passes, up to ``least_updates``."""
+        found = [self._batches(number) for number in range(self.settings.passes)]
+        while sum(map(len, found)) < self.settings.least_updates:
+            found.append(self._batches(len(found)))
+        return found
+
     def _batches(self, number: int) -> list[list[int]]:
         sequences, settings = self.learner.sequences, self.settings
         return batches(
@@ -172,7 +184,7 @@ class _Run:
             self.statistics.setdefault(name, []).append(value)
 
     def _clock(self) -> float:
-        return self.before + time.monotonic() - self.started
+        return self.before + self.now() - self.started
 
     def _done(self) -> float:
         share = self.seen / max(1, self.total)
@@ -198,12 +210,12 @@ class _Run:
     def _report(self) -> None:
         if self.progress is None or self.team.rank:
             return
-        called = time.monotonic()
+        called = self.now()
         self.progress(
             {
                 "event": "update",
                 "pass": self.number + 1,
-                "passes": self.settings.passes,
+                "passes": len(self.plan),
                 "update": self.seen,
                 "updates": self.total,
                 "loss": self.losses[-1],
@@ -211,11 +223,11 @@ class _Run:
                 "seconds": self.seconds,
             }
         )
-        self.started += time.monotonic() - called
+        self.started += self.now() - called
 
     def metrics(self) -> dict[str, Any]:
         seconds = max(1e-9, self._clock())
-        share = max(1, len(self.losses) // self.settings.passes)
+        share = max(1, len(self.losses) // len(self.plan))
         finite = [x for x in self.losses if math.isfinite(x)]
         found: dict[str, Any] = {
             "updates": self.learner.updates,

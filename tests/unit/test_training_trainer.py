@@ -258,3 +258,21 @@ def test_two_workers_come_to_the_weights_of_one(
     data[2].last[8] = float("nan")
     with pytest.raises(AuroraError, match="the loss is not finite"):
         train_on_workers(drafter, data, head, settings.model_copy(update={"workers": 2}))
+
+
+def test_a_small_window_is_passed_over_until_the_least_number_of_updates(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    data = requests(head, 6)
+    given = {**RECIPE, "passes": 1}
+    few = train(drafter, data, head, TrainSettings(**given, least_updates=20))
+    assert few.updates == 24  # four passes of six
+    enough = train(drafter, data, head, TrainSettings(**given, least_updates=6))
+    assert enough.updates == 6
+
+
+def test_the_time_limit_is_counted_by_the_given_clock(tmp_path: Path) -> None:
+    drafter, head = world(tmp_path / "t")
+    ticks = iter(range(10_000))
+    settings = TrainSettings(**{**RECIPE, "passes": 100}, max_seconds=30)
+    result = train(drafter, requests(head, 6), head, settings, clock=lambda: float(next(ticks)))
+    assert 2 <= result.updates <= 40
