@@ -8,7 +8,7 @@ among them those of A. Accept lengths are exact replays on 60 held-out requests 
 is being served, and of A all along, as the demo's tree (4, 4, 16) and as a chain of 4.
 
     python -m benchmarks.domain_shift [--trained 200] [--each 200] [--seed 0] [--show] [--json]
-        [--picture domain_shift.html]
+        [--picture domain_shift.png]
     python -m benchmarks.domain_shift --serve [--prompts 12] ...
 
 ``--serve`` then starts two real SGLang servers beside each other, one with either drafter, at five
@@ -21,6 +21,7 @@ Cells are kept in ``benchmarks/results/domain_shift.jsonl``: stop it at any time
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -233,7 +234,7 @@ def until_ninety(rows: Sequence[dict[str, Any]], each: int) -> list[dict[str, An
 
 
 def picture(cells: Cells, shift: Shift, path: Path) -> None:
-    """Accept lengths over requests as a Plotly page."""
+    """Accept lengths over requests as a Plotly page; for a ``.png`` also as that."""
     import plotly.graph_objects as go  # type: ignore[import-untyped]
 
     figure = go.Figure()
@@ -254,8 +255,24 @@ def picture(cells: Cells, shift: Shift, path: Path) -> None:
         xaxis_title="requests since the turn", yaxis_title="accept length", template="plotly_white",
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs="cdn")
+    page = path.with_suffix(".html")
+    figure.write_html(page, include_plotlyjs=True)
+    if path.suffix == ".png":
+        _photograph(page, path)
     print(f"picture: {path}", file=sys.stderr)
+
+
+def _photograph(page: Path, path: Path) -> None:
+    """The page as a PNG, by the browser that the dashboard's tests use."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        tab = browser.new_page(viewport={"width": 1000, "height": 520})
+        tab.goto(page.resolve().as_uri())
+        tab.wait_for_selector(".main-svg")
+        tab.screenshot(path=str(path))
+        browser.close()
 
 
 def main() -> None:
