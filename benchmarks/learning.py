@@ -174,7 +174,7 @@ class AsServed:
         one = self.rows[index]
         if index not in self.known:
             began = time.process_time()
-            proposals = served(self.live, one)
+            proposals = served(self.live, one, head())
             weights = None
             if self.settings.after_rejection_weight != 1:
                 steps = [
@@ -194,11 +194,13 @@ class AsServed:
         return replace(one, **self.known[index])
 
 
-def served(drafter: Drafter, one: served_request.Sequence) -> tuple[LoggedProposal, ...]:
+def served(
+    drafter: Drafter, one: served_request.Sequence, head: TargetHead
+) -> tuple[LoggedProposal, ...]:
     """The verify steps of a request, had this drafter served it with the tree."""
     shape = SHAPES["tree"]
     roots = torch.arange(one.output_start, min(len(one.tokens) - 2, one.rows) + 1)
-    drafts = proposals_at(drafter, one, roots, shape, head())
+    drafts = proposals_at(drafter, one, roots, shape, head)
     found, root = [], one.output_start
     while root - one.output_start < len(drafts):
         draft = drafts[root - one.output_start]

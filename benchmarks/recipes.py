@@ -17,7 +17,7 @@ is also given without it. The ratio is pooled gain over pooled gain, over the ce
 Aurora's gain exceeds 0.05, with a bootstrap interval over held-out requests and seeds.
 
     python -m benchmarks.recipes [--until 400] [--seeds 0 1 2] [--domains narrow chat mixed]
-        [--recipes aurora ours ...] [--parts] [--show] [--json]
+        [--recipes aurora ours ...] [--search 200] [--parts] [--show] [--json]
 
 Cells are kept in ``benchmarks/results/recipes.jsonl`` as they finish: stop it at any time, call it
 again to go on, or with ``--show`` for the tables of what is there.
@@ -140,21 +140,24 @@ class Bench:
         return lambda served: float(np.interp(served, at, seconds))
 
     def best_rate(self, settings: TrainSettings, domain: str) -> TrainSettings:
-        """At the rate with the highest mean accept length of those that seed 0 was run with."""
-        found = []
-        for rate in RATES:
-            tried = settings.model_copy(update={"learning_rate": rate, "seed": 0})
-            cells = [self.get(tried, domain, 0, n) for n in CHECKPOINTS[:3]]
-            values = [accept_length(c, shape) for c in cells if c for shape in SHAPES]
-            if values:
-                found.append((mean(values), rate))
+        """At the rate that was best on seed 0 after the most requests that all rates were run to,
+        by the mean accept length of chain and tree."""
+        found: list[tuple[float, float]] = []
+        for served in CHECKPOINTS:
+            at_rates = [settings.model_copy(update={"learning_rate": rate}) for rate in RATES]
+            tried = [(one.learning_rate, self.get(one, domain, 0, served)) for one in at_rates]
+            if all(cell for _, cell in tried):
+                found = [
+                    (mean(accept_length(cell, shape) for shape in SHAPES), rate)
+                    for rate, cell in tried
+                    if cell
+                ]
         rate = max(found)[1] if found else RATES[1]
         return settings.model_copy(update={"learning_rate": rate})
 
-    def search(self, settings: TrainSettings, domain: str) -> TrainSettings:
+    def search(self, settings: TrainSettings, domain: str, until: int) -> TrainSettings:
         for rate in RATES:
-            tried = settings.model_copy(update={"learning_rate": rate})
-            self.run(tried, domain, 0, CHECKPOINTS[2])
+            self.run(settings.model_copy(update={"learning_rate": rate}), domain, 0, until)
         return self.best_rate(settings, domain)
 
 
@@ -304,6 +307,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--domains", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--recipes", nargs="+", default=["aurora", "ours", "ours equal time"])
+    parser.add_argument("--search", type=int, default=200, help="requests to try each rate on")
     parser.add_argument("--parts", action="store_true", help="also one part changed, on seed 0")
     parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--json", action="store_true")
@@ -321,9 +325,8 @@ def run(bench: Bench, given: argparse.Namespace) -> None:
             for name in given.recipes:
                 if name.startswith("aurora"):
                     size = 1 if name.endswith("1") else AURORA.batch_requests
-                    recipe = bench.search(
-                        AURORA.model_copy(update={"batch_requests": size}), domain
-                    )
+                    aurora = AURORA.model_copy(update={"batch_requests": size})
+                    recipe = bench.search(aurora, domain, given.search)
                 else:
                     recipe = settings[name](domain)
                 rival = bench.best_rate(AURORA, domain) if "equal" in name else None
