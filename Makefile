@@ -34,7 +34,7 @@ demo: $(STAMP)
 
 # Two processes: the tests that share running servers in one, the others in the other.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-fast: $(STAMP)
 	@$(BIN)/python -m pytest -m "not engine and not slow and not gpu" $(ARGS)

@@ -23,6 +23,20 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "unit")]
 _numbers = itertools.count(1)
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes: the tests that share running servers in one of them, from the start;
+    the others file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class SharedServers(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "e2e" if file.startswith("tests/e2e/") else file
+
+    config.option.loadscopereorder = False  # longest first by number of tests, not by time
+    return SharedServers(config, log)
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A real PostgreSQL of our own, started from the package pgserver; gone after the tests.
