@@ -263,8 +263,9 @@ def add(minutes: dict[Any, list[Any]], key: Any, row: list[Any]) -> None:
 
 def write_minutes(db: sqlite3.Connection, minutes: dict[Any, list[Any]]) -> None:
     rows = []
-    for (minute, server, version, domain, bucket), (*sums, histogram) in sorted(minutes.items(),
-                                                                             key=lambda i: i[0]):  # fmt: skip
+    for key in sorted(minutes):
+        minute, server, version, domain, bucket = key
+        *sums, histogram = minutes[key]
         reached = histogram[::-1].cumsum()[::-1][1:]
         rows.append((
             minute, server, version, domain, DEPTH, TOPK, "greedy", bucket, 0, *sums,

@@ -22,7 +22,8 @@ class Alert:
 
 def alerts(group: Group, look: status.GroupStatus) -> list[Alert]:
     """The worst first."""
-    found = [*_servers(look), *_watch(look), *_drift(group), *_drops(group), *_learning(group, look)]
+    found = [*_servers(look), *_watch(look), *_drift(group), *_drops(group)]
+    found += _learning(group, look)
     return sorted(found, key=lambda alert: not alert.severe)
 
 
@@ -85,7 +86,8 @@ def _drops(group: Group) -> list[Alert]:
     if not lost:
         return []
     told = ", ".join(f"{count:,} at the {place}" for place, count in sorted(lost.items()))
-    return [Alert(f"Records were lost since these servers started: {told}. Requests were not.", False)]
+    text = f"Records were lost since these servers started: {told}. Requests were not."
+    return [Alert(text, False)]
 
 
 def _learning(group: Group, look: status.GroupStatus) -> list[Alert]:

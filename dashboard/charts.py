@@ -129,7 +129,8 @@ MOST_LABELS = 12
 
 
 def _mark_deployments(figure: go.Figure, deployments: list[Deployment], top: float) -> None:
-    for action, symbol, sign in (("promote", "triangle-up", "▲"), ("rollback", "triangle-down", "▼")):
+    signs = (("promote", "triangle-up", "▲"), ("rollback", "triangle-down", "▼"))
+    for action, symbol, sign in signs:
         rows = [row for row in deployments if row.action == action]
         if not rows:
             continue
@@ -190,7 +191,8 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
             customdata=list(column),
             name=name,
             marker={"color": COLOURS[index % 8], "pattern": {"shape": PATTERNS[index % 8]}},
-            hovertemplate="%{x} accepted: %{customdata:,} steps, %{y:.1%}<extra>" + name + "</extra>",
+            hovertemplate="%{x} accepted: %{customdata:,} steps, %{y:.1%}"
+            f"<extra>{name}</extra>",
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_xaxes(title="accepted in a step", type="category")
@@ -200,16 +202,21 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
 def heat(rows: Sequence[str], columns: Sequence[str], cells: Mapping[Any, Served]) -> go.Figure:
     """Accept length by domain and hour; a cell says its number."""
     values = [[_length(cells.get((row, column))) for column in columns] for row in rows]
-    told = [
-        [_told(row, column, cells.get((row, column))) for column in columns] for row in rows
-    ]
+    told = [[_told(row, column, cells.get((row, column))) for column in columns] for row in rows]
     figure = go.Figure(
         go.Heatmap(
-            x=list(columns), y=list(rows), z=values, text=values, customdata=told,
+            x=list(columns),
+            y=list(rows),
+            z=values,
+            text=values,
+            customdata=told,
             texttemplate="%{text:.2f}" if len(columns) <= 30 else "",
-            hovertemplate="%{customdata}<extra></extra>", colorscale="Viridis",
-            colorbar={"title": "accept<br>length"}, xgap=1, ygap=1,
-        )  # fmt: skip
+            hovertemplate="%{customdata}<extra></extra>",
+            colorscale="Viridis",
+            colorbar={"title": "accept<br>length"},
+            xgap=1,
+            ygap=1,
+        )
     )
     figure.update_xaxes(type="category", side="bottom")
     figure.update_yaxes(type="category", autorange="reversed")

@@ -36,7 +36,7 @@ def is_operator() -> bool:
 def show() -> None:
     """The page for those who are not logged in."""
     _keep()
-    left, middle, right = st.columns([1, 2, 1])
+    _, middle, _ = st.columns([1, 2, 1])
     with middle:
         st.title("Aurora-SGL")
         token = st.query_params.get(SETUP, "")

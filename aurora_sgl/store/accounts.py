@@ -132,7 +132,8 @@ class Accounts:
         token = secrets.token_urlsafe(24)
         with self._transaction() as db:
             db.execute("DELETE FROM setup")
-            db.execute("INSERT INTO setup VALUES (?, ?)", [_hash(token), time.time() + SETUP_SECONDS])
+            until = time.time() + SETUP_SECONDS
+            db.execute("INSERT INTO setup VALUES (?, ?)", [_hash(token), until])
         return token
 
     def setup_is_open(self, token: str) -> bool:
@@ -145,7 +146,7 @@ class Accounts:
         with self._transaction() as db:
             taken = db.execute("SELECT 1 FROM account LIMIT 1").fetchone()
             if taken or not _open_setup(db, token):
-                raise Refused("this link was used already, or is too old; start the dashboard again")
+                raise Refused("this link was used, or is too old; start the dashboard again")
             db.execute("DELETE FROM setup")
             self._put(db, name, OPERATOR, hashed)
         return Account(name, OPERATOR, True)

@@ -1,4 +1,4 @@
-"""Now: does speculation pay, which version is live, better or worse, for whom, and what is wrong."""
+"""Now: does speculation pay, what is live, better or worse, for whom, and what is wrong."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
     live = look.aliases.get("live")
     if moment is None:
         st.info(
-            "No request was served yet. Send one to a server's OpenAI endpoint, or run `make demo`; "
-            "numbers appear here within seconds.",
+            "No request was served yet. Send one to a server's OpenAI endpoint, or run "
+            "`make demo`; numbers appear here within seconds.",
             icon=":material/hourglass_empty:",
         )
         return
@@ -133,8 +133,8 @@ def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
         )
     else:
         st.warning(
-            f"**Speculation does not pay yet: {up:.2f} times the speed of plain decoding.** {said}; "
-            f"it pays above {moment.break_even:.2f}. Drafts ride on "
+            f"**Speculation does not pay yet: {up:.2f} times the speed of plain decoding.** "
+            f"{said}; it pays above {moment.break_even:.2f}. Drafts ride on "
             f"{moment.draft_share:.0%} of the steps.",
             icon=":material/trending_down:",
         )
@@ -282,5 +282,5 @@ def _next(look: status.GroupStatus) -> None:
         )
     for switch in look.switches:
         name = switch.name.replace("_", " ")
-        words.say(f"{name}: {'on' if switch.on else 'OFF'}" + (f" ({switch.reason})" if switch.reason
-                                                               else ""))  # fmt: skip
+        why = f" ({switch.reason})" if switch.reason else ""
+        words.say(f"{name}: {'on' if switch.on else 'OFF'}{why}")

@@ -181,7 +181,7 @@ def _postgres(role_url: str, typed: str, rows: int, seconds: float) -> Found:
             found: list[tuple[Any, ...]] = []
             with connection.cursor() as cursor:
                 # stream() uses the extended protocol: one statement, one row at a time.
-                for row in cursor.stream(typed):  # type: ignore[arg-type]
+                for row in cursor.stream(typed):
                     found.append(_readable(row))
                     if len(found) >= rows:
                         connection.cancel()

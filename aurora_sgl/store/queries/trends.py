@@ -36,7 +36,7 @@ _REST = "1970-01-01 00:00:00"
 
 @dataclass(frozen=True)
 class Served:
-    """Sums over verify steps with drafts; the squares are over requests, see ``AcceptanceMinute``."""
+    """Sums over verify steps with drafts; squares are over requests, see ``AcceptanceMinute``."""
 
     requests: int = 0
     verify_steps: int = 0
@@ -195,13 +195,11 @@ def domains(s: Session, group_id: int, since: datetime | None = None) -> list[st
 
 def _sums() -> list[ColumnElement[Any]]:
     m = AcceptanceMinute
-    return [
-        func.sum(column)
-        for column in (
-            m.requests, m.verify_steps, m.proposed, m.accepted, m.completion_tokens,
-            m.sum_steps_squared, m.sum_accepted_squared, m.sum_steps_accepted,
-        )  # fmt: skip
-    ]
+    columns = (
+        m.requests, m.verify_steps, m.proposed, m.accepted, m.completion_tokens,
+        m.sum_steps_squared, m.sum_accepted_squared, m.sum_steps_accepted,
+    )  # fmt: skip
+    return [func.sum(column) for column in columns]
 
 
 def _where(query: S, wanted: Filter) -> S:
@@ -231,7 +229,8 @@ def _bucket(s: Session, bucket: str) -> ColumnElement[Any]:
         return type_coerce(func.substr(start, 1, BUCKETS[bucket]), String)
     minutes = {"minute": "1 minute", "10 minutes": "10 minutes", "hour": "1 hour", "day": "1 day"}
     width = cast(literal(minutes[bucket]), INTERVAL)
-    return func.date_bin(width, start, cast(literal("1970-01-01T00:00:00Z"), TIMESTAMP(timezone=True)))
+    origin = cast(literal("1970-01-01T00:00:00Z"), TIMESTAMP(timezone=True))
+    return func.date_bin(width, start, origin)
 
 
 def _time(value: str | datetime) -> datetime:
