@@ -269,6 +269,18 @@ def lineage(
     return _laid_out(figure, 320, "accept length", showlegend=True)
 
 
+def plain(x: Sequence[Any], y: Sequence[Any], across: str, up: str, kind: str) -> go.Figure:
+    """One column against another one; ``kind``: bars, line or points."""
+    figure = go.Figure()
+    if kind == "bars":
+        figure.add_bar(x=list(x), y=list(y), marker={"color": COLOURS[0]})
+    else:
+        mode = "lines+markers" if kind == "line" else "markers"
+        figure.add_scatter(x=list(x), y=list(y), mode=mode, line={"color": COLOURS[0]})
+    figure.update_xaxes(title=across)
+    return _laid_out(figure, 380, up, showlegend=False)
+
+
 def curves(columns: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> go.Figure:
     """Lines over training: (x, y) pairs by name."""
     figure = go.Figure()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import wraps
-from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import streamlit as st
@@ -16,7 +13,6 @@ from sqlalchemy.exc import DBAPIError
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import get_settings
-from aurora_sgl.errors import AuroraError
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
 
@@ -97,26 +93,3 @@ def in_words(error: Exception) -> str:
         f"The store did not answer ({said[0] if said else 'no reason given'}). Check "
         "AURORA_DATABASE_URL and that the database is running; then look again."
     )
-
-
-def guarded(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """What goes wrong while a part of a page is drawn is said in words, there."""
-
-    @wraps(draw)
-    def safe(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return draw(*args, **kwargs)
-        except (AuroraError, DBAPIError) as error:
-            st.error(in_words(error), icon=":material/error:")
-        return None
-
-    return safe
-
-
-def refreshing(seconds: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A part of a page that draws itself again every so many seconds, and says what is wrong."""
-
-    def decorate(draw: Callable[..., Any]) -> Callable[..., Any]:
-        return st.fragment(guarded(draw), run_every=seconds)
-
-    return decorate

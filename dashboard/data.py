@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import streamlit as st
 
 from aurora_sgl import store
 from aurora_sgl.rollout import status
 from aurora_sgl.store import queries
-from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, TrainingRun
+from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
 from aurora_sgl.store.queries import explorer, speeds, trends
 from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
 
+from . import tokens
 from .context import Group, engine_of
 
 #: Seconds for which numbers of the moment, and sums over long times, are kept.
@@ -28,7 +30,7 @@ def trend(url: str, wanted: Filter, bucket: str) -> list[TrendPoint]:
 
 
 @st.cache_data(ttl=LONG, max_entries=50, show_spinner=False)
-def _long_trend(url: str, wanted: Filter, bucket: str) -> list[TrendPoint]:
+def long_trend(url: str, wanted: Filter, bucket: str) -> list[TrendPoint]:
     with store.session(engine_of(url), write=False) as s:
         return trends.trend(s, wanted, bucket)
 
@@ -38,7 +40,7 @@ def trend_with_tail(url: str, wanted: Filter, bucket: str, cut: datetime) -> lis
     whose end is read anew."""
     if wanted.since is not None and wanted.since >= cut:
         return trend(url, wanted, bucket)
-    head = _long_trend(url, replace(wanted, until=cut), bucket)
+    head = long_trend(url, replace(wanted, until=cut), bucket)
     return head + trend(url, replace(wanted, since=cut), bucket)
 
 
@@ -78,6 +80,11 @@ def step_times(group: Group) -> list[speeds.StepTimes]:
         return found or speeds.step_times(s, group.id, states=("stopped", "gone"))[:1]
 
 
+def break_even(group: Group) -> float | None:
+    """The accept length from which drafts pay, as a server measured it last."""
+    return next((time.break_even for time in step_times(group) if time.break_even), None)
+
+
 def look(group: Group) -> status.GroupStatus:
     return status.look(group.engine, group.name)
 
@@ -90,6 +97,11 @@ def deployments(group: Group, limit: int | None = None) -> Sequence[Deployment]:
 def runs(group: Group, limit: int | None = None) -> Sequence[TrainingRun]:
     with store.session(group.engine, write=False) as s:
         return queries.runs(s, group.id, limit=limit)
+
+
+def versions_of_runs(group: Group) -> dict[int, int]:
+    """The version that each run made, by run."""
+    return {row.training_run_id: row.id for row in versions(group) if row.training_run_id}
 
 
 def servers(group: Group) -> dict[int, str]:
@@ -125,10 +137,55 @@ def evaluations(group: Group, version_id: int) -> Sequence[Evaluation]:
         return queries.evaluations(s, version_id)
 
 
+def newest_evaluation(group: Group, version_id: int) -> Evaluation | None:
+    """Over all domains."""
+    return next((row for row in evaluations(group, version_id) if not row.domain), None)
+
+
+def run_of(group: Group, run_id: int | None) -> TrainingRun | None:
+    if run_id is None:
+        return None
+    with store.session(group.engine, write=False) as s:
+        return s.get(TrainingRun, run_id)
+
+
+def deployments_of(group: Group, version_id: int) -> list[Deployment]:
+    """Those that put it live or took it off, newest first."""
+    return [
+        row for row in deployments(group) if version_id in (row.version_id, row.previous_version_id)
+    ]
+
+
 def evaluations_of(group: Group, version_ids: Sequence[int]) -> dict[int, Evaluation]:
     """The newest evaluation over all domains, by candidate."""
     with store.session(group.engine, write=False) as s:
         return explorer.newest_evaluations(s, version_ids)
+
+
+def find_requests(group: Group, **wanted: Any) -> list[explorer.FoundRequest]:
+    with store.session(group.engine, write=False) as s:
+        return explorer.find_requests(s, group.id, **wanted)
+
+
+def request(group: Group, request_id: int) -> tuple[Request | None, list[dict[str, Any]]]:
+    """A request of this group and its verify steps, decoded."""
+    with store.session(group.engine, write=False) as s:
+        found = queries.request(s, request_id)
+        if found is None or queries.server(s, found.server_id).group_id != group.id:
+            return None, []
+        return found, queries.events(s, request_id)
+
+
+def target(group: Group) -> tuple[str, str]:
+    """(model, revision) of the target."""
+    with store.session(group.engine, write=False) as s:
+        row = queries.group(s, group.id)
+        return row.target_model, row.target_revision
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def decoder(target_model: str, revision: str) -> tokens.Decode | None:
+    return tokens.decoder(target_model, revision)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from aurora_sgl.config import get_settings
+from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import SESSION_SECONDS, Accounts
 
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
@@ -20,9 +24,10 @@ HEAVY = ("pandas", "pyarrow", "plotly.graph_objects", "plotly.io", "sqlalchemy.d
 
 def serve(host: str, port: int) -> None:
     """Serve until interrupted. Prints the address, and a one-time link while nobody has an
-    account. Raises ``AuroraError`` when the accounts can't be opened."""
+    account. Raises ``AuroraError`` when the accounts can't be opened or the port is taken."""
     import streamlit
 
+    port = _free(host, port)
     accounts = Accounts(accounts_path())
     for module in (*HEAVY, f"{__package__}.shell"):
         importlib.import_module(module)
@@ -38,8 +43,31 @@ def serve(host: str, port: int) -> None:
     app = streamlit.App(
         str(Path(__file__).with_name("app.py")),
         routes=[Route("/session", keep_session, methods=["POST", "DELETE"])],
+        lifespan=_life,
     )
     app.run(config=options(host, port))
+
+
+@asynccontextmanager
+async def _life(_: object) -> AsyncIterator[None]:
+    """Training that was started from the page ends with it."""
+    yield
+    importlib.import_module(f"{__package__}.trainings").stop_all()
+
+
+def _free(host: str, port: int) -> int:
+    """``port``, or one that is free for 0. Raises ``AuroraError`` when it can't be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise AuroraError(
+                f"the dashboard can't listen on {shown(host)}:{port} ({error.strerror}); "
+                "choose another --port, or 0 for a free one"
+            ) from None
+        return int(probe.getsockname()[1])
 
 
 def options(host: str, port: int) -> dict[str, object]:
@@ -52,6 +80,7 @@ def options(host: str, port: int) -> dict[str, object]:
         "server.runOnSave": False,
         "server.allowedHosts": LOOPBACK_NAMES if is_loopback(host) else [],
         "browser.gatherUsageStats": False,
+        "secrets.files": [str(accounts_path().with_name("secrets.toml"))],
         "browser.serverAddress": shown(host),
         "client.toolbarMode": "viewer",
         "client.showErrorDetails": "none",
@@ -63,6 +92,11 @@ def options(host: str, port: int) -> dict[str, object]:
 def accounts_path() -> Path:
     """Outside of the store, so that nobody who may ask the store sees it."""
     return get_settings().home.resolve() / "dashboard" / "accounts.db"
+
+
+def sql_roles_path() -> Path:
+    """The passwords of the SQL page's roles in PostgreSQL."""
+    return accounts_path().with_name("sql-roles.json")
 
 
 def is_loopback(host: str) -> bool:

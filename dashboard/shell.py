@@ -9,7 +9,8 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, Account
 
 from . import login
-from .context import find_groups, guarded, in_words
+from .context import find_groups, in_words
+from .parts import guarded
 from .screens import acceptance, audit, now, requests, sql, training, versions
 
 PAGES = (

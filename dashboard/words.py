@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
+from typing import Any
 
 import streamlit as st
 
-from .context import local, now
+from .context import local, now, zone
 
 NONE = "–"  # noqa: RUF001
 
@@ -30,6 +31,15 @@ def length(value: float | None, interval: tuple[float, float] | None = None) -> 
 
 def version(version_id: int | None) -> str:
     return NONE if version_id is None else f"version {version_id}" if version_id else "unknown"
+
+
+def difference(value: float | None, low: float | None, high: float | None) -> str:
+    """``+0.12 (+0.04 to +0.20)``."""
+    if value is None:
+        return NONE
+    return f"{value:+.2f}" + (
+        f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
+    )
 
 
 def span(seconds: float) -> str:
@@ -77,6 +87,29 @@ def since(moment: datetime | None) -> Html:
     return Html(f'<time title="{utc(moment)}" tabindex="0">{escape(ago(moment))}</time>')
 
 
+def between(begin: datetime | None, end: datetime | None) -> Html:
+    return Html(f"{time(begin)} to {time(end)}") if begin and end else Html(NONE)
+
+
+def zone_help() -> str:
+    """What stands behind a column of times."""
+    offset = local(now()).utcoffset()
+    minutes = int(offset.total_seconds() // 60) if offset else 0
+    name = zone().key
+    if not minutes:
+        return f"In your time zone, {name}, which is UTC now"
+    sign = "ahead of" if minutes > 0 else "behind"
+    hours, rest = divmod(abs(minutes), 60)
+    return f"In your time zone, {name}: {hours}:{rest:02} h {sign} UTC"
+
+
+def time_column(label: str | None = None) -> Any:
+    """For ``st.dataframe``: the viewer's zone; the heading says on hover how far UTC is off."""
+    return st.column_config.DatetimeColumn(
+        label, format="D MMM, HH:mm:ss", timezone=zone().key, help=zone_help(), width=136
+    )
+
+
 def cell(value: object) -> str:
     if isinstance(value, Html):
         return str(value)
@@ -93,6 +126,7 @@ STYLE = """<style>
 .aurora-table td.number, .aurora-table th.number {text-align:right; white-space:nowrap;
   font-variant-numeric:tabular-nums}
 .aurora-table time, .aurora-say time {border-bottom:1px dotted; white-space:nowrap}
+.aurora-facts th {white-space:nowrap; padding-right:1.2rem}
 .aurora-scroll {overflow-x:auto}
 </style>"""
 
@@ -119,6 +153,18 @@ def table(
         f'{STYLE}<div class="aurora-scroll"><table class="aurora-table" '
         f'aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def facts(caption: str, rows: Mapping[str, object]) -> None:
+    """Names and values below each other."""
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{cell(value)}</td></tr>'
+        for name, value in rows.items()
+    )
+    st.html(
+        f'{STYLE}<table class="aurora-table aurora-facts" aria-label="{escape(caption)}">'
+        f"<tbody>{body}</tbody></table>"
     )
 
 

@@ -72,12 +72,12 @@ class Accounts:
     # -- accounts ---------------------------------------------------------------------------
 
     def all(self) -> list[Account]:
-        with self._transaction() as db:
+        with self._transaction(write=False) as db:
             rows = db.execute("SELECT name, role, password_hash FROM account ORDER BY name")
             return [Account(row[0], row[1], bool(row[2])) for row in rows]
 
     def get(self, name: str) -> Account | None:
-        with self._transaction() as db:
+        with self._transaction(write=False) as db:
             row = db.execute(
                 "SELECT name, role, password_hash FROM account WHERE name = ?", [_folded(name)]
             ).fetchone()
@@ -137,7 +137,7 @@ class Accounts:
         return token
 
     def setup_is_open(self, token: str) -> bool:
-        with self._transaction() as db:
+        with self._transaction(write=False) as db:
             return _open_setup(db, token)
 
     def set_up(self, token: str, name: str, password: str) -> Account:
@@ -208,7 +208,7 @@ class Accounts:
 
     def of_session(self, token: str) -> Account | None:
         """Who is logged in with this token, with the role that he has now."""
-        with self._transaction() as db:
+        with self._transaction(write=False) as db:
             row = db.execute(
                 "SELECT a.name, a.role, a.password_hash FROM session s JOIN account a "
                 "ON a.name = s.name WHERE s.token_hash = ? AND s.expires_at > ?",
@@ -221,10 +221,10 @@ class Accounts:
             db.execute("DELETE FROM session WHERE token_hash = ?", [_hash(token)])
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
         db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
         try:
-            db.execute("BEGIN IMMEDIATE")
+            db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             yield db
             db.execute("COMMIT")
         except BaseException:

@@ -13,7 +13,8 @@ from aurora_sgl.store.queries.trends import Filter, Served
 
 from .. import charts, data, words
 from ..alerts import Alert, alerts
-from ..context import Group, group, local, now, refreshing
+from ..context import Group, group, local, now
+from ..parts import refreshing
 
 SECONDS = 5.0
 

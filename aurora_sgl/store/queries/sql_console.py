@@ -12,13 +12,16 @@ Viewers see no tokens: in SQLite the columns read as NULL, in PostgreSQL they ar
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, inspect, make_url
@@ -46,6 +49,11 @@ TOKEN_COLUMNS = {
 }
 #: Views that show tokens; in SQLite their columns come from the tables above.
 TOKEN_VIEWS = ("v_acceptance_event", "v_rejected_tokens")
+
+
+def columns() -> dict[str, list[str]]:
+    """Names of the columns, by table."""
+    return {name: [c.name for c in Base.metadata.tables[name].columns] for name in TABLES}
 
 
 @dataclass(frozen=True)
@@ -256,6 +264,24 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
             "let an administrator run: aurora-sgl dashboard sql-role"
         ) from None
     return urls
+
+
+def keep_roles(path: Path, urls: Mapping[str, str]) -> None:
+    """Write the URLs where only this user reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    beside.unlink(missing_ok=True)
+    with os.fdopen(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        json.dump(dict(urls), file)
+    beside.replace(path)
+
+
+def kept_role(path: Path, role: str) -> str:
+    """The URL of the SQL role for viewer or operator; empty when none was made."""
+    try:
+        return str(json.loads(path.read_text()).get(role, ""))
+    except (OSError, ValueError):
+        return ""
 
 
 def _granted(table: str, role: str) -> str:

@@ -1,0 +1,374 @@
+"""Acceptance: how much of what was proposed is accepted, over time, for whom, and how deep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from datetime import time as day_time
+
+import pandas as pd
+import streamlit as st
+
+from aurora_sgl.store.queries import trends
+from aurora_sgl.store.queries.lengths import difference_interval
+from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
+
+from .. import charts, data, words
+from ..context import Group, group, local, now, zone
+from ..parts import refreshing
+
+SECONDS = 10.0
+#: Lines of a picture; what is beyond them is drawn as one.
+MOST = 7
+PERIODS = {
+    "1 hour": timedelta(hours=1),
+    "6 hours": timedelta(hours=6),
+    "24 hours": timedelta(hours=24),
+    "7 days": timedelta(days=7),
+    "30 days": timedelta(days=30),
+}
+OWN = "own dates"
+ALL, BY_VERSION, BY_DOMAIN = "all together", "by version", "by domain"
+
+
+@dataclass(frozen=True)
+class Period:
+    """``bucket``: what is read; ``width``: what is drawn, a multiple of it."""
+
+    since: datetime
+    until: datetime
+    bucket: str
+    width: timedelta
+
+
+@dataclass(frozen=True)
+class Choice:
+    period: Period
+    wanted: Filter
+    split: str
+
+
+def show() -> None:
+    st.title("Acceptance")
+    _page()
+
+
+@refreshing(SECONDS)
+def _page() -> None:
+    here = group()
+    last = data.last_minute(here.url, here.id)
+    if last is None:
+        st.info(
+            "No verify step was recorded yet. Send a request to a server's OpenAI endpoint, or "
+            "run `make demo`; the first numbers appear within seconds.",
+            icon=":material/hourglass_empty:",
+        )
+        return
+    choice = _choose(here)
+    if choice is None:
+        return
+    points = _read(here, choice)
+    if not points:
+        _nothing(choice, last)
+        return
+    series = _series(points, choice, data.aliases(here).get("live"))
+    _trend(here, choice, series)
+    left, right = st.columns(2, gap="large")
+    by_version = data.histograms(here.url, choice.wanted)
+    counts = _grouped(by_version, series, choice)
+    with left:
+        st.subheader("Accepted at each position")
+        charts.show(
+            charts.positions({name: _reached(column) for name, column in counts.items()},
+                             {name: sum(column) for name, column in counts.items()}),
+            "positions", "share of steps that accepted a proposal at each depth",
+        )  # fmt: skip
+        st.caption("The shares add up to the accept length less one, the target's own token.")
+    with right:
+        st.subheader("Accepted in a step")
+        charts.show(charts.histogram(counts), "histogram", "how many proposals steps accepted")
+    _heat(points, choice)
+    _equal_depth(here, choice)
+    _table(series, choice)
+
+
+# -- what is looked at --------------------------------------------------------------------------
+
+
+def _choose(here: Group) -> Choice | None:
+    top = st.columns([3, 2], gap="large")
+    with top[0]:
+        name = st.segmented_control(
+            "Period", [*PERIODS, OWN], default="24 hours", required=True, key="period",
+            bind="query-params",
+        )  # fmt: skip
+    with top[1]:
+        split = st.segmented_control(
+            "Lines", [ALL, BY_VERSION, BY_DOMAIN], default=BY_VERSION, required=True, key="lines",
+            bind="query-params",
+        )  # fmt: skip
+    period = _period(str(name))
+    if period is None:
+        return None
+    columns = st.columns(3)
+    named = data.servers(here)
+    servers = columns[0].multiselect(
+        "Server", sorted(set(named.values())), placeholder="all", key="servers"
+    )
+    domains = columns[1].multiselect(
+        "Domain", data.domains(here.url, here.id, period.since), placeholder="all", key="domains"
+    )
+    versions = columns[2].multiselect(
+        "Version", [version.id for version in data.versions(here)][::-1], placeholder="all",
+        key="versions",
+    )  # fmt: skip
+    wanted = Filter(
+        here.id, period.since, period.until,
+        tuple(id for id, name in sorted(named.items()) if name in servers),
+        tuple(sorted(domains)), tuple(sorted(versions)),
+    )  # fmt: skip
+    return Choice(period, wanted, str(split))
+
+
+def _period(name: str) -> Period | None:
+    if name != OWN:
+        span = PERIODS[name]
+        return period(now() - span, now())
+    today = local(now()).date()
+    chosen = st.date_input(
+        "From and to (in your time zone, both included)", (today - timedelta(days=7), today),
+        max_value=today, key="dates",
+    )  # fmt: skip
+    if not isinstance(chosen, tuple) or len(chosen) != 2:
+        st.caption("Choose the last day too.")
+        return None
+    begin, end = (datetime.combine(day, day_time(), zone()) for day in chosen)
+    return period(begin, min(end + timedelta(days=1), now()))
+
+
+def period(since: datetime, until: datetime) -> Period:
+    """With buckets that make a picture of at most some two hundred points."""
+    span = until - since
+    if span <= timedelta(hours=2):
+        bucket, width = "minute", timedelta(minutes=1)
+    elif span <= timedelta(hours=30):
+        bucket, width = "10 minutes", timedelta(minutes=10)
+    else:
+        bucket = "hour"
+        width = timedelta(hours=max(1, -(-int(span.total_seconds()) // (3600 * 180))))
+    return Period(_floor(since, width), _floor(until, timedelta(minutes=1)) + timedelta(minutes=1),
+                  bucket, width)  # fmt: skip
+
+
+def _floor(moment: datetime, width: timedelta) -> datetime:
+    seconds = width.total_seconds()
+    return datetime.fromtimestamp(moment.timestamp() // seconds * seconds, tz=now().tzinfo)
+
+
+def _nothing(choice: Choice, last: datetime) -> None:
+    wanted = choice.wanted
+    if wanted.server_ids or wanted.domains or wanted.version_ids:
+        st.info("Nothing was served that fits all of these. Take one of them away.")
+        return
+    words.say(
+        "No step carried drafts in this period. The last verify step, with or without drafts, was ",
+        words.since(last), ". Choose a longer period, or send requests.",
+    )  # fmt: skip
+
+
+def _read(here: Group, choice: Choice) -> list[TrendPoint]:
+    # What is older than an hour is read once a minute only.
+    cut = _floor(now() - timedelta(hours=1), timedelta(hours=1))
+    wanted = choice.wanted
+    if wanted.until is not None and wanted.until <= cut:
+        return data.long_trend(here.url, wanted, choice.period.bucket)
+    return data.trend_with_tail(here.url, wanted, choice.period.bucket, cut)
+
+
+# -- lines --------------------------------------------------------------------------------------
+
+Series = dict[str, list[tuple[datetime, Served]]]
+
+
+def _series(points: Sequence[TrendPoint], choice: Choice, live: int | None) -> Series:
+    name = _namer(points, choice, live)
+    found: dict[str, dict[datetime, Served]] = {}
+    for point in points:
+        at = _floor(point.bucket, choice.period.width)
+        line = found.setdefault(name(point.version_id, point.domain), {})
+        line[at] = line.get(at, Served()) + point.served
+    order = sorted(found, key=lambda line: (line.startswith("other"), _number(line), line))
+    return {line: sorted(found[line].items()) for line in order}
+
+
+def _number(line: str) -> int:
+    return int(line.split()[1]) if line.startswith("version ") else 0
+
+
+def _namer(
+    points: Sequence[TrendPoint], choice: Choice, live: int | None
+) -> Callable[[int, str], str]:
+    if choice.split == ALL:
+        return lambda version, domain: "all together"
+    if choice.split == BY_DOMAIN:
+        steps = trends.by(points, lambda p: p.domain)
+        kept = sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST]
+        return lambda version, domain: domain if domain in kept else "other domains"
+    newest = sorted({point.version_id for point in points}, reverse=True)
+    shown = set(newest[:MOST]) | ({live} if live in newest else set())
+    return lambda version, domain: words.version(version) if version in shown else "other versions"
+
+
+def _trend(here: Group, choice: Choice, series: Series) -> None:
+    st.subheader("Accept length")
+    period = choice.period
+    recent = [
+        row for row in data.deployments(here) if period.since <= row.created_at < period.until
+    ]
+    figure = charts.trend(series, period.width, recent, break_even=data.break_even(here))
+    charts.show(figure, "trend", "accept length over time, with 95% bands and promotions")
+    told = f"Points of {words.span(period.width.total_seconds())}; bands: 95%, over requests."
+    if "other versions" in series:
+        told += f" The newest {MOST} versions and the live one have lines of their own."
+    st.caption(told)
+
+
+def _grouped(
+    by_version: dict[int, list[int]], series: Series, choice: Choice
+) -> dict[str, list[int]]:
+    """Histograms under the names of the lines; by domain they are not split."""
+    found: dict[str, list[int]] = {}
+    for version, column in sorted(by_version.items()):
+        name = words.version(version)
+        if choice.split != BY_VERSION:
+            name = "all together"
+        elif name not in series:
+            name = "other versions"
+        old = found.get(name, [])
+        size = max(len(old), len(column))
+        found[name] = [sum(part) for part in zip(_padded(old, size), _padded(column, size),
+                                                 strict=True)]  # fmt: skip
+    return found
+
+
+def _padded(column: list[int], size: int) -> list[int]:
+    return [*column, *[0] * (size - len(column))]
+
+
+def _reached(column: list[int]) -> list[int]:
+    """Steps that accepted at least i proposals, for i from 1."""
+    return [sum(column[i:]) for i in range(1, len(column))]
+
+
+# -- domain by hour, and versions at equal depth ------------------------------------------------
+
+MOST_DOMAINS = 12
+
+
+def _heat(points: Sequence[TrendPoint], choice: Choice) -> None:
+    st.subheader("Domain by hour")
+    steps = trends.by(points, lambda p: p.domain)
+    domains = sorted(sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST_DOMAINS])
+    one_day = choice.period.until - choice.period.since <= timedelta(hours=30)
+    if one_day:
+        cells = trends.by(points, lambda p: (p.domain, f"{_hour(p.bucket):%d %b %H:%M}"))
+        begin, hours = _hour(choice.period.since), []
+        while begin < choice.period.until:
+            hours.append(f"{begin:%d %b %H:%M}")
+            begin += timedelta(hours=1)
+    else:
+        cells = trends.by(points, lambda p: (p.domain, f"{local(p.bucket):%H}h"))
+        hours = [f"{hour:02}h" for hour in range(24)]
+    charts.show(charts.heat(domains, hours, cells), "heat", "accept length by domain and hour")
+    told = "Hours of your time zone." if one_day else "Hours of the day, in your time zone."
+    if len(steps) > MOST_DOMAINS:
+        told += f" The {MOST_DOMAINS} of {len(steps)} domains with the most steps."
+    st.caption(told)
+
+
+def _hour(moment: datetime) -> datetime:
+    return local(moment).replace(minute=0, second=0, microsecond=0)
+
+
+def _equal_depth(here: Group, choice: Choice) -> None:
+    st.subheader("Versions at equal depth")
+    shapes = data.shapes(here.url, choice.wanted)
+    versions = sorted({version for sums in shapes.values() for version in sums}, reverse=True)
+    live = data.aliases(here).get("live")
+    baseline = st.selectbox(
+        "Compare with", versions, index=versions.index(live) if live in versions else 0,
+        format_func=words.version, key="baseline", width=240,
+    )  # fmt: skip
+    rows = []
+    for (depth, topk), sums in shapes.items():
+        against = sums.get(baseline) if baseline is not None else None
+        for version in sorted(sums, reverse=True)[:20]:
+            served = sums[version]
+            rows.append(
+                {
+                    "depth": depth,
+                    "top-k": topk,
+                    "version": words.version(version),
+                    "requests": f"{served.requests:,}",
+                    "verify steps": f"{served.verify_steps:,}",
+                    "accept length (95%)": words.length(served.accept_length, served.interval),
+                    f"less {words.version(baseline)}": _less(served, against, version == baseline),
+                }
+            )
+    words.table("equal depth", rows, numbers=("depth", "top-k", "requests", "verify steps"),
+                empty="Nothing was served with drafts.")  # fmt: skip
+    st.caption(
+        "Only versions under the same depth and top-k are set against each other; otherwise the "
+        "draft's shape would be compared. Traffic differs between versions: the gate's paired "
+        "replay, on the page Versions, does not have that weakness."
+    )
+
+
+def _less(served: Served, against: Served | None, same: bool) -> str:
+    if same:
+        return "itself"
+    if against is None:
+        return "not served in this shape"
+    found = difference_interval(served.values(), against.values())
+    return words.difference(*found) if found else "too few to tell"
+
+
+# -- the same numbers as a table ----------------------------------------------------------------
+
+
+def _table(series: Series, choice: Choice) -> None:
+    st.subheader("The same numbers")
+    rows = []
+    for name, points in series.items():
+        for moment, served in points:
+            low, high = served.interval or (None, None)
+            rows.append(
+                {
+                    "time": moment,
+                    "line": name,
+                    "accept length": served.accept_length,
+                    "95% from": low,
+                    "to": high,
+                    "requests": served.requests,
+                    "verify steps": served.verify_steps,
+                    "proposed": served.proposed,
+                    "accepted": served.accepted,
+                    "kept tokens": served.completion_tokens,
+                }
+            )
+    frame = pd.DataFrame(rows).sort_values(["time", "line"], ascending=[False, True])
+    number = st.column_config.NumberColumn(format="%.3f")
+    st.dataframe(
+        frame, hide_index=True, height=min(320, 38 + 35 * len(frame)), key="trend table",
+        alt="accept length by time and line",
+        column_config={
+            "time": words.time_column(), "accept length": number, "95% from": number, "to": number
+        },
+    )  # fmt: skip
+    times = "%Y-%m-%dT%H:%M:%SZ"
+    st.download_button(
+        "Download CSV", lambda: frame.to_csv(index=False, date_format=times).encode(),
+        f"acceptance-{choice.period.since:%Y%m%dT%H%M}Z.csv", "text/csv",
+        icon=":material/download:", on_click="ignore", help="Times in UTC",
+    )  # fmt: skip
