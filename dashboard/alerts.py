@@ -30,7 +30,10 @@ def alerts(group: Group, look: status.GroupStatus) -> list[Alert]:
 def _servers(look: status.GroupStatus) -> list[Alert]:
     found = []
     for server in look.servers:
-        if not server.converged:
+        if server.reason.startswith("not heard of"):
+            text = f"Server {server.name} was last heard of {words.ago(server.last_seen_at)}."
+            found.append(Alert(text, True))
+        elif not server.converged:
             severe = "on its way" not in server.reason
             found.append(
                 Alert(

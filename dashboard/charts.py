@@ -80,7 +80,7 @@ def trend(
     _mark_deployments(figure, list(deployments), top)
     if break_even is not None:
         figure.add_hline(
-            y=break_even, line={"dash": "dot", "width": 1},
+            y=break_even, line={"dash": "dot", "width": 1, "color": "#7F7F7F"},
             annotation={"text": f"drafts pay above {break_even:.2f}", "font": {"size": 11}},
             annotation_position="bottom right",
         )  # fmt: skip
@@ -129,8 +129,8 @@ MOST_LABELS = 12
 
 
 def _mark_deployments(figure: go.Figure, deployments: list[Deployment], top: float) -> None:
-    signs = (("promote", "triangle-up", "▲"), ("rollback", "triangle-down", "▼"))
-    for action, symbol, sign in signs:
+    name = "version" if len(deployments) <= MOST_LABELS // 2 else ""
+    for action, symbol in (("promote", "triangle-up"), ("rollback", "triangle-down")):
         rows = [row for row in deployments if row.action == action]
         if not rows:
             continue
@@ -139,7 +139,7 @@ def _mark_deployments(figure: go.Figure, deployments: list[Deployment], top: flo
             x=[local(row.created_at) for row in rows],
             y=[top * 1.03] * len(rows),
             mode="markers+text" if named else "markers",
-            text=[f"{sign} {row.version_id}" for row in rows],
+            text=[f"{name} {row.version_id}" for row in rows],
             textposition="top center",
             customdata=[
                 f"{action} of version {row.version_id} by {row.actor}<br>{_wrapped(row.reason)}<br>"
@@ -203,17 +203,20 @@ def heat(rows: Sequence[str], columns: Sequence[str], cells: Mapping[Any, Served
     """Accept length by domain and hour; a cell says its number."""
     values = [[_length(cells.get((row, column))) for column in columns] for row in rows]
     told = [[_told(row, column, cells.get((row, column))) for column in columns] for row in rows]
+    numbers = [["" if value is None else f"{value:.2f}" for value in line] for line in values]
+    few = len(columns) <= 30
     figure = go.Figure(
         go.Heatmap(
             x=list(columns),
             y=list(rows),
             z=values,
-            text=values,
+            text=numbers,
             customdata=told,
-            texttemplate="%{text:.2f}" if len(columns) <= 30 else "",
+            texttemplate="%{text}" if few else "",
             hovertemplate="%{customdata}<extra></extra>",
             colorscale="Viridis",
             colorbar={"title": "accept<br>length"},
+            showscale=not few,
             xgap=1,
             ygap=1,
         )
@@ -260,7 +263,7 @@ def lineage(
             figure.add_scatter(
                 x=[local(node[2]) for node in here], y=[node[3] for node in here],
                 mode="markers+text" if few else "markers", text=[str(node[0]) for node in here],
-                textposition="top center", name=role or "other versions",
+                textposition="top center", cliponaxis=False, name=role or "other versions",
                 marker={"symbol": symbol, "size": size, "color": colour,
                         "line": {"width": [3 if node[0] == chosen else 0 for node in here]}},
                 customdata=[node[5] for node in here],

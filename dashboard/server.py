@@ -26,7 +26,9 @@ def serve(host: str, port: int) -> None:
     """Serve until interrupted. Prints the address, and a one-time link while nobody has an
     account. Raises ``AuroraError`` when the accounts can't be opened or the port is taken."""
     import streamlit
+    from streamlit import logger
 
+    logger.set_log_level("error")  # caches warn that no page runs yet
     port = _free(host, port)
     accounts = Accounts(accounts_path())
     for module in (*HEAVY, f"{__package__}.shell"):
@@ -84,6 +86,8 @@ def options(host: str, port: int) -> dict[str, object]:
         "browser.serverAddress": shown(host),
         "client.toolbarMode": "viewer",
         "client.showErrorDetails": "none",
+        "theme.primaryColor": "#0072B2",
+        "theme.dark.primaryColor": "#4BA3DB",
         "logger.level": "error",
         "logger.hideWelcomeMessage": True,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 from sqlalchemy.exc import DBAPIError
 
@@ -13,6 +15,12 @@ from .context import find_groups, in_words
 from .parts import guarded
 from .screens import acceptance, audit, now, requests, sql, training, versions
 
+ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg", "logo.svg"))
+#: Less empty space above and beside the pages than Streamlit leaves.
+STYLE = """<style>
+[data-testid=stMainBlockContainer] {padding:3.9rem 3rem 3rem}
+[data-testid=stMainBlockContainer] h1 {padding-top:0}
+</style>"""
 PAGES = (
     (now, "Now", "speed"),
     (acceptance, "Acceptance", "monitoring"),
@@ -25,7 +33,9 @@ PAGES = (
 
 
 def show() -> None:
-    st.set_page_config(page_title="Aurora-SGL", page_icon=":material/bolt:", layout="wide")
+    st.set_page_config(page_title="Aurora-SGL", page_icon=str(ICON), layout="wide")
+    st.logo(str(LOGO), icon_image=str(ICON), size="large")
+    st.html(STYLE)
     account = login.account()
     pages = [
         st.Page(

@@ -122,7 +122,8 @@ STYLE = """<style>
 .aurora-table {width:100%; border-collapse:collapse; font-size:.875rem; line-height:1.4}
 .aurora-table th {text-align:left; font-weight:600; opacity:.75}
 .aurora-table th, .aurora-table td {padding:.35rem .6rem .35rem 0; vertical-align:top;
-  border-bottom:1px solid color-mix(in srgb, currentColor 18%, transparent); overflow-wrap:anywhere}
+  overflow-wrap:break-word;
+  border-bottom:1px solid color-mix(in srgb, currentColor 18%, transparent)}
 .aurora-table td.number, .aurora-table th.number {text-align:right; white-space:nowrap;
   font-variant-numeric:tabular-nums}
 .aurora-table time, .aurora-say time {border-bottom:1px dotted; white-space:nowrap}

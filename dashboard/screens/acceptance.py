@@ -272,11 +272,18 @@ def _heat(points: Sequence[TrendPoint], choice: Choice) -> None:
     domains = sorted(sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST_DOMAINS])
     one_day = choice.period.until - choice.period.since <= timedelta(hours=30)
     if one_day:
-        cells = trends.by(points, lambda p: (p.domain, f"{_hour(p.bucket):%d %b %H:%M}"))
-        begin, hours = _hour(choice.period.since), []
-        while begin < choice.period.until:
-            hours.append(f"{begin:%d %b %H:%M}")
-            begin += timedelta(hours=1)
+        begin = _hour(choice.period.since)
+        span = choice.period.until - begin
+        named = {
+            begin + timedelta(hours=i): "" for i in range(-(-int(span.total_seconds()) // 3600))
+        }
+        for hour in named:
+            day = f"<br>{hour:%d %b}" if hour == begin or not hour.hour else ""
+            # An hour of two days is told apart by a blank that nobody sees.
+            blank = " " * ((hour - begin).days)
+            named[hour] = f"{hour:%H:%M}{blank}{day}"
+        hours = list(named.values())
+        cells = trends.by(points, lambda p: (p.domain, named[_hour(p.bucket)]))
     else:
         cells = trends.by(points, lambda p: (p.domain, f"{local(p.bucket):%H}h"))
         hours = [f"{hour:02}h" for hour in range(24)]
@@ -362,6 +369,7 @@ def _table(series: Series, choice: Choice) -> None:
     st.dataframe(
         frame, hide_index=True, height=min(320, 38 + 35 * len(frame)), key="trend table",
         alt="accept length by time and line",
+        placeholder=words.NONE,
         column_config={
             "time": words.time_column(), "accept length": number, "95% from": number, "to": number
         },

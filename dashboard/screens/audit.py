@@ -18,7 +18,7 @@ from ..context import Group, group
 from ..parts import refreshing
 
 LIMIT = 2000
-SIGNS = {"promote": "▲", "rollback": "▼", "switch": "⏻", "pin": "◉", "unpin": "○"}
+SIGNS = {"promote": "▲", "rollback": "▼", "switch": "◐", "pin": "◉", "unpin": "○"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,11 @@ def _one(entry: Entry) -> None:
         st.markdown("**Before and after**")
         keys = sorted(entry.before.keys() | entry.after.keys())
         rows = [
-            {"": key, "before": _said(entry.before.get(key)), "after": _said(entry.after.get(key))}
+            {
+                "": "state" if key == "on" else key,
+                "before": _said(entry.before.get(key)),
+                "after": _said(entry.after.get(key)),
+            }
             for key in keys
         ]
         words.table("before and after", rows, empty="Nothing that was live changed.")

@@ -29,6 +29,7 @@ class Moment:
     yesterday: Served
     yesterday_by_domain: dict[str, Served]
     tokens_per_second: float
+    yesterday_tokens_per_second: float
     draft_share: float
     plain_ms: float | None
     draft_ms: float | None
@@ -94,6 +95,10 @@ def measure(here: Group) -> Moment | None:
         yesterday=trends.total(before),
         yesterday_by_domain=trends.by(before, lambda p: p.domain),
         tokens_per_second=tokens / (window.until - window.since).total_seconds(),
+        yesterday_tokens_per_second=data.tokens_kept(
+            here.url, here.id, midnight - timedelta(days=1), midnight
+        )[0]
+        / 86_400,
         draft_share=with_drafts / steps if steps else 0.0,
         plain_ms=first.plain_ms if first else None,
         draft_ms=first.draft_ms if first else None,
@@ -147,7 +152,7 @@ def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
     columns = st.columns(5)
     then, length = moment.yesterday.accept_length, moment.served.accept_length
     columns[0].metric("Live version", live or words.NONE, border=True,
-                      delta=f"since {words.span((now() - first[0].created_at).total_seconds())}"
+                      delta=f"for {words.span((now() - first[0].created_at).total_seconds())}"
                       if first else None, delta_color="off", delta_arrow="off")  # fmt: skip
     columns[1].metric(
         "Accept length", words.number(length), border=True,
@@ -173,12 +178,16 @@ def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
     )  # fmt: skip
     columns[4].metric(
         "Tokens/s of all servers", words.number(moment.tokens_per_second, 1), border=True,
-        delta=f"drafts on {moment.draft_share:.0%} of steps", delta_color="off",
-        delta_arrow="off", help="Tokens of finished and running requests over the length of time",
+        delta=f"yesterday {words.number(moment.yesterday_tokens_per_second, 1)}",
+        delta_color="off", delta_arrow="off",
+        help="Output tokens of all requests over the length of time",
     )  # fmt: skip
     span = words.span((moment.window.until - moment.window.since).total_seconds())
     if moment.window.is_now:
-        st.caption(f"Now: the last {span}. Yesterday: the whole day, in your time zone.")
+        st.caption(
+            f"Now: the last {span}, with drafts on {moment.draft_share:.0%} of the steps. "
+            "Yesterday: the whole day, in your time zone."
+        )
     else:
         words.say(
             f"No traffic now. The numbers are of the last {span} with traffic, which ended ",
@@ -265,23 +274,30 @@ def _servers(look: status.GroupStatus) -> None:
 def _next(look: status.GroupStatus) -> None:
     st.subheader("What comes next")
     scheduler = look.scheduler
-    if scheduler.alive:
-        words.say(f"Scheduler: {scheduler.state}. {scheduler.reason}")
-        if scheduler.next_action:
-            words.say(
-                f"Next: {scheduler.next_action}, ",
-                words.since(scheduler.next_at) if scheduler.next_at else "when it is due", ".",
-            )  # fmt: skip
-    else:
-        words.say(scheduler.reason)
+    said: dict[str, object] = {
+        "scheduler": f"{scheduler.state}: {scheduler.reason}" if scheduler.alive
+        else _sentence(scheduler.reason)
+    }  # fmt: skip
+    if scheduler.alive and scheduler.next_action:
+        when = words.since(scheduler.next_at) if scheduler.next_at else "when it is due"
+        said["next"] = words.Html(f"{words.cell(scheduler.next_action)}, {when}")
     if look.trial is not None and look.trial_id is not None:
-        words.say(f"Trial {look.trial_id} decides what the servers run.")
-    if look.watch is not None and look.watch.watch.status == "running":
-        watch = look.watch
-        words.say(
-            f"Watch over version {watch.watch.version_id}: {len(watch.windows)} windows so far."
+        trial = look.trial.trial
+        said["trial"] = (
+            f"{words.version(trial.candidate_id)} against {words.version(trial.baseline_id)}: "
+            f"window {len(look.trial.windows)} of {look.trial.planned}"
         )
+    if look.watch is not None and look.watch.watch.status == "running":
+        windows = look.watch.windows
+        said["watch"] = f"{words.version(look.watch.watch.version_id)}: " + (
+            f"{len(windows)} windows so far, the last one: {windows[-1].verdict}" if windows
+            else "its first window is open"
+        )  # fmt: skip
     for switch in look.switches:
-        name = switch.name.replace("_", " ")
-        why = f" ({switch.reason})" if switch.reason else ""
-        words.say(f"{name}: {'on' if switch.on else 'OFF'}{why}")
+        why = f": {switch.reason}" if switch.reason else ""
+        said[switch.name.replace("_", " ")] = f"{'✔ on' if switch.on else '✖ off'}{why}"
+    words.facts("what comes next", said)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -17,6 +17,7 @@ from .. import data, login, tokens, words
 from ..context import Group, group, now
 from ..parts import refreshing
 from ..steps import StepTold, tell
+from ..words import Html
 
 PERIODS = {
     "15 minutes": timedelta(minutes=15),
@@ -48,21 +49,21 @@ def _page() -> None:
 
 
 def _find(here: Group) -> list[FoundRequest] | None:
-    top = st.columns([4, 2, 2, 3])
-    name = top[0].segmented_control(
+    name = st.segmented_control(
         "Ended in the last", list(PERIODS), default="24 hours", required=True, key="ended",
         bind="query-params",
     )  # fmt: skip
     span = PERIODS[str(name)]
-    domains = top[1].multiselect(
+    top = st.columns(3)
+    domains = top[0].multiselect(
         "Domain", data.domains(here.url, here.id, now() - span if span else None),
         placeholder="all", key="request domains",
     )  # fmt: skip
-    version = top[2].selectbox(
+    version = top[1].selectbox(
         "Version", [version.id for version in data.versions(here)][::-1], index=None,
         placeholder="any", key="request version",
     )  # fmt: skip
-    low, high = top[3].slider(
+    low, high = top[2].slider(
         "Accept length", SHORTEST, LONGEST, (SHORTEST, LONGEST), 0.1, key="lengths",
         help="1 + accepted proposals per verify step, over the whole request",
     )  # fmt: skip
@@ -97,11 +98,9 @@ def _table(found: list[FoundRequest]) -> int:
             "accept length": one.accept_length,
             "tokens": one.completion_tokens,
             "verify steps": one.verify_steps,
-            "accepted": one.accepted,
             "took": round(one.seconds, 2),
             "versions": ", ".join(map(str, one.version_ids)) or "no drafts",
             "ended by": one.finish_reason or one.status,
-            "prompt": one.prompt_tokens,
             "server": one.server,
             "request": str(one.request_id),
         }
@@ -119,7 +118,6 @@ def _table(found: list[FoundRequest]) -> int:
             ),
             "tokens": st.column_config.NumberColumn(help="Completion tokens"),
             "took": st.column_config.NumberColumn(format="%.2f s"),
-            "prompt": st.column_config.NumberColumn(help="Prompt tokens"),
         },
     )  # fmt: skip
     if len(found) == LIMIT:
@@ -144,6 +142,7 @@ def _one(here: Group, request_id: int) -> None:
             f"deleted them (they are kept for {get_settings().retention_days} days)."
         )
         return
+    words.facts("request", _facts(request))
     told = tell(events)
     decode, why = _decoder(here, request)
     st.html(tokens.legend())
@@ -154,6 +153,23 @@ def _one(here: Group, request_id: int) -> None:
         "recorded. Point at a step, or reach it with Tab, to see what was proposed."
     )
     _steps(shown, decode)
+
+
+def _facts(request: Request) -> dict[str, object]:
+    seconds = (request.finished_at or now()) - request.admitted_at
+    sampling = ", ".join(f"{name} {value}" for name, value in sorted(request.sampling.items()))
+    return {
+        "admitted": Html(
+            f"{words.time(request.admitted_at)}, took {seconds.total_seconds():.2f} s"
+        ),
+        "tokens": f"{request.prompt_tokens:,} of the prompt ({request.cached_tokens:,} cached), "
+        f"{request.completion_tokens:,} of the answer",
+        "steps": f"{request.verify_steps:,} verify steps, {request.accepted:,} of "
+        f"{request.proposed:,} proposals accepted",
+        "sampling": sampling or "the server's default",
+        "ended": f"{request.status}, {request.finish_reason or 'no reason given'}",
+        "may be learnt from": "yes" if request.may_train else "no",
+    }
 
 
 def _decoder(here: Group, request: Request) -> tuple[tokens.Decode | None, str]:
@@ -199,9 +215,6 @@ def _steps(told: Sequence[StepTold], decode: tokens.Decode | None) -> None:
             "accepted": event["accepted"],
             "kept": event["kept"],
             "rejected at": step.rejected_at or None,
-            "batch": event["batch_size"],
-            "steps since swap": event["swap_age"],
-            "mixed KV": event["mixed"],
             "signs": " ".join(tokens.SIGNS[token.kind] for token in step.tokens),
         }
         if decode is not None:
@@ -209,13 +222,22 @@ def _steps(told: Sequence[StepTold], decode: tokens.Decode | None) -> None:
             row["rejected proposals"] = "|".join(
                 decode(p.token) for p in step.proposals if not p.accepted
             )
+        row |= {
+            "batch": event["batch_size"],
+            "since swap": event["swap_age"],
+            "mixed KV": event["mixed"],
+        }
         rows.append(row)
     st.markdown("**The same, step by step**")
     st.dataframe(
         pd.DataFrame(rows), hide_index=True, key="steps table", alt="verify steps of the request",
+        placeholder=words.NONE,
         height=min(320, 38 + 35 * len(rows)),
         column_config={
             "at": words.time_column(),
+            "since swap": st.column_config.NumberColumn(
+                help="Verify steps of the server since its last swap"
+            ),
             "mixed KV": st.column_config.CheckboxColumn(
                 help="Draft KV of more than one version, or with holes"
             ),

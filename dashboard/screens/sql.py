@@ -66,7 +66,7 @@ def _page() -> None:
     assert found is not None
     role = OPERATOR if found.role == OPERATOR else VIEWER
     examples = {**EXAMPLES, **(TOKEN_EXAMPLES if role == OPERATOR else {})}
-    left, right = st.columns([3, 1], gap="large")
+    left, right = st.columns([5, 2], gap="large")
     with left:
         st.selectbox(
             "Examples", list(examples), index=None, placeholder="Choose one to start from",
@@ -117,8 +117,7 @@ def _take(examples: dict[str, str]) -> None:
 
 def _contents(role: str, sqlite: bool) -> None:
     st.markdown("**What can be asked**")
-    st.caption("Views")
-    st.code("\n".join(sql_console.VIEWS), language=None)
+    words.table("views", [{"views": name} for name in sql_console.VIEWS], empty="")
     with st.expander("Tables and their columns"):
         for name, columns in sql_console.columns().items():
             st.caption(f"**{name}**: {', '.join(columns)}")
@@ -148,7 +147,9 @@ def _answer(answer: Answer) -> None:
     frame = pd.DataFrame(answer.rows, columns=_distinct(answer.columns))
     table, chart = st.tabs(["Table", "Chart"])
     with table:
-        st.dataframe(frame, hide_index=True, key="answer table", alt="the answer")
+        st.dataframe(
+            frame, hide_index=True, key="answer table", alt="the answer", placeholder="NULL"
+        )
         st.download_button(
             "Download CSV", lambda: frame.to_csv(index=False).encode(), "answer.csv", "text/csv",
             icon=":material/download:", on_click="ignore",

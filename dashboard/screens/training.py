@@ -186,7 +186,7 @@ def _runs(here: Group) -> None:
     rows = [_row(run, made.get(run.id)) for run in runs]
     event = st.dataframe(
         pd.DataFrame(rows), hide_index=True, key="runs table", on_select="rerun",
-        selection_mode="single-row", height=min(320, 38 + 35 * len(rows)),
+        selection_mode="single-row", height=min(320, 38 + 35 * len(rows)), placeholder=words.NONE,
         alt="training runs, newest first",
         column_config={
             "run": st.column_config.NumberColumn(width=56),
@@ -215,7 +215,6 @@ def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
         "made": words.version(version),
         "requests": run.requests,
         "tokens": run.tokens,
-        "objective": run.objective,
         "before": run.metrics.get("accept_length_before"),
         "after": run.metrics.get("accept_length_after"),
         "why not": run.error,

@@ -38,11 +38,8 @@ def show() -> None:
     ids = [version.id for version in versions]
     judged = data.evaluations_of(here, ids)
     served = data.served_by_version(here.url, tuple(ids))
-    left, right = st.columns([3, 2], gap="large")
-    with left:
-        _table(versions, aliases, judged, served)
-    with right:
-        _lineage(versions, aliases, judged, served)
+    _table(versions, aliases, judged, served)
+    _lineage(versions, aliases, judged, served)
     chosen = _choose(ids, aliases)
     version = next(row for row in versions if row.id == chosen)
     _one(here, version, aliases, served.get(chosen))
@@ -107,6 +104,7 @@ def _table(
                 "served": sums.accept_length,
                 "95%": _interval(sums.interval),
                 "requests": sums.requests,
+                "note": version.note,
             }
         )
     frame = pd.DataFrame(rows).astype({"from": str})
@@ -119,7 +117,8 @@ def _table(
 
     st.dataframe(
         frame, hide_index=True, key="versions table", height=min(320, 38 + 35 * len(at)),
-        on_select=pick, selection_mode="single-row", alt="all versions, newest first",
+        on_select=pick, placeholder=words.NONE,
+        selection_mode="single-row", alt="all versions, newest first",
         column_config={
             "version": st.column_config.NumberColumn(width=62),
             "is": st.column_config.TextColumn(width=104),

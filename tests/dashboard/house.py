@@ -74,8 +74,16 @@ class House:
                 )  # fmt: skip
 
     def serve(
-        self, at: datetime, version_id: int, *, boot: int = 77, domain: str = "chat",
-        steps: int = 12, quality: float = 0.6, may_train: bool = True, rng: random.Random,
+        self,
+        at: datetime,
+        version_id: int,
+        *,
+        boot: int = 77,
+        domain: str = "chat",
+        steps: int = 12,
+        quality: float = 0.6,
+        may_train: bool = True,
+        rng: random.Random,
     ) -> int:
         """One request, recorded as the engine does; its id."""
         number = self.numbers[boot] = self.numbers.get(boot, 0) + 1
