@@ -19,8 +19,8 @@ from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
 from . import tokens
 from .context import Group, engine_of
 
-#: Seconds for which numbers of the moment, and sums over long times, are kept.
-FRESH, LONG = 3.0, 60.0
+#: Seconds for which numbers of the moment, sums over long times, and the past are kept.
+FRESH, LONG, PAST = 3.0, 60.0, 600.0
 
 
 @st.cache_data(ttl=FRESH, max_entries=200, show_spinner=False)
@@ -29,31 +29,27 @@ def trend(url: str, wanted: Filter, bucket: str) -> list[TrendPoint]:
         return trends.trend(s, wanted, bucket)
 
 
-@st.cache_data(ttl=LONG, max_entries=50, show_spinner=False)
-def long_trend(url: str, wanted: Filter, bucket: str) -> list[TrendPoint]:
+@st.cache_resource(ttl=PAST, max_entries=30, show_spinner=False)  # not copied: nobody changes it
+def _past(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
     with store.session(engine_of(url), write=False) as s:
-        return trends.trend(s, wanted, bucket)
+        return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
 
 
-def trend_with_tail(url: str, wanted: Filter, bucket: str, cut: datetime) -> list[TrendPoint]:
-    """A long trend whose part before ``cut`` (on a bucket's edge) is read once a minute, and
-    whose end is read anew."""
+@st.cache_resource(ttl=FRESH, max_entries=30, show_spinner=False)
+def _recent(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
+    with store.session(engine_of(url), write=False) as s:
+        return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
+
+
+def long_trend(url: str, wanted: Filter, bucket: str, cut: datetime) -> tuple[TrendPoint, ...]:
+    """With histograms. What is before ``cut`` (on a bucket's edge) is read every ten minutes,
+    what is after it anew."""
+    if wanted.until is not None and wanted.until <= cut:
+        return _past(url, wanted, bucket)
     if wanted.since is not None and wanted.since >= cut:
-        return trend(url, wanted, bucket)
-    head = long_trend(url, replace(wanted, until=cut), bucket)
-    return head + trend(url, replace(wanted, since=cut), bucket)
-
-
-@st.cache_data(ttl=LONG, max_entries=50, show_spinner=False)
-def histograms(url: str, wanted: Filter) -> dict[int, list[int]]:
-    with store.session(engine_of(url), write=False) as s:
-        return trends.histograms(s, wanted)
-
-
-@st.cache_data(ttl=LONG, max_entries=50, show_spinner=False)
-def shapes(url: str, wanted: Filter) -> dict[tuple[int, int], dict[int, Served]]:
-    with store.session(engine_of(url), write=False) as s:
-        return trends.shapes(s, wanted)
+        return _recent(url, wanted, bucket)
+    before, after = replace(wanted, until=cut), replace(wanted, since=cut)
+    return _past(url, before, bucket) + _recent(url, after, bucket)
 
 
 @st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)

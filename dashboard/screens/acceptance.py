@@ -44,9 +44,12 @@ class Period:
 
 @dataclass(frozen=True)
 class Choice:
+    """``narrowed``: less than all that was served in the period."""
+
     period: Period
-    wanted: Filter
     split: str
+    points: list[TrendPoint]
+    narrowed: bool
 
 
 def show() -> None:
@@ -68,29 +71,19 @@ def _page() -> None:
     choice = _choose(here)
     if choice is None:
         return
-    points = _read(here, choice)
+    points = choice.points
     if not points:
         _nothing(choice, last)
         return
-    series = _series(points, choice, data.aliases(here).get("live"))
+    name = _namer(points, choice, data.aliases(here).get("live"))
+    series = _series(points, choice, name)
     _trend(here, choice, series)
-    left, right = st.columns(2, gap="large")
-    by_version = data.histograms(here.url, choice.wanted)
-    counts = _grouped(by_version, series, choice)
-    with left:
-        st.subheader("Accepted at each position")
-        charts.show(
-            charts.positions({name: _reached(column) for name, column in counts.items()},
-                             {name: sum(column) for name, column in counts.items()}),
-            "positions", "share of steps that accepted a proposal at each depth",
-        )  # fmt: skip
-        st.caption("The shares add up to the accept length less one, the target's own token.")
-    with right:
-        st.subheader("Accepted in a step")
-        charts.show(charts.histogram(counts), "histogram", "how many proposals steps accepted")
-    _heat(points, choice)
-    _equal_depth(here, choice)
-    _table(series, choice)
+    # Only the open tab is drawn: each picture costs a browser a tenth of a second and more.
+    tabs = st.tabs(list(TABS), key="tab", on_change="rerun", bind="query-params")
+    for tab, draw in zip(tabs, TABS.values(), strict=True):
+        if tab.open:
+            with tab:
+                draw(Shown(here, choice, points, name, series))
 
 
 # -- what is looked at --------------------------------------------------------------------------
@@ -116,19 +109,25 @@ def _choose(here: Group) -> Choice | None:
     servers = columns[0].multiselect(
         "Server", sorted(set(named.values())), placeholder="all", key="servers"
     )
+    chosen = tuple(id for id, name in sorted(named.items()) if name in servers)
+    wanted = Filter(here.id, period.since, period.until, chosen)
+    # What is older than an hour is read every ten minutes only.
+    cut = _floor(now() - timedelta(hours=1), timedelta(hours=1))
+    points = data.long_trend(here.url, wanted, period.bucket, cut)
     domains = columns[1].multiselect(
-        "Domain", data.domains(here.url, here.id, period.since), placeholder="all", key="domains"
+        "Domain", sorted({point.domain for point in points}), placeholder="all", key="domains"
     )
     versions = columns[2].multiselect(
-        "Version", [version.id for version in data.versions(here)][::-1], placeholder="all",
-        key="versions",
+        "Version", sorted({point.version_id for point in points}, reverse=True),
+        placeholder="all", key="versions",
     )  # fmt: skip
-    wanted = Filter(
-        here.id, period.since, period.until,
-        tuple(id for id, name in sorted(named.items()) if name in servers),
-        tuple(sorted(domains)), tuple(sorted(versions)),
-    )  # fmt: skip
-    return Choice(period, wanted, str(split))
+    kept = [
+        point
+        for point in points
+        if (not domains or point.domain in domains)
+        and (not versions or point.version_id in versions)
+    ]
+    return Choice(period, str(split), kept, narrowed=len(kept) < len(points) or bool(servers))
 
 
 def _period(name: str) -> Period | None:
@@ -167,8 +166,7 @@ def _floor(moment: datetime, width: timedelta) -> datetime:
 
 
 def _nothing(choice: Choice, last: datetime) -> None:
-    wanted = choice.wanted
-    if wanted.server_ids or wanted.domains or wanted.version_ids:
+    if choice.narrowed:
         st.info("Nothing was served that fits all of these. Take one of them away.")
         return
     words.say(
@@ -177,47 +175,50 @@ def _nothing(choice: Choice, last: datetime) -> None:
     )  # fmt: skip
 
 
-def _read(here: Group, choice: Choice) -> list[TrendPoint]:
-    # What is older than an hour is read once a minute only.
-    cut = _floor(now() - timedelta(hours=1), timedelta(hours=1))
-    wanted = choice.wanted
-    if wanted.until is not None and wanted.until <= cut:
-        return data.long_trend(here.url, wanted, choice.period.bucket)
-    return data.trend_with_tail(here.url, wanted, choice.period.bucket, cut)
-
-
 # -- lines --------------------------------------------------------------------------------------
 
 Series = dict[str, list[tuple[datetime, Served]]]
+Namer = Callable[[TrendPoint], str]
 
 
-def _series(points: Sequence[TrendPoint], choice: Choice, live: int | None) -> Series:
-    name = _namer(points, choice, live)
-    found: dict[str, dict[datetime, Served]] = {}
-    for point in points:
-        at = _floor(point.bucket, choice.period.width)
-        line = found.setdefault(name(point.version_id, point.domain), {})
-        line[at] = line.get(at, Served()) + point.served
+@dataclass(frozen=True)
+class Shown:
+    """What the parts of the page draw."""
+
+    here: Group
+    choice: Choice
+    points: Sequence[TrendPoint]
+    name: Namer
+    series: Series
+
+
+def _series(points: Sequence[TrendPoint], choice: Choice, name: Namer) -> Series:
+    width = choice.period.width
+    at = {point.bucket: _floor(point.bucket, width) for point in points}
+    sums = trends.by(points, lambda p: (name(p), at[p.bucket]))
+    found: Series = {}
+    for (line, moment), served in sorted(sums.items(), key=lambda item: item[0]):
+        found.setdefault(line, []).append((moment, served))
     order = sorted(found, key=lambda line: (line.startswith("other"), _number(line), line))
-    return {line: sorted(found[line].items()) for line in order}
+    return {line: found[line] for line in order}
 
 
 def _number(line: str) -> int:
     return int(line.split()[1]) if line.startswith("version ") else 0
 
 
-def _namer(
-    points: Sequence[TrendPoint], choice: Choice, live: int | None
-) -> Callable[[int, str], str]:
+def _namer(points: Sequence[TrendPoint], choice: Choice, live: int | None) -> Namer:
+    """The line that a point belongs to."""
     if choice.split == ALL:
-        return lambda version, domain: "all together"
+        return lambda point: "all together"
     if choice.split == BY_DOMAIN:
         steps = trends.by(points, lambda p: p.domain)
         kept = sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST]
-        return lambda version, domain: domain if domain in kept else "other domains"
+        return lambda point: point.domain if point.domain in kept else "other domains"
     newest = sorted({point.version_id for point in points}, reverse=True)
     shown = set(newest[:MOST]) | ({live} if live in newest else set())
-    return lambda version, domain: words.version(version) if version in shown else "other versions"
+    names = {id: words.version(id) if id in shown else "other versions" for id in newest}
+    return lambda point: names[point.version_id]
 
 
 def _trend(here: Group, choice: Choice, series: Series) -> None:
@@ -234,26 +235,19 @@ def _trend(here: Group, choice: Choice, series: Series) -> None:
     st.caption(told)
 
 
-def _grouped(
-    by_version: dict[int, list[int]], series: Series, choice: Choice
-) -> dict[str, list[int]]:
-    """Histograms under the names of the lines; by domain they are not split."""
-    found: dict[str, list[int]] = {}
-    for version, column in sorted(by_version.items()):
-        name = words.version(version)
-        if choice.split != BY_VERSION:
-            name = "all together"
-        elif name not in series:
-            name = "other versions"
-        old = found.get(name, [])
-        size = max(len(old), len(column))
-        found[name] = [sum(part) for part in zip(_padded(old, size), _padded(column, size),
-                                                 strict=True)]  # fmt: skip
-    return found
-
-
-def _padded(column: list[int], size: int) -> list[int]:
-    return [*column, *[0] * (size - len(column))]
+def _depths(shown: Shown) -> None:
+    found = trends.histograms(shown.points, shown.name)
+    counts = {line: found[line] for line in shown.series}
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.markdown("**Accepted at each position**")
+        reached = {name: _reached(column) for name, column in counts.items()}
+        figure = charts.positions(reached, {name: sum(column) for name, column in counts.items()})
+        charts.show(figure, "positions", "share of steps that accepted a proposal at each depth")
+        st.caption("The shares add up to the accept length less one, the target's own token.")
+    with right:
+        st.markdown("**Accepted in a step**")
+        charts.show(charts.histogram(counts), "histogram", "how many proposals steps accepted")
 
 
 def _reached(column: list[int]) -> list[int]:
@@ -266,8 +260,8 @@ def _reached(column: list[int]) -> list[int]:
 MOST_DOMAINS = 12
 
 
-def _heat(points: Sequence[TrendPoint], choice: Choice) -> None:
-    st.subheader("Domain by hour")
+def _heat(shown: Shown) -> None:
+    points, choice = shown.points, shown.choice
     steps = trends.by(points, lambda p: p.domain)
     domains = sorted(sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST_DOMAINS])
     one_day = choice.period.until - choice.period.since <= timedelta(hours=30)
@@ -298,20 +292,23 @@ def _hour(moment: datetime) -> datetime:
     return local(moment).replace(minute=0, second=0, microsecond=0)
 
 
-def _equal_depth(here: Group, choice: Choice) -> None:
-    st.subheader("Versions at equal depth")
-    shapes = data.shapes(here.url, choice.wanted)
-    versions = sorted({version for sums in shapes.values() for version in sums}, reverse=True)
+def _equal_depth(shown: Shown) -> None:
+    here, points = shown.here, shown.points
+    shapes: dict[tuple[int, int], dict[int, Served]] = {}
+    sums = trends.by(points, lambda p: (p.depth, p.topk, p.version_id))
+    for (depth, topk, version), served in sorted(sums.items(), key=lambda item: item[0]):
+        shapes.setdefault((depth, topk), {})[version] = served
+    versions = sorted({version for of in shapes.values() for version in of}, reverse=True)
     live = data.aliases(here).get("live")
     baseline = st.selectbox(
         "Compare with", versions, index=versions.index(live) if live in versions else 0,
         format_func=words.version, key="baseline", width=240,
     )  # fmt: skip
     rows = []
-    for (depth, topk), sums in shapes.items():
-        against = sums.get(baseline) if baseline is not None else None
-        for version in sorted(sums, reverse=True)[:20]:
-            served = sums[version]
+    for (depth, topk), of in shapes.items():
+        against = of.get(baseline) if baseline is not None else None
+        for version in sorted(of, reverse=True)[:20]:
+            served = of[version]
             rows.append(
                 {
                     "depth": depth,
@@ -344,8 +341,8 @@ def _less(served: Served, against: Served | None, same: bool) -> str:
 # -- the same numbers as a table ----------------------------------------------------------------
 
 
-def _table(series: Series, choice: Choice) -> None:
-    st.subheader("The same numbers")
+def _table(shown: Shown) -> None:
+    series, choice = shown.series, shown.choice
     rows = []
     for name, points in series.items():
         for moment, served in points:
@@ -380,3 +377,11 @@ def _table(series: Series, choice: Choice) -> None:
         f"acceptance-{choice.period.since:%Y%m%dT%H%M}Z.csv", "text/csv",
         icon=":material/download:", on_click="ignore", help="Times in UTC",
     )  # fmt: skip
+
+
+TABS: dict[str, Callable[[Shown], None]] = {
+    "By position": _depths,
+    "Domain by hour": _heat,
+    "Versions at equal depth": _equal_depth,
+    "The same numbers": _table,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import add
 from typing import Any, TypeVar
 
 from sqlalchemy import (
@@ -29,6 +30,7 @@ from aurora_sgl.store.queries.lengths import ratio_interval
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S", bound=Select[Any])
 
+SUMS = 8  # numbers of a ``Served``
 #: Width of a bucket, and how many characters of SQLite's text of a time name it.
 BUCKETS = {"minute": 16, "10 minutes": 15, "hour": 13, "day": 10}
 _REST = "1970-01-01 00:00:00"
@@ -46,9 +48,6 @@ class Served:
     steps2: int = 0
     accepted2: int = 0
     product: int = 0
-
-    def __add__(self, other: Served) -> Served:
-        return Served(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
 
     def values(self) -> tuple[int, ...]:
         return (
@@ -72,12 +71,18 @@ class Served:
 
 @dataclass(frozen=True)
 class TrendPoint:
-    """What one version served to one domain in one bucket of time."""
+    """What one version served to one domain in one bucket of time, under one draft shape.
+
+    ``histogram[i]``: steps with i accepted proposals; empty unless it was asked for.
+    """
 
     bucket: datetime
     version_id: int
     domain: str
+    depth: int
+    topk: int
     served: Served
+    histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,55 +99,53 @@ class Filter:
     topk: int | None = None
 
 
-def trend(s: Session, wanted: Filter, bucket: str) -> list[TrendPoint]:
-    """By bucket (a key of ``BUCKETS``, in UTC), version and domain, in this order.
+def trend(
+    s: Session, wanted: Filter, bucket: str, *, with_histogram: bool = False
+) -> list[TrendPoint]:
+    """By bucket (a key of ``BUCKETS``, in UTC), version, domain and draft shape, in this order.
 
     Steps with drafts, of requests with draft KV of one version only.
     """
     m = AcceptanceMinute
+    deepest = -1
+    if with_histogram:
+        deepest = s.scalar(_where(select(func.max(m.depth)), wanted)) or -1
+    counts = [func.sum(func.coalesce(_element(s, m.histogram, i), 0)) for i in range(deepest + 1)]
     start = _bucket(s, bucket).label("start")
-    query = select(start, m.drafter_version_id, m.domain, *_sums())
-    query = _where(query, wanted).group_by(start, m.drafter_version_id, m.domain)
-    query = query.order_by(start, m.drafter_version_id, m.domain)
-    return [
-        TrendPoint(_time(row[0]), row[1], row[2], Served(*map(int, row[3:])))
-        for row in s.execute(query)
-    ]
+    keys = (start, m.drafter_version_id, m.domain, m.depth, m.topk)
+    query = _where(select(*keys, *_sums(), *counts), wanted).group_by(*keys).order_by(*keys)
+    found, moments = [], dict[str | datetime, datetime]()
+    for row in s.execute(query):
+        moment = moments.get(row[0]) or moments.setdefault(row[0], _time(row[0]))
+        numbers = [int(value) for value in row[5:]]
+        served = Served(*numbers[:SUMS])
+        shape = (row[1], row[2], row[3], row[4])
+        found.append(TrendPoint(moment, *shape, served, tuple(numbers[SUMS:])))
+    return found
 
 
 def total(points: Iterable[TrendPoint]) -> Served:
-    return sum((point.served for point in points), Served())
+    return by(points, lambda p: 0).get(0, Served())
 
 
 def by(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, Served]:
     """Sums by what ``key`` says of a point, in the order of first appearance."""
-    found: dict[K, Served] = {}
+    found: dict[K, list[int]] = {}
     for point in points:
-        name = key(point)
-        found[name] = found.get(name, Served()) + point.served
-    return found
+        name, values = key(point), point.served.values()
+        sums = found.get(name)
+        found[name] = list(values) if sums is None else list(map(add, sums, values))
+    return {name: Served(*sums) for name, sums in found.items()}
 
 
-def histograms(s: Session, wanted: Filter) -> dict[int, list[int]]:
-    """Steps with i accepted proposals, by version."""
-    m = AcceptanceMinute
-    deepest = s.scalar(_where(select(func.max(m.depth)), wanted)) or 0
-    columns = [func.sum(func.coalesce(_element(s, m.histogram, i), 0)) for i in range(deepest + 1)]
-    if not columns:
-        return {}
-    query = _where(select(m.drafter_version_id, *columns), wanted).group_by(m.drafter_version_id)
-    return {row[0]: [int(count) for count in row[1:]] for row in s.execute(query)}
-
-
-def shapes(s: Session, wanted: Filter) -> dict[tuple[int, int], dict[int, Served]]:
-    """By draft shape (depth, top-k), then by version: what may be compared stands together."""
-    m = AcceptanceMinute
-    query = _where(select(m.depth, m.topk, m.drafter_version_id, *_sums()), wanted)
-    query = query.group_by(m.depth, m.topk, m.drafter_version_id)
-    query = query.order_by(m.depth, m.topk, m.drafter_version_id)
-    found: dict[tuple[int, int], dict[int, Served]] = {}
-    for row in s.execute(query):
-        found.setdefault((row[0], row[1]), {})[row[2]] = Served(*map(int, row[3:]))
+def histograms(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, list[int]]:
+    """Steps with i accepted proposals, by what ``key`` says of a point."""
+    found: dict[K, list[int]] = {}
+    for point in points:
+        sums = found.setdefault(key(point), [])
+        sums += [0] * (len(point.histogram) - len(sums))
+        for i, count in enumerate(point.histogram):
+            sums[i] += count
     return found
 
 
