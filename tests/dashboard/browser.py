@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 PASSWORDS = {"ada": "correct horse 1", "vera": "battery staple 2"}
 #: Pages by name, in the order of the navigation.
 PAGES = ("Now", "Acceptance", "Versions", "Training", "Requests", "SQL", "Audit")
+#: Milliseconds that a page may take on a busy machine before a test gives up.
+PATIENCE = 30_000
+expect.set_options(timeout=PATIENCE)
 READY = "[data-testid=stApp][data-test-script-state=notRunning]"
 
 
