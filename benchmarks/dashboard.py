@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import dashboard_data
-from tests.dashboard import browser
-from tests.dashboard.browser import Viewer
+from tests.pages import browser
+from tests.pages.browser import Viewer
 
 AIM = 1.0
 #: What is on a page once it says what it is for.

@@ -46,8 +46,10 @@ TABLES = tuple(sorted(Base.metadata.tables))
 TOKEN_COLUMNS = {
     "acceptance_event": {"draft_tokens", "target_tokens"},
     "trace": {"prompt_sha256", "head_sha256"},
+    "v_acceptance_event": {"draft_tokens", "target_tokens"},
+    "v_rejected_tokens": {"draft_token", "target_token"},
 }
-#: Views that show tokens; in SQLite their columns come from the tables above.
+#: Views that show tokens; in PostgreSQL viewers may not read them.
 TOKEN_VIEWS = ("v_acceptance_event", "v_rejected_tokens")
 
 
@@ -194,6 +196,8 @@ def _postgres(role_url: str, typed: str, rows: int, seconds: float) -> Found:
                     if len(found) >= rows:
                         connection.cancel()
                         break
+                if not found:  # a stream without rows does not say its columns
+                    cursor.execute(typed, prepare=True)
                 columns = [column.name for column in cursor.description or ()]
             return columns, found
     except psycopg.Error as error:

@@ -16,10 +16,10 @@ from aurora_sgl.store.accounts import Accounts
 from dashboard import dialogs, version_questions
 from dashboard.context import Group
 from dashboard.screens import acceptance, training
-from tests.dashboard import browser
-from tests.dashboard import house as samples
-from tests.dashboard.browser import PAGES
-from tests.dashboard.house import House
+from tests.pages import browser
+from tests.pages import house as samples
+from tests.pages.browser import PAGES
+from tests.pages.house import House
 
 APP = Path(__file__).parents[2] / "dashboard" / "app.py"
 Use = Callable[..., None]

@@ -12,10 +12,10 @@ from playwright.sync_api import Browser
 from aurora_sgl import rollout, store
 from aurora_sgl.config import get_settings
 from aurora_sgl.store import queries
-from tests.dashboard import browser as chrome
-from tests.dashboard import house as samples
-from tests.dashboard.browser import Dashboard, Viewer
-from tests.dashboard.house import House
+from tests.pages import browser as chrome
+from tests.pages import house as samples
+from tests.pages.browser import Dashboard, Viewer
+from tests.pages.house import House
 
 
 @pytest.fixture(scope="session")
