@@ -21,7 +21,7 @@ PASSWORDS = {"ada": "correct horse 1", "vera": "battery staple 2"}
 #: Pages by name, in the order of the navigation.
 PAGES = ("Now", "Acceptance", "Versions", "Training", "Requests", "SQL", "Audit")
 #: Milliseconds that a page may take on a busy machine before a test gives up.
-PATIENCE = 30_000
+PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)
 READY = "[data-testid=stApp][data-test-script-state=notRunning]"
 
@@ -143,11 +143,9 @@ class Viewer:
         self.ready()
 
     def ready(self) -> None:
-        """Wait until nothing is being drawn any more."""
+        """Wait until everything is drawn once. (Parts that refresh are drawn again and again.)"""
         self.page.locator(READY).wait_for()
-        self.page.wait_for_function(
-            "!document.querySelector('[data-testid=stSkeleton], [data-stale=true]')"
-        )
+        self.page.wait_for_function("!document.querySelector('[data-testid=stSkeleton]')")
 
     def choose(self, label: str, option: str) -> None:
         """An option of a select box."""
@@ -163,6 +161,7 @@ def viewer(browser: Browser, url: str, *, theme: str = "light", width: int = 144
         color_scheme="dark" if theme == "dark" else "light",
         timezone_id="Europe/Zurich",
     )
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     found = Viewer(context, page, url)
     page.on("request", lambda request: found.asked.append(request.url))

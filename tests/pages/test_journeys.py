@@ -117,7 +117,7 @@ def test_an_operator_promotes_a_version_and_sees_the_servers_follow(
     servers = page.get_by_role("table", name="what servers run")
     expect(servers).to_contain_text("version 4 is on its way")
     house.servers_follow()
-    expect(servers).to_contain_text(house.version(4).weights_sha256[:16], timeout=10_000)
+    expect(servers).to_contain_text(house.version(4).weights_sha256[:16])
     expect(servers).not_to_contain_text("on its way")
     viewer.open("Audit")
     expect(page.get_by_role("heading", name="Promote: version 3 → version 4")).to_be_visible()
@@ -210,7 +210,7 @@ def test_the_sql_page_reads_and_refuses_to_write(house: House, look: Look) -> No
             "stopped after 5 s",
     }.items():  # fmt: skip
         run(page, statement)
-        expect(page.get_by_test_id("stAlert")).to_contain_text(said, timeout=15_000)
+        expect(page.get_by_test_id("stAlert")).to_contain_text(said)
     viewer.choose("Examples", "Accept length by version")
     expect(page.get_by_role("textbox", name="Statement")).to_have_value(re.compile("SELECT"))
     page.get_by_role("button", name="Run").click()
