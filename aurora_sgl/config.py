@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -50,8 +51,11 @@ class Settings(BaseSettings):
     trace_memory_bytes: int = Field(default=512 * 1024**2, ge=1)
     """Bytes of unfinished traces that the sidecar holds; the oldest request is dropped first."""
 
+    health_host: str = "127.0.0.1"
+    """Address of the sidecar's /health and /metrics."""
+
     health_port: int = Field(default=0, ge=-1, le=65535)
-    """Loopback port of the sidecar's /healthz and /metrics; 0: a free one; -1: none."""
+    """Their port; 0: a free one; -1: none."""
 
     speculation: str = Field(default="auto", pattern="^(auto|on|off)$")
     """auto: a bounded share of the steps until replay says that drafts pay; on; off."""
@@ -173,8 +177,12 @@ class SchedulerSettings(BaseSettings):
     drift: bool = True
     """Train when the accept length of the live version falls, in any domain."""
 
-    drift_delta: float = Field(default=0.002, gt=0, lt=1)
-    """Confidence of the change detector (ADWIN's delta); smaller: fewer false alarms."""
+    drift_threshold: float = Field(default=16.0, gt=0)
+    """Threshold of the change detector (Page-Hinkley), in standard deviations of a request; larger:
+    fewer false alarms, later."""
+
+    drift_slack: float = Field(default=0.25, ge=0)
+    """Fall, in the same unit, that counts as none."""
 
     cooldown_minutes: float = Field(default=5.0, ge=0)
     """Rest after a run, and before automatic promotions after a rollback."""
@@ -191,8 +199,17 @@ class SchedulerSettings(BaseSettings):
     pause_step_ms: float = Field(default=0.0, ge=0)
     """Median time of a verify step from which training pauses; 0: never for latency."""
 
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Knobs of the training recipe, such as {"passes": 3}."""
+
+    wait_for_watch: bool = True
+    """Promote nothing while the watch over the promotion before is running."""
+
+    host: str = "127.0.0.1"
+    """Address of the scheduler's /health and /metrics."""
+
     port: int = Field(default=0, ge=-1, le=65535)
-    """Loopback port of the scheduler's /healthz and /metrics; 0: a free one; -1: none."""
+    """Their port; 0: a free one; -1: none."""
 
 
 @lru_cache(maxsize=1)

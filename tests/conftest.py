@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, text
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the samples beside the tests
+# For the samples beside the tests, also those of another folder.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "unit")]
 
 _numbers = itertools.count(1)
 

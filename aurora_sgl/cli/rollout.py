@@ -10,12 +10,19 @@ from aurora_sgl.cli.shared import AsJson, DryRun, Group, Version, open_group, us
 from aurora_sgl.console import print_json
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from aurora_sgl.rollout.promote import Change
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept with the deployment.")]
 Actor = Annotated[str, typer.Option("--actor", help="Who (default: the user and host).")]
 ExpectLive = Annotated[
-    str, typer.Option("--expect-live", help="Refuse if another version is live than this one.")
+    str,
+    typer.Option(
+        "--expect-live",
+        "--expected-live",
+        help="Refuse if another version is live than this one (none: no version at all).",
+    ),
 ]
 
 
@@ -41,7 +48,7 @@ def promote(
         version_id(engine, owner.name, version),
         actor=actor or user(),
         reason=reason,
-        expected_live=version_id(engine, owner.name, expect_live) if expect_live else None,
+        expected_live=_expected(engine, owner.name, expect_live),
         evaluation_id=evaluation,
         dry_run=dry_run,
         force=force,
@@ -68,10 +75,18 @@ def rollback(
         actor=actor or user(),
         reason=reason,
         to=version_id(engine, owner.name, to) if to else None,
-        expected_live=version_id(engine, owner.name, expect_live) if expect_live else None,
+        expected_live=_expected(engine, owner.name, expect_live),
         dry_run=dry_run,
     )
     _print_change(change, as_json)
+
+
+def _expected(engine: Engine, group: str, name: str) -> int | None:
+    from aurora_sgl.rollout.promote import NONE_LIVE
+
+    if not name:
+        return None
+    return NONE_LIVE if name == "none" else version_id(engine, group, name)
 
 
 def _print_change(change: Change, as_json: bool) -> None:

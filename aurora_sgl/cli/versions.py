@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aurora_sgl.cli.rollout import Actor, Reason
 from aurora_sgl.cli.shared import (
     AsJson,
+    DryRun,
     Group,
     Version,
     columns_of,
     open_group,
     print_rows,
     target_of,
+    user,
     version_id,
 )
 from aurora_sgl.console import print_json, print_table
@@ -111,23 +114,47 @@ def versions_export(
 
 
 @versions_app.command("pin")
-def versions_pin(version: Version, group: Group = "") -> None:
+def versions_pin(
+    version: Version,
+    reason: Reason,
+    group: Group = "",
+    actor: Actor = "",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
     """Keep a version's weights whatever is pruned."""
-    _pin(version, group, True)
+    _pin(version, True, reason, group, actor, dry_run, as_json)
 
 
 @versions_app.command("unpin")
-def versions_unpin(version: Version, group: Group = "") -> None:
+def versions_unpin(
+    version: Version,
+    reason: Reason,
+    group: Group = "",
+    actor: Actor = "",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
     """Leave a version's weights to pruning again."""
-    _pin(version, group, False)
+    _pin(version, False, reason, group, actor, dry_run, as_json)
 
 
-def _pin(version: str, group: str, pinned: bool) -> None:
-    from aurora_sgl.rollout.versions import pin_version
+def _pin(
+    version: str, pinned: bool, reason: str, group: str, actor: str, dry_run: bool, as_json: bool
+) -> None:
+    from aurora_sgl import rollout
 
     engine, owner = open_group(group)
-    row = pin_version(engine, version_id(engine, owner.name, version), pinned)
-    print(f"version {row.id} is {'pinned' if row.pinned else 'not pinned'}")
+    act = rollout.pin if pinned else rollout.unpin
+    number = version_id(engine, owner.name, version)
+    change = act(engine, number, actor=actor or user(), reason=reason, dry_run=dry_run)
+    said = "pinned" if pinned else "not pinned"
+    if as_json:
+        print_json(change)
+    elif not change.changed:
+        print(f"version {number} is {said} already; nothing was changed")
+    else:
+        print(f"version {number} {'would be' if dry_run else 'is'} {said}")
 
 
 def version_row(line: VersionLine) -> dict[str, Any]:

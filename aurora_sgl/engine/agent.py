@@ -88,6 +88,7 @@ class Agent:
             report=self._done.append if self.channel else None,
         )
         self.target_predict: torch.Tensor | None = None
+        self.queue = 0  # requests that wait to be prefilled
         self._said_hello = 0.0
         self._failed_parts: set[str] = set()
         drafter = Path(str(description.get("drafter_path") or "."))
@@ -295,6 +296,8 @@ class Agent:
             "waiting_records": float(self.channel.waiting_records),
             "dropped_traces": float(self.channel.dropped_traces),
             "speculation_share": self.policy.share,
+            "capture_share": self.recorder.capture_share,
+            "queue": float(self.queue),
             **self.policy.counters(),
         }
         return wire.Hello(

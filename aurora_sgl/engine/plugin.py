@@ -290,6 +290,7 @@ def _process_input_requests(
         return original(scheduler, recv_reqs)
     from aurora_sgl.engine.swap_driver import ApplySwap, StageSwap
 
+    agent.queue = len(getattr(scheduler, "waiting_queue", ()))
     rest = []
     for request in recv_reqs:
         if isinstance(request, StageSwap | ApplySwap):

@@ -28,6 +28,7 @@ class SpeculationPolicy:
         self.plain_steps = 0
         self.speculative_steps = 0
         self._durations: dict[tuple[bool, int], deque[float]] = {}
+        self._recent: deque[float] = deque(maxlen=64)  # of steps of any kind
 
     def admit(self) -> bool:
         """Whether a request that starts now speculates."""
@@ -46,11 +47,13 @@ class SpeculationPolicy:
             self.speculative_steps += 1
         else:
             self.plain_steps += 1
+        self._recent.append(seconds)
         key = (speculative, batch_size.bit_length())
         self._durations.setdefault(key, deque(maxlen=64)).append(seconds)
 
     def counters(self) -> dict[str, float]:
-        """Step counts, and median durations at the batch size for which both kinds are known best.
+        """Step counts, the median duration of the last steps, and of either kind at the batch size
+        for which both are known best.
 
         ``step_ms_plain`` and ``step_ms_spec`` are absent until both were seen at least 8 times.
         """
@@ -58,6 +61,8 @@ class SpeculationPolicy:
             "plain_steps": float(self.plain_steps),
             "speculative_steps": float(self.speculative_steps),
         }
+        if self._recent:
+            result["step_ms"] = 1000 * median(self._recent)
         both = [
             (min(len(plain), len(self._durations[True, size])), size)
             for (speculative, size), plain in self._durations.items()

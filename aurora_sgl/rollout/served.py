@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 from scipy.special import stdtrit
 
@@ -102,8 +103,16 @@ def compare(clusters: Sequence[Cluster], baseline: Mapping[str, Stratum]) -> Com
     return Comparison(m, length, length - difference, variance**0.5)
 
 
-def paces(steps: Sequence[Step]) -> dict[int, tuple[int, float]]:
-    """Tokens and seconds of single streams by batch size (the next power of two).
+class Pace(NamedTuple):
+    """Verify steps, the tokens that they kept, and the seconds that they took."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def paces(steps: Sequence[Step]) -> dict[int, Pace]:
+    """What single streams made, by batch size (the next power of two).
 
     Each step counts with the time since the step before it of the same request; steps come by
     request and in order.
@@ -117,24 +126,30 @@ def paces(steps: Sequence[Step]) -> dict[int, tuple[int, float]]:
     if not gaps:
         return {}
     longest = LONG_GAP * median(seconds for _, _, seconds in gaps)
-    found: dict[int, tuple[int, float]] = {}
+    found: dict[int, Pace] = {}
     for bucket, kept, seconds in gaps:
         if seconds <= longest:
-            tokens, total = found.get(bucket, (0, 0.0))
-            found[bucket] = (tokens + kept, total + seconds)
+            old = found.get(bucket, Pace(0, 0, 0.0))
+            found[bucket] = Pace(old.steps + 1, old.tokens + kept, old.seconds + seconds)
     return found
 
 
 def speeds(
-    now: Mapping[int, tuple[int, float]], before: Mapping[int, tuple[int, float]]
+    now: Mapping[int, Pace], before: Mapping[int, Pace], gain: float = 1.0
 ) -> tuple[float, float] | None:
-    """Tokens per second of a stream now, and what the baseline made at the same batch sizes.
+    """Tokens per second of a stream now, and what the baseline would have made of the same
+    requests at the same batch sizes.
 
-    ``None`` when no batch size was seen for long enough on both sides.
+    How fast a stream is depends on its domain by the accept length alone, so the baseline's steps
+    per second are taken with as many tokens a step as now, over ``gain``: the accept length now
+    over the one that was expected. ``None`` when no batch size was seen for long enough on both
+    sides.
     """
-    both = [b for b in now if b in before and min(now[b][0], before[b][0]) >= FEWEST_STEPS]
-    seconds = sum(now[b][1] for b in both)
+    both = [b for b in now if b in before and min(now[b].steps, before[b].steps) >= FEWEST_STEPS]
+    seconds = sum(now[b].seconds for b in both)
     if not seconds:
         return None
-    expected = sum(now[b][1] * before[b][0] / before[b][1] for b in both)
-    return sum(now[b][0] for b in both) / seconds, expected / seconds
+    tokens = sum(now[b].tokens for b in both)
+    expected_steps = sum(now[b].seconds * before[b].steps / before[b].seconds for b in both)
+    expected = expected_steps * tokens / sum(now[b].steps for b in both) / gain
+    return tokens / seconds, expected / seconds

@@ -197,7 +197,7 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
     begin = window.started_at + timedelta(seconds=rules.warm_seconds)
     steps = queries.steps_between(s, trial.group_id, window.version_id, begin, window.finished_at)
     pace = paces(steps).values()
-    seconds = sum(time for _, time in pace)
+    seconds = sum(each.seconds for each in pace)
     counted = (window.finished_at - begin).total_seconds()
     window.requests = len({step.request_id for step in steps})
     window.verify_steps = len(steps)
@@ -207,7 +207,7 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
         "seconds": counted,
         "accept_length": 1 + window.accepted / len(steps) if steps else None,
         "tokens_per_second": window.completion_tokens / counted if counted > 0 else None,
-        "stream_tokens_per_second": sum(n for n, _ in pace) / seconds if seconds else None,
+        "stream_tokens_per_second": sum(p.tokens for p in pace) / seconds if seconds else None,
         "batch_size": sum(step.batch_size for step in steps) / len(steps) if steps else None,
     }
     s.flush()

@@ -182,12 +182,6 @@ def show_version(engine: Engine, artifacts: ArtifactRoot, version_id: int) -> Ve
         )
 
 
-def pin_version(engine: Engine, version_id: int, pinned: bool = True) -> DrafterVersion:
-    """A pinned version keeps its weights, whatever retention says."""
-    with store.session(engine) as s:
-        return queries.set_pinned(s, version_id, pinned)
-
-
 def resolve_version(engine: Engine, group: str, name: str) -> int:
     """A version id from what a person types: an id, an alias, or the start of a hash (at least
     six characters). Raises ``AuroraError`` when nothing fits."""

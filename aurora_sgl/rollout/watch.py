@@ -21,7 +21,7 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.rollout.promote import rollback
-from aurora_sgl.rollout.served import Comparison, Stratum, compare, paces, speeds, strata
+from aurora_sgl.rollout.served import Comparison, Pace, Stratum, compare, paces, speeds, strata
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Watch, WatchWindow
 from aurora_sgl.store.queries import Cluster
@@ -32,6 +32,8 @@ DOUBTLESS, TELLING = 0.001, 0.05
 BASELINE_REQUESTS = 400
 #: Seconds without a word after which a server counts as gone.
 SILENT_SECONDS = 60.0
+#: Seconds by which the clocks of scheduler and servers may differ.
+SKEW_SECONDS = 60.0
 #: Smallest share of steps with drafts that stretches a window.
 LEAST_SHARE = 0.1
 
@@ -141,8 +143,7 @@ def _next_window(
     now: datetime,
 ) -> WatchWindow | None:
     """The row of the next window, or ``None`` while it goes on."""
-    begun = windows[-1].finished_at if windows else watch.started_at
-    begun = min(begun, now)  # a clock that went back must not stop the watch
+    begun = _begin(s, watch, windows, now)
     clusters = queries.clusters(s, watch.group_id, watch.version_id, since=begun)
     steps = 0
     for count, cluster in enumerate(clusters, start=1):
@@ -170,6 +171,21 @@ def _next_window(
     return _close(s, watch, windows, begun, end, inside, rules)
 
 
+def _begin(s: Session, watch: Watch, windows: Sequence[WatchWindow], now: datetime) -> datetime:
+    """When the next window begins. After the clock was set back that lies in the future, which
+    would blind the watch until then: it begins now, once and for all."""
+    begun = windows[-1].finished_at if windows else watch.started_at
+    if begun <= now + timedelta(seconds=SKEW_SECONDS):
+        return begun
+    log.warning("the clock was set back; the watch goes on from %s", now)
+    if windows:
+        windows[-1].finished_at = now
+    else:
+        watch.started_at = now
+    s.flush()
+    return now
+
+
 def _close(
     s: Session,
     watch: Watch,
@@ -185,8 +201,9 @@ def _close(
     known = {key: Stratum(**sums) for key, sums in watch.baseline["strata"].items()}
     verdict, compared = judge(clusters, known, rules)
     steps = queries.steps_of_requests(s, [c.request_id for c in clusters], watch.version_id)
-    before = {int(b): (int(p[0]), float(p[1])) for b, p in watch.baseline["paces"].items()}
-    speed = speeds(paces(steps), before)
+    before = {int(bucket): Pace(*pace) for bucket, pace in watch.baseline["paces"].items()}
+    gain = compared.accept_length / compared.expected if compared else 1.0
+    speed = speeds(paces(steps), before, gain)
     if verdict.verdict == "pass" and speed and speed[0] < (1 - rules.speed_margin) * speed[1]:
         told = f"{verdict.reason}; {speed[0]:.1f} tokens/s of a stream, expected {speed[1]:.1f}"
         verdict = Verdict("bad", told)

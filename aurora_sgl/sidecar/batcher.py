@@ -15,13 +15,13 @@ import msgspec
 
 from aurora_sgl import wire
 from aurora_sgl.sidecar.cursor import Boot, Cursor
-from aurora_sgl.sidecar.link import StoreAway, StoreLink
 from aurora_sgl.sidecar.servers import Known, Registry
 from aurora_sgl.sidecar.spool import Frame, Spool
 from aurora_sgl.sidecar.trace_files import TraceRow
 from aurora_sgl.sidecar.trace_store import TraceStore
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import ingest
+from aurora_sgl.store.link import StoreAway, StoreLink
 
 #: Kinds of spool frames.
 ENVELOPE, TRACE, LOSS = b"E", b"T", b"L"

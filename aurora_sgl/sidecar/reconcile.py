@@ -16,12 +16,13 @@ from aurora_sgl import clock, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.sidecar import boot_version, phase
-from aurora_sgl.sidecar.link import StoreAway, StoreLink
 from aurora_sgl.sidecar.servers import Known, Live, Registry, drafter_path
 from aurora_sgl.sidecar.staging import Stager, Wanted
 from aurora_sgl.sidecar.swaps import Swaps
 from aurora_sgl.store import queries
+from aurora_sgl.store.link import StoreAway, StoreLink
 
 TICK_SECONDS = 1.0
 PHASE_SECONDS = 5.0
@@ -69,6 +70,7 @@ class Reconciler:
         self.phase = phase.Phase("", 0.0, "")
         self.agrees = False
         self.desired = 0
+        self.boot_version_id = 0  # of the boot that is there now; 0: not known yet
 
     def run(self) -> None:
         while not self._stop.wait(TICK_SECONDS):
@@ -103,8 +105,10 @@ class Reconciler:
             return
         if known.boot_version_id is None and drafter_path(hello):
             self._identify(known, hello)
+        self.boot_version_id = known.boot_version_id or 0
         live = self._registry.live(boot_id)
         self._answers(boot_id)
+        self._capture(known, hello)
         if known.boot_version_id is not None:
             self._tell_identity(known, live)
             self._reconcile(known, hello, live)
@@ -143,13 +147,21 @@ class Reconciler:
         if late := self.swaps.expire(boot_id):
             self._error = late
 
+    def _capture(self, known: Known, hello: wire.Hello) -> None:
+        """While learning is switched off nothing new is captured."""
+        with self._link.session(write=False) as s:
+            learning = queries.is_on(s, known.group_id, LEARNING)
+        wanted = self._settings.capture_share if learning else 0.0
+        if hello.counters.get("capture_share", wanted) != wanted:
+            self._send(wire.SetCapture(wanted))
+
     def _reconcile(self, known: Known, hello: wire.Hello, live: Live) -> None:
         with self._link.session(write=False) as s:
-            desired = queries.desired_version(s, known.group_id)
+            desired = queries.wanted_version(s, known.group_id)
             if desired is None:
                 self.agrees = True
                 return
-            version_id, generation = desired
+            version_id, generation = desired.version_id, desired.generation
             version = queries.version(s, version_id)
             wanted = Wanted(version.id, version.weights_uri, version.weights_sha256)
         self.desired = version_id

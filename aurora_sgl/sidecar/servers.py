@@ -18,8 +18,8 @@ from typing import Any
 from aurora_sgl import wire
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.cursor import Cursor
-from aurora_sgl.sidecar.link import StoreLink
 from aurora_sgl.store import queries
+from aurora_sgl.store.link import StoreLink
 
 log = logging.getLogger(__name__)
 

@@ -24,15 +24,16 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.batcher import TRACE, Batcher, Intake
 from aurora_sgl.sidecar.cursor import Cursor
 from aurora_sgl.sidecar.endpoint import Endpoint
-from aurora_sgl.sidecar.health import HealthServer, Status
-from aurora_sgl.sidecar.link import StoreAway, StoreLink
+from aurora_sgl.sidecar.health import Status, open_health
 from aurora_sgl.sidecar.reconcile import Reconciler
+from aurora_sgl.sidecar.served import Served, Sums
 from aurora_sgl.sidecar.servers import Registry
 from aurora_sgl.sidecar.spools import adopt, open_spool
 from aurora_sgl.sidecar.staging import Stager
 from aurora_sgl.sidecar.trace_files import TraceWriter
 from aurora_sgl.sidecar.trace_store import TraceStore
 from aurora_sgl.sidecar.traces import Trace, TraceAssembler
+from aurora_sgl.store.link import StoreAway, StoreLink
 
 POLL_MS = 250
 #: Messages that are taken in one round before anything else gets its turn.
@@ -67,9 +68,10 @@ class Service:
             adopt(home, self._spool, self._cursor)
         artifacts = ArtifactRoot(settings.artifact_root)
         self._artifacts = artifacts
-        self._link = StoreLink(settings.store_url)
+        self._link = StoreLink(settings.store_url, "records wait in the spool")
         self._registry = Registry(self._link, self._cursor, settings.group)
         self._intake = Intake(self._spool, self._registry)
+        self._served = Served()
         self._assembler = TraceAssembler(settings.trace_memory_bytes)
         self._writer = TraceWriter(artifacts, home / "tmp")
         self._traces: queue.Queue[tuple[Trace, wire.Hello | None] | None] = queue.Queue()
@@ -98,7 +100,9 @@ class Service:
         ]
         self._health = None
         if settings.health_port >= 0:
-            self._health = HealthServer(settings.health_port, endpoint, self.status)
+            self._health = open_health(
+                settings.health_host, settings.health_port, endpoint, self.status
+            )
         self._stop_read, self._stop_write = os.pipe()
         self._parent_fd = _watch(parent_pid)
 
@@ -143,6 +147,7 @@ class Service:
             took = True
             for record in self._intake.take(data):
                 self._assembler.heard(record)
+                self._served.heard(record)
         for _ in range(ROUND_TRACES):
             try:
                 frames = self._endpoint.traces.recv_multipart(zmq.NOBLOCK)
@@ -220,7 +225,7 @@ class Service:
             self._reconciler.farewell(engine_is_gone)
 
     def status(self) -> Status:
-        """What ``/healthz`` and ``/metrics`` show."""
+        """What ``/health`` and ``/metrics`` show."""
         now = time.monotonic()
         live = self._registry.live(self._registry.current)
         hello = self._registry.hello(self._registry.current)
@@ -262,10 +267,27 @@ class Service:
                 "trace_memory_bytes": self._assembler.bytes,
                 "swap_apply_milliseconds": swaps.last_apply_ms,
                 "swap_stage_milliseconds": swaps.last_staged_ms,
-                "engine_queue": float((hello.counters if hello else {}).get("queue", 0.0)),
+                "swap_stall_milliseconds": self._served.stall_ms,
+                "swap_longest_stall_milliseconds": self._served.longest_stall_ms,
+                **{
+                    f"engine_{name}": float((hello.counters if hello else {}).get(name, 0.0))
+                    for name in ("queue", "running_requests", "step_ms")
+                },
             },
             lost=lost,
+            served=self._by_version(),
         )
+
+    def _by_version(self) -> dict[tuple[int, str], Sums]:
+        """What was served, with the version that the server was started with by its name."""
+        found = self._served.sums()
+        boot = self._reconciler.boot_version_id
+        for version, domain in [key for key in found if not key[0] and boot]:
+            mine = found.pop((version, domain))
+            known = found.setdefault((boot, domain), Sums())
+            known.verify_steps += mine.verify_steps
+            known.accepted += mine.accepted
+        return found
 
 
 def _watch(pid: int) -> int:

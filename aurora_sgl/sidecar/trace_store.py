@@ -11,9 +11,9 @@ from sqlalchemy.exc import IntegrityError
 from aurora_sgl import clock
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sidecar.link import StoreLink
 from aurora_sgl.sidecar.trace_files import TraceRow
 from aurora_sgl.store import queries
+from aurora_sgl.store.link import StoreLink
 
 #: Files that go in one round when the budget is passed.
 ROUND = 200

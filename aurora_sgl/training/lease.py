@@ -1,13 +1,15 @@
-"""One training run of a group at a time, on whatever machine it runs."""
+"""One training run of a group at a time, on whatever machine it runs, and none while learning is
+switched off."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sqlalchemy import Engine
@@ -18,6 +20,15 @@ from aurora_sgl.store import queries
 
 #: A trainer that says nothing for this long is taken for dead.
 LEASE_SECONDS = 300.0
+#: Seconds between two looks at the kill switch.
+LOOK_SECONDS = 2.0
+LEARNING = "learning"
+
+log = logging.getLogger(__name__)
+
+
+def lease_name(group_id: int) -> str:
+    return f"train:{group_id}"
 
 
 @contextmanager
@@ -26,29 +37,47 @@ def training_lease(
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Hold the lease ``train:<group>``; yields a progress callback that renews it now and then.
 
-    Raises ``AuroraError`` when another trainer holds it, and from the callback when it was lost.
+    Raises ``AuroraError`` when another trainer holds it or learning is switched off, and from the
+    callback when either happens later. A store that is away for less than the lease lasts does not
+    matter.
     """
-    name = f"train:{group_id}"
+    name = lease_name(group_id)
     holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     with store.session(engine) as s:
+        if not queries.is_on(s, group_id, LEARNING):
+            raise AuroraError("learning is switched off; see: aurora-sgl switch list")
         token = queries.acquire_lease(s, name, holder, seconds)
         held = queries.lease(s, name)
     if token is None:
         who = held.holder.rpartition(":")[0] if held is not None else "another trainer"
         raise AuroraError(f"a training run of this group is going on ({who}); wait until it ends")
-    renewed = time.monotonic()
+    renewed = looked = time.monotonic()
 
     def renew(_: dict[str, Any]) -> None:
-        nonlocal renewed
-        if time.monotonic() - renewed < seconds / 10:
+        nonlocal renewed, looked
+        now = time.monotonic()
+        if now - looked < LOOK_SECONDS:
             return
-        with store.session(engine) as s:
-            if not queries.renew_lease(s, name, holder, token, seconds):
-                raise AuroraError("the training lease was lost to another trainer; this run stops")
-        renewed = time.monotonic()
+        looked = now
+        due = now - renewed >= seconds / 10
+        try:
+            with store.session(engine, write=due) as s:
+                if not queries.is_on(s, group_id, LEARNING):
+                    raise AuroraError("learning was switched off; this run stops")
+                if due and not queries.renew_lease(s, name, holder, token, seconds):
+                    raise AuroraError(
+                        "the training lease was lost to another trainer; this run stops"
+                    )
+        except store.OperationalError as error:
+            if now - renewed > seconds:
+                raise
+            log.warning("the store is away, training goes on: %s", str(error.orig).splitlines()[0])
+            return
+        if due:
+            renewed = now
 
     try:
         yield renew
     finally:
-        with store.session(engine) as s:
+        with suppress(store.OperationalError), store.session(engine) as s:
             queries.release_lease(s, name, holder, token)

@@ -10,9 +10,9 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.errors import AuroraError, Refused
-from aurora_sgl.rollout import Change, promote, rollback
+from aurora_sgl.rollout import Change, pin, promote, rollback, unpin
 from aurora_sgl.rollout.promote import NONE_LIVE, set_candidate
-from aurora_sgl.rollout.versions import list_versions, pin_version, resolve_version
+from aurora_sgl.rollout.versions import list_versions, resolve_version
 from aurora_sgl.store import queries
 
 
@@ -214,8 +214,8 @@ def test_a_version_is_found_by_id_alias_and_hash(engine: Engine, versions: list[
 def test_the_list_shows_aliases_and_pins(engine: Engine, versions: list[int]) -> None:
     go(engine, versions[0])
     go(engine, versions[1])
-    assert pin_version(engine, versions[0]).pinned
+    assert pin(engine, versions[0], actor="ada", reason="known good").pinned
     lines = list_versions(engine, "default")
     assert [line.aliases for line in lines] == [("previous",), ("live",), (), ()]
     assert [line.version.pinned for line in lines] == [True, False, False, False]
-    assert not pin_version(engine, versions[0], False).pinned
+    assert not unpin(engine, versions[0], actor="ada", reason="old").pinned

@@ -6,12 +6,18 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.store.models import Deployment, DeploymentGroup, Evaluation, TrainingRun
+from aurora_sgl.store.models import (
+    Deployment,
+    DeploymentGroup,
+    DrafterVersion,
+    Evaluation,
+    TrainingRun,
+)
 
 
 def start_run(
@@ -58,14 +64,21 @@ def finish_run(s: Session, run_id: int, status: str, **fields: Any) -> TrainingR
     return run
 
 
-def runs(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[TrainingRun]:
-    """Newest first."""
-    return s.scalars(
-        select(TrainingRun)
-        .where(TrainingRun.group_id == group_id)
-        .order_by(TrainingRun.id.desc())
-        .limit(limit)
-    ).all()
+def runs(
+    s: Session, group_id: int, *, status: str = "", limit: int | None = None
+) -> Sequence[TrainingRun]:
+    """Newest first; with a status only those in it."""
+    query = select(TrainingRun).where(TrainingRun.group_id == group_id)
+    if status:
+        query = query.where(TrainingRun.status == status)
+    return s.scalars(query.order_by(TrainingRun.id.desc()).limit(limit)).all()
+
+
+def explain_stop(s: Session, group_id: int, why: str) -> None:
+    """The newest run was ended by a signal: write down why, instead of which signal."""
+    last = runs(s, group_id, limit=1)
+    if last and last[0].status == "failed" and last[0].error.startswith("SystemExit"):
+        last[0].error = why
 
 
 def fail_running(s: Session, group_id: int, error: str) -> int:
@@ -143,6 +156,17 @@ def evaluations(s: Session, candidate_id: int) -> Sequence[Evaluation]:
         .where(Evaluation.candidate_id == candidate_id)
         .order_by(Evaluation.id.desc())
     ).all()
+
+
+def count_verdicts(s: Session, group_id: int) -> dict[tuple[str, str], int]:
+    """Evaluations over all domains by (kind, verdict)."""
+    rows = s.execute(
+        select(Evaluation.kind, Evaluation.verdict, func.count())
+        .join(DrafterVersion, DrafterVersion.id == Evaluation.candidate_id)
+        .where(DrafterVersion.group_id == group_id, Evaluation.domain == "")
+        .group_by(Evaluation.kind, Evaluation.verdict)
+    )
+    return {(kind, verdict): count for kind, verdict, count in rows}
 
 
 def add_deployment(

@@ -91,6 +91,30 @@ def renew_lease(
     )
 
 
+def take_lease_over(
+    s: Session,
+    name: str,
+    holder: str,
+    seconds: float,
+    seen: tuple[int, datetime],
+    now: datetime | None = None,
+) -> int | None:
+    """Take a lease that has not expired from a holder that did not renew it: only while its
+    (token, expires_at) are still ``seen``. Its new token, or ``None`` when they are not."""
+    now = now or utc_now()
+    return s.scalar(
+        update(Lease)
+        .where(Lease.name == name, Lease.token == seen[0], Lease.expires_at == seen[1])
+        .values(
+            holder=holder,
+            token=Lease.token + 1,
+            acquired_at=now,
+            expires_at=now + timedelta(seconds=seconds),
+        )
+        .returning(Lease.token)
+    )
+
+
 def release_lease(s: Session, name: str, holder: str, token: int) -> None:
     """Give it back. The row stays, expired, so that tokens go on growing."""
     s.execute(

@@ -14,9 +14,12 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.models import (
     Audit,
+    Deployment,
+    DrafterVersion,
     Drift,
     Evaluation,
     SchedulerState,
+    TrainingRun,
     Trial,
     TrialWindow,
     Watch,
@@ -171,6 +174,15 @@ def trials(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[T
     ).all()
 
 
+def trials_of(s: Session, candidate_id: int, baseline_id: int) -> Sequence[Trial]:
+    """Trials of one version against another, newest first."""
+    return s.scalars(
+        select(Trial)
+        .where(Trial.candidate_id == candidate_id, Trial.baseline_id == baseline_id)
+        .order_by(Trial.id.desc())
+    ).all()
+
+
 def trial_windows(s: Session, trial_id: int) -> Sequence[TrialWindow]:
     """In order."""
     return s.scalars(
@@ -251,6 +263,31 @@ def attempts(s: Session, baseline_id: int) -> int:
         )
         or 0
     )
+
+
+def passed_against(
+    s: Session, group_id: int, live_id: int, triggers: Sequence[str]
+) -> Sequence[Evaluation]:
+    """Evaluations by replay that versions passed against what is live, newest first; of versions
+    from runs with these triggers that were never live and still have their weights."""
+    version = DrafterVersion
+    deployed = select(Deployment.version_id).where(Deployment.group_id == group_id)
+    return s.scalars(
+        select(Evaluation)
+        .join(version, version.id == Evaluation.candidate_id)
+        .join(TrainingRun, TrainingRun.id == version.training_run_id)
+        .where(
+            version.group_id == group_id,
+            TrainingRun.trigger.in_(triggers),
+            version.pruned_at.is_(None),
+            version.id.not_in(deployed),
+            Evaluation.baseline_id == live_id,
+            Evaluation.kind == "replay",
+            Evaluation.domain == "",
+            Evaluation.verdict == "pass",
+        )
+        .order_by(Evaluation.id.desc())
+    ).all()
 
 
 # -- who did what ---------------------------------------------------------------------------

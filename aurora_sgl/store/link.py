@@ -1,4 +1,4 @@
-"""The sidecar's connection to the store, which may be away at any time."""
+"""The connection of a process that lives long to a store that may be away at any time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from aurora_sgl import store
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.store.connection import connect
+from aurora_sgl.store.connection import session as open_session
+from aurora_sgl.store.schema import upgrade
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +28,10 @@ class StoreAway(Exception):
 class StoreLink:
     """Connects, migrates and reconnects. Safe to share between threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, meanwhile: str = "") -> None:
+        """``meanwhile``: what happens while the store is away, for the log."""
         self._url = url
+        self._meanwhile = f", {meanwhile}" if meanwhile else ""
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._file: tuple[Path, int] | None = None  # SQLite: path and inode
@@ -58,8 +62,8 @@ class StoreLink:
             # Connecting would make an empty database where the old one was.
             self._complain(f"the database file {self._file[0]} is gone")
         try:
-            engine = store.connect(self._url)
-            store.upgrade(engine)
+            engine = connect(self._url)
+            upgrade(engine)
         except (AuroraError, SQLAlchemyError, OSError) as error:
             self._complain(str(error))
         if engine.dialect.name == "sqlite" and engine.url.database:
@@ -71,7 +75,7 @@ class StoreLink:
     def _complain(self, why: str) -> None:
         line = why.splitlines()[0]
         if line != self._complained:
-            log.warning("the store is away, records wait in the spool: %s", line)
+            log.warning("the store is away%s: %s", self._meanwhile, line)
             self._complained = line
         raise StoreAway(line)
 
@@ -97,7 +101,7 @@ class StoreLink:
     @contextlib.contextmanager
     def session(self, *, write: bool = True) -> Iterator[Session]:
         """A session in one transaction. Raises :class:`StoreAway`."""
-        with self.guard() as engine, store.session(engine, write=write) as session:
+        with self.guard() as engine, open_session(engine, write=write) as session:
             yield session
 
     def close(self) -> None:

@@ -1,0 +1,286 @@
+"""scheduler, status, watch, switch and trial."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aurora_sgl.cli.rollout import Actor, Reason
+from aurora_sgl.cli.shared import (
+    AsJson,
+    DryRun,
+    Group,
+    Version,
+    columns_of,
+    open_group,
+    print_rows,
+    read_recipe,
+    user,
+    version_id,
+)
+from aurora_sgl.console import print_json, print_table, text_of
+
+if TYPE_CHECKING:
+    from aurora_sgl.rollout.trial import TrialStatus
+    from aurora_sgl.rollout.watch import WatchStatus
+
+switch_app = typer.Typer(help="Kill switches: learning, auto_promote.")
+trial_app = typer.Typer(help="Switchback trials: two versions take turns on the same traffic.")
+
+SwitchName = Annotated[str, typer.Argument(help="learning or auto_promote.")]
+
+
+def scheduler(
+    group: Group = "",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A knob of the recipe, such as passes=2."),
+    ] = None,
+) -> None:
+    """Train by itself, promote what passed the gate, watch it, roll back; until Ctrl-C."""
+    from aurora_sgl.config import SchedulerSettings, get_settings
+    from aurora_sgl.scheduler.service import run
+
+    chosen: dict[str, Any] = {}
+    if recipe:
+        checked = read_recipe(recipe).as_json()
+        chosen = {pair.partition("=")[0]: checked[pair.partition("=")[0]] for pair in recipe}
+    run(get_settings(), SchedulerSettings(), group=group, recipe=chosen)
+
+
+def status(group: Group = "", as_json: AsJson = False) -> None:
+    """What is live where, what goes on, and what the scheduler will do next and why."""
+    from aurora_sgl import rollout
+
+    engine, owner = open_group(group)
+    now = rollout.status.look(engine, owner.name)
+    if as_json:
+        print_json(
+            {
+                **{name: value for name, value in vars(now).items()},
+                "servers": [vars(each) for each in now.servers],
+                "switches": [vars(each) for each in now.switches],
+                "scheduler": vars(now.scheduler),
+                "watch": _watch_json(now.watch),
+                "trial": _trial_json(now.trial),
+            }
+        )
+        return
+    names = ", ".join(f"{name}: version {number}" for name, number in sorted(now.aliases.items()))
+    print(f"group {now.group!r}, generation {now.generation}: {names or 'nothing is live'}")
+    servers = {"server": "name", "live": "live_version_id", "should be": "wanted_version_id",
+               "phase": "phase", "drafts": "speculation_share", "why not": "reason"}  # fmt: skip
+    print_table("servers", servers, [vars(each) for each in now.servers])
+    switches = {"switch": "name", "on": "on", "by": "actor", "reason": "reason"}
+    print_table("switches", switches, [vars(each) for each in now.switches])
+    doing = now.scheduler
+    print(f"scheduler: {doing.state or 'none'}: {doing.reason}")
+    if doing.next_action:
+        when = f" (at the latest {text_of(doing.next_at)} UTC)" if doing.next_at else ""
+        print(f"next: {doing.next_action}{when}")
+    if now.watch is not None:
+        print(_watch_line(now.watch))
+    if now.trial is not None:
+        print(_trial_line(now.trial))
+
+
+def watch(
+    group: Group = "",
+    carry_on: Annotated[
+        bool, typer.Option("--carry-on", help="Carry it on until it ends, without a scheduler.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The watch over the last promotion: its windows, and what became of it."""
+    import time
+
+    from aurora_sgl import rollout
+
+    engine, owner = open_group(group)
+    while carry_on and rollout.watch.tick(engine, owner.id) is not None:
+        time.sleep(2.0)
+    found = rollout.watch.status(engine, owner.name)
+    if as_json:
+        print_json(_watch_json(found))
+    elif found is None:
+        print(f"nothing was promoted over another version in group {owner.name!r} yet")
+    else:
+        print(_watch_line(found))
+        columns = {"window": "number", "requests": "requests", "steps": "verify_steps",
+                   "accept length": "accept_length", "expected": "expected_accept_length",
+                   "tokens/s": "tokens_per_second", "before": "expected_tokens_per_second",
+                   "verdict": "verdict"}  # fmt: skip
+        print_table("windows", columns, [columns_of(row) for row in found.windows])
+
+
+@switch_app.command("list")
+def switch_list(group: Group = "", as_json: AsJson = False) -> None:
+    """Every switch, and who turned it last."""
+    from aurora_sgl import rollout
+
+    engine, owner = open_group(group)
+    rows = [vars(each) for each in rollout.switches.read(engine, owner.name)]
+    columns = {"switch": "name", "on": "on", "by": "actor", "at (UTC)": "updated_at",
+               "reason": "reason"}  # fmt: skip
+    print_rows(f"switches of group {owner.name!r}", columns, rows, as_json)
+
+
+@switch_app.command("on")
+def switch_on(
+    name: SwitchName,
+    reason: Reason,
+    group: Group = "",
+    actor: Actor = "",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a switch on."""
+    _turn(name, True, reason, group, actor, dry_run, as_json)
+
+
+@switch_app.command("off")
+def switch_off(
+    name: SwitchName,
+    reason: Reason,
+    group: Group = "",
+    actor: Actor = "",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a switch off; it is obeyed within five seconds."""
+    _turn(name, False, reason, group, actor, dry_run, as_json)
+
+
+def _turn(
+    name: str, on: bool, reason: str, group: str, actor: str, dry_run: bool, as_json: bool
+) -> None:
+    from aurora_sgl import rollout
+
+    engine, owner = open_group(group)
+    change = rollout.switches.turn(
+        engine, owner.name, name, on, actor=actor or user(), reason=reason, dry_run=dry_run
+    )
+    said = "on" if on else "off"
+    if as_json:
+        print_json(change)
+    elif not change.changed:
+        print(f"{name} is {said} already; nothing was changed")
+    else:
+        print(f"{name} {'would be' if dry_run else 'is'} {said} in group {owner.name!r}")
+
+
+@trial_app.command("start")
+def trial_start(
+    version: Version,
+    reason: Reason,
+    group: Group = "",
+    actor: Actor = "",
+    seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a version and the live one take turns on real traffic, and compare window by window."""
+    from aurora_sgl import rollout
+    from aurora_sgl.console import print_error
+
+    engine, owner = open_group(group)
+    plan = rollout.trial.start(
+        engine,
+        version_id(engine, owner.name, version),
+        actor=actor or user(),
+        reason=reason,
+        seed=seed,
+        dry_run=dry_run,
+    )
+    if as_json:
+        print_json(plan)
+    else:
+        would = "would take" if dry_run else "take"
+        name = "a trial" if plan.trial_id is None else f"trial {plan.trial_id}"
+        print(
+            f"{name}: versions {plan.baseline_id} and {plan.candidate_id} {would} turns in "
+            f"{plan.windows} windows, {plan.seconds / 60:.0f} minutes together"
+        )
+    if not rollout.status.scheduler(engine, owner.name).alive:
+        print_error("no scheduler is running to open its windows; start: aurora-sgl scheduler")
+
+
+@trial_app.command("stop")
+def trial_stop(
+    reason: Reason,
+    group: Group = "",
+    actor: Actor = "",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """End the running trial without a verdict; servers go back to the live version."""
+    from aurora_sgl import rollout
+
+    engine, owner = open_group(group)
+    found = rollout.trial.stop(
+        engine, owner.name, actor=actor or user(), reason=reason, dry_run=dry_run
+    )
+    if as_json:
+        print_json(_trial_json(found))
+    elif found is None:
+        print(f"no trial is running in group {owner.name!r}; nothing was changed")
+    else:
+        print(f"trial {found.trial.id} {'would be' if dry_run else 'is'} stopped")
+
+
+@trial_app.command("status")
+def trial_status(group: Group = "", as_json: AsJson = False) -> None:
+    """The newest trial, its windows and its verdict."""
+    from aurora_sgl import rollout
+
+    engine, owner = open_group(group)
+    found = rollout.trial.status(engine, owner.name)
+    if as_json:
+        print_json(_trial_json(found))
+    elif found is None:
+        print(f"there was no trial in group {owner.name!r} yet")
+    else:
+        print(_trial_line(found))
+        columns = {"window": "number", "version": "version_id", "requests": "requests",
+                   "steps": "verify_steps", "accept length": "accept_length",
+                   "tokens/s of a stream": "stream_tokens_per_second"}  # fmt: skip
+        rows = [{**columns_of(row), **row.metrics} for row in found.windows]
+        print_table("windows", columns, rows)
+
+
+def _watch_json(found: WatchStatus | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    windows = [columns_of(row) for row in found.windows]
+    return {**columns_of(found.watch), "windows": windows}
+
+
+def _watch_line(found: WatchStatus) -> str:
+    row = found.watch
+    told = f": {row.reason}" if row.reason else ""
+    done = f"{len(found.windows)} windows so far" if row.status == "running" else row.status
+    return f"watch over version {row.version_id} (against {row.baseline_id}): {done}{told}"
+
+
+def _trial_json(found: TrialStatus | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        **columns_of(found.trial),
+        "planned": found.planned,
+        "windows": [columns_of(row) for row in found.windows],
+        "evaluation": columns_of(found.evaluation) if found.evaluation is not None else None,
+    }
+
+
+def _trial_line(found: TrialStatus) -> str:
+    row = found.trial
+    done = f"{len(found.windows)} of {found.planned} windows"
+    why = row.details.get("why") or row.details.get("stopped_by") or ""
+    verdict = f", {row.verdict}" if row.verdict else ""
+    told = f": {why}" if why else ""
+    return (
+        f"trial {row.id} of version {row.candidate_id} against {row.baseline_id}: {row.status} "
+        f"({done}){verdict}{told}"
+    )

@@ -1,0 +1,127 @@
+"""What becomes of a version that passed the gate: a trial if that is wished, then the promotion.
+
+Read from the store each time, so that it does not matter which scheduler started the run, or
+whether that one is still there.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine
+
+from aurora_sgl import store
+from aurora_sgl.config import SchedulerSettings, TrialSettings
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.rollout import trial
+from aurora_sgl.rollout.promote import promote, set_candidate
+from aurora_sgl.rollout.switches import AUTO_PROMOTE
+from aurora_sgl.scheduler.policy import TRIGGERS
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import Evaluation
+
+ACTOR = "scheduler"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A version that may go live, and why it has not (empty: it just did)."""
+
+    version_id: int
+    reason: str
+
+
+def pending(engine: Engine, group_id: int, *, with_trial: bool) -> Evaluation | None:
+    """The evaluation by which a version that was never live passed against what is live now: the
+    newest one's. With trials, only of one that no trial has turned down. A version that somebody
+    trained by hand is left to them."""
+    with store.session(engine, write=False) as s:
+        live = queries.aliases(s, group_id).get("live")
+        if live is None:
+            return None
+        for passed in queries.passed_against(s, group_id, live, TRIGGERS):
+            judged = (
+                each.id
+                for each in queries.evaluations(s, passed.candidate_id)
+                if (each.kind, each.domain, each.baseline_id) == ("replay", "", live)
+            )
+            if next(judged) != passed.id:
+                continue  # judged again, and otherwise
+            tried = queries.trials_of(s, passed.candidate_id, live)
+            if not with_trial or all(t.status == "running" or t.verdict == "pass" for t in tried):
+                return passed
+    return None
+
+
+def carry_on(
+    engine: Engine,
+    group_id: int,
+    found: Evaluation,
+    *,
+    rules: SchedulerSettings,
+    trials: TrialSettings,
+    resting: bool,
+) -> Waiting:
+    """The next step of a version that passed the gate, if it may be taken now."""
+    number, baseline = found.candidate_id, found.baseline_id
+    with store.session(engine, write=False) as s:
+        aliases = queries.aliases(s, group_id)
+        automatic = queries.is_on(s, group_id, AUTO_PROMOTE)
+        running_trial = queries.running_trial(s, group_id)
+        watch = queries.running_watch(s, group_id)
+        tried = queries.trials_of(s, number, int(baseline or 0))
+        by_trial = next((t for t in tried if t.verdict == "pass"), None)
+        run = queries.version(s, number).training_run_id
+    if aliases.get("candidate") != number:
+        set_candidate(engine, number, group_id)
+    if not automatic:
+        return Waiting(number, f"{AUTO_PROMOTE} is switched off")
+    if resting:
+        return Waiting(number, "it is the rest after a rollback")
+    if watch is not None and rules.wait_for_watch:
+        return Waiting(number, f"version {watch.version_id} is still being watched")
+    if running_trial is not None:
+        return Waiting(number, f"trial {running_trial.id} is running")
+    evidence: dict[str, Any] = {"training_run_id": run, "replay": _numbers(found)}
+    try:
+        if trials.automatic and by_trial is None:
+            trial.start(
+                engine,
+                number,
+                actor=ACTOR,
+                reason=f"it passed the gate (evaluation {found.id})",
+                settings=trials,
+                seed=found.id,
+            )
+            return Waiting(number, "its trial has begun")
+        if by_trial is not None:
+            evidence["trial_id"] = by_trial.id
+        change = promote(
+            engine,
+            number,
+            actor=ACTOR,
+            reason=_reason(found),
+            expected_live=baseline,
+            evaluation_id=found.id,
+            evidence=evidence,
+            only_if_on=AUTO_PROMOTE,
+        )
+    except AuroraError as refusal:
+        return Waiting(number, str(refusal))
+    log.info("version %d is live (generation %d)", number, change.generation)
+    return Waiting(number, "")
+
+
+def _reason(found: Evaluation) -> str:
+    before, after = found.baseline_accept_length, found.candidate_accept_length
+    return f"replay on {found.requests} held-out requests: {before:.3f} -> {after:.3f}"
+
+
+def _numbers(found: Evaluation) -> dict[str, Any]:
+    names = ("id", "requests", "baseline_accept_length", "candidate_accept_length", "difference",
+             "ci_low", "ci_high", "verdict", "attempt", "alpha")  # fmt: skip
+    return {name: getattr(found, name) for name in names}

@@ -1,0 +1,137 @@
+"""One training run in a process of its own, which can be stopped, paused and listened to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+import psutil
+
+#: Seconds between asking a run to end and ending it.
+GRACE_SECONDS = 3.0
+#: Seconds that a busy machine may take to stop a process.
+STILL_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class TrainingProcess:
+    """``python -m MODULE`` in a session of its own. Ends with this process, also when
+    that is killed. Use it from one thread, which must live as long as it."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        module: str = "aurora_sgl.training",
+    ) -> None:
+        """Starts it. Raises ``OSError`` when the system has no room for it."""
+        self.started = time.monotonic()
+        self.progress: dict[str, Any] = {}
+        self.stopped_because = ""
+        self._stop_at = 0.0
+        self._last_words = ""
+        self._paused_at: float | None = None
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "aurora_sgl.scheduler.bound", str(os.getpid()),
+             module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )  # fmt: skip
+        self._output: list[bytes] = []
+        self._readers = [
+            threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True),
+            threading.Thread(target=self._collect, args=(self._process.stdout,), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def paused(self) -> bool:
+        return self._paused_at is not None
+
+    def _listen(self, lines: IO[bytes]) -> None:
+        for line in lines:
+            text = line.decode(errors="replace").strip()
+            try:
+                event = json.loads(text)
+            except ValueError:
+                self._last_words = text or self._last_words
+            else:
+                if isinstance(event, dict):
+                    self.progress = event
+
+    def _collect(self, output: IO[bytes]) -> None:
+        self._output.append(output.read())
+
+    def outcome(self) -> dict[str, Any] | None:
+        """What it came to, as ``training.run.Outcome`` in JSON; ``None`` while it runs. One that
+        was asked to end and does not is killed."""
+        code = self._process.poll()
+        if code is None:
+            if self._stop_at and time.monotonic() > self._stop_at + GRACE_SECONDS:
+                self._signal(signal.SIGKILL)
+            return None
+        for reader in self._readers:
+            reader.join(5.0)
+        try:
+            found = json.loads(b"".join(self._output))
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+        why = self.stopped_because or f"the trainer ended with {code}: {self._last_words}"
+        return {"status": "failed", "error": why}
+
+    def pause(self) -> None:
+        """Stop it where it is; returns when it stands still."""
+        if self.paused:
+            return
+        self._signal(signal.SIGSTOP)
+        self._paused_at = time.monotonic()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while time.monotonic() < self._paused_at + STILL_SECONDS and (
+                psutil.Process(self.pid).status() != psutil.STATUS_STOPPED
+            ):
+                time.sleep(0.005)
+
+    def resume(self) -> None:
+        if self.paused:
+            self._signal(signal.SIGCONT)
+            self._paused_at = None
+
+    def stop(self, why: str) -> None:
+        """Ask it to end; :meth:`outcome` sees to it that it does."""
+        if not self._stop_at:
+            self.stopped_because, self._stop_at = why, time.monotonic()
+            self._signal(signal.SIGTERM)
+            self.resume()  # a stopped process takes no signal
+
+    def end(self) -> None:
+        """End it now and wait for that."""
+        self.stop("the scheduler ended")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE_SECONDS)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)

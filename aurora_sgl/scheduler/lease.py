@@ -1,0 +1,95 @@
+"""One scheduler of a group at a time, whatever dies, hangs or sets its clock."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy.orm import Session
+
+from aurora_sgl.clock import utc_now
+from aurora_sgl.store import queries
+
+
+def name_of_this_process() -> str:
+    """host:pid:random, which no other process has."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+@dataclass(frozen=True)
+class Hold:
+    """``fresh``: it was taken in this call, and somebody else may have held it before."""
+
+    held: bool
+    fresh: bool
+    holder: str
+
+
+class Leadership:
+    """A lease that is renewed by calling :meth:`hold` again and again.
+
+    It is renewed from the loop that does the work, so a loop that hangs loses it. A contender
+    takes a lease that has expired. It also takes one that did not change for the lease's length
+    on its own steady clock: an expiry that lies hours ahead, because its holder's clock was set
+    back before it died, keeps nobody waiting.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        seconds: float,
+        *,
+        holder: str = "",
+        now: Callable[[], datetime] = utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name, self.seconds = name, seconds
+        self.holder = holder or name_of_this_process()
+        self._now, self._monotonic = now, monotonic
+        self._token = 0
+        self._seen: tuple[int, datetime] | None = None
+        self._seen_at = 0.0
+        self._renewed = 0.0
+
+    def hold(self, s: Session) -> Hold:
+        """Renew it when a fifth of it is over, or try to take it; one short transaction."""
+        before = self._token
+        if before and self._monotonic() - self._renewed < self.seconds / 5:
+            return Hold(True, False, self.holder)
+        if before and queries.renew_lease(
+            s, self.name, self.holder, before, self.seconds, self._now()
+        ):
+            self._renewed = self._monotonic()
+            return Hold(True, False, self.holder)
+        token = queries.acquire_lease(s, self.name, self.holder, self.seconds, self._now())
+        if token is None:
+            token = self._take_over(s)
+        if token is None:
+            self._token = 0
+            row = queries.lease(s, self.name)
+            return Hold(False, False, row.holder if row is not None else "")
+        self._token, self._seen, self._renewed = token, None, self._monotonic()
+        return Hold(True, not before or token != before + 1, self.holder)
+
+    def _take_over(self, s: Session) -> int | None:
+        row = queries.lease(s, self.name)
+        if row is None:
+            return None
+        seen = (row.token, row.expires_at)
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, self._monotonic()
+            return None
+        if self._monotonic() - self._seen_at < self.seconds:
+            return None
+        return queries.take_lease_over(s, self.name, self.holder, self.seconds, seen, self._now())
+
+    def release(self, s: Session) -> None:
+        """Let the next one have it at once."""
+        if self._token:
+            queries.release_lease(s, self.name, self.holder, self._token)
+            self._token = 0

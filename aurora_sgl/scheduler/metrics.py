@@ -1,0 +1,67 @@
+"""What the scheduler tells Prometheus: of itself, and of its group as the store has it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+
+from sqlalchemy.orm import Session
+
+from aurora_sgl.clock import utc_now
+from aurora_sgl.health import Sample
+from aurora_sgl.scheduler.loop import Scheduler
+from aurora_sgl.store import queries
+
+#: Accept lengths are those of the last hour.
+BACK = timedelta(hours=1)
+STATES = ("waiting", "training", "gate", "trial", "watch", "cooldown", "off")
+
+
+def of_group(s: Session, group_id: int) -> list[Sample]:
+    """Accept length and verify steps by version and domain, runs, verdicts, drops, windows."""
+    found: list[Sample] = []
+    since = utc_now() - BACK
+    for row in queries.accept_length_by_version(s, group_id, since=since, by_domain=True):
+        labels = (("version", str(row.version_id)), ("domain", row.domain))
+        found += [
+            Sample("aurora_accept_length", "gauge", "accept length, last hour",
+                   row.accept_length, labels),
+            Sample("aurora_verify_steps", "gauge", "verify steps with drafts, last hour",
+                   row.verify_steps, labels),
+        ]  # fmt: skip
+    runs = Counter(run.status for run in queries.runs(s, group_id))
+    for status in ("running", "succeeded", "failed", "skipped"):
+        found.append(Sample("aurora_training_runs", "gauge", "training runs by how they ended",
+                            runs[status], (("status", status),)))  # fmt: skip
+    for (kind, verdict), count in queries.count_verdicts(s, group_id).items():
+        found.append(Sample("aurora_verdicts", "gauge", "evaluations by kind and verdict", count,
+                            (("kind", kind), ("verdict", verdict))))  # fmt: skip
+    for place, count in queries.drops(s, group_id).items():
+        found.append(Sample("aurora_drops", "counter", "records lost, by the place where", count,
+                            (("place", place),)))  # fmt: skip
+    deployed = Counter(row.action for row in queries.deployments(s, group_id))
+    for action in ("promote", "rollback"):
+        found.append(Sample("aurora_deployments", "counter", "promotions and rollbacks",
+                            deployed[action], (("action", action),)))  # fmt: skip
+    live = queries.aliases(s, group_id).get("live")
+    found.append(Sample("aurora_live_version", "gauge", "the version that should be live",
+                        live or 0))  # fmt: skip
+    return found
+
+
+def of_itself(scheduler: Scheduler, state: str, ticked: float) -> Iterator[Sample]:
+    """``ticked``: seconds since the last round that was done."""
+    yield Sample("aurora_scheduler_leads", "gauge", "1 while this one leads its group",
+                 float(scheduler.hold.held))  # fmt: skip
+    yield Sample("aurora_scheduler_round_age_seconds", "gauge", "since the last round", ticked)
+    for each in STATES:
+        yield Sample("aurora_scheduler_state", "gauge", "1 for what the group's scheduler does",
+                     float(each == state), (("state", each),))  # fmt: skip
+    yield Sample("aurora_scheduler_new_requests", "gauge", "new requests that may be learnt from",
+                 float(scheduler.details.get("new_requests", 0)))  # fmt: skip
+    progress = scheduler.progress() or {}
+    yield Sample("aurora_training_paused", "gauge", "1 while a run is paused for the servers",
+                 float(bool(progress.get("paused"))))  # fmt: skip
+    done = progress.get("update", 0) / max(1, progress.get("updates", 1))
+    yield Sample("aurora_training_progress", "gauge", "share of the run's updates", float(done))

@@ -1,0 +1,49 @@
+"""A training run that is not ours: of a person, or of a scheduler that is gone."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from datetime import datetime
+
+import psutil
+from sqlalchemy.orm import Session
+
+from aurora_sgl.store import queries
+from aurora_sgl.training.lease import LEASE_SECONDS, lease_name
+
+
+class OtherRuns:
+    """Whether somebody else trains, by the lease of training. One that can't be renewed any more
+    is given back: its process is not there, or it did not change for its whole length on our
+    steady clock (its expiry may lie far ahead, where a clock was set back)."""
+
+    def __init__(self, group_id: int, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._group_id = group_id
+        self._monotonic = monotonic
+        self._seen: tuple[int, datetime] | None = None
+        self._seen_at = 0.0
+
+    def going_on(self, s: Session, now: datetime) -> str:
+        """Which process trains, as host:pid; empty: none."""
+        row = queries.lease(s, lease_name(self._group_id))
+        if row is None or row.expires_at <= now:
+            self._seen = None
+            return ""
+        seen = (row.token, row.expires_at)
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, self._monotonic()
+        host, _, rest = row.holder.partition(":")
+        pid = rest.partition(":")[0]
+        gone = host == socket.gethostname() and pid.isdecimal() and not psutil.pid_exists(int(pid))
+        if gone or self._monotonic() - self._seen_at > LEASE_SECONDS:
+            queries.release_lease(s, row.name, row.holder, row.token)
+            return ""
+        return f"{host}:{pid}"
+
+    def hold_for(self, s: Session, pid: int) -> None:
+        """Renew the lease of our own run, which can't while it is paused."""
+        row = queries.lease(s, lease_name(self._group_id))
+        if row is not None and row.holder.startswith(f"{socket.gethostname()}:{pid}:"):
+            queries.renew_lease(s, row.name, row.holder, row.token, LEASE_SECONDS)

@@ -1,0 +1,151 @@
+"""The scheduler as a process: rounds by APScheduler, health and metrics, an orderly end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.background import BackgroundScheduler
+from sqlalchemy.exc import SQLAlchemyError
+
+from aurora_sgl.config import SchedulerSettings, Settings
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.health import HealthServer, Sample
+from aurora_sgl.scheduler import metrics
+from aurora_sgl.scheduler.loop import Scheduler
+from aurora_sgl.store.link import StoreAway, StoreLink
+
+TICK_SECONDS = 1.0
+#: Seconds between two readings of what the store knows of the group, for the metrics.
+METRICS_SECONDS = 10.0
+#: Seconds without a round after which the process is not ready.
+FRESH_SECONDS = 15.0
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """One scheduler with its clock and its endpoint."""
+
+    def __init__(self, scheduler: Scheduler, rules: SchedulerSettings) -> None:
+        self.scheduler = scheduler
+        self._rules = rules
+        self._done_at = 0.0
+        self._reason = "it has just started"
+        self._samples: list[Sample] = []
+        self._complained = ""
+        for name in ("apscheduler", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # One thread for everything: rounds never overlap, and a training run lives as long as it.
+        self._clock = BackgroundScheduler(executors={"default": ThreadPoolExecutor(1)})
+        always: dict[str, Any] = {"max_instances": 1, "coalesce": True, "misfire_grace_time": None}
+        self._clock.add_job(self._round, "interval", seconds=TICK_SECONDS, **always)
+        self._clock.add_job(self._measure, "interval", seconds=METRICS_SECONDS, **always)
+        self.health: HealthServer | None = None
+
+    def start(self) -> None:
+        if self._rules.port >= 0:
+            self.health = HealthServer(
+                self._rules.host, self._rules.port, self.status, self._all_samples
+            )
+            if self.health.url:
+                log.info("health and metrics at %s", self.health.url)
+        self._clock.start()
+
+    def stop(self) -> None:
+        """End the run that goes on, give the lease back, stop answering."""
+        self._clock.remove_all_jobs()
+        ended = threading.Event()
+        self._clock.add_job(self._close, args=(ended,), misfire_grace_time=None)
+        ended.wait(20.0)
+        self._clock.shutdown(wait=False)
+        if self.health is not None:
+            self.health.close()
+
+    def _close(self, ended: threading.Event) -> None:
+        with contextlib.suppress(StoreAway):
+            self.scheduler.close()
+        ended.set()
+
+    def _round(self) -> None:
+        try:
+            self.scheduler.tick()
+        except StoreAway as away:
+            self._reason = f"the store is away: {away}"
+        except (AuroraError, SQLAlchemyError, OSError) as error:
+            self._complain(str(error).splitlines()[0])
+        except Exception:
+            self._complain("a round failed")
+            log.exception("a round failed; trying again")
+        else:
+            self._done_at, self._reason, self._complained = time.monotonic(), "", ""
+
+    def _complain(self, line: str) -> None:
+        if line != self._complained:
+            log.error("%s; trying again", line)
+        self._complained = self._reason = line
+
+    def _measure(self) -> None:
+        if not self.scheduler.group_id:
+            return
+        with contextlib.suppress(StoreAway), self.scheduler.link.session(write=False) as s:
+            self._samples = metrics.of_group(s, self.scheduler.group_id)
+
+    def status(self) -> dict[str, Any]:
+        """Ready: rounds are done, and the store answered the last one."""
+        age = time.monotonic() - self._done_at
+        reason = self._reason
+        if not reason and age > FRESH_SECONDS:
+            reason = f"no round for {age:.0f} s"
+        hold = self.scheduler.hold
+        return {
+            "ready": not reason,
+            "reason": reason,
+            "group": self.scheduler.group,
+            "role": "leader" if hold.held else "standby",
+            "leader": hold.holder,
+            "state": self.scheduler.state,
+        }
+
+    def _all_samples(self) -> list[Sample]:
+        age = time.monotonic() - self._done_at
+        return [*metrics.of_itself(self.scheduler, self.scheduler.state, age), *self._samples]
+
+
+def run(
+    settings: Settings,
+    rules: SchedulerSettings,
+    *,
+    group: str = "",
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
+    """Until SIGTERM or Ctrl-C. A store that is away is waited for."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    environment = {"AURORA_HOME": str(settings.home.resolve())}
+    if "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = "1"
+    scheduler = Scheduler(
+        StoreLink(settings.store_url, "training that goes on goes on"),
+        group or settings.group,
+        rules,
+        recipe=recipe,
+        environment=environment,
+    )
+    service = Service(scheduler, rules)
+    service.start()
+    log.info("scheduler of group %s", scheduler.group)
+    stop.wait()
+    log.info("stopping")
+    service.stop()
