@@ -69,6 +69,10 @@ class Settings(BaseSettings):
     attention: str = Field(default="auto", pattern="^(auto|flashinfer|sdpa)$")
     """Attention of training and replay; auto: FlashInfer on CUDA where it works, else PyTorch."""
 
+    show_text: bool = True
+    """Whether the dashboard shows operators tokens, and their text for requests that may be used
+    for training. Viewers never see either."""
+
     retention_days: int = Field(default=30, ge=1)
     """Days that acceptance events are kept."""
 

@@ -40,11 +40,21 @@ def demo(
         Path | None, typer.Option(help="Your own prompts: JSON Lines with 'prompt'.")
     ] = None,
     port: Annotated[int, typer.Option(help="Port of the endpoint; 0: a free one.")] = 0,
+    dashboard: Annotated[
+        bool, typer.Option(help="Start the web page for operators too (not with --exit).")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Start SGLang with an untrained drafter, send traffic, and watch the drafter improve."""
     from aurora_sgl.demo.run import run
 
     raise typer.Exit(
-        run(requests=requests, stop=exit_, prompts=prompts, port=port, as_json=as_json)
+        run(
+            requests=requests,
+            stop=exit_,
+            prompts=prompts,
+            port=port,
+            dashboard=dashboard,
+            as_json=as_json,
+        )
     )

@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.config import Settings, get_settings
+from aurora_sgl.demo.dashboard import DashboardProcess
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, load_prompts, sample_prompts, to_measure, to_serve
 from aurora_sgl.demo.screen import Screen, VersionRow
@@ -53,12 +54,14 @@ def run(
     stop: bool = False,
     prompts: Path | None = None,
     port: int = 0,
+    dashboard: bool = True,
     as_json: bool = False,
 ) -> int:
     """Run the demo; returns the exit code. Raises ``AuroraError`` for what a user can mend.
 
     ``requests``: how many to send (None: go on until Ctrl-C). ``stop``: measure the first and the
-    last version on the same held-out prompts, sum up, and end.
+    last version on the same held-out prompts, sum up, and end; nobody looks at a dashboard then,
+    so none is started.
     """
     settings = get_settings()
     chosen = load_prompts(prompts) if prompts is not None else sample_prompts()
@@ -88,7 +91,10 @@ def run(
     signal.signal(signal.SIGTERM, _interrupt)
     with Screen(quiet=as_json) as screen:
         screen.say(ready.note)
+        pages = DashboardProcess(settings.home / "logs" / "dashboard.log", screen.say)
         demo = _Demo(settings, engine, server, screen, chosen, requests, stop)
+        if dashboard and not stop:
+            demo.dashboard = pages
         try:
             asyncio.run(demo.go())
             failed = False
@@ -142,6 +148,7 @@ class _Demo:
         self.trainer = BackgroundTrainer(
             {"depth": DEPTH, "topk": TOPK, "nodes": NODES}, {"AURORA_HOME": str(settings.home)}
         )
+        self.dashboard: DashboardProcess | None = None
         self.sent: list[Sent] = []
         self.failed = 0
         self.trained_at = 0  # requests served when the last training run began
@@ -162,6 +169,8 @@ class _Demo:
         self.screen.url = self.server.url
         self.screen.say(f"SGLang is ready: {self.server.url}/v1")
         await self._until(self._server_known, 60.0, "the sidecar did not register the server")
+        if self.dashboard is not None:
+            self.dashboard.start()
         watching = asyncio.create_task(self._watch())
         try:
             await self._measure("no_speculation", drafts=False)
@@ -351,6 +360,8 @@ class _Demo:
 
     def end(self) -> None:
         """Stop everything that was started."""
+        if self.dashboard is not None:
+            self.dashboard.stop()
         self.trainer.stop()
         self.server.stop()
 

@@ -55,9 +55,12 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, base_home: Path, model:
         env={**os.environ, "AURORA_HOME": str(home)},
     )
     until(lambda: "SGLang is ready" in (home / "demo.err").read_text(), 240, "the server")
+    until(lambda: "dashboard: http://127.0.0.1:" in (home / "demo.err").read_text(), 60, "its page")
     time.sleep(2)
     family = psutil.Process(demo.pid).children(recursive=True)
-    assert len(family) >= 3  # the server, its scheduler, its sidecar, ...
+    assert len(family) >= 4  # the server, its scheduler, its sidecar, the dashboard, ...
+    pages = [process for process in family if "dashboard" in process.cmdline()]
+    assert [process.nice() for process in pages] == [15]  # it never stands in the server's way
     demo.send_signal(signal.SIGINT)
     assert demo.wait(60) in (0, 130)
     _, alive = psutil.wait_procs(family, timeout=10)

@@ -53,6 +53,23 @@ def ratio_interval(
     return 1 + ratio - Z95 * error, 1 + ratio + Z95 * error
 
 
+def difference_interval(a: Sequence[int], b: Sequence[int]) -> tuple[float, float, float] | None:
+    """(difference, low, high) at 95% of two accept lengths over different requests.
+
+    ``a`` and ``b``: (requests, verify steps, proposed, accepted, tokens, sum n^2, sum y^2,
+    sum n y), see ``trends.Served``. ``None``: one of them has less than two requests.
+    """
+    found = []
+    for requests, steps, _, accepted, _, steps2, accepted2, product in (a, b):
+        interval = ratio_interval(requests, steps, accepted, steps2, accepted2, product)
+        if interval is None:
+            return None
+        found.append((sum(interval) / 2, (interval[1] - interval[0]) / 2))
+    difference = found[0][0] - found[1][0]
+    width = math.hypot(found[0][1], found[1][1])
+    return difference, difference - width, difference + width
+
+
 def accept_length_by_version(
     s: Session,
     group_id: int,

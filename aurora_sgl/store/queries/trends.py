@@ -1,0 +1,248 @@
+"""Accept lengths over time, from the roll-ups: what the dashboard draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from operator import add
+from typing import Any, TypeVar
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    String,
+    case,
+    cast,
+    func,
+    literal,
+    select,
+    type_coerce,
+)
+from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP
+from sqlalchemy.orm import Session
+
+from aurora_sgl.store.connection import is_sqlite
+from aurora_sgl.store.models import AcceptanceMinute, RequestTally, Server
+from aurora_sgl.store.queries.lengths import ratio_interval
+
+K = TypeVar("K", bound=Hashable)
+S = TypeVar("S", bound=Select[Any])
+
+SUMS = 8  # numbers of a ``Served``
+#: Width of a bucket, and how many characters of SQLite's text of a time name it.
+BUCKETS = {"minute": 16, "10 minutes": 15, "hour": 13, "day": 10}
+_REST = "1970-01-01 00:00:00"
+
+
+@dataclass(frozen=True)
+class Served:
+    """Sums over verify steps with drafts; squares are over requests, see ``AcceptanceMinute``."""
+
+    requests: int = 0
+    verify_steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    completion_tokens: int = 0
+    steps2: int = 0
+    accepted2: int = 0
+    product: int = 0
+
+    def values(self) -> tuple[int, ...]:
+        return (
+            self.requests, self.verify_steps, self.proposed, self.accepted,
+            self.completion_tokens, self.steps2, self.accepted2, self.product,
+        )  # fmt: skip
+
+    @property
+    def accept_length(self) -> float | None:
+        return 1 + self.accepted / self.verify_steps if self.verify_steps else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95%, requests as clusters. Exact where whole requests were summed; a bucket that cuts
+        requests in two counts the later part without its request."""
+        return ratio_interval(
+            self.requests, self.verify_steps, self.accepted, self.steps2, self.accepted2,
+            self.product,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrendPoint:
+    """What one version served to one domain in one bucket of time, under one draft shape.
+
+    ``histogram[i]``: steps with i accepted proposals; empty unless it was asked for.
+    """
+
+    bucket: datetime
+    version_id: int
+    domain: str
+    depth: int
+    topk: int
+    served: Served
+    histogram: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What is looked at; empty lists mean everything. Times are cut to the minute."""
+
+    group_id: int
+    since: datetime | None = None
+    until: datetime | None = None
+    server_ids: tuple[int, ...] = ()
+    domains: tuple[str, ...] = ()
+    version_ids: tuple[int, ...] = ()
+    depth: int | None = None
+    topk: int | None = None
+
+
+def trend(
+    s: Session, wanted: Filter, bucket: str, *, with_histogram: bool = False
+) -> list[TrendPoint]:
+    """By bucket (a key of ``BUCKETS``, in UTC), version, domain and draft shape, in this order.
+
+    Steps with drafts, of requests with draft KV of one version only.
+    """
+    m = AcceptanceMinute
+    deepest = -1
+    if with_histogram:
+        deepest = s.scalar(_where(select(func.max(m.depth)), wanted)) or -1
+    counts = [func.sum(func.coalesce(_element(s, m.histogram, i), 0)) for i in range(deepest + 1)]
+    start = _bucket(s, bucket).label("start")
+    keys = (start, m.drafter_version_id, m.domain, m.depth, m.topk)
+    query = _where(select(*keys, *_sums(), *counts), wanted).group_by(*keys).order_by(*keys)
+    found, moments = [], dict[str | datetime, datetime]()
+    for row in s.execute(query):
+        moment = moments.get(row[0]) or moments.setdefault(row[0], _time(row[0]))
+        numbers = [int(value) for value in row[5:]]
+        served = Served(*numbers[:SUMS])
+        shape = (row[1], row[2], row[3], row[4])
+        found.append(TrendPoint(moment, *shape, served, tuple(numbers[SUMS:])))
+    return found
+
+
+def total(points: Iterable[TrendPoint]) -> Served:
+    return by(points, lambda p: 0).get(0, Served())
+
+
+def by(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, Served]:
+    """Sums by what ``key`` says of a point, in the order of first appearance."""
+    found: dict[K, list[int]] = {}
+    for point in points:
+        name, values = key(point), point.served.values()
+        sums = found.get(name)
+        found[name] = list(values) if sums is None else list(map(add, sums, values))
+    return {name: Served(*sums) for name, sums in found.items()}
+
+
+def histograms(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, list[int]]:
+    """Steps with i accepted proposals, by what ``key`` says of a point."""
+    found: dict[K, list[int]] = {}
+    for point in points:
+        sums = found.setdefault(key(point), [])
+        sums += [0] * (len(point.histogram) - len(sums))
+        for i, count in enumerate(point.histogram):
+            sums[i] += count
+    return found
+
+
+def served_by_version(s: Session, version_ids: Sequence[int]) -> dict[int, Served]:
+    """All that versions served so far, from the sums of single requests: exact intervals."""
+    t = RequestTally
+    n, y = func.sum(t.verify_steps), func.sum(t.accepted)
+    query = (
+        select(
+            *(t.drafter_version_id, func.count(), n, literal(0), y, n + y),
+            func.sum(t.verify_steps * t.verify_steps),
+            func.sum(t.accepted * t.accepted),
+            func.sum(t.verify_steps * t.accepted),
+        )
+        .where(t.depth > 0, ~t.mixed)
+        .group_by(t.drafter_version_id)
+    )
+    asked = set(version_ids)
+    return {row[0]: Served(*map(int, row[1:])) for row in s.execute(query) if row[0] in asked}
+
+
+def last_minute(s: Session, group_id: int) -> datetime | None:
+    """The newest minute in which a verify step was made, with drafts or not."""
+    m = AcceptanceMinute
+    servers = select(Server.id).where(Server.group_id == group_id)
+    query = select(m.bucket_start).where(m.server_id.in_(servers))
+    return s.scalar(query.order_by(m.bucket_start.desc()).limit(1))
+
+
+def tokens_kept(
+    s: Session, group_id: int, since: datetime, until: datetime
+) -> tuple[int, int, int]:
+    """(tokens, verify steps, verify steps with drafts) of all requests in a span of minutes."""
+    m = AcceptanceMinute
+    servers = select(Server.id).where(Server.group_id == group_id)
+    query = select(
+        func.coalesce(func.sum(m.completion_tokens), 0),
+        func.coalesce(func.sum(m.verify_steps), 0),
+        func.coalesce(func.sum(case((m.depth > 0, m.verify_steps), else_=0)), 0),
+    ).where(m.server_id.in_(servers), m.bucket_start >= since, m.bucket_start < until)
+    row = s.execute(query).one()
+    return int(row[0]), int(row[1]), int(row[2])
+
+
+def domains(s: Session, group_id: int, since: datetime | None = None) -> list[str]:
+    """Domains that were served since then, by name."""
+    query = _where(select(AcceptanceMinute.domain).distinct(), Filter(group_id, since))
+    return sorted(s.scalars(query))
+
+
+def _sums() -> list[ColumnElement[Any]]:
+    m = AcceptanceMinute
+    columns = (
+        m.requests, m.verify_steps, m.proposed, m.accepted, m.completion_tokens,
+        m.sum_steps_squared, m.sum_accepted_squared, m.sum_steps_accepted,
+    )  # fmt: skip
+    return [func.sum(column) for column in columns]
+
+
+def _where(query: S, wanted: Filter) -> S:
+    m = AcceptanceMinute
+    servers = select(Server.id).where(Server.group_id == wanted.group_id)
+    query = query.where(m.server_id.in_(servers), m.depth > 0, ~m.mixed)
+    if wanted.since is not None:
+        query = query.where(m.bucket_start >= wanted.since.replace(second=0, microsecond=0))
+    if wanted.until is not None:
+        query = query.where(m.bucket_start < wanted.until)
+    if wanted.server_ids:
+        query = query.where(m.server_id.in_(wanted.server_ids))
+    if wanted.domains:
+        query = query.where(m.domain.in_(wanted.domains))
+    if wanted.version_ids:
+        query = query.where(m.drafter_version_id.in_(wanted.version_ids))
+    if wanted.depth is not None:
+        query = query.where(m.depth == wanted.depth)
+    if wanted.topk is not None:
+        query = query.where(m.topk == wanted.topk)
+    return query
+
+
+def _bucket(s: Session, bucket: str) -> ColumnElement[Any]:
+    start = AcceptanceMinute.bucket_start
+    if is_sqlite(s.connection()):
+        return type_coerce(func.substr(start, 1, BUCKETS[bucket]), String)
+    minutes = {"minute": "1 minute", "10 minutes": "10 minutes", "hour": "1 hour", "day": "1 day"}
+    width = cast(literal(minutes[bucket]), INTERVAL)
+    origin = cast(literal("1970-01-01T00:00:00Z"), TIMESTAMP(timezone=True))
+    return func.date_bin(width, start, origin)
+
+
+def _time(value: str | datetime) -> datetime:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC)
+    return datetime.fromisoformat(value + _REST[len(value) :]).replace(tzinfo=UTC)
+
+
+def _element(s: Session, column: Any, index: int) -> ColumnElement[Any]:
+    if is_sqlite(s.connection()):
+        return func.json_extract(type_coerce(column, String), f"$[{index}]")
+    return cast(func.jsonb_extract_path_text(column, str(index)), BigInteger)

@@ -1,0 +1,199 @@
+"""How long the operator's page takes on a store of months: first paint and every interaction.
+
+Makes 10 million acceptance events under 200 versions (once, see ``dashboard_data``), starts the
+dashboard on them, and looks at it with a real Chromium. Aim: everything within one second.
+
+    python -m benchmarks.dashboard --data /tmp/months
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from playwright.sync_api import expect
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import dashboard_data
+from tests.pages import browser
+from tests.pages.browser import Viewer
+
+AIM = 1.0
+#: What is on a page once it says what it is for.
+FIRST = {
+    "Now": "[data-testid=stMetric]",
+    "Acceptance": ".js-plotly-plot .main-svg",
+    "Versions": "[data-testid=stDataFrame] canvas",
+    "Training": "[data-testid=stDataFrame] canvas",
+    "Requests": "[data-testid=stDataFrame] canvas",
+    "SQL": "textarea",
+    "Audit": "[data-testid=stDataFrame] canvas",
+}
+
+
+class Clock:
+    """Seconds of each thing that was done, by name."""
+
+    def __init__(self, viewer: Viewer, processes: list[psutil.Process]) -> None:
+        self.processes = processes
+        self.viewer, self.page = viewer, viewer.page
+        self.taken: dict[str, list[float]] = {}
+        self.busy: dict[str, list[float]] = {}
+
+    def time(self, name: str, act: Callable[[], object], seen: Callable[[], object]) -> None:
+        """From the act until what it leads to is seen."""
+        self.viewer.ready()
+        self.page.wait_for_timeout(300)
+        begun, busy = time.perf_counter(), self._cpu()
+        act()
+        seen()
+        self.taken.setdefault(name, []).append(time.perf_counter() - begun)
+        self.busy.setdefault(name, []).append(self._cpu() - busy)
+
+    def _cpu(self) -> float:
+        """Seconds of CPU that the dashboard and the browser have used so far."""
+        total = 0.0
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                used = process.cpu_times()
+                total += used.user + used.system
+        return total
+
+    def open(self, name: str) -> None:
+        link = self.page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True)
+        heading = self.page.get_by_role("heading", name=name, level=1, exact=True)
+
+        def seen() -> None:
+            heading.wait_for()
+            self.page.locator(FIRST[name]).first.wait_for()
+
+        self.time(f"{name}: open", link.click, seen)
+
+    def reload(self, name: str) -> None:
+        def seen() -> None:
+            self.page.get_by_role("heading", name=name, level=1, exact=True).wait_for()
+            self.page.locator(FIRST[name]).first.wait_for()
+
+        self.time(f"{name}: reload in the browser", self.page.reload, seen)
+
+    def press(self, page: str, group: str, option: str) -> None:
+        """A button of a row of them; over when the page has been drawn again."""
+        button = self.page.get_by_role("radio", name=option, exact=True)
+        self.time(f"{page}: {group} {option}", button.click, lambda: self._drawn(button))
+
+    def _drawn(self, button: object) -> None:
+        expect(button).to_be_checked()  # type: ignore[arg-type]
+        self.viewer.ready()
+
+    def choose(self, page: str, label: str, option: str) -> None:
+        box = self.page.get_by_role("combobox", name=label)
+        box.click()
+        box.fill(option)  # long lists draw only what is seen
+        entry = self.page.get_by_role("option", name=option, exact=True)
+        self.time(f"{page}: {label} {option}", entry.click, lambda: self._settled())
+
+    def _settled(self) -> None:
+        self.page.wait_for_timeout(50)
+        self.viewer.ready()
+
+
+def look(clock: Clock) -> None:
+    """Every page, and everything that can be chosen on it."""
+    page = clock.page
+    for name in ("Acceptance", "Versions", "Training", "Requests", "SQL", "Audit", "Now"):
+        clock.open(name)
+    for name in browser.PAGES:
+        clock.viewer.open(name)
+        clock.reload(name)
+    clock.viewer.open("Acceptance")
+    for period in ("1 hour", "6 hours", "7 days", "30 days"):
+        clock.press("Acceptance", "period", period)
+    for lines in ("by domain", "all together", "by version"):
+        clock.press("Acceptance", "30 days,", lines)
+    clock.choose("Acceptance", "Domain", "code")
+    page.keyboard.press("Escape")
+    for tab in ("Domain by hour", "The same numbers", "Versions at equal depth"):
+        link = page.get_by_role("tab", name=tab)
+        clock.time(f"Acceptance: {tab}", link.click, clock.viewer.ready)
+    clock.choose("Acceptance", "Compare with", "version 190")
+    clock.viewer.open("Versions")
+    clock.choose("Versions", "Version", "120")
+    clock.time(
+        "Versions: ask to promote",
+        page.get_by_role("button", name="Promote", exact=True).click,
+        page.get_by_role("dialog").get_by_role("textbox", name="Reason").wait_for,
+    )
+    page.keyboard.press("Escape")
+    clock.viewer.open("Requests")
+    for period in ("15 minutes", "7 days", "ever"):
+        clock.press("Requests", "period", period)
+    clock.choose("Requests", "Version", "3")
+    clock.viewer.open("SQL")
+    example = "Who put what live, and why?"
+    clock.choose("SQL", "Examples", example)
+    expect(page.get_by_role("textbox", name="Statement")).to_have_value(re.compile("SELECT"))
+    clock.time(
+        "SQL: run the example", page.get_by_role("button", name="Run").click,
+        page.get_by_text("rows in").wait_for,
+    )  # fmt: skip
+    clock.viewer.open("Audit")
+    clock.choose("Audit", "What", "rollback")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("/tmp/aurora-months"))
+    parser.add_argument("--events", type=int, default=10_000_000)
+    parser.add_argument("--versions", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    given.data.mkdir(parents=True, exist_ok=True)
+    store = given.data / "aurora.db"
+    if not store.exists():
+        dashboard_data.build(store, given.events, given.versions)
+    browser.add_accounts(given.data)
+    dashboard = browser.start(given.data)
+    try:
+        with browser.chromium() as chromium:
+            viewer = browser.viewer(chromium, dashboard.url)
+            viewer.log_in("ada")
+            everything = psutil.Process().children(recursive=True)
+            everything += [psutil.Process(dashboard.process.pid)]
+            clock = Clock(viewer, list({one.pid: one for one in everything}.values()))
+            try:
+                for _ in range(given.rounds):
+                    look(clock)
+            finally:
+                report(clock, given.json)
+    finally:
+        dashboard.stop()
+
+
+def report(clock: Clock, as_json: bool) -> None:
+    taken = clock.taken
+    if as_json:
+        print(json.dumps({"seconds": taken, "cpu_seconds": clock.busy}, indent=2))
+        return
+    table = Table(title="Dashboard on 10 million events, 200 versions (seconds)")
+    for heading in ("what", "first", "median", "slowest", "CPU", f"within {AIM:.0f} s"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for name, seconds in taken.items():
+        slowest = max(seconds)
+        table.add_row(
+            name, f"{seconds[0]:.2f}", f"{statistics.median(seconds):.2f}", f"{slowest:.2f}",
+            f"{statistics.median(clock.busy[name]):.2f}", "yes" if slowest <= AIM else "no",
+        )  # fmt: skip
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

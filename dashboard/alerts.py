@@ -1,0 +1,115 @@
+"""What an operator should look at, from what the store and rollout say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from aurora_sgl.rollout import status
+
+from . import data, words
+from .context import Group, now
+
+#: How long a thing of the past is shown.
+RECENT = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Alert:
+    text: str
+    severe: bool
+
+
+def alerts(group: Group, look: status.GroupStatus) -> list[Alert]:
+    """The worst first."""
+    found = [*_servers(look), *_watch(look), *_drift(group), *_drops(group)]
+    found += _learning(group, look)
+    return sorted(found, key=lambda alert: not alert.severe)
+
+
+def _servers(look: status.GroupStatus) -> list[Alert]:
+    found = []
+    for server in look.servers:
+        if server.reason.startswith("not heard of"):
+            text = f"Server {server.name} was last heard of {words.ago(server.last_seen_at)}."
+            found.append(Alert(text, True))
+        elif not server.converged:
+            severe = "on its way" not in server.reason
+            found.append(
+                Alert(
+                    f"Server {server.name} should run {words.version(server.wanted_version_id)} "
+                    f"and runs {words.version(server.live_version_id)}: {server.reason}.",
+                    severe,
+                )
+            )
+    if not look.servers:
+        found.append(Alert("No server of this group is running; nothing is served.", False))
+    return found
+
+
+def _watch(look: status.GroupStatus) -> list[Alert]:
+    if look.watch is None:
+        return []
+    watch = look.watch.watch
+    if watch.status == "failed" and watch.finished_at and now() - watch.finished_at < RECENT:
+        return [
+            Alert(
+                f"The watch over version {watch.version_id} failed {words.ago(watch.finished_at)} "
+                f"and rolled it back: {watch.reason}.",
+                True,
+            )
+        ]
+    bad = [window for window in look.watch.windows if window.verdict != "pass"]
+    if watch.status == "running" and bad:
+        return [
+            Alert(
+                f"Version {watch.version_id} is being watched, and {len(bad)} of "
+                f"{len(look.watch.windows)} windows were not good: {bad[-1].reason}.",
+                False,
+            )
+        ]
+    return []
+
+
+def _drift(group: Group) -> list[Alert]:
+    return [
+        Alert(
+            f"The accept length of version {row.version_id} in {row.domain} fell from "
+            f"{row.accept_length_before:.2f} to {row.accept_length_after:.2f} "
+            f"{words.ago(row.detected_at)}.",
+            False,
+        )
+        for row in status.drifts(group.engine, group.name, limit=5)
+        if now() - row.detected_at < RECENT
+    ]
+
+
+def _drops(group: Group) -> list[Alert]:
+    lost = {place: count for place, count in data.drops(group).items() if count}
+    if not lost:
+        return []
+    told = ", ".join(f"{count:,} at the {place}" for place, count in sorted(lost.items()))
+    text = f"Records were lost since these servers started: {told}. Requests were not."
+    return [Alert(text, False)]
+
+
+def _learning(group: Group, look: status.GroupStatus) -> list[Alert]:
+    found = [
+        Alert(
+            f"{switch.name.replace('_', ' ').capitalize()} is switched off"
+            + (f" by {switch.actor} {words.ago(switch.updated_at)}: {switch.reason}."
+               if switch.actor else "."),
+            False,
+        )
+        for switch in look.switches
+        if not switch.on
+    ]  # fmt: skip
+    last = [run for run in data.runs(group, 1) if run.status == "failed"]
+    if last:
+        found.append(Alert(f"The last training run ({last[0].id}) failed: {last[0].error}.", False))
+    scheduler = look.scheduler
+    if not scheduler.alive and scheduler.updated_at is not None and scheduler.state != "stopped":
+        found.append(
+            Alert(f"The scheduler was last heard of {words.ago(scheduler.updated_at)}.", False)
+        )
+    return found

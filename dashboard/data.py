@@ -1,0 +1,214 @@
+"""Reads of the store, kept for as long as an operator would not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import streamlit as st
+
+from aurora_sgl import store
+from aurora_sgl.rollout import status
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
+from aurora_sgl.store.queries import explorer, speeds, trends
+from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
+
+from . import tokens
+from .context import Group, engine_of
+
+#: Seconds for which numbers of the moment, sums over long times, and the past are kept.
+FRESH, LONG, PAST = 3.0, 60.0, 600.0
+
+
+@st.cache_data(ttl=FRESH, max_entries=200, show_spinner=False)
+def trend(url: str, wanted: Filter, bucket: str) -> list[TrendPoint]:
+    with store.session(engine_of(url), write=False) as s:
+        return trends.trend(s, wanted, bucket)
+
+
+@st.cache_resource(ttl=PAST, max_entries=30, show_spinner=False)  # not copied: nobody changes it
+def _past(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
+    with store.session(engine_of(url), write=False) as s:
+        return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
+
+
+@st.cache_resource(ttl=FRESH, max_entries=30, show_spinner=False)
+def _recent(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
+    with store.session(engine_of(url), write=False) as s:
+        return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
+
+
+def long_trend(url: str, wanted: Filter, bucket: str, cut: datetime) -> tuple[TrendPoint, ...]:
+    """With histograms. What is before ``cut`` (on a bucket's edge) is read every ten minutes,
+    what is after it anew."""
+    if wanted.until is not None and wanted.until <= cut:
+        return _past(url, wanted, bucket)
+    if wanted.since is not None and wanted.since >= cut:
+        return _recent(url, wanted, bucket)
+    before, after = replace(wanted, until=cut), replace(wanted, since=cut)
+    return _past(url, before, bucket) + _recent(url, after, bucket)
+
+
+@st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)
+def domains(url: str, group_id: int, since: datetime | None) -> list[str]:
+    with store.session(engine_of(url), write=False) as s:
+        return trends.domains(s, group_id, since)
+
+
+@st.cache_data(ttl=FRESH, max_entries=20, show_spinner=False)
+def last_minute(url: str, group_id: int) -> datetime | None:
+    with store.session(engine_of(url), write=False) as s:
+        return trends.last_minute(s, group_id)
+
+
+@st.cache_data(ttl=FRESH, max_entries=20, show_spinner=False)
+def tokens_kept(url: str, group_id: int, since: datetime, until: datetime) -> tuple[int, int, int]:
+    with store.session(engine_of(url), write=False) as s:
+        return trends.tokens_kept(s, group_id, since, until)
+
+
+def step_times(group: Group) -> list[speeds.StepTimes]:
+    with store.session(group.engine, write=False) as s:
+        found = speeds.step_times(s, group.id)
+        return found or speeds.step_times(s, group.id, states=("stopped", "gone"))[:1]
+
+
+def break_even(group: Group) -> float | None:
+    """The accept length from which drafts pay, as a server measured it last."""
+    return next((time.break_even for time in step_times(group) if time.break_even), None)
+
+
+def look(group: Group) -> status.GroupStatus:
+    return status.look(group.engine, group.name)
+
+
+def deployments(group: Group, limit: int | None = None) -> Sequence[Deployment]:
+    with store.session(group.engine, write=False) as s:
+        return queries.deployments(s, group.id, limit=limit)
+
+
+def runs(group: Group, limit: int | None = None) -> Sequence[TrainingRun]:
+    with store.session(group.engine, write=False) as s:
+        return queries.runs(s, group.id, limit=limit)
+
+
+def versions_of_runs(group: Group) -> dict[int, int]:
+    """The version that each run made, by run."""
+    return {row.training_run_id: row.id for row in versions(group) if row.training_run_id}
+
+
+def servers(group: Group) -> dict[int, str]:
+    """Names of all boots that ever were, by id, newest first."""
+    with store.session(group.engine, write=False) as s:
+        every = queries.servers(s, group.id, states=("running", "stopped", "gone"))
+        return {row.id: row.name for row in every}
+
+
+def drops(group: Group) -> dict[str, int]:
+    with store.session(group.engine, write=False) as s:
+        return queries.drops(s, group.id)
+
+
+def aliases(group: Group) -> dict[str, int]:
+    with store.session(group.engine, write=False) as s:
+        return queries.aliases(s, group.id)
+
+
+def versions(group: Group) -> Sequence[DrafterVersion]:
+    with store.session(group.engine, write=False) as s:
+        return queries.versions(s, group.id)
+
+
+@st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)
+def served_by_version(url: str, version_ids: tuple[int, ...]) -> dict[int, Served]:
+    with store.session(engine_of(url), write=False) as s:
+        return trends.served_by_version(s, version_ids)
+
+
+def evaluations(group: Group, version_id: int) -> Sequence[Evaluation]:
+    with store.session(group.engine, write=False) as s:
+        return queries.evaluations(s, version_id)
+
+
+def newest_evaluation(group: Group, version_id: int) -> Evaluation | None:
+    """Over all domains."""
+    return next((row for row in evaluations(group, version_id) if not row.domain), None)
+
+
+def run_of(group: Group, run_id: int | None) -> TrainingRun | None:
+    if run_id is None:
+        return None
+    with store.session(group.engine, write=False) as s:
+        return s.get(TrainingRun, run_id)
+
+
+def deployments_of(group: Group, version_id: int) -> list[Deployment]:
+    """Those that put it live or took it off, newest first."""
+    return [
+        row for row in deployments(group) if version_id in (row.version_id, row.previous_version_id)
+    ]
+
+
+def evaluations_of(group: Group, version_ids: Sequence[int]) -> dict[int, Evaluation]:
+    """The newest evaluation over all domains, by candidate."""
+    with store.session(group.engine, write=False) as s:
+        return explorer.newest_evaluations(s, version_ids)
+
+
+def find_requests(group: Group, **wanted: Any) -> list[explorer.FoundRequest]:
+    with store.session(group.engine, write=False) as s:
+        return explorer.find_requests(s, group.id, **wanted)
+
+
+def request(group: Group, request_id: int) -> tuple[Request | None, list[dict[str, Any]]]:
+    """A request of this group and its verify steps, decoded."""
+    with store.session(group.engine, write=False) as s:
+        found = queries.request(s, request_id)
+        if found is None or queries.server(s, found.server_id).group_id != group.id:
+            return None, []
+        return found, queries.events(s, request_id)
+
+
+def target(group: Group) -> tuple[str, str]:
+    """(model, revision) of the target."""
+    with store.session(group.engine, write=False) as s:
+        row = queries.group(s, group.id)
+        return row.target_model, row.target_revision
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def decoder(target_model: str, revision: str) -> tokens.Decode | None:
+    return tokens.decoder(target_model, revision)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The stretch of time that "now" means: the shortest with enough steps in it."""
+
+    since: datetime
+    until: datetime
+    is_now: bool  # False: the last stretch with traffic, some time ago
+
+
+#: Lengths of it, and the verify steps with drafts that are enough.
+WINDOWS = (timedelta(minutes=15), timedelta(hours=1), timedelta(hours=6), timedelta(hours=24))
+ENOUGH = 200
+
+
+def window(group: Group, now: datetime) -> Window | None:
+    """``None``: nothing was ever served."""
+    last = last_minute(group.url, group.id)
+    if last is None:
+        return None
+    until = now.replace(second=0, microsecond=0) + timedelta(minutes=1)
+    is_now = until - last <= WINDOWS[0]
+    if not is_now:
+        until = last + timedelta(minutes=1)
+    for span in WINDOWS:
+        steps = tokens_kept(group.url, group.id, until - span, until)[2]
+        if steps >= ENOUGH or span == WINDOWS[-1]:
+            return Window(until - span, until, is_now)
+    raise AssertionError

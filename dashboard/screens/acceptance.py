@@ -1,0 +1,387 @@
+"""Acceptance: how much of what was proposed is accepted, over time, for whom, and how deep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from datetime import time as day_time
+
+import pandas as pd
+import streamlit as st
+
+from aurora_sgl.store.queries import trends
+from aurora_sgl.store.queries.lengths import difference_interval
+from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
+
+from .. import charts, data, words
+from ..context import Group, group, local, now, zone
+from ..parts import refreshing
+
+SECONDS = 10.0
+#: Lines of a picture; what is beyond them is drawn as one.
+MOST = 7
+PERIODS = {
+    "1 hour": timedelta(hours=1),
+    "6 hours": timedelta(hours=6),
+    "24 hours": timedelta(hours=24),
+    "7 days": timedelta(days=7),
+    "30 days": timedelta(days=30),
+}
+OWN = "own dates"
+ALL, BY_VERSION, BY_DOMAIN = "all together", "by version", "by domain"
+
+
+@dataclass(frozen=True)
+class Period:
+    """``bucket``: what is read; ``width``: what is drawn, a multiple of it."""
+
+    since: datetime
+    until: datetime
+    bucket: str
+    width: timedelta
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``narrowed``: less than all that was served in the period."""
+
+    period: Period
+    split: str
+    points: list[TrendPoint]
+    narrowed: bool
+
+
+def show() -> None:
+    st.title("Acceptance")
+    _page()
+
+
+@refreshing(SECONDS)
+def _page() -> None:
+    here = group()
+    last = data.last_minute(here.url, here.id)
+    if last is None:
+        st.info(
+            "No verify step was recorded yet. Send a request to a server's OpenAI endpoint, or "
+            "run `make demo`; the first numbers appear within seconds.",
+            icon=":material/hourglass_empty:",
+        )
+        return
+    choice = _choose(here)
+    if choice is None:
+        return
+    points = choice.points
+    if not points:
+        _nothing(choice, last)
+        return
+    name = _namer(points, choice, data.aliases(here).get("live"))
+    series = _series(points, choice, name)
+    _trend(here, choice, series)
+    # Only the open tab is drawn: each picture costs a browser a tenth of a second and more.
+    tabs = st.tabs(list(TABS), key="tab", on_change="rerun", bind="query-params")
+    for tab, draw in zip(tabs, TABS.values(), strict=True):
+        if tab.open:
+            with tab:
+                draw(Shown(here, choice, points, name, series))
+
+
+# -- what is looked at --------------------------------------------------------------------------
+
+
+def _choose(here: Group) -> Choice | None:
+    top = st.columns([3, 2], gap="large")
+    with top[0]:
+        name = st.segmented_control(
+            "Period", [*PERIODS, OWN], default="24 hours", required=True, key="period",
+            bind="query-params",
+        )  # fmt: skip
+    with top[1]:
+        split = st.segmented_control(
+            "Lines", [ALL, BY_VERSION, BY_DOMAIN], default=BY_VERSION, required=True, key="lines",
+            bind="query-params",
+        )  # fmt: skip
+    period = _period(str(name))
+    if period is None:
+        return None
+    columns = st.columns(3)
+    named = data.servers(here)
+    servers = columns[0].multiselect(
+        "Server", sorted(set(named.values())), placeholder="all", key="servers"
+    )
+    chosen = tuple(id for id, name in sorted(named.items()) if name in servers)
+    wanted = Filter(here.id, period.since, period.until, chosen)
+    # What is older than an hour is read every ten minutes only.
+    cut = _floor(now() - timedelta(hours=1), timedelta(hours=1))
+    points = data.long_trend(here.url, wanted, period.bucket, cut)
+    domains = columns[1].multiselect(
+        "Domain", sorted({point.domain for point in points}), placeholder="all", key="domains"
+    )
+    versions = columns[2].multiselect(
+        "Version", sorted({point.version_id for point in points}, reverse=True),
+        placeholder="all", key="versions",
+    )  # fmt: skip
+    kept = [
+        point
+        for point in points
+        if (not domains or point.domain in domains)
+        and (not versions or point.version_id in versions)
+    ]
+    return Choice(period, str(split), kept, narrowed=len(kept) < len(points) or bool(servers))
+
+
+def _period(name: str) -> Period | None:
+    if name != OWN:
+        span = PERIODS[name]
+        return period(now() - span, now())
+    today = local(now()).date()
+    chosen = st.date_input(
+        "From and to (in your time zone, both included)", (today - timedelta(days=7), today),
+        max_value=today, key="dates",
+    )  # fmt: skip
+    if not isinstance(chosen, tuple) or len(chosen) != 2:
+        st.caption("Choose the last day too.")
+        return None
+    begin, end = (datetime.combine(day, day_time(), zone()) for day in chosen)
+    return period(begin, min(end + timedelta(days=1), now()))
+
+
+def period(since: datetime, until: datetime) -> Period:
+    """With buckets that make a picture of at most some two hundred points."""
+    span = until - since
+    if span <= timedelta(hours=2):
+        bucket, width = "minute", timedelta(minutes=1)
+    elif span <= timedelta(hours=30):
+        bucket, width = "10 minutes", timedelta(minutes=10)
+    else:
+        bucket = "hour"
+        width = timedelta(hours=max(1, -(-int(span.total_seconds()) // (3600 * 180))))
+    return Period(_floor(since, width), _floor(until, timedelta(minutes=1)) + timedelta(minutes=1),
+                  bucket, width)  # fmt: skip
+
+
+def _floor(moment: datetime, width: timedelta) -> datetime:
+    seconds = width.total_seconds()
+    return datetime.fromtimestamp(moment.timestamp() // seconds * seconds, tz=now().tzinfo)
+
+
+def _nothing(choice: Choice, last: datetime) -> None:
+    if choice.narrowed:
+        st.info("Nothing was served that fits all of these. Take one of them away.")
+        return
+    words.say(
+        "No step carried drafts in this period. The last verify step, with or without drafts, was ",
+        words.since(last), ". Choose a longer period, or send requests.",
+    )  # fmt: skip
+
+
+# -- lines --------------------------------------------------------------------------------------
+
+Series = dict[str, list[tuple[datetime, Served]]]
+Namer = Callable[[TrendPoint], str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the parts of the page draw."""
+
+    here: Group
+    choice: Choice
+    points: Sequence[TrendPoint]
+    name: Namer
+    series: Series
+
+
+def _series(points: Sequence[TrendPoint], choice: Choice, name: Namer) -> Series:
+    width = choice.period.width
+    at = {point.bucket: _floor(point.bucket, width) for point in points}
+    sums = trends.by(points, lambda p: (name(p), at[p.bucket]))
+    found: Series = {}
+    for (line, moment), served in sorted(sums.items(), key=lambda item: item[0]):
+        found.setdefault(line, []).append((moment, served))
+    order = sorted(found, key=lambda line: (line.startswith("other"), _number(line), line))
+    return {line: found[line] for line in order}
+
+
+def _number(line: str) -> int:
+    return int(line.split()[1]) if line.startswith("version ") else 0
+
+
+def _namer(points: Sequence[TrendPoint], choice: Choice, live: int | None) -> Namer:
+    """The line that a point belongs to."""
+    if choice.split == ALL:
+        return lambda point: "all together"
+    if choice.split == BY_DOMAIN:
+        steps = trends.by(points, lambda p: p.domain)
+        kept = sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST]
+        return lambda point: point.domain if point.domain in kept else "other domains"
+    newest = sorted({point.version_id for point in points}, reverse=True)
+    shown = set(newest[:MOST]) | ({live} if live in newest else set())
+    names = {id: words.version(id) if id in shown else "other versions" for id in newest}
+    return lambda point: names[point.version_id]
+
+
+def _trend(here: Group, choice: Choice, series: Series) -> None:
+    st.subheader("Accept length")
+    period = choice.period
+    recent = [
+        row for row in data.deployments(here) if period.since <= row.created_at < period.until
+    ]
+    figure = charts.trend(series, period.width, recent, break_even=data.break_even(here))
+    charts.show(figure, "trend", "accept length over time, with 95% bands and promotions")
+    told = f"Points of {words.span(period.width.total_seconds())}; bands: 95%, over requests."
+    if "other versions" in series:
+        told += f" The newest {MOST} versions and the live one have lines of their own."
+    st.caption(told)
+
+
+def _depths(shown: Shown) -> None:
+    found = trends.histograms(shown.points, shown.name)
+    counts = {line: found[line] for line in shown.series}
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.markdown("**Accepted at each position**")
+        reached = {name: _reached(column) for name, column in counts.items()}
+        figure = charts.positions(reached, {name: sum(column) for name, column in counts.items()})
+        charts.show(figure, "positions", "share of steps that accepted a proposal at each depth")
+        st.caption("The shares add up to the accept length less one, the target's own token.")
+    with right:
+        st.markdown("**Accepted in a step**")
+        charts.show(charts.histogram(counts), "histogram", "how many proposals steps accepted")
+
+
+def _reached(column: list[int]) -> list[int]:
+    """Steps that accepted at least i proposals, for i from 1."""
+    return [sum(column[i:]) for i in range(1, len(column))]
+
+
+# -- domain by hour, and versions at equal depth ------------------------------------------------
+
+MOST_DOMAINS = 12
+
+
+def _heat(shown: Shown) -> None:
+    points, choice = shown.points, shown.choice
+    steps = trends.by(points, lambda p: p.domain)
+    domains = sorted(sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST_DOMAINS])
+    one_day = choice.period.until - choice.period.since <= timedelta(hours=30)
+    if one_day:
+        begin = _hour(choice.period.since)
+        span = choice.period.until - begin
+        named = {
+            begin + timedelta(hours=i): "" for i in range(-(-int(span.total_seconds()) // 3600))
+        }
+        for hour in named:
+            day = f"<br>{hour:%d %b}" if hour == begin or not hour.hour else ""
+            # An hour of two days is told apart by a blank that nobody sees.
+            blank = " " * ((hour - begin).days)
+            named[hour] = f"{hour:%H:%M}{blank}{day}"
+        hours = list(named.values())
+        cells = trends.by(points, lambda p: (p.domain, named[_hour(p.bucket)]))
+    else:
+        cells = trends.by(points, lambda p: (p.domain, f"{local(p.bucket):%H}h"))
+        hours = [f"{hour:02}h" for hour in range(24)]
+    charts.show(charts.heat(domains, hours, cells), "heat", "accept length by domain and hour")
+    told = "Hours of your time zone." if one_day else "Hours of the day, in your time zone."
+    if len(steps) > MOST_DOMAINS:
+        told += f" The {MOST_DOMAINS} of {len(steps)} domains with the most steps."
+    st.caption(told)
+
+
+def _hour(moment: datetime) -> datetime:
+    return local(moment).replace(minute=0, second=0, microsecond=0)
+
+
+def _equal_depth(shown: Shown) -> None:
+    here, points = shown.here, shown.points
+    shapes: dict[tuple[int, int], dict[int, Served]] = {}
+    sums = trends.by(points, lambda p: (p.depth, p.topk, p.version_id))
+    for (depth, topk, version), served in sorted(sums.items(), key=lambda item: item[0]):
+        shapes.setdefault((depth, topk), {})[version] = served
+    versions = sorted({version for of in shapes.values() for version in of}, reverse=True)
+    live = data.aliases(here).get("live")
+    baseline = st.selectbox(
+        "Compare with", versions, index=versions.index(live) if live in versions else 0,
+        format_func=words.version, key="baseline", width=240,
+    )  # fmt: skip
+    rows = []
+    for (depth, topk), of in shapes.items():
+        against = of.get(baseline) if baseline is not None else None
+        for version in sorted(of, reverse=True)[:20]:
+            served = of[version]
+            rows.append(
+                {
+                    "depth": depth,
+                    "top-k": topk,
+                    "version": words.version(version),
+                    "requests": f"{served.requests:,}",
+                    "verify steps": f"{served.verify_steps:,}",
+                    "accept length (95%)": words.length(served.accept_length, served.interval),
+                    f"less {words.version(baseline)}": _less(served, against, version == baseline),
+                }
+            )
+    words.table("equal depth", rows, numbers=("depth", "top-k", "requests", "verify steps"),
+                empty="Nothing was served with drafts.")  # fmt: skip
+    st.caption(
+        "Only versions under the same depth and top-k are set against each other; otherwise the "
+        "draft's shape would be compared. Traffic differs between versions: the gate's paired "
+        "replay, on the page Versions, does not have that weakness."
+    )
+
+
+def _less(served: Served, against: Served | None, same: bool) -> str:
+    if same:
+        return "itself"
+    if against is None:
+        return "not served in this shape"
+    found = difference_interval(served.values(), against.values())
+    return words.difference(*found) if found else "too few to tell"
+
+
+# -- the same numbers as a table ----------------------------------------------------------------
+
+
+def _table(shown: Shown) -> None:
+    series, choice = shown.series, shown.choice
+    rows = []
+    for name, points in series.items():
+        for moment, served in points:
+            low, high = served.interval or (None, None)
+            rows.append(
+                {
+                    "time": moment,
+                    "line": name,
+                    "accept length": served.accept_length,
+                    "95% from": low,
+                    "to": high,
+                    "requests": served.requests,
+                    "verify steps": served.verify_steps,
+                    "proposed": served.proposed,
+                    "accepted": served.accepted,
+                    "kept tokens": served.completion_tokens,
+                }
+            )
+    frame = pd.DataFrame(rows).sort_values(["time", "line"], ascending=[False, True])
+    number = st.column_config.NumberColumn(format="%.3f")
+    st.dataframe(
+        frame, hide_index=True, height=min(320, 38 + 35 * len(frame)), key="trend table",
+        alt="accept length by time and line",
+        placeholder=words.NONE,
+        column_config={
+            "time": words.time_column(), "accept length": number, "95% from": number, "to": number
+        },
+    )  # fmt: skip
+    times = "%Y-%m-%dT%H:%M:%SZ"
+    st.download_button(
+        "Download CSV", lambda: frame.to_csv(index=False, date_format=times).encode(),
+        f"acceptance-{choice.period.since:%Y%m%dT%H%M}Z.csv", "text/csv",
+        icon=":material/download:", on_click="ignore", help="Times in UTC",
+    )  # fmt: skip
+
+
+TABS: dict[str, Callable[[Shown], None]] = {
+    "By position": _depths,
+    "Domain by hour": _heat,
+    "Versions at equal depth": _equal_depth,
+    "The same numbers": _table,
+}

@@ -1,0 +1,303 @@
+"""Now: does speculation pay, what is live, better or worse, for whom, and what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import streamlit as st
+
+from aurora_sgl.rollout import status
+from aurora_sgl.store.queries import trends
+from aurora_sgl.store.queries.trends import Filter, Served
+
+from .. import charts, data, words
+from ..alerts import Alert, alerts
+from ..context import Group, group, local, now
+from ..parts import refreshing
+
+SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Numbers of the present window and of yesterday."""
+
+    window: data.Window
+    served: Served
+    by_domain: dict[str, Served]
+    yesterday: Served
+    yesterday_by_domain: dict[str, Served]
+    tokens_per_second: float
+    yesterday_tokens_per_second: float
+    draft_share: float
+    plain_ms: float | None
+    draft_ms: float | None
+
+    @property
+    def break_even(self) -> float | None:
+        return self.draft_ms / self.plain_ms if self.plain_ms and self.draft_ms else None
+
+    @property
+    def speed_up(self) -> float | None:
+        """Of a step with drafts over plain steps, at the times that the engine measured."""
+        length = self.served.accept_length
+        return length / self.break_even if length and self.break_even else None
+
+    @property
+    def stream(self) -> float | None:
+        """Tokens per second of one stream whose steps all carry drafts."""
+        length = self.served.accept_length
+        return 1000 * length / self.draft_ms if length and self.draft_ms else None
+
+
+def show() -> None:
+    st.title("Now")
+    _page()
+
+
+@refreshing(SECONDS)
+def _page() -> None:
+    here = group()
+    look = data.look(here)
+    moment = measure(here)
+    _headline(look, moment)
+    if moment is not None:
+        _numbers(look, moment, here)
+    _alerts(alerts(here, look))
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        if moment is not None:
+            _trend(here, moment)
+        _servers(look)
+    with right:
+        if moment is not None:
+            _for_whom(moment)
+        _next(look)
+
+
+def measure(here: Group) -> Moment | None:
+    """``None``: nothing was ever served."""
+    window = data.window(here, now())
+    if window is None:
+        return None
+    points = data.trend(here.url, Filter(here.id, window.since, window.until), "day")
+    midnight = local(now()).replace(hour=0, minute=0, second=0, microsecond=0)
+    day = Filter(here.id, midnight - timedelta(days=1), midnight)
+    before = data.trend(here.url, day, "day")
+    tokens, steps, with_drafts = data.tokens_kept(here.url, here.id, window.since, window.until)
+    times = data.step_times(here)
+    first = next((time for time in times if time.break_even), times[0] if times else None)
+    return Moment(
+        window=window,
+        served=trends.total(points),
+        by_domain=trends.by(points, lambda p: p.domain),
+        yesterday=trends.total(before),
+        yesterday_by_domain=trends.by(before, lambda p: p.domain),
+        tokens_per_second=tokens / (window.until - window.since).total_seconds(),
+        yesterday_tokens_per_second=data.tokens_kept(
+            here.url, here.id, midnight - timedelta(days=1), midnight
+        )[0]
+        / 86_400,
+        draft_share=with_drafts / steps if steps else 0.0,
+        plain_ms=first.plain_ms if first else None,
+        draft_ms=first.draft_ms if first else None,
+    )
+
+
+def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
+    live = look.aliases.get("live")
+    if moment is None:
+        st.info(
+            "No request was served yet. Send one to a server's OpenAI endpoint, or run "
+            "`make demo`; numbers appear here within seconds.",
+            icon=":material/hourglass_empty:",
+        )
+        return
+    said = f"{words.version(live).capitalize()} is live. " if live else "No version is live. "
+    length = moment.served.accept_length
+    if length is None:
+        st.warning(
+            f"{said}No step carried drafts lately: speculation is off, or waits for a better "
+            "drafter. Requests are served without it.",
+            icon=":material/pause_circle:",
+        )
+        return
+    said += f"Each step yields {length:.2f} tokens"
+    up = moment.speed_up
+    if up is None:
+        st.info(
+            f"{said}. What that means for speed is known once a server has measured steps with "
+            "and without drafts.",
+            icon=":material/help:",
+        )
+    elif up >= 1:
+        st.success(
+            f"**Speculation pays: {up:.2f} times the speed of plain decoding.** {said}; "
+            f"it pays above {moment.break_even:.2f}.",
+            icon=":material/check_circle:",
+        )
+    else:
+        st.warning(
+            f"**Speculation does not pay yet: {up:.2f} times the speed of plain decoding.** "
+            f"{said}; it pays above {moment.break_even:.2f}. Drafts ride on "
+            f"{moment.draft_share:.0%} of the steps.",
+            icon=":material/trending_down:",
+        )
+
+
+def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
+    live = look.aliases.get("live")
+    first = data.deployments(here, 1)
+    columns = st.columns(5)
+    then, length = moment.yesterday.accept_length, moment.served.accept_length
+    columns[0].metric("Live version", live or words.NONE, border=True,
+                      delta=f"for {words.span((now() - first[0].created_at).total_seconds())}"
+                      if first else None, delta_color="off", delta_arrow="off")  # fmt: skip
+    columns[1].metric(
+        "Accept length", words.number(length), border=True,
+        delta=f"{length - then:+.2f} on yesterday" if length and then else "nothing yesterday",
+        delta_color="normal" if length and then else "off",
+        delta_arrow="auto" if length and then else "off",
+        help="1 + accepted proposals per verify step, over requests of one version",
+    )  # fmt: skip
+    columns[2].metric(
+        "Speed-up", f"{moment.speed_up:.2f}x" if moment.speed_up else words.NONE, border=True,
+        delta=f"pays above {moment.break_even:.2f}" if moment.break_even else "not measured",
+        delta_color="off", delta_arrow="off",
+        help="Accept length over its break-even: the time of a step with drafts over that of a "
+        "plain one, as a running server measured them",
+    )  # fmt: skip
+    plain = 1000 / moment.plain_ms if moment.plain_ms else None
+    columns[3].metric(
+        "Tokens/s of a stream", words.number(moment.stream, 1), border=True,
+        delta=f"{moment.stream - plain:+.1f} on no drafts" if moment.stream and plain
+        else "not measured",
+        delta_color="normal" if moment.stream and plain else "off",
+        delta_arrow="auto" if moment.stream and plain else "off",
+    )  # fmt: skip
+    columns[4].metric(
+        "Tokens/s of all servers", words.number(moment.tokens_per_second, 1), border=True,
+        delta=f"yesterday {words.number(moment.yesterday_tokens_per_second, 1)}",
+        delta_color="off", delta_arrow="off",
+        help="Output tokens of all requests over the length of time",
+    )  # fmt: skip
+    span = words.span((moment.window.until - moment.window.since).total_seconds())
+    if moment.window.is_now:
+        st.caption(
+            f"Now: the last {span}, with drafts on {moment.draft_share:.0%} of the steps. "
+            "Yesterday: the whole day, in your time zone."
+        )
+    else:
+        words.say(
+            f"No traffic now. The numbers are of the last {span} with traffic, which ended ",
+            words.since(moment.window.until), ".",
+        )  # fmt: skip
+
+
+def _alerts(found: list[Alert]) -> None:
+    st.subheader("Alerts")
+    if not found:
+        st.caption("None: servers run what they should, nothing was lost, nothing drifted.")
+    for alert in found:
+        draw = st.error if alert.severe else st.warning
+        draw(alert.text, icon=":material/error:" if alert.severe else ":material/warning:")
+
+
+def _trend(here: Group, moment: Moment) -> None:
+    st.subheader("Accept length, 24 hours")
+    until = moment.window.until
+    since = until - timedelta(hours=24)
+    points = data.trend(here.url, Filter(here.id, since, until), "10 minutes")
+    if not points:
+        st.caption("No step with drafts in these 24 hours.")
+        return
+    by_bucket = trends.by(points, lambda p: p.bucket)
+    recent = [row for row in data.deployments(here, 40) if since <= row.created_at < until]
+    figure = charts.trend(
+        {"all domains": list(by_bucket.items())}, timedelta(minutes=10), recent,
+        break_even=moment.break_even, height=300,
+    )  # fmt: skip
+    charts.show(figure, "now trend", "accept length of the last 24 hours with promotions")
+
+
+def _for_whom(moment: Moment) -> None:
+    st.subheader("For whom")
+    rows = []
+    for domain in sorted({*moment.by_domain, *moment.yesterday_by_domain}):
+        today = moment.by_domain.get(domain, Served())
+        before = moment.yesterday_by_domain.get(domain, Served())
+        rows.append(
+            {
+                "domain": domain,
+                "now": words.length(today.accept_length, today.interval),
+                "yesterday": words.number(before.accept_length),
+                "": verdict(today, before),
+            }
+        )
+    words.table(
+        "accept length by domain", rows, numbers=("now", "yesterday"),
+        empty="No step carried drafts, so there is nothing to compare.",
+    )  # fmt: skip
+
+
+def verdict(today: Served, before: Served) -> str:
+    """Better or worse only where the 95% intervals do not overlap."""
+    if not today.interval or not before.interval:
+        return "too few to tell"
+    if today.interval[0] > before.interval[1]:
+        return "▲ better"
+    if today.interval[1] < before.interval[0]:
+        return "▼ worse"
+    return "= no clear change"
+
+
+def _servers(look: status.GroupStatus) -> None:
+    st.subheader("Servers")
+    rows = [
+        {
+            "server": server.name,
+            "runs": words.version(server.live_version_id),
+            "state": "✔ as wanted" if server.converged else f"✖ {server.reason}",
+            "drafts": f"{server.phase or 'not said'}, {server.speculation_share or 0:.0%} of steps",
+            "why": server.phase_reason,
+            "heard of": words.since(server.last_seen_at),
+        }
+        for server in look.servers
+    ]
+    words.table(
+        "servers", rows,
+        empty="No server runs. Start one with: aurora-sgl serve --model PATH, or make demo.",
+    )  # fmt: skip
+
+
+def _next(look: status.GroupStatus) -> None:
+    st.subheader("What comes next")
+    scheduler = look.scheduler
+    said: dict[str, object] = {
+        "scheduler": f"{scheduler.state}: {scheduler.reason}" if scheduler.alive
+        else _sentence(scheduler.reason)
+    }  # fmt: skip
+    if scheduler.alive and scheduler.next_action:
+        when = words.since(scheduler.next_at) if scheduler.next_at else "when it is due"
+        said["next"] = words.Html(f"{words.cell(scheduler.next_action)}, {when}")
+    if look.trial is not None and look.trial_id is not None:
+        trial = look.trial.trial
+        said["trial"] = (
+            f"{words.version(trial.candidate_id)} against {words.version(trial.baseline_id)}: "
+            f"window {len(look.trial.windows)} of {look.trial.planned}"
+        )
+    if look.watch is not None and look.watch.watch.status == "running":
+        windows = look.watch.windows
+        said["watch"] = f"{words.version(look.watch.watch.version_id)}: " + (
+            f"{len(windows)} windows so far, the last one: {windows[-1].verdict}" if windows
+            else "its first window is open"
+        )  # fmt: skip
+    for switch in look.switches:
+        why = f": {switch.reason}" if switch.reason else ""
+        said[switch.name.replace("_", " ")] = f"{'✔ on' if switch.on else '✖ off'}{why}"
+    words.facts("what comes next", said)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

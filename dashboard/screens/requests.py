@@ -1,0 +1,245 @@
+"""Requests: find one, and see token by token what the drafter was good for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from aurora_sgl.config import get_settings
+from aurora_sgl.store.models import Request
+from aurora_sgl.store.queries.explorer import FoundRequest
+
+from .. import data, login, tokens, words
+from ..context import Group, group, now
+from ..parts import refreshing
+from ..steps import StepTold, tell
+from ..words import Html
+
+PERIODS = {
+    "15 minutes": timedelta(minutes=15),
+    "1 hour": timedelta(hours=1),
+    "24 hours": timedelta(hours=24),
+    "7 days": timedelta(days=7),
+    "ever": None,
+}
+LIMIT = 200
+#: Verify steps that are drawn at once.
+AT_ONCE = 400
+SHORTEST, LONGEST = 1.0, 9.0
+CHOSEN = "request"
+
+
+def show() -> None:
+    st.title("Requests")
+    _page()
+
+
+@refreshing(None)
+def _page() -> None:
+    here = group()
+    found = _find(here)
+    if found is None:
+        return
+    picked = _table(found)
+    _one(here, picked)
+
+
+def _find(here: Group) -> list[FoundRequest] | None:
+    name = st.segmented_control(
+        "Ended in the last", list(PERIODS), default="24 hours", required=True, key="ended",
+        bind="query-params",
+    )  # fmt: skip
+    span = PERIODS[str(name)]
+    top = st.columns(3)
+    domains = top[0].multiselect(
+        "Domain", data.domains(here.url, here.id, now() - span if span else None),
+        placeholder="all", key="request domains",
+    )  # fmt: skip
+    version = top[1].selectbox(
+        "Version", [version.id for version in data.versions(here)][::-1], index=None,
+        placeholder="any", key="request version",
+    )  # fmt: skip
+    low, high = top[2].slider(
+        "Accept length", SHORTEST, LONGEST, (SHORTEST, LONGEST), 0.1, key="lengths",
+        help="1 + accepted proposals per verify step, over the whole request",
+    )  # fmt: skip
+    found = data.find_requests(
+        here,
+        since=now() - span if span else None,
+        domains=tuple(domains),
+        version_id=version,
+        min_accept_length=low if low > SHORTEST else None,
+        max_accept_length=high if high < LONGEST else None,
+        limit=LIMIT,
+    )
+    if found:
+        return found
+    if data.last_minute(here.url, here.id) is None:
+        st.info(
+            "No request was served yet. Send one to a server's OpenAI endpoint, or run "
+            "`make demo`; it is listed here when it has ended.",
+            icon=":material/hourglass_empty:",
+        )
+    else:
+        st.info("No request that has ended fits all of these. Choose a longer period, or take one "
+                "of the filters away.")  # fmt: skip
+    return None
+
+
+def _table(found: list[FoundRequest]) -> int:
+    rows = [
+        {
+            "ended": one.finished_at,
+            "domain": one.domain,
+            "accept length": one.accept_length,
+            "tokens": one.completion_tokens,
+            "verify steps": one.verify_steps,
+            "took": round(one.seconds, 2),
+            "versions": ", ".join(map(str, one.version_ids)) or "no drafts",
+            "ended by": one.finish_reason or one.status,
+            "server": one.server,
+            "request": str(one.request_id),
+        }
+        for one in found
+    ]
+    event = st.dataframe(
+        pd.DataFrame(rows), hide_index=True, key="requests table", on_select="rerun",
+        selection_mode="single-row", height=min(320, 38 + 35 * len(rows)),
+        alt="requests that ended, newest first",
+        column_config={
+            "ended": words.time_column(),
+            "accept length": st.column_config.ProgressColumn(
+                format="%.2f", min_value=1.0, max_value=max(4.0, *(one.accept_length or 1.0
+                                                                   for one in found)),
+            ),
+            "tokens": st.column_config.NumberColumn(help="Completion tokens"),
+            "took": st.column_config.NumberColumn(format="%.2f s"),
+        },
+    )  # fmt: skip
+    if len(found) == LIMIT:
+        st.caption(f"The newest {LIMIT} that fit; narrow the search to see others.")
+    rows_picked = event.selection.rows
+    index = rows_picked[0] if rows_picked and rows_picked[0] < len(found) else 0
+    if not rows_picked:
+        st.caption("Below: the newest. Choose another one in the table.")
+    return found[index].request_id
+
+
+def _one(here: Group, request_id: int) -> None:
+    request, events = data.request(here, request_id)
+    if request is None:
+        st.info("This request is not in the store any more.")
+        return
+    length = 1 + request.accepted / request.verify_steps if request.verify_steps else None
+    st.subheader(f"Request {request_id}: accept length {words.number(length)}", divider="gray")
+    if not events:
+        st.info(
+            "It has no verify steps in the store: it ended with its first token, or retention "
+            f"deleted them (they are kept for {get_settings().retention_days} days)."
+        )
+        return
+    words.facts("request", _facts(request))
+    told = tell(events)
+    decode, why = _decoder(here, request)
+    st.html(tokens.legend())
+    shown = _part(told)
+    st.html(tokens.text(shown, decode))
+    st.caption(
+        f"{why} The first token comes from the prompt's forward, before any draft, and is not "
+        "recorded. Point at a step, or reach it with Tab, to see what was proposed."
+    )
+    _steps(shown, decode)
+
+
+def _facts(request: Request) -> dict[str, object]:
+    seconds = (request.finished_at or now()) - request.admitted_at
+    sampling = ", ".join(f"{name} {value}" for name, value in sorted(request.sampling.items()))
+    return {
+        "admitted": Html(
+            f"{words.time(request.admitted_at)}, took {seconds.total_seconds():.2f} s"
+        ),
+        "tokens": f"{request.prompt_tokens:,} of the prompt ({request.cached_tokens:,} cached), "
+        f"{request.completion_tokens:,} of the answer",
+        "steps": f"{request.verify_steps:,} verify steps, {request.accepted:,} of "
+        f"{request.proposed:,} proposals accepted",
+        "sampling": sampling or "the server's default",
+        "ended": f"{request.status}, {request.finish_reason or 'no reason given'}",
+        "may be learnt from": "yes" if request.may_train else "no",
+    }
+
+
+def _decoder(here: Group, request: Request) -> tuple[tokens.Decode | None, str]:
+    """How tokens are shown, and why so."""
+    if not login.is_operator():
+        return None, "Which tokens these are is shown to operators only."
+    if not get_settings().show_text:
+        return None, "This installation shows no tokens (AURORA_SHOW_TEXT is off)."
+    if not request.may_train:
+        return tokens.as_number, (
+            "Ids only: this request's text may not be used (x-aurora-train: no, or the server's "
+            "setting)."
+        )
+    decode = data.decoder(*data.target(here))
+    if decode is None:
+        return tokens.as_number, (
+            f"Ids only: the tokenizer of {data.target(here)[0]} is not on this machine."
+        )
+    return decode, "Text from the target's tokenizer; the store keeps ids only."
+
+
+def _part(told: list[StepTold]) -> list[StepTold]:
+    if len(told) <= AT_ONCE:
+        return told
+
+    def span(start: int) -> str:
+        return f"{start + 1} to {min(len(told), start + AT_ONCE)} of {len(told)}"
+
+    starts = list(range(0, len(told), AT_ONCE))
+    begin = st.selectbox("Steps", starts, width=240, format_func=span)
+    return told[begin : begin + AT_ONCE]
+
+
+def _steps(told: Sequence[StepTold], decode: tokens.Decode | None) -> None:
+    rows: list[dict[str, Any]] = []
+    for step in told:
+        event = step.event
+        row = {
+            "step": step.number,
+            "at": event["at"],
+            "version": event["drafter_version_id"],
+            "depth": event["depth"],
+            "accepted": event["accepted"],
+            "kept": event["kept"],
+            "rejected at": step.rejected_at or None,
+            "signs": " ".join(tokens.SIGNS[token.kind] for token in step.tokens),
+        }
+        if decode is not None:
+            row["output"] = "|".join(decode(token.id) for token in step.tokens)
+            row["rejected proposals"] = "|".join(
+                decode(p.token) for p in step.proposals if not p.accepted
+            )
+        row |= {
+            "batch": event["batch_size"],
+            "since swap": event["swap_age"],
+            "mixed KV": event["mixed"],
+        }
+        rows.append(row)
+    st.markdown("**The same, step by step**")
+    st.dataframe(
+        pd.DataFrame(rows), hide_index=True, key="steps table", alt="verify steps of the request",
+        placeholder=words.NONE,
+        height=min(320, 38 + 35 * len(rows)),
+        column_config={
+            "at": words.time_column(),
+            "since swap": st.column_config.NumberColumn(
+                help="Verify steps of the server since its last swap"
+            ),
+            "mixed KV": st.column_config.CheckboxColumn(
+                help="Draft KV of more than one version, or with holes"
+            ),
+        },
+    )  # fmt: skip

@@ -1,0 +1,294 @@
+"""Versions: what there is, where it comes from, how it was judged, and what to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from aurora_sgl.rollout import status
+from aurora_sgl.store.models import DrafterVersion, Evaluation
+from aurora_sgl.store.queries.trends import Served
+
+from .. import charts, data, dialogs, login, version_questions, words
+from ..context import Group, group, now
+from ..parts import refreshing
+
+CHOSEN = "version"
+ROLES = {"live": "★ live", "previous": "◆ previous", "candidate": "▲ candidate"}
+
+
+def show() -> None:
+    st.title("Versions")
+    here = group()
+    versions = data.versions(here)
+    if not versions:
+        st.info(
+            "There is no version yet. A server makes the first one when it starts: "
+            "`aurora-sgl serve --model PATH`, or `make demo`. A drafter that was trained "
+            "elsewhere comes in with `aurora-sgl versions import FOLDER`.",
+            icon=":material/hourglass_empty:",
+        )
+        return
+    dialogs.open_asked()
+    _where(here)
+    aliases = data.aliases(here)
+    ids = [version.id for version in versions]
+    judged = data.evaluations_of(here, ids)
+    served = data.served_by_version(here.url, tuple(ids))
+    _table(versions, aliases, judged, served)
+    _lineage(versions, aliases, judged, served)
+    chosen = _choose(ids, aliases)
+    version = next(row for row in versions if row.id == chosen)
+    _one(here, version, aliases, served.get(chosen))
+
+
+@refreshing(2.0)
+def _where(here: Group) -> None:
+    """What each server runs, by its own word."""
+    servers = status.servers(here.engine, here.name)
+    if not servers:
+        st.caption("No server runs; a promotion reaches servers when they start.")
+        return
+    rows = [
+        {
+            "server": server.name,
+            "runs": words.version(server.live_version_id),
+            "hash of its weights": server.live_sha256[:16] or "not read back yet",
+            "should run": words.version(server.wanted_version_id),
+            "state": "✔ as wanted" if server.converged else f"✖ {server.reason}",
+        }
+        for server in servers
+    ]
+    words.table("what servers run", rows, empty="")
+
+
+def _choose(ids: Sequence[int], aliases: dict[str, int]) -> int:
+    if st.session_state.get(CHOSEN) not in ids:
+        asked = str(st.query_params.get(CHOSEN, ""))
+        known = int(asked) if asked.isdecimal() and int(asked) in ids else None
+        st.session_state[CHOSEN] = known or aliases.get("live", ids[-1])
+    roles = {version: ROLES[name] for name, version in aliases.items()}
+    chosen: int = st.selectbox(
+        "Version", ids[::-1], key=CHOSEN, width=320,
+        format_func=lambda id: f"{id}  {roles.get(id, '')}".strip(),
+    )  # fmt: skip
+    st.query_params[CHOSEN] = str(chosen)
+    return chosen
+
+
+# -- all of them --------------------------------------------------------------------------------
+
+
+def _table(
+    versions: Sequence[DrafterVersion],
+    aliases: dict[str, int],
+    judged: dict[int, Evaluation],
+    served: dict[int, Served],
+) -> None:
+    st.subheader("All versions")
+    roles = {version: ROLES[name] for name, version in aliases.items()}
+    rows = []
+    for version in versions[::-1]:
+        evaluation, sums = judged.get(version.id), served.get(version.id, Served())
+        rows.append(
+            {
+                "version": version.id,
+                "is": roles.get(version.id, "") + (" pinned" if version.pinned else ""),
+                "made": version.created_at,
+                "from": version.parent_id or version.source,
+                "replayed": evaluation.candidate_accept_length if evaluation else None,
+                "verdict": _verdict(evaluation),
+                "served": sums.accept_length,
+                "95%": _interval(sums.interval),
+                "requests": sums.requests,
+                "note": version.note,
+            }
+        )
+    frame = pd.DataFrame(rows).astype({"from": str})
+    at = {row["version"]: index for index, row in enumerate(rows)}
+
+    def pick() -> None:
+        picked = st.session_state["versions table"].selection.rows
+        if picked:
+            st.session_state[CHOSEN] = rows[picked[0]]["version"]
+
+    st.dataframe(
+        frame, hide_index=True, key="versions table", height=min(320, 38 + 35 * len(at)),
+        on_select=pick, placeholder=words.NONE,
+        selection_mode="single-row", alt="all versions, newest first",
+        column_config={
+            "version": st.column_config.NumberColumn(width=62),
+            "is": st.column_config.TextColumn(width=104),
+            "made": words.time_column(),
+            "from": st.column_config.TextColumn(width=60, help="Parent version, or its source"),
+            "replayed": st.column_config.NumberColumn(
+                format="%.3f", help="Accept length in the newest replay on held-out requests"
+            ),
+            "served": st.column_config.NumberColumn(
+                format="%.3f", help="Accept length of all requests that it alone served"
+            ),
+            "requests": st.column_config.NumberColumn(format="localized"),
+        },
+    )  # fmt: skip
+
+
+def _verdict(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    sign = {"pass": "✔", "fail": "✖"}.get(evaluation.verdict, "?")
+    return f"{sign} {evaluation.verdict}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
+
+
+def _lineage(
+    versions: Sequence[DrafterVersion],
+    aliases: dict[str, int],
+    judged: dict[int, Evaluation],
+    served: dict[int, Served],
+) -> None:
+    st.subheader("Lineage")
+    roles = {version: name for name, version in aliases.items()}
+    nodes = []
+    for version in versions:
+        evaluation, sums = judged.get(version.id), served.get(version.id, Served())
+        replayed = evaluation.candidate_accept_length if evaluation else None
+        length = replayed if replayed is not None else sums.accept_length
+        hover = (
+            f"version {version.id}, from {version.parent_id or version.source}<br>"
+            f"replayed {words.number(replayed, 3)} {_verdict(evaluation)}<br>"
+            f"served {words.length(sums.accept_length, sums.interval)}"
+        )
+        nodes.append((version.id, version.parent_id, version.created_at, length,
+                      roles.get(version.id, ""), hover))  # fmt: skip
+    if not any(node[3] is not None for node in nodes):
+        st.caption("Drawn once a version was replayed or has served requests.")
+        return
+    figure = charts.lineage(nodes, st.session_state.get(CHOSEN))
+    charts.show(figure, "lineage", "versions by time and accept length, joined to their parents")
+
+
+# -- one of them --------------------------------------------------------------------------------
+
+
+def _one(
+    here: Group, version: DrafterVersion, aliases: dict[str, int], served: Served | None
+) -> None:
+    live = aliases.get("live", 0)
+    role = next((ROLES[name] for name, of in aliases.items() if of == version.id), "")
+    st.subheader(f"Version {version.id}  {role}".strip(), divider="gray")
+    evaluations = data.evaluations(here, version.id)
+    if login.is_operator():
+        _buttons(here, version, aliases)
+    else:
+        st.caption("You may look. Promote, roll back, pin and export need an operator.")
+    left, right = st.columns([2, 3], gap="large")
+    with left:
+        _facts(here, version, served)
+    with right:
+        _judged(evaluations, live)
+        _history(here, version)
+
+
+def _buttons(here: Group, version: DrafterVersion, aliases: dict[str, int]) -> None:
+    live, gone = aliases.get("live", 0), version.pruned_at is not None
+    questions = version_questions.Questions(here, version.id, live)
+    with st.container(horizontal=True):
+        dialogs.button(
+            "Promote", "publish", questions.promote, key="promote", primary=True,
+            disabled=version.id == live or gone,
+            help="It is live already" if version.id == live else "Its weights are gone" if gone
+            else f"Put version {version.id} live",
+        )  # fmt: skip
+        dialogs.button(
+            "Roll back", "undo", questions.rollback, key="rollback",
+            disabled=version.id != live or "previous" not in aliases,
+            help="Only the live version is rolled back" if version.id != live
+            else "There is no earlier one" if "previous" not in aliases
+            else f"Go back to version {aliases['previous']}",
+        )  # fmt: skip
+        dialogs.button(
+            "Unpin" if version.pinned else "Pin", "keep_off" if version.pinned else "keep",
+            questions.unpin if version.pinned else questions.pin, key="pin", disabled=gone,
+            help="Leave its weights to pruning" if version.pinned
+            else "Keep its weights whatever is pruned",
+        )  # fmt: skip
+        dialogs.button("Export", "download", questions.export, key="export", disabled=gone,
+                       help="Its folder, as any SGLang loads it")  # fmt: skip
+
+
+def _facts(here: Group, version: DrafterVersion, served: Served | None) -> None:
+    run = data.run_of(here, version.training_run_id)
+    facts: dict[str, Any] = {
+        "made": words.time(version.created_at),
+        "from": words.version(version.parent_id) if version.parent_id else version.source,
+        "note": version.note,
+    }
+    if run is not None:
+        facts["training run"] = (
+            f"{run.id}: {run.objective}, {run.requests:,} requests, {run.tokens:,} tokens"
+        )
+        facts["data window"] = words.between(run.window_start, run.window_end)
+    if served is not None:
+        facts["served"] = (
+            f"{words.length(served.accept_length, served.interval)} over "
+            f"{served.requests:,} requests"
+        )
+    servers = [row.name for row in status.servers(here.engine, here.name)
+               if row.live_version_id == version.id]  # fmt: skip
+    facts["live on"] = ", ".join(servers) or "no server"
+    facts["target"] = f"{version.target_model} {version.target_revision}".strip()
+    facts["weights"] = version.weights_sha256[:32]
+    facts["kept"] = (
+        f"no: deleted {words.ago(version.pruned_at)}" if version.pruned_at
+        else "always (pinned)" if version.pinned else "until pruned"
+    )  # fmt: skip
+    words.facts(f"version {version.id}", facts)
+
+
+def _judged(evaluations: Sequence[Evaluation], live: int) -> None:
+    st.markdown("**How it was judged**")
+    rows_of_all = [row for row in evaluations if not row.domain]
+    rows = [
+        {
+            "when": row.created_at,
+            "how": row.kind,
+            "against": words.version(row.baseline_id) + (" (live)" if row.baseline_id == live
+                                                         and live else ""),
+            "requests": row.requests,
+            "accept length": f"{words.number(row.baseline_accept_length)} → "
+            f"{words.number(row.candidate_accept_length)}",
+            "difference (95%)": words.difference(row.difference, row.ci_low, row.ci_high),
+            "verdict": _verdict(row),
+        }
+        for row in rows_of_all[:20]
+    ]  # fmt: skip
+    words.table("evaluations", rows, numbers=("requests",),
+                empty="It was never compared with another version.")  # fmt: skip
+    for row in rows_of_all[:1]:
+        said = version_questions.by_domain(row)
+        if said:
+            words.table("by domain", said, numbers=("requests",), empty="")
+        if now() - row.created_at > version_questions.OLD:
+            st.caption(f"The newest of these is {words.ago(row.created_at)[:-4]} old.")
+
+
+def _history(here: Group, version: DrafterVersion) -> None:
+    st.markdown("**When it went live, and when it left**")
+    rows = [
+        {
+            "when": row.created_at,
+            "what": f"{'▲' if row.action == 'promote' else '▼'} {row.action}",
+            "live before": words.version(row.previous_version_id),
+            "live after": words.version(row.version_id),
+            "who": row.actor,
+            "why": row.reason,
+        }
+        for row in data.deployments_of(here, version.id)[:20]
+    ]
+    words.table("history", rows, empty="It was never live.")

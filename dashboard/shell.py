@@ -1,0 +1,94 @@
+"""What every page has around it: the login, the navigation, the choice of a group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+from sqlalchemy.exc import DBAPIError
+
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.store.accounts import OPERATOR, Account
+
+from . import login
+from .context import find_groups, in_words
+from .parts import guarded
+from .screens import acceptance, audit, now, requests, sql, training, versions
+
+ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg", "logo.svg"))
+#: Less empty space above and beside the pages than Streamlit leaves.
+STYLE = """<style>
+[data-testid=stMainBlockContainer] {padding:3.9rem 3rem 3rem}
+[data-testid=stMainBlockContainer] h1 {padding-top:0}
+</style>"""
+PAGES = (
+    (now, "Now", "speed"),
+    (acceptance, "Acceptance", "monitoring"),
+    (versions, "Versions", "account_tree"),
+    (training, "Training", "model_training"),
+    (requests, "Requests", "segment"),
+    (sql, "SQL", "database"),
+    (audit, "Audit", "history"),
+)
+
+
+def show() -> None:
+    st.set_page_config(page_title="Aurora-SGL", page_icon=str(ICON), layout="wide")
+    st.logo(str(LOGO), icon_image=str(ICON), size="large")
+    st.html(STYLE)
+    account = login.account()
+    pages = [
+        st.Page(
+            guarded(page.show), title=title, icon=f":material/{icon}:",
+            url_path=title.lower(), default=page is now,
+        )
+        for page, title, icon in PAGES
+    ]  # fmt: skip
+    # Before the login too, so that an address of a page leads there afterwards.
+    chosen = st.navigation(pages, position="hidden" if account is None else "sidebar")
+    if account is None:
+        login.show()
+        return
+    login.keep_cookie()
+    with st.sidebar:
+        _who(account)
+    if _choose_group():
+        chosen.run()
+
+
+def _who(account: Account) -> None:
+    what = "operator: may act" if account.role == OPERATOR else "viewer: may look"
+    st.caption(f"{account.name} ({what})")
+    st.button("Log out", on_click=login.log_out, icon=":material/logout:", key="log out")
+
+
+def _choose_group() -> bool:
+    """Whether there is a group to look at; else the page says what to do."""
+    try:
+        groups = find_groups()
+    except (AuroraError, DBAPIError) as error:
+        st.header("The store can't be read")
+        st.error(in_words(error), icon=":material/cloud_off:")
+        if "db upgrade" in str(error):
+            st.write("A server or the demo makes the tables too, when it starts.")
+        st.button("Try again", icon=":material/refresh:")
+        return False
+    if not groups:
+        st.header("Nothing was served yet")
+        st.info("The store is empty: no server was ever started with it. Start one:")
+        st.code(
+            "make demo                                 # a small model and sample traffic\n"
+            "aurora-sgl serve --model PATH             # your own",
+            language="sh",
+        )
+        st.write("This page shows it as soon as it is there.")
+        st.button("Look again", icon=":material/refresh:")
+        return False
+    names = [group.name for group in groups]
+    before = st.session_state.get("group")
+    name = before.name if before is not None and before.name in names else names[0]
+    if len(groups) > 1:
+        with st.sidebar:
+            name = st.selectbox("Deployment group", names, index=names.index(name))
+    st.session_state["group"] = groups[names.index(name)]
+    return True

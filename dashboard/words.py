@@ -1,0 +1,174 @@
+"""Numbers and times as people read them, and small tables of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from typing import Any
+
+import streamlit as st
+
+from .context import local, now, zone
+
+NONE = "–"  # noqa: RUF001
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def length(value: float | None, interval: tuple[float, float] | None = None) -> str:
+    """An accept length, with its 95% interval: ``1.94 (1.90 to 1.98)``."""
+    if value is None:
+        return NONE
+    return f"{value:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+
+
+def version(version_id: int | None) -> str:
+    return NONE if version_id is None else f"version {version_id}" if version_id else "unknown"
+
+
+def difference(value: float | None, low: float | None, high: float | None) -> str:
+    """``+0.12 (+0.04 to +0.20)``."""
+    if value is None:
+        return NONE
+    return f"{value:+.2f}" + (
+        f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
+    )
+
+
+def span(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3 h``, ``5 d``."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (129_600, 3600, "h")):
+        if abs(seconds) < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:.0f} d"
+
+
+def ago(moment: datetime | None) -> str:
+    if moment is None:
+        return "never"
+    seconds = (now() - moment).total_seconds()
+    return f"{span(seconds)} ago" if seconds >= 0 else f"in {span(-seconds)}"
+
+
+def utc(moment: datetime) -> str:
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def clock(moment: datetime | None) -> str:
+    """In the viewer's zone, with the day unless it is today's."""
+    if moment is None:
+        return NONE
+    here = local(moment)
+    today = here.date() == local(now()).date()
+    return f"{here:%H:%M:%S}" if today else f"{here:%d %b %H:%M}"
+
+
+def time(moment: datetime | None) -> Html:
+    """The viewer's time, UTC on hover."""
+    if moment is None:
+        return Html(NONE)
+    return Html(
+        f'<time datetime="{moment.astimezone(UTC).isoformat()}" title="{utc(moment)}" '
+        f'tabindex="0">{escape(clock(moment))}</time>'
+    )
+
+
+def since(moment: datetime | None) -> Html:
+    """How long ago, UTC on hover."""
+    if moment is None:
+        return Html("never")
+    return Html(f'<time title="{utc(moment)}" tabindex="0">{escape(ago(moment))}</time>')
+
+
+def between(begin: datetime | None, end: datetime | None) -> Html:
+    return Html(f"{time(begin)} to {time(end)}") if begin and end else Html(NONE)
+
+
+def zone_help() -> str:
+    """What stands behind a column of times."""
+    offset = local(now()).utcoffset()
+    minutes = int(offset.total_seconds() // 60) if offset else 0
+    name = zone().key
+    if not minutes:
+        return f"In your time zone, {name}, which is UTC now"
+    sign = "ahead of" if minutes > 0 else "behind"
+    hours, rest = divmod(abs(minutes), 60)
+    return f"In your time zone, {name}: {hours}:{rest:02} h {sign} UTC"
+
+
+def time_column(label: str | None = None) -> Any:
+    """For ``st.dataframe``: the viewer's zone; the heading says on hover how far UTC is off."""
+    return st.column_config.DatetimeColumn(
+        label, format="D MMM, HH:mm:ss", timezone=zone().key, help=zone_help(), width=136
+    )
+
+
+def cell(value: object) -> str:
+    if isinstance(value, Html):
+        return str(value)
+    if isinstance(value, datetime):
+        return str(time(value))
+    return escape(NONE if value is None or value == "" else str(value))
+
+
+STYLE = """<style>
+.aurora-table {width:100%; border-collapse:collapse; font-size:.875rem; line-height:1.4}
+.aurora-table th {text-align:left; font-weight:600; opacity:.75}
+.aurora-table th, .aurora-table td {padding:.35rem .6rem .35rem 0; vertical-align:top;
+  overflow-wrap:break-word;
+  border-bottom:1px solid color-mix(in srgb, currentColor 18%, transparent)}
+.aurora-table td.number, .aurora-table th.number {text-align:right; white-space:nowrap;
+  font-variant-numeric:tabular-nums}
+.aurora-table time, .aurora-say time {border-bottom:1px dotted; white-space:nowrap}
+.aurora-facts th {white-space:nowrap; padding-right:1.2rem}
+.aurora-scroll {overflow-x:auto}
+</style>"""
+
+
+def table(
+    caption: str,
+    rows: Sequence[Mapping[str, object]],
+    *,
+    empty: str,
+    numbers: Sequence[str] = (),
+) -> None:
+    """A small table; ``empty`` is said when there are no rows. Columns are the rows' keys."""
+    if not rows:
+        st.caption(empty)
+        return
+    names = list(rows[0])
+    css = {name: ' class="number"' if name in numbers else "" for name in names}
+    head = "".join(f'<th scope="col"{css[name]}>{escape(name)}</th>' for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td{css[n]}>{cell(row.get(n))}</td>" for n in names) + "</tr>"
+        for row in rows
+    )
+    st.html(
+        f'{STYLE}<div class="aurora-scroll"><table class="aurora-table" '
+        f'aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def facts(caption: str, rows: Mapping[str, object]) -> None:
+    """Names and values below each other."""
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{cell(value)}</td></tr>'
+        for name, value in rows.items()
+    )
+    st.html(
+        f'{STYLE}<table class="aurora-table aurora-facts" aria-label="{escape(caption)}">'
+        f"<tbody>{body}</tbody></table>"
+    )
+
+
+def say(*parts: object) -> None:
+    """A line of text and times."""
+    st.html(f'{STYLE}<p class="aurora-say">{"".join(cell(part) for part in parts)}</p>')

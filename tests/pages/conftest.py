@@ -1,0 +1,106 @@
+"""One filled store and one Chromium a session; a store of its own for each test that acts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+from aurora_sgl import rollout, store
+from aurora_sgl.config import get_settings
+from aurora_sgl.store import queries
+from tests.pages import browser as chrome
+from tests.pages import house as samples
+from tests.pages.browser import Dashboard, Viewer
+from tests.pages.house import House
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    house = samples.fill(tmp_path_factory.mktemp("house"), requests=260)
+    chrome.add_accounts(house.home)
+    yield house
+    house.engine.dispose()
+
+
+@pytest.fixture
+def house(shared: House) -> House:
+    """The store that all share, with version 3 live and 2 before it, and servers that follow."""
+    with store.session(shared.engine, write=False) as s:
+        names = queries.aliases(s, shared.group_id)
+    if (names.get("live"), names.get("previous")) != (3, 2):
+        for version in (2, 3):
+            shared.servers_follow()
+            rollout.promote(shared.engine, version, actor="test", reason="as before", force=True)
+    shared.servers_follow()
+    return shared
+
+
+@pytest.fixture(scope="session")
+def running(shared: House) -> Iterator[Dashboard]:
+    """The dashboard of the shared store."""
+    dashboard = chrome.start(shared.home)
+    yield dashboard
+    dashboard.stop()
+
+
+@pytest.fixture
+def settings_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes this process one of the house at a folder, with further settings."""
+
+    def use(home: Path, **more: str) -> None:
+        monkeypatch.chdir(home)
+        for name in [name for name in os.environ if name.startswith("AURORA_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AURORA_HOME", str(home))
+        for name, value in more.items():
+            monkeypatch.setenv(f"AURORA_{name.upper()}", value)
+        get_settings.cache_clear()
+
+    yield use
+    get_settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    with chrome.chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def people(chromium: Browser, running: Dashboard) -> Iterator[dict[str, Viewer]]:
+    """Everybody logs in once, by the form."""
+    logged_in = {name: chrome.viewer(chromium, running.url) for name in chrome.PASSWORDS}
+    for name, viewer in logged_in.items():
+        viewer.log_in(name)
+        viewer.page.wait_for_timeout(500)  # the browser keeps the login in a cookie
+    yield logged_in
+    for viewer in logged_in.values():
+        viewer.context.close()
+
+
+@pytest.fixture
+def look(people: dict[str, Viewer]) -> Iterator[Callable[..., Viewer]]:
+    """A person's browser at a page. Whatever a test does: nothing but loopback is asked, and no
+    script fails."""
+
+    def open_(name: str, where: str = "") -> Viewer:
+        viewer = people[name]
+        viewer.page.goto(f"{viewer.url}/{where}")
+        viewer.page.get_by_role("heading", level=1).wait_for()
+        viewer.ready()
+        return viewer
+
+    yield open_
+    for viewer in people.values():
+        only_loopback(viewer)
+
+
+def only_loopback(viewer: Viewer) -> None:
+    own = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:http://127.0.0.1:")
+    assert viewer.asked
+    assert not [url for url in viewer.asked if not url.startswith(own)]
+    assert not viewer.errors
