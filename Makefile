@@ -32,8 +32,9 @@ $(STAMP): requirements/cpu.lock pyproject.toml tools/setup_env.py
 demo: $(STAMP)
 	@$(BIN)/aurora-sgl demo $(ARGS)
 
+# Two processes: the tests that share running servers in one, the others in the other.
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-fast: $(STAMP)
 	@$(BIN)/python -m pytest -m "not engine and not slow and not gpu" $(ARGS)

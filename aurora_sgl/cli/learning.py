@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from aurora_sgl.cli.shared import AsJson, Group, open_group, print_rows, read_recipe, version_id
+from aurora_sgl.cli.shared import (
+    AsJson,
+    Group,
+    open_group,
+    print_rows,
+    read_recipe,
+    read_window,
+    version_id,
+)
 from aurora_sgl.console import print_error, print_json
 
 
@@ -15,6 +23,11 @@ def train(
     once: Annotated[bool, typer.Option("--once", help="One run, now.")] = False,
     group: Group = "",
     base: Annotated[str, typer.Option(help="Version to start from (default: the live one).")] = "",
+    objective: Annotated[str | None, typer.Option(help="What is made small.")] = None,
+    window: Annotated[
+        str, typer.Option(metavar="N|TIME", help="Newest requests, or a time: 400, 90m, 6h, 2d.")
+    ] = "",
+    domain: Annotated[list[str] | None, typer.Option(help="Only these domains.")] = None,
     target: Annotated[Path | None, typer.Option(help="Folder of the target model.")] = None,
     recipe: Annotated[
         list[str] | None,
@@ -30,7 +43,7 @@ def train(
     from aurora_sgl.training.lease import training_lease
     from aurora_sgl.training.run import train_once
 
-    settings = read_recipe(recipe or [])
+    settings = read_recipe(recipe or [], objective=objective, domains=domain, **read_window(window))
     engine, owner = open_group(group)
     base_id = version_id(engine, owner.name, base) if base else None
     with training_lease(engine, owner.id) as renew, training_progress(quiet=as_json) as show:
@@ -59,7 +72,12 @@ def train(
 
 
 def replay(
-    version: Annotated[list[str], typer.Argument(help="Versions; the first is the baseline.")],
+    versions: Annotated[
+        list[str] | None, typer.Argument(help="Versions; the first is the baseline.")
+    ] = None,
+    version: Annotated[
+        list[str] | None, typer.Option(help="A version to set against the baseline; repeat it.")
+    ] = None,
     group: Group = "",
     requests: Annotated[int, typer.Option(min=1, help="Newest requests that are replayed.")] = 200,
     every: Annotated[
@@ -78,9 +96,12 @@ def replay(
     from aurora_sgl.cli.progress import counted_progress
     from aurora_sgl.training.offline import replay_versions
 
+    asked = [*(versions or []), *(version or [])]
+    if not asked:
+        raise typer.BadParameter("name one version or more", param_hint="--version")
     settings = read_recipe(recipe or [])
     engine, owner = open_group(group)
-    ids = [version_id(engine, owner.name, each) for each in version]
+    ids = [version_id(engine, owner.name, each) for each in asked]
     with counted_progress("replaying", quiet=as_json) as progress:
         lines = replay_versions(
             engine,

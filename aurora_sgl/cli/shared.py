@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from aurora_sgl.store.models import DeploymentGroup
 
+#: A window of time takes whatever lies in it.
+ALL = 1_000_000
+
 Group = Annotated[str, typer.Option("--group", help="Deployment group (default: AURORA_GROUP).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
@@ -56,8 +59,9 @@ def target_of(group: DeploymentGroup) -> Any:
     return read_target(folder, model=group.target_model, revision=group.target_revision)
 
 
-def read_recipe(pairs: list[str]) -> Any:
-    """Training settings from NAME=VALUE pairs; exit code 2 for what is none."""
+def read_recipe(pairs: list[str], **given: Any) -> Any:
+    """Training settings from NAME=VALUE pairs, and from flags that were given (others are
+    ``None``); exit code 2 for what is none."""
     from pydantic import ValidationError
 
     from aurora_sgl.training.settings import TrainSettings
@@ -65,11 +69,28 @@ def read_recipe(pairs: list[str]) -> Any:
     if not all("=" in pair for pair in pairs):
         raise typer.BadParameter("expected NAME=VALUE", param_hint="--set")
     try:
-        return TrainSettings.model_validate(dict(pair.split("=", 1) for pair in pairs))
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return TrainSettings.model_validate(dict(pair.split("=", 1) for pair in pairs) | chosen)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
         raise typer.BadParameter(f"{where}: {first['msg']}", param_hint="--set") from None
+
+
+def read_window(text: str) -> dict[str, Any]:
+    """``400``: requests; ``90m``, ``6h``, ``2d``: time. Exit code 2 for anything else."""
+    if not text:
+        return {}
+    hours = {"m": 1 / 60, "h": 1.0, "d": 24.0}.get(text[-1])
+    try:
+        if hours is None:
+            return {"window": int(text)}
+        return {"window": ALL, "window_hours": float(text[:-1]) * hours}
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of requests nor a time such as 90m, 6h or 2d",
+            param_hint="--window",
+        ) from None
 
 
 def user() -> str:

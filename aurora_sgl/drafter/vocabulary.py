@@ -39,6 +39,32 @@ def choose(
     return torch.tensor(sorted(list(picked)[:size]), dtype=torch.int64)
 
 
+def renew(
+    target_ids: torch.Tensor,  # [size] int64
+    counts: Mapping[int, int],
+    vocab_size: int,
+    *,
+    always: Iterable[int] = (),
+) -> torch.Tensor:  # [size] int64, ascending
+    """The vocabulary with its rarest tokens exchanged for more frequent ones outside of it.
+
+    A token comes in only where it was counted more often than the one that it takes the place of:
+    no more rows change than coverage gains from. ``always`` never leaves.
+    """
+    held = set(target_ids.tolist())
+    kept = held & set(always)
+    outside = sorted(
+        (t for t in counts if t not in held and 0 <= t < vocab_size), key=lambda t: (-counts[t], t)
+    )
+    inside = sorted(held - kept, key=lambda t: (counts.get(t, 0), -t))
+    for comes, goes in zip(outside, inside, strict=False):
+        if counts[comes] <= counts.get(goes, 0):
+            break
+        held.remove(goes)
+        held.add(comes)
+    return torch.tensor(sorted(held), dtype=torch.int64)
+
+
 def maps(target_ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``d2t`` [size] int64 and ``t2d`` [vocab] bool of ascending target ids."""
     t2d = torch.zeros(vocab_size, dtype=torch.bool)

@@ -79,6 +79,7 @@ class Staged:
     dtypes: dict[str, torch.dtype]
     shadows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     packed: dict[str, torch.Tensor] = field(default_factory=dict)  # see engine.cpu.linear
+    hot: torch.Tensor | None = None  # [draft vocab] target ids; None: the draft vocabulary stays
     staged_ms: float = 0.0
 
 
@@ -149,7 +150,7 @@ class Swapper:
             raise SwapRefused(
                 f"the staged weights hash to {actual[:12]}, not to {weights_sha256[:12]}"
             )
-        self._check_vocabulary(tensors)
+        hot = self._vocabulary(tensors)
         weights = {
             name: tensor
             for name, tensor in tensors.items()
@@ -161,6 +162,7 @@ class Swapper:
             homes={name: find_home(name, self._parameters) for name in weights},
             shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
             dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+            hot=hot,
         )
         filled: dict[str, int] = {}
         for name, tensor in weights.items():
@@ -208,22 +210,30 @@ class Swapper:
             if not shared and not name.endswith(_SHARED) and name not in filled:
                 raise SwapRefused(f"the weights lack '{name}' of the running drafter")
 
-    def _check_vocabulary(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The running server copied ``d2t`` once at start; another one would never be seen."""
+    def _vocabulary(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Target ids of the new draft vocabulary where it is another one of the same size.
+
+        SGLang reads ``d2t`` once at start into a tensor that it looks tokens up in; like a weight
+        it is overwritten in place. The first draft after that starts from candidates of the old
+        vocabulary, read with the new one: worth nothing, but verified like any other.
+        """
         if self._hot is None:
             if "d2t" in tensors:
                 raise SwapRefused("the running drafter has no draft vocabulary, the new one has")
-            return
+            return None
         if "d2t" not in tensors:
             raise SwapRefused("the weights lack the draft vocabulary 'd2t'")
         offsets = tensors["d2t"].to(torch.int64)
         hot = self._hot.to("cpu", torch.int64)
-        if offsets.shape != hot.shape or not torch.equal(
-            offsets + torch.arange(offsets.numel()), hot
-        ):
+        if offsets.shape != hot.shape:
             raise SwapRefused(
-                "the new version has another draft vocabulary; it can go live at the next start"
+                f"the new version drafts {offsets.numel()} tokens, the running one {hot.numel()}; "
+                "it can go live at the next start"
             )
+        new = offsets + torch.arange(offsets.numel())
+        if not bool(((new >= 0) & (new < self._target_vocabulary)).all()):
+            raise SwapRefused("'d2t' names tokens that the target does not have")
+        return None if torch.equal(new, hot) else new
 
     def apply(self, staged: Staged) -> float:
         """Copy the shadows into the running model; returns milliseconds. Call between two steps."""
@@ -233,6 +243,8 @@ class Swapper:
                 self._parameters[name].data.copy_(shadow.data)
                 if name in staged.packed:
                     linear.replace(self._parameters[name], staged.packed[name])
+            if staged.hot is not None and self._hot is not None:
+                self._hot.copy_(staged.hot)
         return 1000 * (time.perf_counter() - begun)
 
     def read_back(self, staged: Staged, *, whole: bool) -> str:

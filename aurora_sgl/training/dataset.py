@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.training.duplicates import alike
 from aurora_sgl.training.prefixes import Locate, Piece, Prefixes
-from aurora_sgl.training.sequence import Sequence
-from aurora_sgl.training.splits import is_plain, split_of
+from aurora_sgl.training.proposals import LoggedProposal
+from aurora_sgl.training.sequence import Sequence, readable
+from aurora_sgl.training.splits import is_plain, sides, split_key
 from aurora_sgl.training.traces import Trace, read_trace
+from aurora_sgl.training.weights import by_rejection
+
+#: Verify steps of a request as they were served, in order (``queries.events``).
+StepsOf = Callable[[int], list[dict[str, Any]]]
 
 _CACHE_BYTES = 256 * 1024**2
 _FEWEST_OUTPUT = 3  # fewer output tokens hold nothing to predict
 
 
 class Loader:
-    """Reads sequences from trace files and keeps the last used ones, up to a byte budget."""
+    """Reads sequences from trace files and keeps the last used ones, up to a byte budget.
 
-    def __init__(self, config: DrafterConfig, locate: Locate, cache_bytes: int = _CACHE_BYTES):
+    ``steps_of`` tells what was served, for proposals and for weights after rejections;
+    ``weights`` are those of whole requests, by id.
+    """
+
+    def __init__(
+        self,
+        config: DrafterConfig,
+        locate: Locate,
+        cache_bytes: int = _CACHE_BYTES,
+        *,
+        steps_of: StepsOf | None = None,
+        weights: Mapping[int, float] | None = None,
+        after_rejection_weight: float = 1.0,
+    ) -> None:
         self.config, self.locate, self.cache_bytes = config, locate, cache_bytes
+        self.steps_of, self.weights = steps_of, weights or {}
+        self.after_rejection_weight = after_rejection_weight
         self.cache: OrderedDict[int, Sequence] = OrderedDict()
         self.held = 0
 
@@ -42,6 +63,10 @@ class Loader:
             self.held -= _size(old)
         return sequence
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read already: another process reads for itself."""
+        return {**self.__dict__, "cache": OrderedDict(), "held": 0}
+
     def _read(self, row: RecentRequest, pieces: tuple[Piece, ...]) -> Sequence:
         features, last = [], []
         own: Trace | None = None
@@ -55,6 +80,7 @@ class Loader:
             last.append(trace.last[part])
             own = trace
         assert own is not None
+        steps = self.steps_of(row.request_id) if self.steps_of is not None else []
         width = features[0].shape[-1]
         if width != self.config.feature_width:
             raise AuroraError(
@@ -69,7 +95,17 @@ class Loader:
             greedy=row.greedy,
             domain=row.domain,
             conversation=split_key(row),
+            proposals=tuple(proposal_of(step) for step in steps if step["depth"]),
+            weights=self._weights(row, steps, min(len(own.tokens) - 1, row.end)),
         )
+
+    def _weights(
+        self, row: RecentRequest, steps: list[dict[str, Any]], rows: int
+    ) -> torch.Tensor | None:
+        whole = self.weights.get(row.request_id, 1.0)
+        if self.after_rejection_weight != 1:
+            return whole * by_rejection(steps, rows, row.output_start, self.after_rejection_weight)
+        return torch.full((rows,), whole) if whole != 1 else None
 
 
 @dataclass
@@ -89,10 +125,11 @@ class SequenceSet:
         return (self[index] for index in range(len(self)))
 
     def readable(self) -> Iterator[Sequence]:
-        """All but those whose file went (the byte budget takes old ones) or broke meanwhile."""
-        for index in range(len(self)):
-            with suppress(AuroraError):
-                yield self[index]
+        return readable(self)
+
+    def length(self, index: int) -> int:
+        """Rows of a request, without reading its file."""
+        return self.items[index][0].end
 
     @property
     def output_tokens(self) -> int:
@@ -107,10 +144,7 @@ class Dataset:
     dev: SequenceSet
     gate: SequenceSet
     left_out: Counter[str]
-
-
-def split_key(row: RecentRequest) -> str:
-    return row.conversation_hash or row.prompt_sha256
+    counts: Counter[int] = field(default_factory=Counter)  # answer tokens of ``train``
 
 
 def build(
@@ -122,25 +156,52 @@ def build(
     gate_share: float,
     donors: Iterable[RecentRequest] = (),
     cache_bytes: int = _CACHE_BYTES,
+    steps_of: StepsOf | None = None,
+    weights: Mapping[int, float] | None = None,
+    after_rejection_weight: float = 1.0,
 ) -> Dataset:
     """Choose and split requests. Only tokens are read here; features when a request is used.
 
     ``donors`` are further traces that may fill a cached prefix. Left out are requests with
     penalties, bias or a grammar (``sampling``), with hardly an answer (``short``), whose cached
-    prefix no trace holds (``prefix``), or whose file is missing or broken (``broken``).
+    prefix no trace holds (``prefix``), whose file is missing or broken (``broken``), and those
+    that nearly repeat a prompt on another side (``duplicate``). The other options are
+    :class:`Loader`'s.
     """
     rows = list(rows)
     known = {row.request_id for row in rows}
     prefixes = Prefixes([*rows, *(d for d in donors if d.request_id not in known)], locate)
-    loader = Loader(config, locate, cache_bytes)
+    loader = Loader(
+        config,
+        locate,
+        cache_bytes,
+        steps_of=steps_of,
+        weights=weights,
+        after_rejection_weight=after_rejection_weight,
+    )
     data = Dataset(SequenceSet(loader), SequenceSet(loader), SequenceSet(loader), Counter())
+    usable, tokens = [], {}
     for row in rows:
         reason, pieces = _check(row, prefixes)
         if pieces is None:
             data.left_out[reason] += 1
             continue
-        side = split_of(split_key(row), dev_share=dev_share, gate_share=gate_share)
-        {"train": data.train, "dev": data.dev, "gate": data.gate}[side].items.append((row, pieces))
+        usable.append((row, pieces))
+        tokens[row.request_id] = prefixes.tokens_of(row).to(torch.int32).numpy()
+    shared = {}
+    if dev_share or gate_share:
+        shared = alike({row.request_id: tokens[row.request_id][: row.output_start]
+                        for row, _ in usable})  # fmt: skip
+    side_of = sides((row for row, _ in usable), shared, dev_share=dev_share, gate_share=gate_share)
+    parts = {"train": data.train, "dev": data.dev, "gate": data.gate}
+    for row, pieces in usable:
+        side = side_of[row.request_id]
+        if side not in parts:
+            data.left_out[side] += 1
+            continue
+        parts[side].items.append((row, pieces))
+        if side == "train":
+            data.counts.update(tokens[row.request_id][row.output_start :].tolist())
     return data
 
 
@@ -150,11 +211,21 @@ def _check(row: RecentRequest, prefixes: Prefixes) -> tuple[str, tuple[Piece, ..
     if row.end - row.output_start + 1 < _FEWEST_OUTPUT:
         return "short", None
     try:
-        if not prefixes.locate(row.uri).exists():
-            return "broken", None
+        prefixes.tokens_of(row)
         return "prefix", prefixes.pieces(row)
     except AuroraError:
         return "broken", None
+
+
+def proposal_of(step: Mapping[str, Any]) -> LoggedProposal:
+    """What a server drafted in one verify step, from a row of ``queries.events``."""
+    return LoggedProposal(
+        root=step["position"] - 1,
+        tokens=step["draft_tokens"],
+        parents=step["draft_parents"],
+        accepted=step["accepted"],
+        version_id=step["drafter_version_id"],
+    )
 
 
 def _size(sequence: Sequence) -> int:

@@ -15,11 +15,11 @@ from aurora_sgl.drafter.target import TargetHead, read_target
 from aurora_sgl.rollout.gate import Judgement, judge
 from aurora_sgl.rollout.interval import Difference
 from aurora_sgl.store.models import DeploymentGroup
+from aurora_sgl.training.devices import device_of, served_dtype
 from aurora_sgl.training.offline import load_version, replayable
 from aurora_sgl.training.replay import Replayed, replay_one
 from aurora_sgl.training.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.trainer import device_of, served_dtype
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def replay_pair(
     Raises ``AuroraError`` when weights are missing or damaged, or there are no such requests.
     """
     folder = Path(target or group.target_model)
-    layers = read_target(folder).num_layers
-    old, new = (load_version(engine, artifacts, i, layers) for i in (baseline_id, candidate_id))
+    info = read_target(folder)
+    old, new = (load_version(engine, artifacts, i, info) for i in (baseline_id, candidate_id))
     sequences = replayable(engine, artifacts, group, old, settings, limit, None)
     return _replay_both(old, new, sequences.readable(), TargetHead.load(folder), settings)
 

@@ -13,17 +13,20 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import get_settings
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
-from aurora_sgl.drafter.target import TargetHead, read_target
+from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import DeploymentGroup
 from aurora_sgl.training import dataset
+from aurora_sgl.training.devices import served_dtype
 from aurora_sgl.training.files import TraceFiles
 from aurora_sgl.training.replay import Replayed, replay_one
+from aurora_sgl.training.selection import REACH
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.splits import split_of
+from aurora_sgl.training.splits import split_key, split_of
 from aurora_sgl.training.statistics import accept_length, paired_difference
-from aurora_sgl.training.trainer import served_dtype
+
+_COMPARED = 1000  # newest requests to train on that held-out ones must not nearly repeat
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,20 @@ def replay_versions(
     Raises ``AuroraError`` when there are no such requests, or weights are missing or damaged.
     """
     folder = Path(target or group.target_model)
-    layers = read_target(folder).num_layers
+    info = read_target(folder)
     head = TargetHead.load(folder)
     dtype = served_dtype(settings)
-    drafters = [load_version(engine, artifacts, each, layers).to(dtype) for each in version_ids]
+    drafters = [load_version(engine, artifacts, each, info).to(dtype) for each in version_ids]
     sequences = replayable(engine, artifacts, group, drafters[0], settings, limit, domains,
                            only_held_out)  # fmt: skip
     results: list[list[Replayed]] = [[] for _ in drafters]
-    for done, sequence in enumerate(sequences, start=1):
+    for done, sequence in enumerate(sequences.readable(), start=1):
         for drafter, replayed in zip(drafters, results, strict=True):
             replayed.append(replay_one(drafter, sequence, settings.shape, head))
         if progress is not None:
             progress(done, len(sequences))
+    if not results[0]:
+        raise AuroraError("none of the requests to replay could be read: their traces are broken")
     return [
         line
         for domain in ["", *sorted({r.domain for r in results[0]})]
@@ -78,15 +83,21 @@ def replay_versions(
     ]
 
 
-def load_version(engine: Engine, artifacts: ArtifactRoot, version_id: int, layers: int) -> Drafter:
-    """A version in float32. Raises ``AuroraError`` when its weights are missing or damaged."""
+def load_version(
+    engine: Engine, artifacts: ArtifactRoot, version_id: int, target: TargetInfo
+) -> Drafter:
+    """A version in float32. Raises ``AuroraError`` when its weights are missing, damaged or made
+    for another target."""
     from aurora_sgl.rollout.versions import fetch_verified
 
     with store.session(engine, write=False) as s:
         version = queries.version(s, version_id)
     into = get_settings().home.resolve() / "cache" / "versions" / version.weights_sha256[:16]
     fetch_verified(artifacts, version, into)
-    return checkpoint.load(into, target_layers=layers).eval()
+    problems = checkpoint.validate(into, target)
+    if problems:
+        raise AuroraError(f"version {version_id} does not fit the target: {problems[0]}")
+    return checkpoint.load(into, target_layers=target.num_layers).eval()
 
 
 def replayable(
@@ -99,25 +110,31 @@ def replayable(
     domains: Sequence[str] | None,
     only_held_out: bool = True,
 ) -> dataset.SequenceSet:
-    """The newest greedy requests with a trace. Raises ``AuroraError`` when there are none."""
+    """The newest greedy requests with a trace. Held-out ones are of conversations that no run
+    trains on, and do not nearly repeat a prompt that runs train on. Raises ``AuroraError`` when
+    there are none."""
+    gate_share = settings.gate_share if only_held_out else 0.0
+
+    def side(row: queries.RecentRequest) -> str:
+        return split_of(split_key(row), dev_share=0.0, gate_share=gate_share)
+
     with store.session(engine, write=False) as s:
-        donors = queries.recent_requests(s, group.id, limit=5000)
-        rows = queries.recent_requests(s, group.id, domains=domains, only_greedy=True)
+        donors = queries.recent_requests(s, group.id, limit=REACH)
+        rows = queries.recent_requests(s, group.id, domains=domains, only_greedy=True, limit=REACH)
     if only_held_out:
-        rows = [
-            row
-            for row in rows
-            if split_of(dataset.split_key(row), dev_share=0.0, gate_share=settings.gate_share)
-            == "gate"
-        ]
+        held = [row for row in rows if side(row) == "gate"]
+        trained = [row for row in donors if side(row) == "train"]
+        rows = [*held[:limit], *trained[:_COMPARED]]
     files = TraceFiles(artifacts, get_settings().home / "cache")
     data = dataset.build(
-        rows[:limit], files, drafter.config, dev_share=0.0, gate_share=0.0, donors=donors
-    )
-    if not data.train:
+        rows if only_held_out else rows[:limit], files, drafter.config,
+        dev_share=0.0, gate_share=gate_share, donors=donors,
+    )  # fmt: skip
+    found = data.gate if only_held_out else data.train
+    if not found:
         kind = "held-out greedy" if only_held_out else "greedy"
         raise AuroraError(f"group {group.name!r} has no {kind} request with a trace to replay yet")
-    return data.train
+    return found
 
 
 def _lines(

@@ -60,17 +60,18 @@ class Prefixes:
         """The trace that reaches furthest back among those that hold position ``need - 1``."""
         near = self.by_head[row.head_sha256] if need >= _HEAD else self.rows
         fitting = [d for d in near if d.start < need <= d.end and d.request_id != row.request_id]
-        own = self._tokens_of(row)
+        own = self.tokens_of(row)
         for donor in sorted(fitting, key=lambda d: (d.start, d.request_id)):
             try:
-                other = self._tokens_of(donor)
+                other = self.tokens_of(donor)
             except AuroraError:
                 continue  # a broken donor is no donor
             if len(other) >= need and bool((other[:need] == own[:need]).all()):
                 return donor
         return None
 
-    def _tokens_of(self, row: RecentRequest) -> torch.Tensor:
+    def tokens_of(self, row: RecentRequest) -> torch.Tensor:  # [T] int64
+        """Raises ``AuroraError`` when the trace is missing or broken."""
         if row.uri in self.tokens:
             self.tokens.move_to_end(row.uri)
             return self.tokens[row.uri]

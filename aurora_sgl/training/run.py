@@ -15,8 +15,9 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import get_settings
-from aurora_sgl.drafter import checkpoint
+from aurora_sgl.drafter import checkpoint, vocabulary
 from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.rollout.gate import record
@@ -24,12 +25,14 @@ from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.store import queries
 from aurora_sgl.training import dataset, gate
 from aurora_sgl.training.files import TraceFiles
+from aurora_sgl.training.resume import Checkpoints, Plan, settings_of
+from aurora_sgl.training.selection import Selection, select
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.splits import split_of
 from aurora_sgl.training.trainer import Progress, TrainResult, train
+from aurora_sgl.training.weights import by_recency
 
-_DONORS = 5000  # further traces that may fill a cached prefix
-_GATE_REQUESTS = 200  # newest held-out requests that are replayed
+#: Objectives that look at what servers proposed, not only at what the target would have said.
+_LEARN_FROM_PROPOSALS = {"policy_gradient", "distil_then_rl"}
 
 
 class Skipped(AuroraError):
@@ -120,16 +123,27 @@ class _Run:
     def go(self, base_version_id: int | None, target: Path) -> Outcome:
         if base_version_id is None:
             raise Skipped("no version is live yet: import one and promote it first")
+        checkpoints = Checkpoints(_training_folder() / f"group-{self.group_id}",
+                                  self.settings.checkpoint_seconds)  # fmt: skip
         with _work_folder() as work:
-            base = self._base(base_version_id, target, work)
-            data = self._data(base)
+            base, base_sha256 = self._base(base_version_id, target, work)
+            selection = self._selection(checkpoints, base_sha256)
+            data = self._data(base, selection)
+            start = self._with_vocabulary(base, data, target)
+            checkpoints.begin(_plan(self.settings, base_sha256, selection))
             head = TargetHead.load(target)
-            result = train(
-                base, data.train, head, self.settings, dev=data.dev, progress=self.progress
-            )
-            self._say({"event": "gate", "requests": len(data.gate)})
-            verdict = gate.evaluate(base, result.drafter, data.gate.readable(), head, self.settings)
-            return self._keep(base_version_id, result, verdict, work)
+            try:
+                result = self._train(start, data, head, checkpoints)
+                self._say({"event": "gate", "requests": len(data.gate)})
+                verdict = gate.evaluate(
+                    base, result.drafter, data.gate.readable(), head, self.settings
+                )
+                outcome = self._keep(base_version_id, result, verdict, work)
+            except AuroraError:
+                checkpoints.clear()  # whoever takes it up would come to the same end
+                raise
+            checkpoints.clear()
+            return outcome
 
     def end(self, status: str, *, error: str = "", **columns: Any) -> Outcome:
         with store.session(self.engine) as s:
@@ -137,7 +151,7 @@ class _Run:
             queries.finish_run(s, self.run_id, status, **fields)
         return Outcome(self.run_id, status, error=error, metrics=fields.get("metrics", {}))
 
-    def _base(self, version_id: int, target: Path, work: Path) -> Drafter:
+    def _base(self, version_id: int, target: Path, work: Path) -> tuple[Drafter, str]:
         with store.session(self.engine, write=False) as s:
             version = queries.version(s, version_id)
         folder = fetch_verified(self.artifacts, version, work / "base")
@@ -145,27 +159,47 @@ class _Run:
         problems = checkpoint.validate(folder, info)
         if problems:
             raise AuroraError(f"version {version_id} does not fit the target: {problems[0]}")
-        return checkpoint.load(folder, target_layers=info.num_layers)
+        return checkpoint.load(folder, target_layers=info.num_layers), version.weights_sha256
 
-    def _data(self, base: Drafter) -> dataset.Dataset:
+    def _selection(self, checkpoints: Checkpoints, base_sha256: str) -> Selection:
+        """The requests of this run: those of a killed run with the same settings and base, or new
+        ones."""
         settings = self.settings
+        left = checkpoints.left_behind(settings, base_sha256) if settings.resume else None
         with store.session(self.engine, write=False) as s:
-            rows = queries.recent_requests(s, self.group_id, limit=_DONORS)
-        held_out = [row for row in rows if self._is_gate(row)][:_GATE_REQUESTS]
-        window = [row for row in rows[: settings.window] if not self._is_gate(row)]
+            selection = select(s, self.group_id, settings)
+        if left is None:
+            return selection
+        known = {row.request_id: row for row in selection.known}
+        window, replay, held_out = (
+            [known[i] for i in ids if i in known]
+            for ids in (left.window, left.replay, left.held_out)
+        )
+        return Selection(window, replay, held_out, selection.known)
+
+    def _data(self, base: Drafter, selection: Selection) -> dataset.Dataset:
+        settings = self.settings
+        needs_log = settings.objective in _LEARN_FROM_PROPOSALS
+        weighs = settings.after_rejection_weight != 1
         data = dataset.build(
-            [*window, *held_out],
+            [*selection.window, *selection.replay, *selection.held_out],
             TraceFiles(self.artifacts, get_settings().home / "cache"),
             base.config,
             dev_share=settings.dev_share,
             gate_share=settings.gate_share,
-            donors=rows,
+            donors=selection.known,
+            steps_of=_Steps(self.engine) if needs_log or weighs else None,
+            weights=by_recency(selection.window, settings.recency_half_life),
+            after_rejection_weight=settings.after_rejection_weight,
         )
-        if window:
-            self.columns["window_start"] = min(row.finished_at for row in window)
-            self.columns["window_end"] = max(row.finished_at for row in window)
+        if selection.span is not None:
+            self.columns["window_start"], self.columns["window_end"] = selection.span
         self.columns["requests"] = len(data.train)
-        self.columns["metrics"] = {"left_out": dict(data.left_out), "gate_requests": len(data.gate)}
+        self.columns["metrics"] = {
+            "left_out": dict(data.left_out),
+            "gate_requests": len(data.gate),
+            "replayed_requests": len(selection.replay),
+        }
         self._say({"event": "window", "requests": len(data.train), "gate": len(data.gate)})
         if len(data.train) < settings.min_requests:
             raise Skipped(
@@ -174,13 +208,39 @@ class _Run:
             )
         return data
 
-    def _is_gate(self, row: queries.RecentRequest) -> bool:
-        side = split_of(
-            dataset.split_key(row),
-            dev_share=self.settings.dev_share,
-            gate_share=self.settings.gate_share,
-        )
-        return side == "gate"
+    def _with_vocabulary(self, base: Drafter, data: dataset.Dataset, target: Path) -> Drafter:
+        """The base, or a copy whose draft vocabulary holds what traffic asks for now."""
+        if not base.config.is_eagle3 or not data.counts:
+            return base
+        held = vocabulary.coverage(data.counts, base.target_ids.cpu())
+        self.columns["metrics"]["vocabulary_coverage"] = round(held, 4)
+        if held >= self.settings.vocabulary_threshold:
+            return base
+        always = vocabulary.stop_tokens(target)
+        fresh = refresh(base, data.counts, always=always, seed=self.settings.seed)
+        if not fresh.replaced:
+            return base
+        self.columns["metrics"] |= {
+            "vocabulary_replaced": fresh.replaced,
+            "vocabulary_coverage_after": round(fresh.coverage, 4),
+        }
+        return fresh.drafter
+
+    def _train(
+        self, start: Drafter, data: dataset.Dataset, head: TargetHead, checkpoints: Checkpoints
+    ) -> TrainResult:
+        settings = self.settings
+        if settings.workers > 1:
+            from aurora_sgl.training.scale import train_on_workers
+
+            return train_on_workers(
+                start, data.train, head, settings,
+                dev=data.dev, progress=self.progress, checkpoints=checkpoints,
+            )  # fmt: skip
+        return train(
+            start, data.train, head, settings,
+            dev=data.dev, progress=self.progress, checkpoints=checkpoints,
+        )  # fmt: skip
 
     def _keep(
         self, base_version_id: int, result: TrainResult, verdict: gate.GateResult, work: Path
@@ -222,11 +282,38 @@ class _Run:
             self.progress(event)
 
 
+class _Steps:
+    """Verify steps of a request from the store; picklable, for workers of their own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.url = engine.url.render_as_string(hide_password=False)
+        self.engine: Engine | None = engine
+
+    def __call__(self, request_id: int) -> list[dict[str, Any]]:
+        if self.engine is None:
+            self.engine = store.connect(self.url)
+        with store.session(self.engine, write=False) as s:
+            return queries.events(s, request_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "engine": None}
+
+
+def _plan(settings: TrainSettings, base_sha256: str, selection: Selection) -> Plan:
+    parts = (selection.window, selection.replay, selection.held_out)
+    window, replay, held_out = ([row.request_id for row in part] for part in parts)
+    return Plan(settings_of(settings), base_sha256, window, replay, held_out)
+
+
+def _training_folder() -> Path:
+    folder = get_settings().home / "training"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
 def _work_folder() -> Iterator[Path]:
-    parent = get_settings().home / "training"
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=_training_folder()))
     try:
         yield folder
     finally:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.training.proposals import LoggedProposal
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class Sequence:
     greedy: bool = True
     domain: str = "default"
     conversation: str = ""  # requests of one conversation, or one prompt, share it
+    proposals: tuple[LoggedProposal, ...] = ()  # what servers drafted, where the store knows it
+    weights: torch.Tensor | None = None  # [rows] float32: how much a base row counts; None: 1
 
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 1 and self.features.ndim == 2
@@ -41,3 +49,18 @@ class Sequence:
     @property
     def output_tokens(self) -> int:
         return len(self.tokens) - self.output_start
+
+
+class Sequences(Protocol):
+    """Requests, loaded one at a time; indexing raises ``AuroraError`` when a file went or broke."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sequence: ...
+
+
+def readable(sequences: Sequences) -> Iterator[Sequence]:
+    """All but those whose file went (the byte budget takes old ones) or broke meanwhile."""
+    for index in range(len(sequences)):
+        with suppress(AuroraError):
+            yield sequences[index]

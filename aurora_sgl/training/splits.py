@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.store.queries import RecentRequest
 
 #: Sampling parameters that change the target's logits, with the value that leaves them alone.
 #: SGLang applies them in place, and relaxes penalties under speculation: what was emitted is then
@@ -49,3 +51,40 @@ def split_of(key: str, *, dev_share: float, gate_share: float) -> str:
     if place < gate_share:
         return "gate"
     return "dev" if place < gate_share + dev_share else "train"
+
+
+def split_key(row: RecentRequest) -> str:
+    """What a request shares with those that must land on its side: conversation, or prompt."""
+    return row.conversation_hash or row.prompt_sha256
+
+
+def sides(
+    rows: Iterable[RecentRequest],
+    alike: Mapping[int, str],  # request id -> key of its near-duplicates (see duplicates.alike)
+    *,
+    dev_share: float,
+    gate_share: float,
+) -> dict[int, str]:
+    """``train``, ``dev``, ``gate`` or ``duplicate`` (on no side) for each request id.
+
+    A request is on the side of its conversation. Near-duplicates of several conversations have a
+    side of their own, and members whose conversation is on another side are left out: no prompt
+    is trained on that a held-out one nearly repeats, and a held-out conversation stays so in
+    every run, whatever else is looked at.
+    """
+
+    def of(key: str) -> str:
+        return split_of(key, dev_share=dev_share, gate_share=gate_share)
+
+    rows = list(rows)
+    keys: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.request_id in alike:
+            keys[alike[row.request_id]].add(split_key(row))
+    found = {}
+    for row in rows:
+        own = of(split_key(row))
+        group = alike.get(row.request_id, "")
+        shared = own if len(keys[group]) < 2 else of(group)
+        found[row.request_id] = own if own == shared else "duplicate"
+    return found

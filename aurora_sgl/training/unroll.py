@@ -15,6 +15,7 @@ from aurora_sgl.drafter import vocabulary
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.training.objectives.base import Step
+from aurora_sgl.training.proposals import logged_step, proposed_at
 from aurora_sgl.training.sequence import Sequence
 
 
@@ -90,6 +91,7 @@ class TargetRows:
         first_row: int,
         weight: torch.Tensor,  # [rows of step 0]
         needs_mass: bool,
+        reference: list[torch.Tensor] | None = None,  # logits of the frozen drafter
     ) -> list[Step]:
         """Pair the drafter's logits with the target's distribution of the same positions."""
         begin = first_row + 1
@@ -98,6 +100,8 @@ class TargetRows:
         scores = last @ self.rows_of_head.T
         log_p = scores.log_softmax(-1)
         token = self.draft_of[best[begin:end]]
+        follows = best[begin:end] == sequence.tokens[begin + 1 : end + 1]
+        logged = proposed_at(sequence, first_row, self.draft_of)
         mass = self._mass(last, scores) if needs_mass else None
         paired = []
         for k, step_logits in enumerate(logits):
@@ -112,6 +116,9 @@ class TargetRows:
                     mass=mass[at] if mass is not None else None,
                     token=token[at],
                     weight=weight[:count],
+                    follows=follows[at],
+                    log_r=F.log_softmax(reference[k][:count], -1) if reference else None,
+                    logged=logged_step(logged.get(k, ()), count, log_p.device),
                 )
             )
         return paired

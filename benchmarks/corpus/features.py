@@ -2,14 +2,18 @@
 
 They depend on the tokens before them alone, so a prefill of the finished text gives what decoding
 gave, but for the rounding of bfloat16: the target's best token, recomputed, is the logged one at
-all but a few positions (``python -m benchmarks.corpus.features`` says how many).
+all but a few positions. A shard is made when it is first read, or beforehand:
+
+    python -m benchmarks.corpus.features [--requests 1200]
+
+which also says how many of the logged tokens are the recomputed best (about 30 s a shard and core).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,65 +26,96 @@ from safetensors.torch import save_file
 import aurora_sgl.compat  # noqa: F401  (torchvision beside a CPU torch)
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.drafter.config import aux_layers_of
+from aurora_sgl.errors import AuroraError
 from aurora_sgl.training.sequence import Sequence
 from benchmarks.corpus.shards import DATA, Answered, read_shard, shards
 
 CACHE = Path(os.environ.get("AURORA_CORPUS_CACHE", "~/.cache/aurora-sgl/corpus")).expanduser()
+DOMAINS = ("narrow", "code", "chat")
+_SHORTEST = 8  # answer tokens
 
 
 def target_folder() -> Path:
     return demo_model(Path(os.environ.get("AURORA_HOME", "aurora-data")), quiet=True)
 
 
-@dataclass
-class CorpusSet:
-    """Answers with their features; reads what is asked for. Fits ``trainer.Sequences``."""
+@dataclass(frozen=True)
+class Place:
+    """Where the features of one answer are: a shard, and the first row there."""
 
-    rows: list[tuple[Answered, Path, int]]  # the answer, its shard's features, first row there
+    answered: Answered
+    shard: Path
+    begin: int
+
+
+@dataclass(frozen=True)
+class CorpusSet:
+    """Answers with their features; reads what is asked for. Fits ``sequence.Sequences``."""
+
+    rows: tuple[Place, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sequence:
-        answered, path, begin = self.rows[index]
-        end = begin + len(answered.tokens)
-        file = _opened(path)
+        place = self.rows[index]
+        answered = place.answered
+        end = place.begin + len(answered.tokens)
+        file = _features(place.shard)
         return Sequence(
-            request_id=_identity(answered),
+            request_id=identity(answered),
             tokens=torch.from_numpy(answered.tokens.astype("int64")),
-            features=file.get_slice("aux")[begin:end],
-            last=file.get_slice("last")[begin:end],
+            features=file.get_slice("aux")[place.begin : end],
+            last=file.get_slice("last")[place.begin : end],
             output_start=answered.prompt_tokens,
             domain=answered.domain,
             conversation=answered.key,
         )
 
-    def part(self, begin: int, end: int) -> CorpusSet:
+    def length(self, index: int) -> int:
+        """Rows of a request, without reading its features."""
+        return len(self.rows[index].answered.tokens) - 1
+
+    def part(self, begin: int, end: int | None = None) -> CorpusSet:
         return CorpusSet(self.rows[begin:end])
 
     def __add__(self, other: CorpusSet) -> CorpusSet:
         return CorpusSet(self.rows + other.rows)
 
 
-def corpus(
-    domain: str, requests: int, *, data: Path = DATA, say: Callable[[str], None] | None = None
-) -> CorpusSet:
-    """The first ``requests`` answers of a domain (fewer when fewer were made), features made."""
-    rows: list[tuple[Answered, Path, int]] = []
+def corpus(domain: str, *, data: Path = DATA) -> CorpusSet:
+    """All answers of a domain in order, but for very short ones.
+
+    Raises ``AuroraError`` when there is none.
+    """
+    rows = []
     for shard in shards(domain, data):
-        if len(rows) >= requests:
-            break
-        answers = [one for one in read_shard(shard) if len(one.tokens) - one.prompt_tokens >= 8]
-        path = CACHE / domain / f"{shard.stem}.safetensors"
-        if not path.exists():
-            if say is not None:
-                say(f"hidden states of {domain} {shard.stem} ...")
-            _make(path, answers)
         begin = 0
-        for one in answers:
-            rows.append((one, path, begin))
+        for one in _usable(shard):
+            rows.append(Place(one, shard, begin))
             begin += len(one.tokens)
-    return CorpusSet(rows[:requests])
+    if not rows:
+        raise AuroraError(
+            f"no answers of {domain} in {data / domain}: run python -m benchmarks.corpus.generate"
+        )
+    return CorpusSet(tuple(rows))
+
+
+def identity(answered: Answered) -> int:
+    """A number of its own for every answer of the corpus."""
+    return (DOMAINS.index(answered.domain) + 1) * 1_000_000 + answered.number
+
+
+def _usable(shard: Path) -> list[Answered]:
+    return [one for one in read_shard(shard) if len(one.tokens) - one.prompt_tokens >= _SHORTEST]
+
+
+@lru_cache(maxsize=64)
+def _features(shard: Path) -> Any:
+    path = CACHE / shard.parent.name / f"{shard.stem}.safetensors"
+    if not path.exists():
+        _make(path, _usable(shard))
+    return safe_open(str(path), framework="pt")
 
 
 def _make(path: Path, answers: list[Answered]) -> None:
@@ -106,23 +141,29 @@ def _model() -> Any:
     return AutoModel.from_pretrained(target_folder(), dtype=torch.bfloat16).eval()
 
 
-@lru_cache(maxsize=64)
-def _opened(path: Path) -> Any:
-    return safe_open(str(path), framework="pt")
-
-
-def _identity(answered: Answered) -> int:
-    return {"chat": 1, "code": 2, "narrow": 3}[answered.domain] * 1_000_000 + answered.number
-
-
 def main() -> None:
     from aurora_sgl.drafter.target import TargetHead
 
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=10_000, help="of each domain")
+    parser.add_argument("--compared", type=int, default=60, help="requests whose tokens to compare")
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    sets = {domain: corpus(domain).part(0, given.requests) for domain in DOMAINS if shards(domain)}
+    made = {
+        domain: list(dict.fromkeys(p.shard for p in rows.rows)) for domain, rows in sets.items()
+    }
+    for number in range(max(map(len, made.values()), default=0)):
+        for domain in made:  # in turns, so that a stop leaves something of each
+            for shard in made[domain][number : number + 1]:
+                print(f"hidden states of {domain} {shard.stem}", file=sys.stderr, flush=True)
+                _features(shard)
     head = TargetHead.load(target_folder()).wide_lm_head
-    for domain in ("narrow", "code", "chat"):
-        rows = corpus(domain, 60, say=lambda text: print(text, file=sys.stderr))
+    for domain, rows in sets.items():
         same = count = 0
-        for one in (rows[index] for index in range(len(rows))):
+        for one in (rows[index] for index in range(min(given.compared, len(rows)))):
             best = (one.last[one.output_start - 1 : -1].float() @ head.T).argmax(-1)
             same += int((best == one.tokens[one.output_start :]).sum())
             count += len(best)

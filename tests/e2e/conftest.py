@@ -52,10 +52,12 @@ TREE = (3, 4, 8)  # steps, top-k, nodes
 DEMO_REQUESTS = 72  # two training runs; keeps the suite short
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.xdist_group("engine"))  # they share servers
             item.add_marker(pytest.mark.timeout(1500))
 
 

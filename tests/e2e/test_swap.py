@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import threading
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.drafter import checkpoint
+from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.rollout.promote import promote, rollback
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
@@ -101,7 +103,7 @@ def test_the_weights_that_are_read_back_are_those_of_the_version(server: Running
     assert checkpoint.content_sha256(checkpoint.read_tensors(folder)) == row.live_sha256
 
 
-@pytest.mark.parametrize("damage", ["another vocabulary", "changed on disk", "truncated"])
+@pytest.mark.parametrize("damage", ["fewer draft tokens", "changed on disk", "truncated"])
 def test_weights_that_do_not_fit_are_refused_with_a_reason_and_serving_goes_on(
     damage: str,
     server: Running,
@@ -113,15 +115,15 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason_and_serving_goes_on(
     before = server.live_version()
     folder = tmp_path / "bad"
     shutil.copytree(trained, folder)
-    if damage == "another vocabulary":
+    if damage == "fewer draft tokens":
         tensors = load_file(folder / "model.safetensors")
-        hot = tensors["d2t"] + torch.arange(tensors["d2t"].numel())
-        unused = sorted(set(range(49152)) - set(hot.tolist()))[-1]
-        tensors["t2d"][hot[-1]] = False
-        hot[-1] = unused
-        hot = hot.sort().values
-        tensors["t2d"][unused] = True
-        tensors["d2t"] = hot - torch.arange(hot.numel())
+        config = json.loads((folder / "config.json").read_text())
+        config["draft_vocab_size"] -= 1
+        (folder / "config.json").write_text(json.dumps(config))
+        size = config["draft_vocab_size"]
+        tensors["t2d"][int(tensors["d2t"][size]) + size] = False
+        tensors["d2t"] = tensors["d2t"][:size].clone()
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:size].clone()
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         version_id = import_version(server.engine, artifacts(server), folder, server.group_id).id
     else:
@@ -135,7 +137,7 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason_and_serving_goes_on(
         stored.write_bytes(bytes(data if damage == "changed on disk" else data[:-100]))
     promote(server.engine, version_id, actor="test", reason=damage)
     try:
-        words = {"another vocabulary": "vocabulary"}.get(damage, "")
+        words = {"fewer draft tokens": "the new version drafts"}.get(damage, "")
         until(lambda: server.row().last_error and words in server.row().last_error, 30, "a refusal")
         assert server.live_version() == before
         answer = server.generate(prompts[5], max_new_tokens=12)
@@ -143,6 +145,36 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason_and_serving_goes_on(
     finally:
         rollback(server.engine, server_group(server), actor="test", reason="undo")
         until(lambda: not server.row().last_error, 30, "the error to be gone")
+
+
+def test_a_version_with_a_refreshed_draft_vocabulary_goes_live_in_place(
+    server: Running, trained: Path, prompts: list[list[int]], hugging_face: Any, tmp_path: Path
+) -> None:
+    drafter = checkpoint.load(trained)
+    seen = [server.generate(p, max_new_tokens=24)["output_ids"] for p in prompts[:3]]
+    wanted = set(range(drafter.config.vocab_size)) - set(drafter.target_ids.tolist())
+    counts = Counter(sorted(wanted)[:40]) + Counter(token for ids in seen for token in ids)
+    fresh = refresh(drafter, counts, always=[t for ids in seen for t in ids])
+    assert fresh.replaced == 40 and fresh.coverage > fresh.coverage_before
+    # What moved in ``d2t`` would ruin every draft if the server went on with the old one.
+    assert (fresh.drafter.target_ids != drafter.target_ids).sum() > 100
+    dtype = next(iter(load_file(trained / "model.safetensors").values())).dtype
+    folder = checkpoint.save(fresh.drafter.to(dtype), tmp_path / "fresh")
+    version_id = import_version(server.engine, artifacts(server), folder, server.group_id).id
+    old = [serve(server, p, max_new_tokens=24)[1].accepted for p in prompts[:3]]
+    go_live(server, version_id)
+    try:
+        served = [serve(server, p, max_new_tokens=24) for p in prompts[:3]]
+        assert [row.accepted for _, row, _ in served] == old and sum(old) > 3
+        for prompt, (answer, _, steps) in zip(prompts, served, strict=False):
+            assert_greedy(hugging_face, prompt, answer["output_ids"])
+            assert {step["drafter_version_id"] for step in steps} == {version_id}
+        row = server.row()
+        with store.session(server.engine, write=False) as s:
+            assert row.live_sha256 == queries.version(s, version_id).weights_sha256
+    finally:
+        rollback(server.engine, server_group(server), actor="test", reason="undo")
+        until(lambda: server.live_version() != version_id, 30, "the rollback")
 
 
 def test_a_sidecar_that_is_killed_comes_back_and_recording_goes_on(

@@ -97,6 +97,9 @@ def test_a_broken_setting_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         ("train", "--once", "--set", "passes"),
         ("train", "--once", "--set", "passes=0"),
         ("train", "--once", "--set", "colour=1"),
+        ("train", "--once", "--objective", "magic"),
+        ("train", "--once", "--window", "soon"),
+        ("replay",),  # without a version
         ("serve",),  # without a model
         ("switch", "off", "learning"),  # without a reason
         ("trial", "start", "2"),
@@ -243,14 +246,31 @@ def test_one_training_run_makes_a_version_that_replay_can_judge(run: Run, house:
     made = outcome["version_id"]
     assert json.loads(run("versions", "show", str(made), "--json")[1])["evaluations"]
 
-    code, out, error = run("replay", "live", str(made), "--json", *pairs)
+    code, out, error = run("replay", "--version", "live", "--version", str(made), "--json", *pairs)
     assert code == 0, error
+    assert run("replay", "live", str(made), "--json", *pairs)[1] == out
     lines = json.loads(out)
     whole = [line for line in lines if line["domain"] == "all"]
     assert [line["version_id"] for line in whole] == [house.live, made]
     assert whole[0]["difference"] is None
     assert whole[1]["accept_length"] > whole[0]["accept_length"]
     assert whole[1]["ci_low"] > 0
+
+
+def test_objective_window_and_domain_of_a_run_are_those_that_were_asked_for(
+    run: Run,
+    house: House,  # noqa: F811
+) -> None:
+    house.serve(40)
+    asked = ("--objective", "lk", "--window", "2h", "--domain", "d0", "--set", "passes=1")
+    code, out, error = run("train", "--once", "--json", "--set", "replay_share=0", *asked)
+    assert code == 0, error
+    (row,) = house.runs()
+    assert json.loads(out)["status"] == "succeeded" and row.objective == "lk"
+    assert row.config["window_hours"] == 2 and row.config["domains"] == ["d0"]
+    assert row.requests < 20, "half of the requests are of another domain"
+    code, out, _ = run("replay", "live", "--domain", "d0", "--json", "--set", "gate_share=0.5")
+    assert code == 0 and {line["domain"] for line in json.loads(out)} == {"all", "d0"}
 
 
 def test_a_second_trainer_waits_its_turn(run: Run, house: House) -> None:  # noqa: F811

@@ -33,6 +33,10 @@ def install() -> None:
     """
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # halves the time of the first request
+    # oneDNN and torch keep a compiled kernel for every prompt length that they have seen, 1,024 of
+    # half a megabyte each. The shapes of decoding, which come again, are far fewer.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

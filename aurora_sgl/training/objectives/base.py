@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What a server proposed after the accepted path of this step's rows, and how it fared."""
+
+    row: torch.Tensor  # [m] int64: row of the step
+    token: torch.Tensor  # [m] int64: draft id of the proposed token
+    reward: torch.Tensor  # [m] float32: accepted tokens from here on, 0 for a rejected one
+    group: torch.Tensor  # [m] int64: proposals of one number were siblings in one draft
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,27 @@ class Step:
     mass: torch.Tensor | None  # [rows]: the target's probability of the draft vocabulary
     token: torch.Tensor  # [rows] int64: draft id of the target's best token, -1 when outside
     weight: torch.Tensor  # [rows] float32: how much the trainer wants a position to count
+    #: [rows] bool: whether the log goes on with the target's best token, so that the next step
+    #: stands on a path that a greedy target would have accepted. None: it does everywhere.
+    follows: torch.Tensor | None = None
+    log_r: torch.Tensor | None = None  # [rows, draft_vocab]: the frozen reference drafter
+    logged: Logged | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a loss is asked for."""
+
+    done: float = 0.0  # share of the run, in [0, 1]
+    key: int = 0  # of the request: the same in every pass
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is made small, and what to log of it (plain numbers)."""
+
+    value: torch.Tensor  # scalar
+    statistics: dict[str, float] = field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -30,9 +61,9 @@ class Objective(Protocol):
     name: str
     acceptance_rule: str  # the rule of serving that it optimises for
     needs_mass: bool  # whether ``Step.mass`` must be computed (a pass of the whole lm_head)
+    needs_reference: bool  # whether ``Step.log_r`` must be computed (a pass of another drafter)
 
-    def __call__(self, steps: Sequence[Step]) -> torch.Tensor:  # scalar, to be made small
-        ...
+    def __call__(self, steps: Sequence[Step], at: Moment = ...) -> Loss: ...
 
 
 def decayed_mean(
@@ -50,3 +81,16 @@ def decayed_mean(
         if len(loss):
             total = total + decay**k * (loss * weight).mean()
     return total
+
+
+def log_prob_of(step: Step, token: torch.Tensor) -> torch.Tensor:  # [..., rows] like token
+    """``log q`` of draft ids; -inf where the id is -1, a token outside the draft vocabulary."""
+    index = token.reshape(-1, token.shape[-1]).T  # [rows, ...]: the gradient is one [rows, vocab]
+    found = step.log_q.gather(-1, index.clamp(min=0)).masked_fill(index < 0, float("-inf"))
+    return found.T.reshape(token.shape)
+
+
+def on_path(step: Step) -> torch.Tensor:  # [rows] bool
+    """Whether the rows of the *next* step can still be part of an accepted draft."""
+    inside = step.token >= 0
+    return inside if step.follows is None else inside & step.follows

@@ -13,18 +13,23 @@ from collections.abc import Sequence
 
 import torch
 
-from aurora_sgl.training.objectives.base import Step, decayed_mean
+from aurora_sgl.training.objectives.base import Loss, Moment, Step, decayed_mean
 
 
 class ForwardKL:
     name = "forward_kl"
     acceptance_rule = "target_sampling"
     needs_mass = False
+    needs_reference = False
 
     def __init__(self, *, step_decay: float = 0.8) -> None:
         self.step_decay = step_decay
 
-    def __call__(self, steps: Sequence[Step]) -> torch.Tensor:
+    def __call__(self, steps: Sequence[Step], at: Moment = Moment()) -> Loss:  # noqa: B008
+        return Loss(self.value(steps))
+
+    def value(self, steps: Sequence[Step]) -> torch.Tensor:  # scalar
+        """The loss alone, for objectives that blend it with another."""
         losses = [-(step.log_p.exp() * step.log_q).sum(-1) for step in steps]
         weights = [step.weight * (step.token >= 0) for step in steps]
         return decayed_mean(losses, weights, self.step_decay)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from aurora_sgl.training.objectives.base import Step, decayed_mean
+from aurora_sgl.training.objectives.base import Loss, Moment, Step, decayed_mean
 
 _SMALLEST = 1e-8
 
@@ -22,15 +22,16 @@ class LK:
     name = "lk"
     acceptance_rule = "rejection_sampling"
     needs_mass = True
+    needs_reference = False
 
     def __init__(self, *, step_decay: float = 0.8, eta: float = 3.0) -> None:
         self.step_decay = step_decay
         self.eta = eta
 
-    def __call__(self, steps: Sequence[Step]) -> torch.Tensor:
+    def __call__(self, steps: Sequence[Step], at: Moment = Moment()) -> Loss:  # noqa: B008
         losses = [self._position_losses(step) for step in steps]
         weights = [step.weight * (step.token >= 0) for step in steps]
-        return decayed_mean(losses, weights, self.step_decay)
+        return Loss(decayed_mean(losses, weights, self.step_decay))
 
     def _position_losses(self, step: Step) -> torch.Tensor:  # [rows]
         assert step.mass is not None

@@ -1,0 +1,29 @@
+"""Where a run computes, and in which precision its drafter will serve."""
+
+from __future__ import annotations
+
+import torch
+
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.training.settings import TrainSettings
+
+
+def device_of(settings: TrainSettings) -> torch.device:
+    """Raises ``AuroraError`` when a GPU is asked for that is not there."""
+    if settings.device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(settings.device)
+    if device.type != "cuda":
+        return device
+    index = device.index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise AuroraError(f"there is no GPU {settings.device} for training: use device=cpu")
+    return torch.device("cuda", index)
+
+
+def served_dtype(settings: TrainSettings) -> torch.dtype:
+    """Raises ``AuroraError`` for a name that is not a floating-point dtype of a server."""
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if settings.served_dtype not in known:
+        raise AuroraError(f"unknown dtype {settings.served_dtype}: use one of {', '.join(known)}")
+    return known[settings.served_dtype]

@@ -1,0 +1,86 @@
+"""What a server proposed for a request, and what became of it: the log that RL learns from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from aurora_sgl.training.objectives.base import Logged
+
+if TYPE_CHECKING:
+    from aurora_sgl.training.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class LoggedProposal:
+    """One draft without its root. ``tokens[i]`` is node i + 1, ``parents[i]`` its parent's number,
+    as a server records it; ``root`` is the position of the bonus token, node 0."""
+
+    root: int
+    tokens: list[int]  # target ids
+    parents: list[int]
+    accepted: int
+    version_id: int = 0
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """One proposed token after the accepted part of a draft."""
+
+    row: int  # of the base rows, counted from the first one
+    token: int  # draft id
+    reward: float  # drafts accepted from here on
+    group: int  # number of the draft and depth: siblings share it
+
+
+def proposed_at(
+    sequence: Sequence,
+    first_row: int,
+    draft_of: torch.Tensor,  # [vocab] draft id of each target id
+) -> Mapping[int, list[Proposed]]:
+    """Siblings along the accepted path of each logged draft, by depth (0: the root's children).
+
+    What a draft holds below a rejected node was judged by nobody and is left out. A token of the
+    draft vocabulary of then that has no draft id now is left out too.
+    """
+    found: dict[int, list[Proposed]] = defaultdict(list)
+    tokens = sequence.tokens
+    for number, proposal in enumerate(sequence.proposals):
+        row, node = proposal.root - 1 - first_row, 0
+        if row < 0:
+            continue
+        for depth in range(len(proposal.tokens)):
+            position = proposal.root + 1 + depth
+            children = [i + 1 for i, parent in enumerate(proposal.parents) if parent == node]
+            if not children or position >= len(tokens):
+                break
+            hit = 0
+            for child in children:
+                token = proposal.tokens[child - 1]
+                matched = token == int(tokens[position]) and depth < proposal.accepted
+                hit = child if matched else hit
+                draft = int(draft_of[token])
+                reward = float(proposal.accepted - depth) if matched else 0.0
+                if draft >= 0:
+                    found[depth].append(Proposed(row, draft, reward, number))
+            if not hit:
+                break
+            node = hit
+    return found
+
+
+def logged_step(proposed: Iterable[Proposed], rows: int, device: torch.device) -> Logged | None:
+    """As tensors, for those rows that the step has; None when there are none."""
+    kept = [one for one in proposed if one.row < rows]
+    if not kept:
+        return None
+    return Logged(
+        row=torch.tensor([one.row for one in kept], device=device),
+        token=torch.tensor([one.token for one in kept], device=device),
+        reward=torch.tensor([one.reward for one in kept], device=device),
+        group=torch.tensor([one.group for one in kept], device=device),
+    )

@@ -1,0 +1,128 @@
+"""Checkpoints of a run that is going on, so that a killed one loses a minute and not an hour.
+
+A group has one folder of them: ``plan.json`` says what the run trains on, ``state.pt`` how far it
+came. Both are written beside their place and renamed, so either is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.training.settings import TrainSettings
+
+#: What may differ between a run and the one that takes it up: it changes no weight.
+_OF_THE_MACHINE = {"nice", "threads", "resume", "checkpoint_seconds", "device"}
+#: Seconds after which a run that was left is not taken up any more.
+_STALE = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fixes the outcome of a run: settings, base weights, and the requests in their parts."""
+
+    settings: dict[str, Any]
+    base_sha256: str
+    window: list[int]  # request ids
+    replay: list[int]
+    held_out: list[int]
+
+    @property
+    def key(self) -> str:
+        return sha256_bytes(json.dumps(asdict(self), sort_keys=True).encode())
+
+
+def settings_of(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that a run and its continuation must share."""
+    return {k: v for k, v in settings.as_json().items() if k not in _OF_THE_MACHINE}
+
+
+class Checkpoints:
+    """The folder of one group. Nothing here raises: a run goes on without a checkpoint."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds = folder, seconds
+        self.key = ""
+        self.saved_at = time.monotonic()
+        self.saved = 0
+        self.error = ""  # why the last checkpoint could not be written
+
+    def left_behind(self, settings: TrainSettings, base_sha256: str) -> Plan | None:
+        """What a killed run of these settings and this base was going to train on."""
+        try:
+            path = self.folder / "plan.json"
+            if time.time() - path.stat().st_mtime > _STALE:
+                return None
+            plan = Plan(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        same = plan.settings == settings_of(settings) and plan.base_sha256 == base_sha256
+        return plan if same else None
+
+    def begin(self, plan: Plan) -> None:
+        """From here on checkpoints belong to this plan; those of another one go."""
+        self.key = plan.key
+        if self._read_key() == plan.key:
+            return
+        self.clear()
+        if self.seconds:
+            self._write("plan.json", lambda path: path.write_text(json.dumps(asdict(plan))))
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that :meth:`save` was given; None when there is none of this plan."""
+        try:
+            state: dict[str, Any] = torch.load(
+                self.folder / "state.pt", map_location="cpu", weights_only=False
+            )
+        except Exception:  # missing, cut short by a full disk, of another torch: start anew
+            return None
+        return state if state.get("key") == self.key else None
+
+    @property
+    def due(self) -> bool:
+        return bool(self.seconds) and time.monotonic() - self.saved_at >= self.seconds
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state; the one before stays until this one is whole."""
+        self._write("state.pt", lambda path: _save({**state, "key": self.key}, path))
+        self.saved += not self.error
+        self.saved_at = time.monotonic()
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read_key(self) -> str:
+        try:
+            return Plan(**json.loads((self.folder / "plan.json").read_text())).key
+        except (OSError, ValueError, TypeError):
+            return ""
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        beside = self.folder / f".{name}.{uuid.uuid4().hex[:8]}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(beside)
+            os.replace(beside, self.folder / name)
+            self.error = ""
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, on a full disk
+            self.error = f"no checkpoint: {' '.join(str(error).split())[:200]}"
+            with suppress(OSError):
+                beside.unlink()
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,307 @@
+"""Traffic turns from A to B, to C, and back to A: what does a drafter that adapts gain over one
+that does not, and what does it lose on A?
+
+Both are the same drafter, trained on ``--trained`` requests of A (broad chat) by our recipe. Then
+come requests of B (one narrow form), of C (code), and of A again. *static* stays as it is;
+*adapting* trains in rounds of 50 requests with our recipe, the older requests that it replays
+among them those of A. Accept lengths are exact replays on 60 held-out requests of the domain that
+is being served, and of A all along, as the demo's tree (4, 4, 16) and as a chain of 4.
+
+    python -m benchmarks.domain_shift [--trained 200] [--each 200] [--seed 0] [--show] [--json]
+        [--picture domain_shift.png]
+    python -m benchmarks.domain_shift --serve [--prompts 12] ...
+
+``--serve`` then starts two real SGLang servers beside each other, one with either drafter, at five
+checkpoints (the turn to B, half of B, the ends of B, C and A), and asks both the same held-out
+prompts in turns: tokens/s of the whole answers.
+
+Cells are kept in ``benchmarks/results/domain_shift.jsonl``: stop it at any time, call it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from aurora_sgl.drafter import checkpoint
+from aurora_sgl.drafter.model import Drafter
+from benchmarks.corpus.features import CACHE, CorpusSet, target_folder
+from benchmarks.learning import head, in_rounds, untrained
+from benchmarks.measure import SHAPES, accept_length, measure
+from benchmarks.recipes import OURS
+from benchmarks.results import Cells, settings_hash
+from benchmarks.servers import report, server
+from benchmarks.traffic import HELD_OUT, held_out, stream
+
+A, B, C = "chat", "narrow", "code"
+PHASES = (B, C, A)
+EVERY = 50
+ANSWER_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One shift: how many requests A was trained on, how many come of each domain, the seed."""
+
+    trained: int
+    each: int
+    seed: int
+
+    @property
+    def settings(self) -> Any:
+        return OURS.model_copy(update={"seed": self.seed})
+
+    def requests(self) -> CorpusSet:
+        """All requests in the order in which they are served, A's first ones among them."""
+        again = stream(A, self.seed).part(self.trained, self.trained + self.each)
+        parts = [stream(domain, self.seed).part(0, self.each) for domain in (B, C)]
+        return stream(A, self.seed).part(0, self.trained) + parts[0] + parts[1] + again
+
+    def phase(self, served: int) -> str:
+        """The domain of the requests before the ``served``-th after the turn."""
+        return PHASES[min(max(0, served - 1) // self.each, len(PHASES) - 1)]
+
+    def stops(self) -> list[int]:
+        return [0, *range(EVERY, len(PHASES) * self.each + 1, EVERY)]
+
+    def served_at(self) -> list[int]:
+        """The five checkpoints of ``--serve``."""
+        half = self.each // 2 // EVERY * EVERY
+        return sorted({0, half, self.each, 2 * self.each, 3 * self.each})
+
+    def key(self, what: str, served: int, domain: str) -> dict[str, Any]:
+        digest = settings_hash(OURS, EVERY, HELD_OUT, self.trained, self.each)
+        where = {"served": served, "domain": domain, "seed": self.seed}
+        return {"what": what, "settings": digest, **where}
+
+    def folder(self, served: int) -> Path:
+        """Where the drafter of a checkpoint is kept; 0 is the static one."""
+        name = f"{settings_hash(OURS, EVERY, self.trained, self.each, self.seed)}-{served}"
+        return CACHE.parent / "domain-shift" / name
+
+
+def replay_all(cells: Cells, shift: Shift) -> None:
+    """The offline part: train, adapt, and replay at every stop."""
+    static = _static(shift)
+    for domain in (A, B, C):
+        _measured(cells, shift, "static", 0, domain, static)
+    rows, stops = shift.requests(), shift.stops()[1:]
+    wanted = [shift.trained + n for n in stops]
+    learned = in_rounds(
+        static, rows, shift.settings, wanted, rounds=wanted, since=shift.trained,
+        name=str(shift.key("adapting", 0, "")),
+    )  # fmt: skip
+    for now in learned:
+        served = now.served - shift.trained
+        if served in shift.served_at() and not shift.folder(served).exists():
+            checkpoint.save(now.drafter, shift.folder(served))
+        for domain in dict.fromkeys((shift.phase(served), A)):
+            _measured(cells, shift, "adapting", served, domain, now.drafter, seconds=now.seconds)
+
+
+def _static(shift: Shift) -> Drafter:
+    folder = shift.folder(0)
+    if not folder.exists():
+        last = None
+        stops = list(range(EVERY * 2, shift.trained + 1, EVERY * 2)) or [shift.trained]
+        for last in in_rounds(
+            untrained(shift.seed), shift.requests(), shift.settings, stops, rounds=stops,
+            name=str(shift.key("static", 0, "")),
+        ):  # fmt: skip
+            print(f"static: {last.served} requests", file=sys.stderr, flush=True)
+        assert last is not None
+        checkpoint.save(last.drafter, folder)
+    return checkpoint.load(folder)
+
+
+def _measured(
+    cells: Cells, shift: Shift, what: str, served: int, domain: str, drafter: Drafter,
+    *, seconds: float = 0.0,
+) -> None:  # fmt: skip
+    key = shift.key(what, served, domain)
+    if cells.get(**key):
+        return
+    found = measure(drafter, held_out(domain), head())
+    cells.put({**found, "seconds": round(seconds, 1)}, **key)
+    now = {shape: round(accept_length(found, shape), 3) for shape in SHAPES}
+    print(f"{what} {served} {domain}: {now}", file=sys.stderr, flush=True)
+
+
+# Served.
+
+
+def serve_all(cells: Cells, shift: Shift, prompts: int) -> None:
+    """Tokens/s of both drafters on real servers at the five checkpoints."""
+    for served in shift.served_at():
+        domain = shift.phase(max(1, served))
+        key = shift.key("served", served, domain)
+        folder = shift.folder(served)
+        if cells.get(**key) or not folder.exists():
+            continue
+        flags = ["--speculative-num-steps", "4", "--speculative-eagle-topk", "4",
+                 "--speculative-num-draft-tokens", "16"]  # fmt: skip
+        rows = held_out(domain)
+        ids = [p.answered.tokens[: p.answered.prompt_tokens].tolist() for p in rows.rows[:prompts]]
+        target, static = target_folder(), str(shift.folder(0))
+        with (
+            server(target, static, flags=flags) as (one, _),
+            server(target, str(folder), flags=flags) as (other, _),
+        ):
+            urls = {"static": one.url, "adapting": other.url}
+            for url in urls.values():
+                _answer(url, ids[0])  # kernels are compiled at the first answer
+            sums = {who: [0, 0.0] for who in urls}
+            for number, prompt in enumerate(ids):
+                order = list(urls) if number % 2 else list(urls)[::-1]
+                for who in order:
+                    tokens, seconds = _answer(urls[who], prompt)
+                    sums[who][0] += tokens
+                    sums[who][1] += seconds
+        found = {who: round(tokens / seconds, 2) for who, (tokens, seconds) in sums.items()}
+        cells.put({**found, "prompts": len(ids)}, **key)
+        print(f"served {served} {domain}: {found}", file=sys.stderr, flush=True)
+
+
+def _answer(url: str, ids: Sequence[int]) -> tuple[int, float]:
+    """(answer tokens, seconds) of one greedy answer."""
+    body = {
+        "input_ids": list(ids),
+        "sampling_params": {"temperature": 0, "max_new_tokens": ANSWER_TOKENS},
+    }
+    began = time.monotonic()
+    answer = httpx.post(f"{url}/generate", json=body, timeout=600)
+    answer.raise_for_status()
+    return int(answer.json()["meta_info"]["completion_tokens"]), time.monotonic() - began
+
+
+# Tables.
+
+
+def table(cells: Cells, shift: Shift, shape: str) -> list[dict[str, Any]]:
+    rows = []
+    on_a = cells.get(**shift.key("static", 0, A))
+    for served in shift.stops():
+        domain = shift.phase(max(1, served))
+        static = cells.get(**shift.key("static", 0, domain))
+        now = cells.get(**shift.key("adapting", served, domain)) if served else static
+        a_now = cells.get(**shift.key("adapting", served, A)) if served else on_a
+        if not (static and now and a_now and on_a):
+            continue
+        fast = cells.get(**shift.key("served", served, domain))
+        old, new = accept_length(static, shape), accept_length(now, shape)
+        loss = accept_length(a_now, shape) / accept_length(on_a, shape) - 1
+        rows.append(
+            {
+                "requests": served,
+                "traffic": domain,
+                "static": old,
+                "adapting": new,
+                "ratio": new / old,
+                "on A": f"{100 * loss:+.1f}%",
+                "tokens/s static": fast["static"] if fast else "-",
+                "tokens/s adapting": fast["adapting"] if fast else "-",
+                "tokens/s ratio": fast["adapting"] / fast["static"] if fast else "-",
+            }
+        )
+    return rows
+
+
+def until_ninety(rows: Sequence[dict[str, Any]], each: int) -> list[dict[str, Any]]:
+    """Requests of each new domain until nine tenths of what was gained on it in the end."""
+    found = []
+    for number, domain in enumerate(PHASES[:2]):
+        own = [row for row in rows if number * each < row["requests"] <= (number + 1) * each]
+        if not own or own[-1]["requests"] != (number + 1) * each:
+            continue
+        gain = own[-1]["adapting"] - own[-1]["static"]
+        first = next(r for r in own if r["adapting"] - r["static"] >= 0.9 * gain)
+        found.append(
+            {
+                "traffic turns to": domain,
+                "gain": gain,
+                "90% of it after requests": first["requests"] - number * each,
+            }
+        )
+    return found
+
+
+def picture(cells: Cells, shift: Shift, path: Path) -> None:
+    """Accept lengths over requests as a Plotly page; for a ``.png`` also as that."""
+    import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+    figure = go.Figure()
+    for shape, dash in (("tree", "solid"), ("chain", "dot")):
+        rows = table(cells, shift, shape)
+        x = [row["requests"] for row in rows]
+        for who, colour in (("static", "#888888"), ("adapting", "#1f77b4")):
+            y = [row[who] for row in rows]
+            line = {"dash": dash, "color": colour}
+            figure.add_scatter(x=x, y=y, name=f"{who}, {shape}", line=line, mode="lines+markers")
+    for number, domain in enumerate(PHASES):
+        figure.add_vrect(
+            x0=number * shift.each, x1=(number + 1) * shift.each, annotation_text=domain,
+            fillcolor="#eeeeee" if number % 2 else "#ffffff", layer="below", line_width=0,
+        )  # fmt: skip
+    figure.update_layout(
+        title=f"Traffic turns from {A} to {B}, {C} and back",
+        xaxis_title="requests since the turn", yaxis_title="accept length", template="plotly_white",
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = path.with_suffix(".html")
+    figure.write_html(page, include_plotlyjs=True)
+    if path.suffix == ".png":
+        _photograph(page, path)
+    print(f"picture: {path}", file=sys.stderr)
+
+
+def _photograph(page: Path, path: Path) -> None:
+    """The page as a PNG, by the browser that the dashboard's tests use."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        tab = browser.new_page(viewport={"width": 1000, "height": 520})
+        tab.goto(page.resolve().as_uri())
+        tab.wait_for_selector(".main-svg")
+        tab.screenshot(path=str(path))
+        browser.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trained", type=int, default=200, help="requests of A beforehand")
+    parser.add_argument("--each", type=int, default=200, help="requests of each domain")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", action="store_true", help="also on real servers")
+    parser.add_argument("--prompts", type=int, default=12, help="of each checkpoint, with --serve")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--show", action="store_true", help="only print what is there")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    cells, shift = Cells("domain_shift"), Shift(given.trained, given.each, given.seed)
+    if not given.show:
+        head()
+        replay_all(cells, shift)
+        if given.serve:
+            serve_all(cells, shift, given.prompts)
+    for shape in ("tree", "chain"):
+        if rows := table(cells, shift, shape):
+            report(f"accept length, {shape}", rows, as_json=given.json)
+            if ends := until_ninety(rows, shift.each):
+                report(f"how fast, {shape}", ends, as_json=given.json)
+    if given.picture:
+        picture(cells, shift, given.picture)
+
+
+if __name__ == "__main__":
+    main()

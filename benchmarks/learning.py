@@ -1,0 +1,251 @@
+"""How a recipe learns from served requests: in one stream as Aurora does, or in rounds as ours.
+
+Both begin with the same drafter and see the same requests in the same order, and hand out the
+drafter as it stands when so many requests were served. Time is the processor's, on one thread, so
+that a busy machine bends nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_sgl.demo.prompts import sample_prompts
+from aurora_sgl.drafter import scratch, vocabulary
+from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.refresh import refresh
+from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.training import sequence as served_request
+from aurora_sgl.training.learner import Learner
+from aurora_sgl.training.proposals import LoggedProposal
+from aurora_sgl.training.replay import proposals_at
+from aurora_sgl.training.settings import TrainSettings
+from aurora_sgl.training.team import Team
+from aurora_sgl.training.trainer import train
+from aurora_sgl.training.weights import by_rejection
+from benchmarks.corpus.features import CACHE, CorpusSet, target_folder
+from benchmarks.measure import SHAPES
+
+#: A training run begins whenever so many requests were served.
+ROUNDS = (50, 100, 200, 400, 600, 800, 1000)
+
+_BUDGETS = Callable[[int], float]  # served requests -> seconds that training may have taken
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A drafter after ``served`` requests, and what its training cost so far."""
+
+    served: int
+    drafter: Drafter
+    seconds: float  # of the processor
+    tokens: int  # trained positions, over all passes
+
+
+@lru_cache(maxsize=1)
+def head() -> TargetHead:
+    torch.set_num_threads(1)
+    return TargetHead.load(target_folder())
+
+
+def untrained(seed: int) -> Drafter:
+    """A drafter as a first start makes it: its vocabulary from the demo's sample prompts."""
+    texts = [prompt.prompt for prompt in sample_prompts()]
+    return scratch.make(target_folder(), texts=texts, seed=seed)
+
+
+def one_stream(
+    start: Drafter, requests: CorpusSet, settings: TrainSettings, stops: Sequence[int]
+) -> Iterator[Learned]:
+    """Every request once, in the order in which it was served, at a constant rate: one optimizer
+    for the whole stream. At a stop what is waiting for a full batch is trained on as well."""
+    torch.manual_seed(settings.seed)
+    learner = Learner(copy.deepcopy(start).float(), requests, head(), settings, Team())
+    seconds, tokens, begin = 0.0, 0, 0
+    for stop in stops:
+        began = time.process_time()
+        for place in range(begin, stop, settings.batch_requests):
+            batch = list(range(place, min(place + settings.batch_requests, stop)))
+            tokens += learner.update(batch, rate=1.0, done=0.0).positions
+        seconds += time.process_time() - began
+        begin = stop
+        yield Learned(stop, learner.average if settings.ema else learner.drafter, seconds, tokens)
+
+
+def in_rounds(
+    start: Drafter,
+    requests: CorpusSet,
+    settings: TrainSettings,
+    stops: Sequence[int],
+    *,
+    rounds: Sequence[int] = ROUNDS,
+    since: int = 0,
+    budget: _BUDGETS | None = None,
+    name: str = "",
+) -> Iterator[Learned]:
+    """A training run, as the scheduler starts them, at each of ``rounds``: it begins with what the
+    last one published and trains on the newest ``window`` requests and a share of older ones. The
+    drafter that it all begins with has seen ``since`` requests.
+
+    ``budget`` bounds the processor's time of all runs so far. With a ``name`` the state of the last
+    round is kept: a benchmark that was killed, or is asked for more requests, goes on there.
+    """
+    kept = _Kept(name)
+    now = kept.load(start, since)
+    for served in (n for n in rounds if n <= max(stops)):
+        if served > now.served:
+            now = _round(now, requests, served, settings, budget)
+            kept.save(now)
+        if served in stops and served == now.served:
+            yield now
+
+
+def _round(
+    now: Learned,
+    requests: CorpusSet,
+    served: int,
+    settings: TrainSettings,
+    budget: _BUDGETS | None,
+) -> Learned:
+    drafter = now.drafter
+    window = requests.part(max(0, served - settings.window), served)
+    rows = window + _replayed(requests.part(0, max(0, served - settings.window)), window, settings)
+    began = time.process_time()
+    counts = Counter[int]()
+    for place in window.rows:
+        counts.update(place.answered.tokens[place.answered.prompt_tokens :].tolist())
+    held = vocabulary.coverage(counts, drafter.target_ids)
+    if held < settings.vocabulary_threshold:
+        always = vocabulary.stop_tokens(target_folder())
+        drafter = refresh(drafter, counts, always=always, seed=settings.seed).drafter
+    given = settings
+    if budget is not None:
+        left = budget(served) - now.seconds - (time.process_time() - began)
+        if left < 1:
+            return replace(now, served=served)
+        given = settings.model_copy(update={"max_seconds": left})
+    data = AsServed(rows, now.drafter, settings) if _needs_log(settings) else rows
+    result = train(drafter, data, head(), given, clock=time.process_time)
+    seconds = now.seconds + time.process_time() - began
+    if isinstance(data, AsServed):
+        seconds -= data.seconds  # a server has the log already
+    return Learned(served, result.drafter, seconds, now.tokens + result.tokens)
+
+
+def _replayed(older: CorpusSet, window: CorpusSet, settings: TrainSettings) -> CorpusSet:
+    count = round(len(window) * settings.replay_share / (1 - settings.replay_share))
+    generator = torch.Generator().manual_seed(settings.seed * 1009 + len(older))
+    picked = torch.randperm(len(older), generator=generator)[:count].tolist()
+    return CorpusSet(tuple(older.rows[index] for index in picked))
+
+
+def _needs_log(settings: TrainSettings) -> bool:
+    return settings.after_rejection_weight != 1 or settings.objective in (
+        "policy_gradient",
+        "distil_then_rl",
+    )
+
+
+class AsServed:
+    """Requests with what the live drafter proposed for them and how it fared: the store's log."""
+
+    def __init__(self, rows: CorpusSet, live: Drafter, settings: TrainSettings) -> None:
+        self.rows, self.settings = rows, settings
+        self.live = copy.deepcopy(live).to(torch.bfloat16).eval()
+        self.seconds = 0.0  # spent on finding out what a server would have known
+        self.known: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def length(self, index: int) -> int:
+        return self.rows.length(index)
+
+    def __getitem__(self, index: int) -> served_request.Sequence:
+        one = self.rows[index]
+        if index not in self.known:
+            began = time.process_time()
+            proposals = served(self.live, one, head())
+            weights = None
+            if self.settings.after_rejection_weight != 1:
+                steps = [
+                    {
+                        "position": p.root + 1,
+                        "depth": SHAPES["tree"].depth,
+                        "accepted": p.accepted,
+                        "first_rejected_at": int(p.accepted < SHAPES["tree"].depth),
+                    }
+                    for p in proposals
+                ]
+                weights = by_rejection(
+                    steps, one.rows, one.output_start, self.settings.after_rejection_weight
+                )
+            self.known[index] = {"proposals": proposals, "weights": weights}
+            self.seconds += time.process_time() - began
+        return replace(one, **self.known[index])
+
+
+def served(
+    drafter: Drafter, one: served_request.Sequence, head: TargetHead
+) -> tuple[LoggedProposal, ...]:
+    """The verify steps of a request, had this drafter served it with the tree."""
+    shape = SHAPES["tree"]
+    roots = torch.arange(one.output_start, min(len(one.tokens) - 2, one.rows) + 1)
+    drafts = proposals_at(drafter, one, roots, shape, head)
+    found, root = [], one.output_start
+    while root - one.output_start < len(drafts):
+        draft = drafts[root - one.output_start]
+        accepted = _accepted(draft.tokens, draft.parents, one.tokens[root + 1 :].tolist())
+        found.append(LoggedProposal(root, draft.tokens, draft.parents, accepted))
+        root += accepted + 1
+    return tuple(found)
+
+
+def _accepted(tokens: list[int], parents: list[int], answer: list[int]) -> int:
+    node = depth = 0
+    while depth < len(answer):
+        hits = [
+            i
+            for i, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1)
+            if parent == node and token == answer[depth]
+        ]
+        if not hits:
+            break
+        node, depth = hits[0], depth + 1
+    return depth
+
+
+class _Kept:
+    """The state after the last round of one cell's run; no name: nothing is kept."""
+
+    def __init__(self, name: str) -> None:
+        self.path: Path | None = None
+        if name:
+            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+            self.path = CACHE.parent / "rounds" / f"{digest}.pt"
+
+    def load(self, start: Drafter, since: int) -> Learned:
+        if self.path is None or not self.path.exists():
+            return Learned(since, start, 0.0, 0)
+        state = torch.load(self.path, weights_only=True)
+        drafter = copy.deepcopy(start)
+        drafter.load_state_dict(state["drafter"])
+        return Learned(state["served"], drafter, state["seconds"], state["tokens"])
+
+    def save(self, now: Learned) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        state = {"served": now.served, "seconds": now.seconds, "tokens": now.tokens}
+        torch.save({**state, "drafter": now.drafter.state_dict()}, beside)
+        beside.replace(self.path)

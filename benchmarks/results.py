@@ -1,0 +1,71 @@
+"""Finished cells of a benchmark, kept at once: a run can be killed and goes on where it was.
+
+A cell is one JSON line in ``benchmarks/results/<name>.jsonl``: its key (what was run, with the hash
+of its settings, so that results of another recipe are never mixed in) and what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.training.settings import TrainSettings
+
+RESULTS = Path(__file__).with_name("results")
+
+#: What changes no weight.
+_OF_THE_MACHINE = {"nice", "threads", "resume", "checkpoint_seconds", "device"}
+
+
+class Cells:
+    """The cells of one benchmark. Several processes may add to one file."""
+
+    def __init__(self, name: str, folder: Path = RESULTS) -> None:
+        self.path = folder / f"{name}.jsonl"
+        self.cells: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
+            self.cells[_name(row["key"])] = (row["key"], row["result"])
+
+    def get(self, **key: Any) -> dict[str, Any] | None:
+        found = self.cells.get(_name(key))
+        return found[1] if found else None
+
+    def cell(self, **key: Any) -> dict[str, Any]:
+        """A cell that must be there. Raises ``KeyError`` when it is not."""
+        return self.cells[_name(key)][1]
+
+    def put(self, result: Mapping[str, Any], **key: Any) -> None:
+        """Add a cell; it is on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"key": key, "result": dict(result)}, separators=(",", ":"))
+        with self.path.open("ab+") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.cells[_name(key)] = (key, dict(result))
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """(key, result) of every cell, in the order in which they were added."""
+        return iter(self.cells.values())
+
+
+def settings_hash(settings: TrainSettings, *more: Any) -> str:
+    """Twelve hexadecimal digits of all that a cell's weights follow from."""
+    plain = {k: v for k, v in settings.as_json().items() if k not in _OF_THE_MACHINE}
+    return sha256_bytes(json.dumps([plain, *more], sort_keys=True).encode())[:12]
+
+
+def _name(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
