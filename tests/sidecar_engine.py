@@ -169,6 +169,8 @@ class Engine:
                     self.live = self.live or command.version_id
                 elif isinstance(command, wire.SetPhase):
                     self.counters["speculation_share"] = command.share
+                elif isinstance(command, wire.SetCapture):
+                    self.counters["capture_share"] = command.share
                 elif isinstance(command, wire.Stage):
                     self._swap(command)
 

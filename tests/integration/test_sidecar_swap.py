@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from sqlalchemy import text
 
 from aurora_sgl import store, wire
 from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.clock import utc_now
+from aurora_sgl.config import TrialSettings
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.config import EAGLE3, DrafterConfig
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.vocabulary import maps
-from aurora_sgl.rollout import promote, rollback
+from aurora_sgl.rollout import promote, rollback, switches, trial
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
 
@@ -239,3 +242,54 @@ def test_speculation_goes_from_a_share_to_all_steps_when_replay_says_that_it_pay
     for step in range(250):
         world.engine.send(samples.chain_step(1, step, 0, boot_id=BOOT, at_us=now))
     wait_until(lambda: world.server()["phase"] == "exploring")
+
+
+def test_a_server_follows_the_windows_of_a_trial_and_comes_back_by_itself(world: World) -> None:
+    boot, new = world.server()["boot_version_id"], world.add(1)
+    wait_until(lambda: world.server()["live_version_id"] == boot)
+    rules = TrialSettings(pairs=3, window_seconds=5, warm_seconds=0)
+    trial.start(world.db, new, actor="test", reason="a trial", settings=rules, seed=1)
+    with store.session(world.db) as s:  # one window of the candidate, which nobody closes
+        now = utc_now()
+        queries.add_trial_window(s, 1, 1, new, now, now + timedelta(seconds=6))
+    wait_until(lambda: world.server()["live_version_id"] == new)
+    wait_until(lambda: world.server()["live_version_id"] == boot)
+    assert [row["action"] for row in world.rows("SELECT action FROM deployment")] == ["promote"]
+
+
+def test_while_learning_is_switched_off_the_engine_captures_nothing(world: World) -> None:
+    world.engine.counters["capture_share"] = 1.0
+    switches.turn(world.db, "default", "learning", False, actor="test", reason="x")
+    wait_until(lambda: world.engine.counters["capture_share"] == 0.0, 5)
+    switches.turn(world.db, "default", "learning", True, actor="test", reason="x")
+    wait_until(lambda: world.engine.counters["capture_share"] == 1.0, 5)
+
+
+def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_swap_held_up(
+    world: World,
+) -> None:
+    boot, new = world.server()["boot_version_id"], world.add(1)
+    world.engine.send(samples.started(1, boot_id=BOOT, domain="code"))
+    at = samples.START_US
+    for step, accepted in enumerate((2, 1)):
+        world.engine.send(
+            samples.chain_step(1, step, accepted, boot_id=BOOT, swap_age=90 + step, at_us=at)
+        )
+    promote(world.db, new, actor="test", reason="better")
+    wait_until(lambda: world.server()["live_version_id"] == new)
+    world.engine.send(
+        samples.chain_step(
+            1, 2, 3, boot_id=BOOT, version_id=new, mixed=True, swap_age=0, at_us=at + 70_000
+        )
+    )
+
+    def text() -> str:
+        found = world.sidecar.get("/metrics")[1]
+        done = f'version="{new}"' in found and "swap_apply_milliseconds 1.0" in found
+        return found if done else ""
+
+    told = wait_until(text)
+    assert f'aurora_sidecar_accept_length{{domain="code",version="{boot}"}} 2.5' in told
+    assert f'aurora_sidecar_draft_steps_total{{domain="code",version="{new}"}} 1.0' in told
+    assert "aurora_sidecar_swap_longest_stall_milliseconds 70.0" in told
+    assert world.sidecar.get("/health")[0] == world.sidecar.get("/healthz")[0]

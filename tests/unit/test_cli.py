@@ -52,7 +52,8 @@ def test_help_takes_less_than_a_second_of_cpu_and_names_every_command() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
-    for name in ("serve", "demo", "train", "replay", "versions", "promote", "rollback", "db"):
+    names = ("serve", "demo", "train", "replay", "versions", "promote", "rollback", "db")
+    for name in (*names, "scheduler", "status", "watch", "switch", "trial"):
         assert name in done.stdout
 
 
@@ -100,6 +101,10 @@ def test_a_broken_setting_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         ("train", "--once", "--window", "soon"),
         ("replay",),  # without a version
         ("serve",),  # without a model
+        ("switch", "off", "learning"),  # without a reason
+        ("trial", "start", "2"),
+        ("versions", "pin", "live"),
+        ("scheduler", "--set", "passes=0"),
     ],
 )
 def test_wrong_use_exits_with_2(run: Run, arguments: tuple[str, ...]) -> None:
@@ -185,6 +190,49 @@ def test_promote_and_rollback_move_what_is_live_and_say_so(
     assert "@" in shown["deployments"][0]["actor"]
     code, _, error = run("rollback", "--reason", "further")
     assert code == 1 and error.count("\n") == 1
+
+
+def test_switches_are_turned_with_a_reason_and_listed(run: Run, house: House) -> None:  # noqa: F811
+    code, _, error = run("switch", "off", "learning", "--reason", "  ")
+    assert code == 1 and "reason" in error and error.count("\n") == 1
+    code, _, error = run("switch", "off", "lights", "--reason", "x")
+    assert code == 1 and "learning, auto_promote" in error
+    assert "would be off" in run("switch", "off", "learning", "--reason", "x", "--dry-run")[1]
+    assert "is off" in run("switch", "off", "learning", "--reason", "too warm", "--actor", "ada")[1]
+    assert "is off already" in run("switch", "off", "learning", "--reason", "again")[1]
+    rows = json.loads(run("switch", "list", "--json")[1])
+    assert [(row["name"], row["on"], row["actor"]) for row in rows] == [
+        ("learning", False, "ada"),
+        ("auto_promote", True, ""),
+    ]
+    code, _, error = run("train", "--once")
+    assert code == 1 and "learning is switched off" in error
+    assert "is on" in run("switch", "on", "learning", "--reason", "cooler")[1]
+
+
+def test_status_watch_and_trial_say_what_goes_on_in_one_group(
+    run: Run,
+    house: House,  # noqa: F811
+    second: Path,
+) -> None:
+    assert "nothing was promoted over another version" in run("watch")[1]
+    assert "there was no trial" in run("trial", "status")[1]
+    assert "no trial is running" in run("trial", "stop", "--reason", "x")[1]
+    number = str(json.loads(run("versions", "import", str(second), "--json")[1])["id"])
+    code, _, error = run("trial", "start", number, "--reason", "is it faster?")
+    assert code == 1 and "no server of this group is running" in error
+    code, _, error = run("trial", "start", "live", "--reason", "x")
+    assert code == 1 and "is live" in error
+    assert run("promote", number, "--reason", "x", "--expected-live", "none")[0] == 1
+    assert run("promote", number, "--reason", "x", "--expected-live", "live")[0] == 0
+    told = json.loads(run("status", "--json")[1])
+    assert told["aliases"] == {"live": int(number), "previous": house.live}
+    assert told["watch"]["status"] == "running" and told["watch"]["windows"] == []
+    assert told["scheduler"]["alive"] is False
+    assert "aurora-sgl scheduler" in told["scheduler"]["reason"]
+    text = run("status")[1]
+    assert f"live: version {number}" in text and "watch over version" in text
+    assert f"watch over version {number}" in run("watch")[1]
 
 
 def test_one_training_run_makes_a_version_that_replay_can_judge(run: Run, house: House) -> None:  # noqa: F811
