@@ -15,8 +15,8 @@ rate is the best of ``RATES`` on seed 0 of each domain, so that it is no straw m
 Nothing of our recipe was tuned on these cells: the trainer's defaults were measured on the demo's
 own prompts (``TrainSettings`` says what), and the rest of ``OURS`` and ``EQUAL_TIME`` was written
 down before their first cell was run. The ratio is pooled gain over pooled gain, over the cells in
-which Aurora's gain exceeds 0.05, with a bootstrap interval over held-out requests and seeds (with one
-seed over requests alone).
+which Aurora's gain exceeds 0.05, with a bootstrap interval over held-out requests and seeds, with
+one seed over requests alone.
 ``--search 0`` tries no rates where none were tried yet, and takes the middle one.
 
     python -m benchmarks.recipes [--until 400] [--seeds 0 1 2] [--domains narrow chat mixed]
@@ -67,7 +67,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "answers only": {"train_on_prompt": False},
     "batches of 8": {"batch_requests": 8},
     "five steps": {"steps": 5},
-    "first vocabulary": {"vocabulary_threshold": 0.0},
     "after rejections x3": {"after_rejection_weight": 3.0},
     "lk": {"objective": "lk"},
     "expected accept length": {"objective": "expected_accept_length"},
