@@ -97,7 +97,7 @@ def replay_all(cells: Cells, shift: Shift) -> None:
     static = _static(shift)
     for domain in (A, B, C):
         _measured(cells, shift, "static", 0, domain, static)
-    rows, stops = shift.requests(), shift.stops()[1:]
+    rows, stops = shift.requests().prepare(), shift.stops()[1:]
     wanted = [shift.trained + n for n in stops]
     learned = in_rounds(
         static, rows, shift.settings, wanted, rounds=wanted, since=shift.trained,

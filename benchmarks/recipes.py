@@ -109,7 +109,7 @@ class Bench:
         if all(self.get(settings, domain, seed, n, timed=timed) for n in stops):
             return
         self.before(domain, seed)
-        requests = stream(domain, seed)
+        requests = stream(domain, seed).part(0, until).prepare()
         learned: Iterator[Learned]
         if settings.schedule == "constant" and settings.warmup == 0:
             learned = one_stream(untrained(seed), requests, settings, stops)
