@@ -3,8 +3,8 @@ that does not, and what does it lose on A?
 
 Both are the same drafter, trained on ``--trained`` requests of A (broad chat) by our recipe. Then
 come requests of B (one narrow form), of C (code), and of A again. *static* stays as it is;
-*adapting* trains in rounds of 50 requests with our recipe, the older requests that it replays
-among them those of A. Accept lengths are exact replays on 60 held-out requests of the domain that
+*adapting* trains every 50 requests with ``ADAPT``, the older requests that it replays among them
+those of A. Accept lengths are exact replays on 60 held-out requests of the domain that
 is being served, and of A all along, as the demo's tree (4, 4, 16) and as a chain of 4.
 
     python -m benchmarks.domain_shift [--trained 200] [--each 200] [--seed 0] [--show] [--json]
@@ -44,6 +44,9 @@ from benchmarks.traffic import HELD_OUT, held_out, stream
 A, B, C = "chat", "narrow", "code"
 PHASES = (B, C, A)
 EVERY = 50
+#: Adapting looks at the last hundred requests, and for two of five that it trains on at older ones:
+#: among as many of A the first requests of B would hardly count.
+ADAPT = OURS.model_copy(update={"window": 100, "replay_share": 0.4, "least_updates": 200})
 ANSWER_TOKENS = 96
 
 
@@ -57,7 +60,7 @@ class Shift:
 
     @property
     def settings(self) -> Any:
-        return OURS.model_copy(update={"seed": self.seed})
+        return ADAPT.model_copy(update={"seed": self.seed})
 
     def requests(self) -> CorpusSet:
         """All requests in the order in which they are served, A's first ones among them."""
@@ -78,13 +81,14 @@ class Shift:
         return sorted({0, half, self.each, 2 * self.each, 3 * self.each})
 
     def key(self, what: str, served: int, domain: str) -> dict[str, Any]:
-        digest = settings_hash(OURS, EVERY, HELD_OUT, self.trained, self.each)
+        digest = settings_hash(ADAPT, OURS.as_json(), EVERY, HELD_OUT, self.trained, self.each)
         where = {"served": served, "domain": domain, "seed": self.seed}
         return {"what": what, "settings": digest, **where}
 
     def folder(self, served: int) -> Path:
         """Where the drafter of a checkpoint is kept; 0 is the static one."""
-        name = f"{settings_hash(OURS, EVERY, self.trained, self.each, self.seed)}-{served}"
+        digest = settings_hash(ADAPT, OURS.as_json(), EVERY, self.trained, self.each, self.seed)
+        name = f"{digest}-{served}"
         return CACHE.parent / "domain-shift" / name
 
 
@@ -93,7 +97,7 @@ def replay_all(cells: Cells, shift: Shift) -> None:
     static = _static(shift)
     for domain in (A, B, C):
         _measured(cells, shift, "static", 0, domain, static)
-    rows, stops = shift.requests(), shift.stops()[1:]
+    rows, stops = shift.requests().prepare(), shift.stops()[1:]
     wanted = [shift.trained + n for n in stops]
     learned = in_rounds(
         static, rows, shift.settings, wanted, rounds=wanted, since=shift.trained,
@@ -110,10 +114,10 @@ def replay_all(cells: Cells, shift: Shift) -> None:
 def _static(shift: Shift) -> Drafter:
     folder = shift.folder(0)
     if not folder.exists():
-        last = None
+        last, settings = None, OURS.model_copy(update={"seed": shift.seed})
         stops = list(range(EVERY * 2, shift.trained + 1, EVERY * 2)) or [shift.trained]
         for last in in_rounds(
-            untrained(shift.seed), shift.requests(), shift.settings, stops, rounds=stops,
+            untrained(shift.seed), shift.requests(), settings, stops, rounds=stops,
             name=str(shift.key("static", 0, "")),
         ):  # fmt: skip
             print(f"static: {last.served} requests", file=sys.stderr, flush=True)

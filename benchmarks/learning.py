@@ -73,11 +73,12 @@ def one_stream(
     seconds, tokens, begin = 0.0, 0, 0
     for stop in stops:
         began = time.process_time()
-        for place in range(begin, stop, settings.batch_requests):
-            batch = list(range(place, min(place + settings.batch_requests, stop)))
+        end = min(stop, len(requests))
+        for place in range(begin, end, settings.batch_requests):
+            batch = list(range(place, min(place + settings.batch_requests, end)))
             tokens += learner.update(batch, rate=1.0, done=0.0).positions
         seconds += time.process_time() - began
-        begin = stop
+        begin = end
         yield Learned(stop, learner.average if settings.ema else learner.drafter, seconds, tokens)
 
 

@@ -88,10 +88,11 @@ def run(cells: Cells, objective: str, start: str, domain: str, seed: int) -> Non
     if cells.get(**key):
         return
     drafter, metrics = begin(start, seed), {}
+    requests = stream(domain, seed).part(0, REQUESTS).prepare()
     began = time.process_time()
     if objective != "none":
         settings = recipe(objective, start, seed)
-        rows = AsServed(stream(domain, seed).part(0, REQUESTS), drafter, settings)
+        rows = AsServed(requests, drafter, settings)
         reinforced = objective in ("policy_gradient", "distil_then_rl")
         result = train(drafter, rows if reinforced else rows.rows, head(), settings)
         drafter, metrics = result.drafter, result.metrics

@@ -76,6 +76,12 @@ class CorpusSet:
         """Rows of a request, without reading its features."""
         return len(self.rows[index].answered.tokens) - 1
 
+    def prepare(self) -> CorpusSet:
+        """The same set, with all its features made: nothing that is timed may wait for them."""
+        for shard in dict.fromkeys(place.shard for place in self.rows):
+            _features(shard)
+        return self
+
     def part(self, begin: int, end: int | None = None) -> CorpusSet:
         return CorpusSet(self.rows[begin:end])
 
