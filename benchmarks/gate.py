@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--comparisons", type=int, default=1000)
     parser.add_argument("--tries", type=int, default=3, help="of one candidate, null comparisons")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[12, 100], help="requests of null comparisons"
+        "--sizes", type=int, nargs="*", default=[12, 100], help="requests of null comparisons"
     )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

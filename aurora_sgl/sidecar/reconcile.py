@@ -27,6 +27,8 @@ from aurora_sgl.store.link import StoreAway, StoreLink
 TICK_SECONDS = 1.0
 PHASE_SECONDS = 5.0
 TIDY_SECONDS = 10.0
+#: Seconds after a swap when every stream has made its next step.
+STALL_SECONDS = 4.0
 #: Seconds back over which what was served tells the accept length of the live version.
 LIVE_SECONDS = 3600.0
 #: Seconds without a word after which another boot of the same server counts as dead.
@@ -48,6 +50,7 @@ class Reconciler:
         stager: Stager,
         send: Callable[[wire.Command], bool],
         traces_lost: Callable[[], int],
+        stall_of: Callable[[wire.SwapDone], float | None],
     ) -> None:
         self._settings = settings
         self._link = link
@@ -55,6 +58,8 @@ class Reconciler:
         self._artifacts = artifacts
         self._send = send
         self._traces_lost = traces_lost
+        self._stall_of = stall_of
+        self._swapped: list[tuple[float, wire.SwapDone]] = []  # whose stall is still to be told
         self._traces_told = 0
         self.swaps = Swaps(stager, send)
         self._stop = threading.Event()
@@ -116,6 +121,7 @@ class Reconciler:
             self.agrees = not drafter_path(hello)  # a server without a drafter has none to swap
         self._decide_phase(known, hello, live)
         self._report(known, live)
+        self._tell_stalls(known)
         self._tidy(known)
 
     def _identify(self, known: Known, hello: wire.Hello) -> None:
@@ -144,6 +150,8 @@ class Reconciler:
         for done in self._registry.take_swaps():
             if done.boot_id == boot_id:
                 self._error = self.swaps.answered(done)
+                if done.ok:
+                    self._swapped.append((time.monotonic(), done))
         if late := self.swaps.expire(boot_id):
             self._error = late
 
@@ -231,6 +239,16 @@ class Reconciler:
             heard = clock.utc_now() - timedelta(seconds=time.monotonic() - live.heard_at)
             queries.touch_server(s, known.server_id, **fields, last_seen_at=heard)
         self._reported, self._told_store = fields, live.hellos
+
+    def _tell_stalls(self, known: Known) -> None:
+        """Some seconds after a swap every stream has made a step, and the swap has its row."""
+        while self._swapped and time.monotonic() - self._swapped[0][0] > STALL_SECONDS:
+            done = self._swapped[0][1]
+            stall = self._stall_of(done)
+            if stall is not None:
+                with self._link.session() as s:
+                    queries.set_stall(s, known.server_id, clock.from_us(done.at_us), stall)
+            del self._swapped[0]
 
     def _tidy(self, known: Known) -> None:
         """Mark what dead boots of this server left running as lost."""

@@ -13,6 +13,8 @@ MOST_PAIRS = 200
 OTHER = "(other)"
 #: Microseconds within which steps after a swap belong to the same swap.
 SAME_SWAP_US = 5_000_000
+#: Microseconds that reading the weights back may take before the engine answers.
+ANSWER_US = 30_000_000
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Served:
         self._sums: dict[tuple[int, str], Sums] = {}
         self._domains: dict[int, str] = {}  # of running requests
         self._last: dict[int, tuple[int, int]] = {}  # request -> (at_us, swap_age)
-        self._swap_at = 0
+        self._swap_at = 0  # of the first step after the last swap that somebody waited for
         self.stall_ms = 0.0  # longest gap of a stream at the last swap
         self.longest_stall_ms = 0.0  # at any swap
 
@@ -68,6 +70,12 @@ class Served:
         self._swap_at = at_us
         self.stall_ms = max(self.stall_ms, gap_ms)
         self.longest_stall_ms = max(self.longest_stall_ms, gap_ms)
+
+    def stall_of(self, done: wire.SwapDone) -> float | None:
+        """How long the stream that waited longest had to wait, in ms; ``None``: nobody did.
+        Ask some seconds after the swap, when every stream has made a step."""
+        near = abs(self._swap_at - done.at_us) < ANSWER_US
+        return self.stall_ms if near and self.stall_ms else None
 
     def sums(self) -> dict[tuple[int, str], Sums]:
         """By (version id, domain); version 0 is the drafter that the server was started with."""

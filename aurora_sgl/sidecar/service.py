@@ -89,6 +89,7 @@ class Service:
             Stager(artifacts, home, endpoint),
             self._endpoint.send,
             self._traces_lost,
+            self._served.stall_of,
         )
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)

@@ -30,6 +30,7 @@ from aurora_sgl.store.models import (
 )
 from aurora_sgl.store.partitions import ensure_partitions
 from aurora_sgl.store.queries.groups import known_version
+from aurora_sgl.store.queries.swaps import add_swaps
 from aurora_sgl.store.rollup import (
     Minute,
     MinuteKey,
@@ -82,6 +83,7 @@ def ingest(engine: Engine, server_id: int, boot_id: int, batch: Batch) -> Ingest
         _finish_requests(connection, records)
         fresh = chain.from_iterable(part for seq, part in batch if seq > taken)
         _update_server(connection, server_id, fresh)
+        add_swaps(connection, server_id, (r for r in records if isinstance(r, wire.SwapDone)))
         last = max([taken, *(seq for seq, _ in batch)])
         connection.execute(
             update(SpoolWatermark)

@@ -270,7 +270,7 @@ def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_sw
 ) -> None:
     boot, new = world.server()["boot_version_id"], world.add(1)
     world.engine.send(samples.started(1, boot_id=BOOT, domain="code"))
-    at = samples.START_US
+    at = wire.now_us()
     for step, accepted in enumerate((2, 1)):
         world.engine.send(
             samples.chain_step(1, step, accepted, boot_id=BOOT, swap_age=90 + step, at_us=at)
@@ -293,3 +293,6 @@ def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_sw
     assert f'aurora_sidecar_draft_steps_total{{domain="code",version="{new}"}} 1.0' in told
     assert "aurora_sidecar_swap_longest_stall_milliseconds 70.0" in told
     assert world.sidecar.get("/health")[0] == world.sidecar.get("/healthz")[0]
+    (swap,) = wait_until(lambda: world.rows("SELECT * FROM swap WHERE longest_stall_ms > 0"))
+    assert (swap["version_id"], swap["ok"], swap["apply_ms"]) == (new, 1, 1.0)
+    assert swap["longest_stall_ms"] == 70.0

@@ -19,6 +19,7 @@ from aurora_sgl.store.models.serving import (
     Request,
     RequestTally,
     Server,
+    Swap,
     Trace,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "SchedulerState",
     "Server",
     "SpoolWatermark",
+    "Swap",
     "Switch",
     "Trace",
     "TrainingRun",

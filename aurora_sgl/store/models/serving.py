@@ -60,6 +60,25 @@ class Server(Base):
     last_seen_at: Mapped[datetime]
 
 
+class Swap(Base):
+    """One swap that a server made, or refused with a reason: how long its scheduler stood still,
+    and how long the stream that waited longest had to wait."""
+
+    __tablename__ = "swap"
+
+    server_id: Mapped[int] = mapped_column(
+        ForeignKey("server.id"), primary_key=True, autoincrement=False
+    )
+    at: Mapped[datetime] = mapped_column(primary_key=True)
+    version_id: Mapped[int]  # may be one of another store
+    ok: Mapped[bool]
+    reason: Mapped[str] = mapped_column(default="")
+    live_sha256: Mapped[str] = mapped_column(default="")  # read back from the model
+    staged_ms: Mapped[float]
+    apply_ms: Mapped[float]
+    longest_stall_ms: Mapped[float | None]  # between two steps of a request; None: nobody waited
+
+
 class Request(Base):
     """One admitted request. ``id`` is ``wire.request_id``; ``rid`` is only text.
 

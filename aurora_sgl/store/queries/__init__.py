@@ -92,6 +92,7 @@ from aurora_sgl.store.queries.rollout import (
     watches,
 )
 from aurora_sgl.store.queries.steps import events, step_times
+from aurora_sgl.store.queries.swaps import add_swaps, set_stall, swaps
 from aurora_sgl.store.queries.versions import (
     add_version,
     aliases,
@@ -128,6 +129,7 @@ __all__ = [
     "add_drift",
     "add_drops",
     "add_evaluation",
+    "add_swaps",
     "add_trace",
     "add_trial",
     "add_trial_window",
@@ -191,6 +193,7 @@ __all__ = [
     "set_pruned",
     "set_restored",
     "set_scheduler_state",
+    "set_stall",
     "set_switch",
     "silent_servers",
     "start_run",
@@ -198,6 +201,7 @@ __all__ = [
     "step_times",
     "steps_between",
     "steps_of_requests",
+    "swaps",
     "switches",
     "take_lease_over",
     "touch_server",
