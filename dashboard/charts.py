@@ -140,7 +140,7 @@ def _mark_deployments(figure: go.Figure, deployments: list[Deployment], top: flo
             y=[top * 1.03] * len(rows),
             mode="markers+text" if named else "markers",
             text=[f"{name} {row.version_id}" for row in rows],
-            textposition="top center",
+            textposition="middle right",
             customdata=[
                 f"{action} of version {row.version_id} by {row.actor}<br>{_wrapped(row.reason)}<br>"
                 f"{local(row.created_at):%d %b %H:%M:%S} ({words.utc(row.created_at)})"

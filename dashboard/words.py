@@ -103,11 +103,12 @@ def zone_help() -> str:
     return f"In your time zone, {name}: {hours}:{rest:02} h {sign} UTC"
 
 
-def time_column(label: str | None = None) -> Any:
+def time_column(label: str | None = None, *, only_time: bool = False) -> Any:
     """For ``st.dataframe``: the viewer's zone; the heading says on hover how far UTC is off."""
     return st.column_config.DatetimeColumn(
-        label, format="D MMM, HH:mm:ss", timezone=zone().key, help=zone_help(), width=136
-    )
+        label, format="HH:mm:ss.SSS" if only_time else "D MMM, HH:mm:ss",
+        timezone=zone().key, help=zone_help(), width=104 if only_time else 136,
+    )  # fmt: skip
 
 
 def cell(value: object) -> str:

@@ -56,7 +56,9 @@ def _page() -> None:
     picked = _table(shown)
     if len(found) >= LIMIT:
         st.caption(f"The newest {LIMIT:,}; the SQL page has all: v_deployment_history and audit.")
-    _one(shown[picked])
+    if picked is None:
+        st.caption("Below: the newest. Choose another one in the table.")
+    _one(shown[picked or 0])
 
 
 def entries(here: Group) -> list[Entry]:
@@ -103,7 +105,8 @@ def _chosen(found: list[Entry]) -> list[Entry]:
     ]
 
 
-def _table(shown: list[Entry]) -> int:
+def _table(shown: list[Entry]) -> int | None:
+    """The row that was chosen."""
     rows = [
         {
             "when": entry.at,
@@ -126,12 +129,11 @@ def _table(shown: list[Entry]) -> int:
         },
     )  # fmt: skip
     picked = event.selection.rows
-    return picked[0] if picked and picked[0] < len(shown) else 0
+    return picked[0] if picked and picked[0] < len(shown) else None
 
 
 def _one(entry: Entry) -> None:
     st.subheader(f"{entry.action.capitalize()}: {entry.what}", divider="gray")
-    st.caption("The newest entry; choose another one in the table.")
     left, right = st.columns(2, gap="large")
     with left:
         words.facts(

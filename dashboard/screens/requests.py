@@ -234,7 +234,7 @@ def _steps(told: Sequence[StepTold], decode: tokens.Decode | None) -> None:
         placeholder=words.NONE,
         height=min(320, 38 + 35 * len(rows)),
         column_config={
-            "at": words.time_column(),
+            "at": words.time_column(only_time=True),
             "since swap": st.column_config.NumberColumn(
                 help="Verify steps of the server since its last swap"
             ),

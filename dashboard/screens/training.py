@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,7 +200,9 @@ def _runs(here: Group) -> None:
     if len(runs) == LIMIT:
         st.caption(f"The newest {LIMIT}; the SQL page has all of them: training_run.")
     picked = event.selection.rows
-    _one(runs, picked[0] if picked and picked[0] < len(runs) else 0, made)
+    if not picked:
+        st.caption("Below: the newest. Choose another one in the table.")
+    _one(runs[picked[0] if picked and picked[0] < len(runs) else 0], made)
 
 
 def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
@@ -221,11 +222,8 @@ def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
     }
 
 
-def _one(runs: Sequence[TrainingRun], index: int, made: dict[int, int]) -> None:
-    run = runs[index]
+def _one(run: TrainingRun, made: dict[int, int]) -> None:
     st.subheader(f"Run {run.id}: {STATES.get(run.status, run.status)}", divider="gray")
-    if index == 0:
-        st.caption("The newest run; choose another one in the table.")
     if run.error:
         show_it = st.error if run.status == "failed" else st.info
         show_it(f"{run.status.capitalize()}: {run.error}", icon=":material/info:")

@@ -1,0 +1,88 @@
+"""Every page, drawn in light and dark: nothing is cut, and nothing is empty without a word.
+
+The pictures lie in the folder ``AURORA_PICTURES`` afterwards (default: pytest's own).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.pages.browser import PAGES, Viewer
+from tests.pages.house import House
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+#: Parts of a page that are wider, or higher, than what is seen of them.
+CUT = """() => {
+  const found = [];
+  const main = document.querySelector('[data-testid=stMain]');
+  for (const e of [main, ...main.querySelectorAll('.aurora-scroll, .aurora-table th, button, p,'
+      + ' [data-testid=stMetricLabel], [data-testid=stMetricValue]')]) {
+    if (e.scrollWidth > e.clientWidth + 2 && getComputedStyle(e).display !== 'inline')
+      found.push(e.tagName + ': ' + e.textContent.slice(0, 60));
+  }
+  const title = main.querySelector('h1').getBoundingClientRect();
+  const head = document.querySelector('[data-testid=stHeader]');
+  if (head && title.top < head.getBoundingClientRect().bottom) found.push('the title');
+  return found;
+}"""
+#: What is on every page beside its title, and says something.
+TABS = ("By position", "Domain by hour", "Versions at equal depth", "The same numbers")
+
+
+def shoot(page: Page, folder: Path, name: str) -> None:
+    page.set_viewport_size({"width": 1440, "height": 900})
+    height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
+    page.set_viewport_size({"width": 1440, "height": max(900, height + 10)})
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme="dark" if theme == "dark" else "light")
+        page.wait_for_timeout(700)
+        page.screenshot(path=folder / f"{name}-{theme}.png")
+    page.set_viewport_size({"width": 1440, "height": 900})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = os.environ.get("AURORA_PICTURES")
+    made = Path(found) if found else tmp_path_factory.mktemp("pictures")
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_drawn_whole_in_both_themes(
+    house: House, look: Callable[..., Viewer], folder: Path, name: str
+) -> None:
+    viewer = look("ada", "" if name == "Now" else name.lower())
+    page = viewer.page
+    if name == "SQL":
+        viewer.choose("Examples", "For whom did it get better?")
+        expect(page.get_by_role("textbox", name="Statement")).to_have_value(re.compile("SELECT"))
+        page.get_by_role("button", name="Run").click()
+        expect(page.get_by_text("rows in")).to_be_visible()
+    elif name == "Versions":
+        page.goto(f"{viewer.url}/versions?version=4")
+        page.get_by_role("heading", name="Version 4").wait_for()
+    page.wait_for_timeout(1500)
+    expect(page.get_by_test_id("stException")).to_have_count(0)
+    if name != "Training":  # there a failed run is told in red
+        expect(page.get_by_test_id("stAlertContentError")).to_have_count(0)
+    assert page.evaluate(CUT) == []
+    shoot(page, folder, name.lower())
+    if name == "Acceptance":
+        for number, tab in enumerate(TABS[1:], 2):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(1500)
+            assert page.evaluate(CUT) == []
+            shoot(page, folder, f"acceptance-{number}")
+    if name == "Versions":
+        page.get_by_role("button", name="Promote", exact=True).click()
+        page.get_by_role("dialog").get_by_role("textbox", name="Reason").wait_for()
+        shoot(page, folder, "promote")
+    page.emulate_media(color_scheme="light")
