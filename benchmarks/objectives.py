@@ -52,8 +52,8 @@ REQUESTS, BEFOREHAND = 64, 48
 SEEDS = (0, 1, 2)
 #: Peak rate by start: a distilled drafter is disturbed by that of an untrained one.
 RATES = {"scratch": 1.5e-3, "distilled": 5e-4}
-DISTIL = TrainSettings(passes=2, replay_share=0.0)
-BASE = TrainSettings(passes=1, replay_share=0.0, topk=4)
+DISTIL = TrainSettings(passes=2, replay_share=0.0, vocabulary_threshold=0.0)
+BASE = TrainSettings(passes=1, replay_share=0.0, topk=4, vocabulary_threshold=0.0)
 
 
 def recipe(objective: str, start: str, seed: int) -> TrainSettings:

@@ -52,6 +52,7 @@ LEAST_GAIN = 0.05
 AURORA = TrainSettings(
     objective="forward_kl", steps=5, step_decay=0.8, passes=1, schedule="constant", warmup=0,
     clip=2.5, ema=0.0, train_on_prompt=False, replay_share=0.0, batch_requests=8,
+    vocabulary_threshold=0.0,
 )  # fmt: skip
 OURS = TrainSettings(least_updates=400, vocabulary_threshold=0.99)
 EQUAL_TIME = OURS.model_copy(update={"steps": 2, "train_on_prompt": False})
