@@ -90,6 +90,10 @@ def main(argv: list[str]) -> None:
 
     if os.environ.get("AURORA_EXIT_WITH_PARENT") == "1":
         companion.exit_with_parent()
+    if os.environ.get("AURORA_CPU") == "1":
+        from aurora_sgl.engine.cpu import native
+
+        native.library()  # compiled here, where its lines are seen; schedulers find it on disk
     load_plugins()
     server_args = prepare_server_args(argv)
     code = 0

@@ -62,6 +62,13 @@ CPU_HOOKS = (
     "IntelAMXMultiStepDraftBackend.init_forward_metadata",
 )
 
+#: Hooked there too, where the compiled kernels are in use.
+COMPILED_HOOKS = (
+    "sglang.srt.layers.layernorm.RMSNorm.forward_native",
+    "sglang.srt.layers.activation.SiluAndMul.forward_native",
+    "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native",
+)
+
 #: Read or called, not hooked.
 LEANED_ON = (
     "sglang.srt.plugins.hook_registry.HookRegistry",
@@ -82,7 +89,7 @@ LEANED_ON = (
     "sglang.srt.models.llama_eagle.LlamaForCausalLMEagle",
 )
 
-UPSTREAM = (*MAIN_HOOKS, *SCHEDULER_HOOKS, *CPU_HOOKS, *LEANED_ON)
+UPSTREAM = (*MAIN_HOOKS, *SCHEDULER_HOOKS, *CPU_HOOKS, *COMPILED_HOOKS, *LEANED_ON)
 
 _agent: Agent | None = None
 
@@ -122,7 +129,7 @@ def register() -> None:
 
 
 def _register_on_cpu(registry: Any, kinds: Any) -> None:
-    from aurora_sgl.engine.cpu import linear
+    from aurora_sgl.engine.cpu import fused, linear, native
     from aurora_sgl.engine.cpu.attention import begin_forward
 
     uses_greedy, linear_loaded, embedding_made, weights_load, weights_end, *metadata = CPU_HOOKS
@@ -139,6 +146,10 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
             registry.register(name, lambda *args, **kw: linear.forget(), kinds.BEFORE)
     for name in metadata:
         registry.register(name, lambda *args, **kw: begin_forward(), kinds.BEFORE)
+    if native.library() is not None:
+        compiled = (fused.rms_norm, fused.silu_and_mul, fused.rotary)
+        for name, hook in zip(COMPILED_HOOKS, compiled, strict=True):
+            registry.register(name, hook, kinds.AROUND)
 
 
 def _on_cpu() -> bool:

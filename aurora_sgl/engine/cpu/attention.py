@@ -1,4 +1,4 @@
-"""Paged attention on CPU for SGLang's ``intel_amx`` backend, in batched PyTorch.
+"""Paged attention on CPU for SGLang's ``intel_amx`` backend: compiled, or in batched PyTorch.
 
 Keys and values lie in a pool of slots, [slots, kv_heads, dim]; ``req_to_token`` names the slots of
 each request's tokens. What is the same for all layers of one forward (slots, masks) is computed
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from aurora_sgl.engine.cpu import compiled_attention
+from aurora_sgl.engine.cpu.compiled_attention import ForwardPlan
 
 KERNELS = ("decode_attention_cpu", "extend_attention_cpu")
 
@@ -26,7 +29,7 @@ class _Rows:
     mask: torch.Tensor | None  # [requests, 1, queries, longest] True where visible; None: all
 
 
-_plans: dict[tuple[object, ...], list[_Rows]] = {}
+_plans: dict[tuple[object, ...], list[_Rows] | ForwardPlan] = {}
 _keep: list[object] = []  # keeps the keyed tensors alive, so that an id cannot be used twice
 
 
@@ -36,7 +39,9 @@ def begin_forward() -> None:
     _keep.clear()
 
 
-def _cached(key: tuple[object, ...], owners: tuple[object, ...]) -> list[_Rows] | None:
+def _cached(
+    key: tuple[object, ...], owners: tuple[object, ...]
+) -> list[_Rows] | ForwardPlan | None:
     plan = _plans.get(key)
     if plan is None:
         _keep.extend(owners)
@@ -48,10 +53,13 @@ def _attend(
     o: torch.Tensor,  # [rows, heads, value dim], written
     k_buffer: torch.Tensor,  # [slots, kv_heads, dim]
     v_buffer: torch.Tensor,  # [slots, kv_heads, value dim]
-    plan: list[_Rows],
+    plan: list[_Rows] | ForwardPlan,
     scale: float,
     logit_cap: float,
 ) -> None:
+    if isinstance(plan, ForwardPlan):
+        compiled_attention.attend(plan, q, o, k_buffer, v_buffer, scale, logit_cap)
+        return
     heads, kv_heads = q.shape[1], k_buffer.shape[1]
     groups = heads // kv_heads
     for rows in plan:
@@ -127,6 +135,9 @@ def decode_attention_cpu(
         v_buffer[loc] = v.view(-1, *v_buffer.shape[1:])
     key = ("decode", id(req_to_token), id(seq_lens), sliding_window)
     plan = _cached(key, (req_to_token, seq_lens))
+    if plan is None and compiled_attention.fits(req_to_token, q, k_buffer, v_buffer):
+        plan = ForwardPlan(req_to_token, req_pool_indices, seq_lens, window=sliding_window)
+        _plans[key] = plan
     if plan is None:
         lengths = seq_lens.to(torch.int64)
         longest = int(lengths.max())
@@ -177,6 +188,22 @@ def extend_attention_cpu(
         return
     key = ("extend", id(req_to_token), id(seq_lens), id(extend_seq_lens), sliding_window, is_causal)
     plan = _cached(key, (req_to_token, seq_lens, extend_seq_lens))
+    if (
+        plan is None
+        and max_len_extend <= compiled_attention.LONGEST
+        and compiled_attention.fits(req_to_token, q_extend, k_buffer, v_buffer)
+    ):
+        plan = ForwardPlan(
+            req_to_token,
+            req_pool_indices,
+            seq_lens,
+            window=sliding_window,
+            news=extend_seq_lens,
+            starts=extend_start_loc,
+            tree_mask=tree_mask,
+            causal=is_causal,
+        )
+        _plans[key] = plan
     if plan is None:
         plan = _plan_extend(
             req_to_token[req_pool_indices.to(torch.int64)],

@@ -1,0 +1,148 @@
+"""Compiles ``kernels.cpp`` once for this machine, keeps it on disk, and calls it.
+
+The compiled file lies in the user's cache under a name that hashes the source, the flags, the
+compiler and the processor, so that a change of any of them builds anew. Without a compiler, or
+where the result does not load, :func:`library` is None and the callers stay with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from aurora_sgl.config import get_settings
+from aurora_sgl.hashing import sha256_bytes
+
+logger = logging.getLogger("aurora_sgl")
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-w"),
+)
+_COMPILERS = ("c++", "g++", "clang++")
+_SECONDS = 300
+_VERSION = 1  # what aurora_version() of the source returns
+
+_I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[object, ...]] = {
+    "aurora_rmsnorm": (_I, _P, _P, _P, _P, _L, _L, _L, _L, _L, _F),
+    "aurora_silu_and_mul": (_I, _P, _P, _L, _L, _L),
+    "aurora_rotary": (_I, _I, _P, _P, _P, _L, _P, _L, _L, _L, _L, _L, _L, _L, _I),
+    "aurora_attention": (_I, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _F),
+}
+
+
+class Plan(ctypes.Structure):
+    """``struct Plan`` of the source: what is the same for all layers of a forward."""
+
+    _fields_ = (
+        *((name, _P) for name in ("table", "rows", "lengths", "news", "starts", "tree")),
+        *((name, _L) for name in ("table_stride", "batch", "longest_new", "total", "window")),
+        ("causal", ctypes.c_int32),
+    )
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/aurora-sgl/kernels``."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "aurora-sgl" / "kernels"
+
+
+def compiler() -> str | None:
+    """``$CXX``, or the first C++ compiler on the path."""
+    given = os.environ.get("CXX")
+    return shutil.which(given) if given else next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
+def _processor() -> str:
+    """What ``-march=native`` looks at, as far as Linux says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    import platform
+
+    said = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
+    return "\n".join([platform.machine(), *said])
+
+
+def _target(command: str) -> Path:
+    version = subprocess.run(
+        [command, "--version"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    parts = [SOURCE.read_text(), *_FLAGS, version, _processor()]
+    return cache_folder() / f"kernels-{sha256_bytes(chr(0).join(parts).encode())[:16]}.so"
+
+
+def build(say: Callable[[str], None] | None = None) -> Path | None:
+    """The compiled file, made now if it is not there; None when this machine can't make it.
+
+    ``say`` gets one line before a compilation and one after it.
+    """
+    say = say or (lambda line: None)
+    command = compiler()
+    if command is None:
+        logger.warning("aurora: no C++ compiler: small operations stay in PyTorch, which is slower")
+        return None
+    try:
+        made = _target(command)
+        if made.exists():
+            return made
+        say("compiling the CPU kernels for this machine (once, a few seconds) ...")
+        begun = time.monotonic()
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+            fresh = Path(folder) / made.name
+            subprocess.run(
+                [command, *_FLAGS, str(SOURCE), "-o", str(fresh)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+            fresh.replace(made)  # whole, or not there
+        say(f"compiled the CPU kernels in {time.monotonic() - begun:.0f} s: {made}")
+        return made
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or str(error)
+        first = next(iter(str(told).strip().splitlines()), "no message")
+        logger.warning("aurora: the CPU kernels did not compile, PyTorch is used: %s", first)
+        return None
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.PyDLL | None:
+    """The compiled functions, or None. Built at the first call of a process, if need be.
+
+    None without a word where ``AURORA_CPU_COMPILED=0``.
+    """
+    if not get_settings().cpu_compiled:
+        return None
+    made = build(lambda line: print(f"aurora-sgl: {line}", file=sys.stderr, flush=True))
+    if made is None:
+        return None
+    try:
+        # PyDLL: the functions take microseconds, less than giving the interpreter lock away.
+        loaded = ctypes.PyDLL(str(made))
+        if loaded.aurora_version() != _VERSION:
+            raise OSError("another version of the source")
+        for name, types in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = types, None
+        return loaded
+    except (OSError, AttributeError) as error:
+        logger.warning("aurora: the CPU kernels did not load, PyTorch is used: %s", error)
+        return None
