@@ -66,8 +66,9 @@ class Settings(BaseSettings):
     cpu_packed_weights: bool = True
     """On CPU in bfloat16: keep oneDNN's packed copy of the weights beside them (more memory)."""
 
-    cpu_compiled: bool = True
-    """On CPU: compile small operations and attention for this machine once (a C++ compiler)."""
+    cpu_compiled: bool = False
+    """On CPU: compile small operations and attention for this machine once (a C++ compiler). Off
+    until the whole suite has been seen with it."""
 
     attention: str = Field(default="auto", pattern="^(auto|flashinfer|sdpa)$")
     """Attention of training and replay; auto: FlashInfer on CUDA where it works, else PyTorch."""

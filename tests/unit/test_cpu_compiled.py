@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aurora_sgl.config import get_settings
 from aurora_sgl.engine.cpu import attention, compiled_attention, fused, native
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -22,6 +23,17 @@ TOLERANCE = {
 }
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AURORA_CPU_COMPILED", "1")
+    get_settings.cache_clear()
+    native.library.cache_clear()
+    yield
+    monkeypatch.undo()
+    get_settings.cache_clear()
+    native.library.cache_clear()
 
 
 def _near(got: torch.Tensor, exact: torch.Tensor) -> None:
