@@ -24,14 +24,15 @@ _numbers = itertools.count(1)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes: the tests that share running servers in one of them, from the start;
-    the others file by file."""
+    """With several processes: the tests that share running servers in one of them, from the start,
+    those that share a browser in one, the others file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class SharedServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "e2e" if file.startswith("tests/e2e/") else file
+            folder = file.split("/")[1]
+            return folder if folder in ("e2e", "pages") else file
 
     config.option.loadscopereorder = False  # longest first by number of tests, not by time
     return SharedServers(config, log)

@@ -138,7 +138,8 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason_and_serving_goes_on(
     promote(server.engine, version_id, actor="test", reason=damage)
     try:
         words = {"fewer draft tokens": "the new version drafts"}.get(damage, "")
-        until(lambda: server.row().last_error and words in server.row().last_error, 30, "a refusal")
+        until(lambda: server.row().last_error, 30, "a refusal")
+        assert words in server.row().last_error
         assert server.live_version() == before
         answer = server.generate(prompts[5], max_new_tokens=12)
         assert_greedy(hugging_face, prompts[5], answer["output_ids"])
@@ -155,7 +156,7 @@ def test_a_version_with_a_refreshed_draft_vocabulary_goes_live_in_place(
     wanted = set(range(drafter.config.vocab_size)) - set(drafter.target_ids.tolist())
     counts = Counter(sorted(wanted)[:40]) + Counter(token for ids in seen for token in ids)
     fresh = refresh(drafter, counts, always=[t for ids in seen for t in ids])
-    assert fresh.replaced == 40 and fresh.coverage > fresh.coverage_before
+    assert fresh.replaced >= 40 and fresh.coverage > fresh.coverage_before
     # What moved in ``d2t`` would ruin every draft if the server went on with the old one.
     assert (fresh.drafter.target_ids != drafter.target_ids).sum() > 100
     dtype = next(iter(load_file(trained / "model.safetensors").values())).dtype

@@ -18,13 +18,6 @@ from tests.pages.browser import Dashboard, Viewer
 from tests.pages.house import House
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.xdist_group("pages"))  # they share a store and a browser
-
-
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     house = samples.fill(tmp_path_factory.mktemp("house"), requests=260)

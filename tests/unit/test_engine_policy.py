@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,9 @@ def serve_with_headers(headers: dict[str, str], params: SimpleNamespace, warmup:
         "type": "http",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
-    asyncio.run(labels.HeaderMiddleware(app)(scope, None, None))
+    # In a thread of its own: a browser that other tests drive keeps a loop in this one.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, labels.HeaderMiddleware(app)(scope, None, None)).result()
 
 
 def test_headers_become_labels_beside_the_clients_own_parameters() -> None:
