@@ -28,12 +28,12 @@ RULES = WatchSettings(steps=60, requests=4, seconds=120)
 
 
 def shuffled(folder: Path, into: Path) -> Path:
-    """The drafter with the weights of its layer shuffled."""
+    """The drafter with the weights of its layer, and of what feeds it, shuffled."""
     shutil.copytree(folder, into)
     tensors = load_file(into / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
-        if "mlp" in name or "self_attn" in name:
+        if "mlp" in name or "self_attn" in name or name.startswith("fc."):
             order = torch.randperm(tensor.numel(), generator=generator)
             tensors[name] = tensor.flatten()[order].reshape(tensor.shape).contiguous()
     save_file(tensors, into / "model.safetensors", {"format": "pt"})

@@ -246,7 +246,7 @@ def test_the_other_scheduler_takes_over_from_one_that_is_killed_and_from_one_tha
     wait_until(lambda: len(holders()) == 1, 15, "state and lease to name one holder")
     assert f":{third.process.pid}:" in holders().pop()
     assert third.end() == 0
-    assert status.scheduler(engine, "default").alive  # the second leads again, or will
+    wait_until(lambda: status.scheduler(engine, "default").alive, 20, "the second to lead again")
 
 
 # -- the loop ----------------------------------------------------------------------------------
