@@ -68,6 +68,7 @@ class Scheduler:
         self.last_outcome: dict[str, Any] = {}
         self.details: dict[str, Any] = {}
         self.state = ""  # what was last said of it
+        self._base_id: int | None = None  # live when the run began
         self._leadership: Leadership | None = None
         self._others: OtherRuns | None = None
         self._detector: tuple[int, DriftDetector] | None = None
@@ -150,6 +151,8 @@ class Scheduler:
             return
         if not now.learning:
             child.stop("learning was switched off")
+        elif now.live_id != self._base_id and child.progress.get("event") != "gate":
+            child.stop(f"version {now.live_id} went live meanwhile; the next run starts from it")
         elif self._must_pause():
             self._pause(child)
         else:
@@ -183,7 +186,7 @@ class Scheduler:
             with self.link.session() as s:
                 self._others.hold_for(s, child.pid)
 
-    def _start(self, trigger: str) -> None:
+    def _start(self, trigger: str, live_id: int | None) -> None:
         with self.link.session(write=False) as s:
             recipe = recipe_as_served(s, self.group_id, self.recipe)
         arguments = ["--group", self.group, "--trigger", trigger, "--settings", json.dumps(recipe)]
@@ -192,7 +195,7 @@ class Scheduler:
         except OSError as error:
             log.error("training can't be started: %s", error)
             return
-        self.trigger, self.last_outcome = trigger, {}
+        self.trigger, self.last_outcome, self._base_id = trigger, {}, live_id
         log.info("training started (%s): %s", trigger, self._decision.reason)
 
     # -- what changes slowly -----------------------------------------------------------------
@@ -203,10 +206,11 @@ class Scheduler:
             watch.tick(engine, self.group_id, settings=self.watching, now=self.elapsed.now())
             if self.rules.drift and now.live_id is not None:
                 self._look_for_drift(now)
-            with store.session(engine) as s:
+            with store.session(engine, write=False) as s:
                 now = pulse(s, self.group_id)  # the watch may have rolled back
-                self._other = "" if self.child else self._others.going_on(s, self.elapsed.now())
                 known = facts(s, self.group_id, now, self.elapsed)
+            with store.session(engine) as s:
+                self._other = "" if self.child else self._others.going_on(s, self.elapsed.now())
             self._decision = policy.decide(known, self.rules)
             self.details = {
                 "new_requests": known.new_requests,
@@ -221,7 +225,7 @@ class Scheduler:
             if self._candidate is not None and self._candidate.reason and now.auto_promote:
                 return  # what passed goes live first, else the next run starts from an old base
             if self._load.pace != load.NONE:
-                self._start(self._decision.trigger)
+                self._start(self._decision.trigger, now.live_id)
 
     def _promote_what_passed(self, engine: Any, resting: bool) -> None:
         found = candidate.pending(engine, self.group_id, with_trial=self.trials.automatic)

@@ -340,6 +340,13 @@ def test_a_run_is_paused_while_requests_wait_and_keeps_its_lease(
         assert row.expires_at > utc_now() + timedelta(seconds=250)
     queue(0)
     rounds(one, lambda: child.progress != before)
+    other = scratch.make(house.target, draft_vocab_size=40, seed=2, model=str(house.target))
+    folder = checkpoint.save(other, house.home / "other")
+    by_hand = import_version(house.engine, house.artifacts, folder, "default").id
+    promote(house.engine, by_hand, actor="ada", reason="mine", force=True)
+    rounds(one, lambda: child.outcome(), 10)
+    with store.session(house.engine, write=False) as s:
+        assert f"version {by_hand} went live meanwhile" in queries.runs(s, 1)[-1].error
 
 
 def passed(
