@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import time
 from pathlib import Path
 
 _AUTOGROUP = Path("/proc/self/autogroup")
+#: Linux refuses (EAGAIN) all such writes, of whatever process, within a tenth of a second of the
+#: last one, except to those with CAP_SYS_ADMIN.
+_TRIES, _SECONDS = 10, 0.12
 
 
 def step_back(niceness: int) -> None:
@@ -19,5 +22,15 @@ def step_back(niceness: int) -> None:
     """
     os.nice(niceness)
     if os.getsid(0) == os.getpid():
-        with suppress(OSError):  # not Linux, or no autogroups
-            _AUTOGROUP.write_text(str(min(19, niceness)))
+        _set_autogroup(min(19, niceness))
+
+
+def _set_autogroup(niceness: int) -> None:
+    for _ in range(_TRIES):
+        try:
+            _AUTOGROUP.write_text(str(niceness))
+            return
+        except BlockingIOError:
+            time.sleep(_SECONDS)
+        except OSError:  # not Linux, or no autogroups
+            return

@@ -17,6 +17,7 @@ from datetime import datetime
 from statistics import mean, pstdev
 from typing import Any
 
+from aurora_sgl.store.models import Drift
 from aurora_sgl.store.queries import Cluster
 
 #: Requests of one domain before anything is said of it: they give the standard deviation.
@@ -33,7 +34,8 @@ class Fall:
 
     domain: str
     last_request_id: int
-    at: datetime  # when that request finished
+    began_at: datetime  # when the first request after the change finished
+    at: datetime  # when the request at which it was seen finished
     accept_length_before: float
     accept_length_after: float
     requests_before: int
@@ -43,11 +45,24 @@ class Fall:
 
 @dataclass
 class _Stream:
-    """Requests of one domain and draft shape since the last fall: (steps, accepted)."""
+    """Requests of one domain and draft shape since the last fall."""
 
     detector: Any = None
     deviation: float = 0.0
-    requests: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MEMORY))
+    requests: deque[Cluster] = field(default_factory=lambda: deque(maxlen=MEMORY))
+
+
+def was_told(fall: Fall, stored: Iterable[Drift]) -> bool:
+    """Whether a detector that read the same requests before, perhaps from another start, has
+    stored this fall: its last request finished when this one had begun, or later. The times are
+    those of the requests, never this machine's clock."""
+    same = (fall.domain, fall.details["depth"], fall.details["topk"])
+    return any(
+        (one.domain, one.details.get("depth"), one.details.get("topk")) == same
+        and datetime.fromisoformat(one.details["last_finished_at"]) >= fall.began_at
+        for one in stored
+        if "last_finished_at" in one.details
+    )
 
 
 class DriftDetector:
@@ -66,7 +81,7 @@ class DriftDetector:
     def _take(self, request: Cluster) -> Fall | None:
         key = (request.domain, request.depth, request.topk)
         stream = self._streams.setdefault(key, _Stream())
-        stream.requests.append((request.verify_steps, request.accepted))
+        stream.requests.append(request)
         if stream.detector is None:
             if len(stream.requests) == WARM_UP:
                 self._begin(stream)
@@ -83,6 +98,7 @@ class DriftDetector:
         return Fall(
             domain=request.domain,
             last_request_id=request.request_id,
+            began_at=after[0].finished_at,
             at=request.finished_at,
             accept_length_before=_accept_length(before),
             accept_length_after=_accept_length(after),
@@ -95,6 +111,7 @@ class DriftDetector:
                 "deviation": stream.deviation,
                 "depth": request.depth,
                 "topk": request.topk,
+                "last_finished_at": request.finished_at.isoformat(),
             },
         )
 
@@ -113,7 +130,7 @@ class DriftDetector:
         for value in values:
             stream.detector.update(value / stream.deviation)
 
-    def _change_point(self, requests: Sequence[tuple[int, int]], deviation: float) -> int:
+    def _change_point(self, requests: Sequence[Cluster], deviation: float) -> int:
         """Where the fall begins: behind the peak of the sum that the test watches."""
         values = [_value(each) for each in requests]
         level, total, peak, at = mean(values), 0.0, 0.0, 1
@@ -124,10 +141,9 @@ class DriftDetector:
         return at
 
 
-def _value(request: tuple[int, int]) -> float:
-    steps, accepted = request
-    return accepted / steps
+def _value(request: Cluster) -> float:
+    return request.accepted / request.verify_steps
 
 
-def _accept_length(requests: Sequence[tuple[int, int]]) -> float:
-    return 1 + sum(y for _, y in requests) / sum(n for n, _ in requests)
+def _accept_length(requests: Sequence[Cluster]) -> float:
+    return 1 + sum(r.accepted for r in requests) / sum(r.verify_steps for r in requests)

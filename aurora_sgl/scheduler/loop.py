@@ -19,7 +19,7 @@ from aurora_sgl.config import SchedulerSettings, TrialSettings, WatchSettings
 from aurora_sgl.rollout import trial, watch
 from aurora_sgl.scheduler import candidate, load, policy
 from aurora_sgl.scheduler.child import TrainingProcess
-from aurora_sgl.scheduler.drift import DriftDetector
+from aurora_sgl.scheduler.drift import DriftDetector, was_told
 from aurora_sgl.scheduler.elapsed import Elapsed
 from aurora_sgl.scheduler.facts import Pulse, facts, pulse, recipe_as_served
 from aurora_sgl.scheduler.lease import Hold, Leadership
@@ -246,24 +246,23 @@ class Scheduler:
                     now.live_id,
                     DriftDetector(self.rules.drift_threshold, self.rules.drift_slack),
                 )
-                last = queries.scheduler_state(s, self.group_id)
+                told = queries.drifts(s, self.group_id, version_id=now.live_id)
                 seen = queries.clusters(
                     s, self.group_id, now.live_id,
                     since=now.live_since, limit=REBUILD_REQUESTS, newest=True,
                 )  # fmt: skip
-                known_until = last.updated_at if last is not None else None
             else:
+                told = ()
                 seen = queries.clusters(
                     s, self.group_id, now.live_id, after=self._cursor, limit=REBUILD_REQUESTS
                 )
-                known_until = None
         if not seen:
             return
         self._cursor = (seen[-1].finished_at, seen[-1].request_id)
         falls = self._detector[1].feed(seen)
         with self.link.session() as s:
             for fall in falls:
-                if known_until is not None and fall.at < known_until:
+                if was_told(fall, told):
                     continue  # whoever led before has seen it
                 log.warning(
                     "accept length of version %d in %s: %.3f -> %.3f",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -34,10 +35,13 @@ def test_the_page_shows_traffic_as_it_runs_and_puts_a_version_live_in_the_server
             expect(trend).to_be_visible()
             counted = page.get_by_test_id("stMetric").filter(has_text="Tokens/s of all servers")
             shown = (counted.inner_text(), trend.inner_html())
-            for ids in prompts[1:4]:
-                server.generate(ids, max_new_tokens=32)
-            until(lambda: counted.inner_text() != shown[0], 60, "the throughput to move")
-            until(lambda: trend.inner_html() != shown[1], 60, "the trend to move")
+            asked = itertools.cycle(prompts[1:4])
+
+            def moved() -> bool:
+                server.generate(next(asked), max_new_tokens=32)
+                return counted.inner_text() != shown[0] and trend.inner_html() != shown[1]
+
+            until(moved, 120, "throughput and trend to move")
             page.goto(f"{dashboard.url}/versions?version={version}")
             page.get_by_role("heading", name=re.compile(rf"^Version {version}\b")).wait_for()
             page.get_by_role("button", name="Promote", exact=True).click()

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from aurora_sgl.config import SchedulerSettings
-from aurora_sgl.scheduler.drift import DriftDetector
+from aurora_sgl.scheduler.drift import DriftDetector, Fall, was_told
 from aurora_sgl.scheduler.elapsed import Elapsed
 from aurora_sgl.scheduler.load import load_of
 from aurora_sgl.scheduler.policy import Facts, decide
-from aurora_sgl.store.models import Server
+from aurora_sgl.store.models import Drift, Server
 from aurora_sgl.store.queries import Cluster
 
 RULES = SchedulerSettings(minutes=60, requests=200, min_new_requests=8, cooldown_minutes=5)
@@ -114,7 +114,8 @@ def requests(seed: int, *parts: tuple[int, float], domain: str = "chat") -> list
             steps = max(2, int(rng.gamma(2, 15)))
             share = rng.beta(2 * mean, 2 * (3 - mean))
             accepted = int(rng.binomial(3 * steps, share))
-            found.append(Cluster(len(found), domain, 3, 4, steps, accepted, NOW))
+            at = NOW + timedelta(seconds=len(found))
+            found.append(Cluster(len(found), domain, 3, 4, steps, accepted, at))
     return found
 
 
@@ -130,6 +131,21 @@ def test_a_fall_of_the_accept_length_is_seen_with_its_evidence() -> None:
     assert fall.accept_length_after == pytest.approx(1.5, abs=0.15)
     assert abs(fall.requests_before - 200) < 15
     assert fall.details["detector"] == "river.drift.PageHinkley"
+
+
+def stored(fall: Fall) -> Drift:
+    return Drift(domain=fall.domain, last_request_id=fall.last_request_id, details=fall.details)
+
+
+def test_a_stored_fall_is_known_to_who_reads_from_elsewhere_and_a_later_one_is_not() -> None:
+    served = requests(1, (200, 1.4), (120, 0.9), (120, 0.3))
+    first, *_, last = detector().feed(served)
+    again = detector().feed(served[60:])[0]
+    assert was_told(again, [stored(first)])
+    assert not was_told(last, [stored(first)])
+    elsewhere = stored(first)
+    elsewhere.domain = "other"
+    assert not was_told(again, [elsewhere])
 
 
 def test_neither_noise_nor_a_rise_is_a_fall() -> None:

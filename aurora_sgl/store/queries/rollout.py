@@ -244,10 +244,17 @@ def add_drift(s: Session, group_id: int, **columns: Any) -> Drift:
 
 
 def drifts(
-    s: Session, group_id: int, *, since: datetime | None = None, limit: int | None = None
+    s: Session,
+    group_id: int,
+    *,
+    version_id: int | None = None,
+    since: datetime | None = None,
+    limit: int | None = None,
 ) -> Sequence[Drift]:
     """Newest first."""
     query = select(Drift).where(Drift.group_id == group_id)
+    if version_id is not None:
+        query = query.where(Drift.version_id == version_id)
     if since is not None:
         query = query.where(Drift.detected_at >= since)
     return s.scalars(query.order_by(Drift.id.desc()).limit(limit)).all()
