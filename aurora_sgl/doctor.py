@@ -13,6 +13,7 @@ from pathlib import Path
 
 from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.machine import cpu_flags, native_bfloat16
 
 #: Releases that the plugin's hooks fit, first and last; tests/unit/test_upstream_names.py reads
 #: the hooked names out of each of them. The tested one is what requirements/cpu.lock names.
@@ -91,24 +92,17 @@ def _cuda() -> Iterator[Finding]:
 
 
 def _cpu() -> Iterator[Finding]:
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if not flags:
         return
-    if "avx512_bf16" in flags or "amx_bf16" in flags:
-        yield Finding("bfloat16 on CPU", "ok", "AVX-512 bf16" if "avx512_bf16" in flags else "AMX")
+    if native_bfloat16():
+        yield Finding("bfloat16 on CPU", "ok", "AMX" if "amx_bf16" in flags else "yes")
     else:
         yield Finding(
-            "bfloat16 on CPU", "note", "not in this CPU", "serve with --dtype float32 if it is slow"
+            "bfloat16 on CPU",
+            "ok",
+            "not in this CPU: float16 weights serve, training takes float32",
         )
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    row = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return set(row.partition(":")[2].split())
 
 
 def _compiler() -> Iterator[Finding]:

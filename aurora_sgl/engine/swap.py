@@ -78,7 +78,7 @@ class Staged:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     shadows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
-    packed: dict[str, torch.Tensor] = field(default_factory=dict)  # see engine.cpu.linear
+    packed: dict[str, linear.Packed] = field(default_factory=dict)  # see engine.cpu.linear
     hot: torch.Tensor | None = None  # [draft vocab] target ids; None: the draft vocabulary stays
     staged_ms: float = 0.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.machine import native_bfloat16
 from aurora_sgl.training.settings import TrainSettings
 
 
@@ -19,6 +20,11 @@ def device_of(settings: TrainSettings) -> torch.device:
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise AuroraError(f"there is no GPU {settings.device} for training: use device=cpu")
     return torch.device("cuda", index)
+
+
+def autocasts(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: where that is asked for and the device does it itself."""
+    return settings.autocast and (device.type != "cpu" or native_bfloat16())
 
 
 def served_dtype(settings: TrainSettings) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.training import objectives
+from aurora_sgl.training.devices import autocasts
 from aurora_sgl.training.objectives import Loss, Moment, Step
 from aurora_sgl.training.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
@@ -145,8 +146,9 @@ class SequenceLoss:
     def _unroll(
         self, drafter: Drafter, sequence: Sequence, first: int, last: int
     ) -> list[torch.Tensor]:
-        device = drafter.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.settings.autocast):
+        device = drafter.device
+        enabled = autocasts(self.settings, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             return unroll(
                 drafter,
                 sequence,

@@ -98,7 +98,8 @@ class TrainSettings(BaseModel):
     not grow with vocabulary times tokens."""
 
     autocast: bool = True
-    """Compute in bfloat16, with weights in float32."""
+    """Compute in bfloat16, with weights in float32, where the device multiplies bfloat16 itself. A
+    CPU that does not takes float32, which is 3 to 4 times as fast there."""
 
     seed: int = 0
     """Seed of the order of requests."""

@@ -361,13 +361,19 @@ def test_acceptance_thresholds_that_are_not_lossless_are_refused():
         )
 
 
+@pytest.mark.parametrize("float16", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 32, 130])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_packed_linears_equal_unpacked_ones_and_follow_a_swap(rows, with_bias):
+def test_packed_linears_equal_unpacked_ones_and_follow_a_swap(
+    rows, with_bias, float16, monkeypatch
+):
     from aurora_sgl.engine.cpu import linear
 
     if not linear.supported():
         pytest.skip("no bfloat16 in oneDNN on this machine: serving falls back to F.linear")
+    if float16 and "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no FBGEMM in this PyTorch")
+    monkeypatch.setattr(linear, "prefers_float16", lambda: float16)
     torch.manual_seed(rows)
     weight, other = torch.randn(96, 64).bfloat16(), torch.randn(96, 64).bfloat16()
     bias = torch.randn(96).bfloat16() if with_bias else None
@@ -383,8 +389,22 @@ def test_packed_linears_equal_unpacked_ones_and_follow_a_swap(rows, with_bias):
         return float((got.double() - exact).norm() / exact.norm())
 
     assert error() < 5e-3
+    assert (linear.pack(weight).fbgemm is not None) == float16
     weight.copy_(other)
     linear.replace(weight, linear.pack(other))
     assert error() < 5e-3
     linear.forget()
     assert error() < 5e-3
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-9])
+def test_weights_that_float16_can_not_hold_stay_in_bfloat16(scale, monkeypatch):
+    from aurora_sgl.engine.cpu import linear
+
+    monkeypatch.setattr(linear, "prefers_float16", lambda: True)
+    weight = torch.randn(96, 64).bfloat16()
+    weight[7] *= scale
+    packed = linear.pack(weight)
+    assert packed.fbgemm is None
+    x = torch.randn(3, 64).bfloat16()
+    torch.testing.assert_close(packed(x, None), torch.nn.functional.linear(x, weight))
