@@ -79,7 +79,7 @@ def test_every_line_of_the_lock_pins_one_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "requirement", requirements("demo", "dev", "scale"), ids=lambda r: str(r.name)
+    "requirement", requirements("demo", "dev", "scale", "openid"), ids=lambda r: str(r.name)
 )
 def test_the_lock_satisfies_what_pyproject_asks_for(requirement: Requirement) -> None:
     version = locked().get(canonicalize_name(requirement.name))
@@ -103,7 +103,10 @@ def test_the_lock_lacks_only_the_named_packages_of_what_its_own_packages_ask_for
     seen: set[tuple[str, frozenset[str]]] = set()
     absent: set[str] = set()
     unsatisfied: list[str] = []
-    queue = [(requirement, "aurora-sgl") for requirement in requirements("demo", "dev", "scale")]
+    queue = [
+        (requirement, "aurora-sgl")
+        for requirement in requirements("demo", "dev", "scale", "openid")
+    ]
     while queue:
         requirement, asker = queue.pop()
         name = canonicalize_name(requirement.name)
