@@ -29,6 +29,7 @@ GAINS = np.array([0.0, 0.06, 0.12, 0.04, -0.05])  # of the chance of acceptance,
 SHARES = np.array([0.4, 0.3, 0.12, 0.1, 0.08])
 SERVERS, DEPTH, TOPK, NODES = 2, 3, 4, 8
 STEPS, STEP_MS = 50, 80
+MEAN_STEPS = 49  # a little less than what requests have, so that there are events enough
 DAYS = 30
 PARENTS = pack_ints([0, 0, 0, 0, 1, 5, 6])
 PATHS = [pack_ints(path) for path in ([], [1], [1, 5], [1, 5, 6])]
@@ -51,7 +52,7 @@ def build(path: Path, events: int, versions: int, days: int = DAYS, seed: int = 
     db.execute("BEGIN")
     history.write(db)
     db.execute("COMMIT")
-    requests = max(1, events // STEPS)
+    requests = max(1, -(-events // MEAN_STEPS))
     done = 0
     for numbers in np.array_split(np.arange(1, requests + 1), max(1, requests // 4000)):
         db.execute("BEGIN")
