@@ -30,8 +30,11 @@ def alerts(group: Group, look: status.GroupStatus) -> list[Alert]:
 def _servers(look: status.GroupStatus) -> list[Alert]:
     found = []
     for server in look.servers:
-        if server.reason.startswith("not heard of"):
-            text = f"Server {server.name} was last heard of {words.ago(server.last_seen_at)}."
+        if server.silent:
+            text = (
+                f"Server {server.name} was last heard of {words.ago(server.last_seen_at)}: it is "
+                "down, or its sidecar does not reach the store."
+            )
             found.append(Alert(text, True))
         elif not server.converged:
             severe = "on its way" not in server.reason

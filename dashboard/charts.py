@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from html import escape
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
@@ -13,14 +15,14 @@ from aurora_sgl.store.models import Deployment
 from aurora_sgl.store.queries.trends import Served
 
 from . import words
-from .context import local
+from .context import local, zone
 
 #: Okabe and Ito's colours, told apart with any colour vision; each with a symbol and a pattern.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C2A", "#7F7F7F")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "circle-open")
 PATTERNS = ("", "/", "x", "-", "|", "+", ".", "\\")
 DASHES = ("solid", "dot", "dash", "longdash", "dashdot", "longdashdot", "solid", "dot")
-BAND = 0.16
+BAND = 0.22
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
 Series = Mapping[str, Sequence[tuple[datetime, Served]]]
@@ -35,16 +37,31 @@ def _rgba(colour: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity})"
 
 
-def _laid_out(figure: go.Figure, height: int, y: str, **more: Any) -> go.Figure:
+#: Room for labels of numbers and for two lines of a date. A margin that the browser works out by
+#: itself makes it draw the picture twice.
+FIXED = {"l": 48, "r": 12, "t": 36, "b": 48}
+
+
+def _laid_out(
+    figure: go.Figure, height: int, y: str, *, fixed: bool = False, **more: Any
+) -> go.Figure:
+    """``fixed``: the labels of both axes are short, see ``FIXED``."""
+    if fixed:
+        figure.update_xaxes(automargin=False, tickangle=0)
+        figure.update_yaxes(automargin=False)
     figure.update_layout(
         height=height,
-        margin={"l": 8, "r": 8, "t": 36, "b": 8},
+        margin=FIXED if fixed else {"l": 8, "r": 8, "t": 36, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         yaxis_title=y,
         hovermode="closest",
         **more,
     )
     return figure
+
+
+#: Symbols of a line with many points: enough to tell it from others, fewer for a browser to draw.
+MOST_SYMBOLS = 30
 
 
 def trend(
@@ -64,18 +81,19 @@ def trend(
     for index, (name, points) in enumerate(series.items()):
         colour, symbol = COLOURS[index % 8], SYMBOLS[index % 8]
         x, y, low, high, hover = _columns(points, width)
-        top = max([top, *(value for value in y if value is not None)])
+        top = max([top, *(value for value in high if value is not None)])
         for lower, upper, times in _bands(x, low, high):
             figure.add_scatter(
                 x=[*times, *times[::-1]], y=[*upper, *lower[::-1]], fill="toself",
                 fillcolor=_rgba(colour, BAND), line={"width": 0}, hoverinfo="skip",
-                showlegend=False, legendgroup=name,
+                showlegend=False, legendgroup=escape(name),
             )  # fmt: skip
         figure.add_scatter(
-            x=x, y=y, name=name, legendgroup=name, mode="lines+markers", text=hover,
+            x=x, y=y, name=escape(name), legendgroup=escape(name), mode="lines+markers", text=hover,
             hovertemplate="%{text}", connectgaps=False,
             line={"color": colour, "width": 2, "dash": DASHES[index % 8]},
-            marker={"symbol": symbol, "size": 6 if len(x) < 150 else 3, "color": colour},
+            marker={"symbol": symbol, "size": 6, "color": colour,
+                    "maxdisplayed": MOST_SYMBOLS if len(x) > 2 * MOST_SYMBOLS else 0},
         )  # fmt: skip
     _mark_deployments(figure, list(deployments), top)
     if break_even is not None:
@@ -84,7 +102,7 @@ def trend(
             annotation={"text": f"drafts pay above {break_even:.2f}", "font": {"size": 11}},
             annotation_position="bottom right",
         )  # fmt: skip
-    return _laid_out(figure, height, "accept length", showlegend=True)
+    return _laid_out(figure, height, "", fixed=True, showlegend=True)
 
 
 def _columns(points: Sequence[tuple[datetime, Served]], width: timedelta) -> tuple[list[Any], ...]:
@@ -93,21 +111,21 @@ def _columns(points: Sequence[tuple[datetime, Served]], width: timedelta) -> tup
     low: list[float | None] = []
     high: list[float | None] = []
     hover: list[str] = []
-    before = None
+    before, here = None, zone()
     for moment, served in points:
         if before is not None and moment - before > 2 * width:
-            x.append(local(before + width))
+            x.append((before + width).astimezone(here))
             y.append(None)
             low.append(None)
             high.append(None)
             hover.append("")
         interval = served.interval
-        x.append(local(moment))
+        x.append(moment.astimezone(here))
         y.append(served.accept_length)
         low.append(interval[0] if interval else served.accept_length)
         high.append(interval[1] if interval else served.accept_length)
         hover.append(
-            f"{local(moment):%d %b %H:%M} ({words.utc(moment)})<br>accept length "
+            f"{x[-1]:%d %b %H:%M} ({words.utc(moment)})<br>accept length "
             f"{words.length(served.accept_length, interval)}<br>{served.requests:,} requests, "
             f"{served.verify_steps:,} steps<extra></extra>"
         )
@@ -137,12 +155,13 @@ def _mark_deployments(figure: go.Figure, deployments: list[Deployment], top: flo
         named = len(deployments) <= MOST_LABELS
         figure.add_scatter(
             x=[local(row.created_at) for row in rows],
-            y=[top * 1.03] * len(rows),
+            y=[top + 0.04 * (top - 1)] * len(rows),
             mode="markers+text" if named else "markers",
             text=[f"{name} {row.version_id}" for row in rows],
             textposition="middle right",
             customdata=[
-                f"{action} of version {row.version_id} by {row.actor}<br>{_wrapped(row.reason)}<br>"
+                f"{action} of version {row.version_id} by {escape(row.actor)}<br>"
+                f"{_wrapped(row.reason)}<br>"
                 f"{local(row.created_at):%d %b %H:%M:%S} ({words.utc(row.created_at)})"
                 for row in rows
             ],
@@ -158,9 +177,6 @@ def _mark_deployments(figure: go.Figure, deployments: list[Deployment], top: flo
 
 
 def _wrapped(text: str, width: int = 60) -> str:
-    from html import escape
-    from textwrap import wrap
-
     return "<br>".join(escape(line) for line in wrap(text, width)[:4])
 
 
@@ -172,12 +188,12 @@ def positions(reached: Mapping[str, Sequence[int]], steps: Mapping[str, int]) ->
         figure.add_bar(
             x=[f"depth {i}" for i in range(1, len(counts) + 1)],
             y=[count / total for count in counts],
-            name=name,
+            name=escape(name),
             marker={"color": COLOURS[index % 8], "pattern": {"shape": PATTERNS[index % 8]}},
-            hovertemplate="%{x}: %{y:.1%} of the steps<extra>" + name + "</extra>",
+            hovertemplate="%{x}: %{y:.1%} of the steps<extra>" + escape(name) + "</extra>",
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return _laid_out(figure, 300, "steps that accepted", showlegend=True, barmode="group")
+    return _laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
 
 
 def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
@@ -186,17 +202,17 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
     for index, (name, column) in enumerate(counts.items()):
         total = max(1, sum(column))
         figure.add_bar(
-            x=[str(i) for i in range(len(column))],
+            x=[f"{i} accepted" for i in range(len(column))],
             y=[count / total for count in column],
             customdata=list(column),
-            name=name,
+            name=escape(name),
             marker={"color": COLOURS[index % 8], "pattern": {"shape": PATTERNS[index % 8]}},
-            hovertemplate="%{x} accepted: %{customdata:,} steps, %{y:.1%}"
-            f"<extra>{name}</extra>",
+            hovertemplate="%{x}: %{customdata:,} steps, %{y:.1%}"
+            f"<extra>{escape(name)}</extra>",
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    figure.update_xaxes(title="accepted in a step", type="category")
-    return _laid_out(figure, 300, "steps", showlegend=True, barmode="group")
+    figure.update_xaxes(type="category")
+    return _laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
 
 
 def heat(rows: Sequence[str], columns: Sequence[str], cells: Mapping[Any, Served]) -> go.Figure:
@@ -208,7 +224,7 @@ def heat(rows: Sequence[str], columns: Sequence[str], cells: Mapping[Any, Served
     figure = go.Figure(
         go.Heatmap(
             x=list(columns),
-            y=list(rows),
+            y=[escape(row) for row in rows],
             z=values,
             text=numbers,
             customdata=told,
@@ -232,9 +248,9 @@ def _length(served: Served | None) -> float | None:
 
 def _told(row: str, column: str, served: Served | None) -> str:
     if served is None:
-        return f"{row}, {column}: nothing served"
+        return f"{escape(row)}, {column}: nothing served"
     told = words.length(served.accept_length, served.interval)
-    return f"{row}, {column}: {told}, {served.requests:,} requests"
+    return f"{escape(row)}, {column}: {told}, {served.requests:,} requests"
 
 
 def lineage(
@@ -242,8 +258,8 @@ def lineage(
     chosen: int | None,
 ) -> go.Figure:
     """(version, parent, made at, accept length, role, hover): lines lead from parent to child."""
-    figure = go.Figure()
-    place = {node[0]: (local(node[2]), node[3]) for node in nodes}
+    figure, here_is = go.Figure(), zone()
+    place = {node[0]: (node[2].astimezone(here_is), node[3]) for node in nodes}
     x: list[Any] = []
     y: list[Any] = []
     for version, parent, *_ in nodes:
@@ -261,7 +277,7 @@ def lineage(
         if here:
             few = len(nodes) <= 40 or role
             figure.add_scatter(
-                x=[local(node[2]) for node in here], y=[node[3] for node in here],
+                x=[place[node[0]][0] for node in here], y=[node[3] for node in here],
                 mode="markers+text" if few else "markers", text=[str(node[0]) for node in here],
                 textposition="top center", cliponaxis=False, name=role or "other versions",
                 marker={"symbol": symbol, "size": size, "color": colour,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import streamlit as st
 
 from aurora_sgl import store
+from aurora_sgl.clock import utc_now
 from aurora_sgl.rollout import status
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
@@ -17,10 +19,12 @@ from aurora_sgl.store.queries import explorer, speeds, trends
 from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
 
 from . import tokens
-from .context import Group, engine_of
+from .context import Group, engine_of, find_groups
 
 #: Seconds for which numbers of the moment, sums over long times, and the past are kept.
 FRESH, LONG, PAST = 3.0, 60.0, 600.0
+#: A day is settled when records that were late have come; it is read again a day later.
+SETTLED, LATE, DAY = 86_400.0, timedelta(hours=6), timedelta(days=1)
 
 
 @st.cache_data(ttl=FRESH, max_entries=200, show_spinner=False)
@@ -41,15 +45,47 @@ def _recent(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
         return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
 
 
+@st.cache_resource(ttl=SETTLED, max_entries=400, show_spinner=False)
+def _day(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
+    with store.session(engine_of(url), write=False) as s:
+        return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
+
+
 def long_trend(url: str, wanted: Filter, bucket: str, cut: datetime) -> tuple[TrendPoint, ...]:
-    """With histograms. What is before ``cut`` (on a bucket's edge) is read every ten minutes,
-    what is after it anew."""
-    if wanted.until is not None and wanted.until <= cut:
-        return _past(url, wanted, bucket)
-    if wanted.since is not None and wanted.since >= cut:
-        return _recent(url, wanted, bucket)
-    before, after = replace(wanted, until=cut), replace(wanted, since=cut)
-    return _past(url, before, bucket) + _recent(url, after, bucket)
+    """With histograms. Days that ended long ago are read once, what is before ``cut`` (on a
+    bucket's edge) every ten minutes, what is after it anew."""
+    found: list[TrendPoint] = []
+    for part in _parts(wanted, cut):
+        if part.since is None or part.until is None or part.until > cut:
+            found += _recent(url, part, bucket)
+        elif part.until - part.since == DAY and cut - part.until > LATE:
+            found += _day(url, part, bucket)
+        else:
+            found += _past(url, part, bucket)
+    return tuple(found)
+
+
+def _parts(wanted: Filter, cut: datetime) -> Iterator[Filter]:
+    """A filter cut at the days of UTC and at ``cut``, in order."""
+    if wanted.since is None or wanted.until is None:
+        yield wanted
+        return
+    midnight = wanted.since.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    days = (wanted.until - midnight) // DAY
+    edges = {wanted.since, wanted.until, *(midnight + i * DAY for i in range(1, days + 1)), cut}
+    ordered = sorted(edge for edge in edges if wanted.since <= edge <= wanted.until)
+    for since, until in pairwise(ordered):
+        yield replace(wanted, since=since, until=until)
+
+
+def warm() -> None:
+    """Read once what the pages would make the first one wait for: sums over long times."""
+    now = utc_now()
+    hour = now.replace(minute=0, second=0, microsecond=0)
+    for group in find_groups():
+        month = Filter(group.id, hour - 30 * DAY, now)
+        long_trend(group.url, month, "hour", hour - timedelta(hours=1))
+        served_by_version(group.url, tuple(version.id for version in versions(group)))
 
 
 @st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)

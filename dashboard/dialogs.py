@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aurora_sgl.errors import AuroraError
 
-from . import actions
+from . import actions, words
 from .context import in_words
 from .parts import private
 
@@ -53,7 +53,7 @@ def open_asked() -> None:
     """Open the dialog that was asked for in the last click; call it once a page."""
     done = st.session_state.pop(DONE, None)
     if done:
-        st.success(done, icon=":material/check_circle:")
+        st.success(words.literal(done), icon=":material/check_circle:")
     make = st.session_state.pop(ASKED, None)
     if make is None:
         return
@@ -66,7 +66,7 @@ def _dialog(question: Question) -> None:
         actions.operator()
         extra = question.tell()
     except (AuroraError, DBAPIError) as error:
-        st.error(in_words(error), icon=":material/block:")
+        st.error(words.literal(in_words(error)), icon=":material/block:")
         st.write("Nothing was changed. Close this, look at the page again, and decide anew.")
         return
     with st.form("why", border=False, enter_to_submit=True):
@@ -83,7 +83,7 @@ def _dialog(question: Question) -> None:
     try:
         done = question.act(reason.strip(), **extra)
     except (AuroraError, DBAPIError) as error:
-        st.error(in_words(error), icon=":material/block:")
+        st.error(words.literal(in_words(error)), icon=":material/block:")
         return
     if done:
         st.session_state[DONE] = done

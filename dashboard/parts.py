@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aurora_sgl.errors import AuroraError
 
-from . import login
+from . import login, words
 from .context import in_words
 
 
@@ -23,7 +23,7 @@ def guarded(draw: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return draw(*args, **kwargs)
         except (AuroraError, DBAPIError) as error:
-            st.error(in_words(error), icon=":material/error:")
+            st.error(words.literal(in_words(error)), icon=":material/error:")
         return None
 
     return safe

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
+from threading import Thread
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -42,12 +44,19 @@ def serve(host: str, port: int) -> None:
             f"{address}/?setup={token}",
             flush=True,
         )
+    Thread(target=_warm, name="warm", daemon=True).start()
     app = streamlit.App(
         str(Path(__file__).with_name("app.py")),
         routes=[Route("/session", keep_session, methods=["POST", "DELETE"])],
         lifespan=_life,
     )
     app.run(config=options(host, port))
+
+
+def _warm() -> None:
+    """A store that is away or empty is told of on the pages."""
+    with suppress(AuroraError, SQLAlchemyError):
+        importlib.import_module(f"{__package__}.data").warm()
 
 
 @asynccontextmanager
@@ -87,7 +96,7 @@ def options(host: str, port: int) -> dict[str, object]:
         "client.toolbarMode": "viewer",
         "client.showErrorDetails": "none",
         "theme.primaryColor": "#0072B2",
-        "theme.dark.primaryColor": "#4BA3DB",
+        "theme.dark.primaryColor": "#2A86C2",
         "logger.level": "error",
         "logger.hideWelcomeMessage": True,
     }

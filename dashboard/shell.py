@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import streamlit as st
@@ -10,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, Account
 
-from . import login
+from . import login, words
 from .context import find_groups, in_words
 from .parts import guarded
 from .screens import acceptance, audit, now, requests, sql, training, versions
@@ -18,9 +19,12 @@ from .screens import acceptance, audit, now, requests, sql, training, versions
 ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg", "logo.svg"))
 #: Less empty space above and beside the pages than Streamlit leaves.
 STYLE = """<style>
-[data-testid=stMainBlockContainer] {padding:3.9rem 3rem 3rem}
+[data-testid=stMainBlockContainer] {padding:3.9rem 2rem 3rem}
 [data-testid=stMainBlockContainer] h1 {padding-top:0}
+[data-testid=stAlertContainer] ul {margin:0; padding-left:.3rem}
 </style>"""
+#: Pixels; Streamlit's own 300 leave a laptop little room for the pages.
+SIDEBAR = 240
 PAGES = (
     (now, "Now", "speed"),
     (acceptance, "Acceptance", "monitoring"),
@@ -33,7 +37,8 @@ PAGES = (
 
 
 def show() -> None:
-    st.set_page_config(page_title="Aurora-SGL", page_icon=str(ICON), layout="wide")
+    st.set_page_config(page_title="Aurora-SGL", page_icon=str(ICON), layout="wide",
+                       initial_sidebar_state=SIDEBAR)  # fmt: skip
     st.logo(str(LOGO), icon_image=str(ICON), size="large")
     st.html(STYLE)
     account = login.account()
@@ -56,6 +61,14 @@ def show() -> None:
         chosen.run()
 
 
+@st.fragment(run_every=5.0)
+def _wait() -> None:
+    """Draws the page anew as soon as there is something to look at."""
+    with suppress(AuroraError, DBAPIError):
+        if find_groups():
+            st.rerun()
+
+
 def _who(account: Account) -> None:
     what = "operator: may act" if account.role == OPERATOR else "viewer: may look"
     st.caption(f"{account.name} ({what})")
@@ -68,10 +81,11 @@ def _choose_group() -> bool:
         groups = find_groups()
     except (AuroraError, DBAPIError) as error:
         st.header("The store can't be read")
-        st.error(in_words(error), icon=":material/cloud_off:")
+        st.error(words.literal(in_words(error)), icon=":material/cloud_off:")
         if "db upgrade" in str(error):
             st.write("A server or the demo makes the tables too, when it starts.")
         st.button("Try again", icon=":material/refresh:")
+        _wait()
         return False
     if not groups:
         st.header("Nothing was served yet")
@@ -83,6 +97,7 @@ def _choose_group() -> bool:
         )
         st.write("This page shows it as soon as it is there.")
         st.button("Look again", icon=":material/refresh:")
+        _wait()
         return False
     names = [group.name for group in groups]
     before = st.session_state.get("group")

@@ -80,7 +80,7 @@ class Questions:
         force = False
         if warnings:
             for warning in warnings:
-                st.warning(warning, icon=":material/warning:")
+                st.warning(words.literal(warning), icon=":material/warning:")
             force = st.checkbox("Promote it all the same")
         return {
             "force": force,
@@ -232,7 +232,7 @@ class Questions:
         ]
         words.table("change", rows, empty="Nothing.")
         servers = status.servers(self.here.engine, self.here.name)
-        listed = ", ".join(server.name for server in servers)
+        listed = ", ".join(words.literal(server.name) for server in servers)
         st.caption(
             f"Servers that follow, between two steps and without a pause: {listed}."
             if servers else "No server runs now; servers follow when they start."

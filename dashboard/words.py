@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -9,9 +10,17 @@ from typing import Any
 
 import streamlit as st
 
+from aurora_sgl.rollout.status import ServerStatus
+
 from .context import local, now, zone
 
 NONE = "–"  # noqa: RUF001
+
+
+def literal(text: object) -> str:
+    """Text of others for a place that reads Markdown: on one line, and nothing in it is markup.
+    Clients choose domains and people their reasons; an image in one would be asked for."""
+    return re.sub(r"([\\`*\[\]<~$])", r"\\\1", " ".join(str(text).split()))
 
 
 class Html(str):
@@ -87,6 +96,20 @@ def since(moment: datetime | None) -> Html:
     return Html(f'<time title="{utc(moment)}" tabindex="0">{escape(ago(moment))}</time>')
 
 
+def both(moment: datetime) -> str:
+    """The viewer's time and UTC, where nothing can be hovered over."""
+    return f"{local(moment):%d %b %H:%M:%S} ({utc(moment)})"
+
+
+def server_state(server: ServerStatus) -> Html:
+    """Whether a server runs what it should; when not, why not."""
+    if server.converged:
+        return Html("✔ as wanted")
+    if server.silent:
+        return Html(f"✖ not heard of since {time(server.last_seen_at)}")
+    return Html(f"✖ {escape(server.reason)}")
+
+
 def between(begin: datetime | None, end: datetime | None) -> Html:
     return Html(f"{time(begin)} to {time(end)}") if begin and end else Html(NONE)
 
@@ -128,9 +151,24 @@ STYLE = """<style>
 .aurora-table td.number, .aurora-table th.number {text-align:right; white-space:nowrap;
   font-variant-numeric:tabular-nums}
 .aurora-table time, .aurora-say time {border-bottom:1px dotted; white-space:nowrap}
-.aurora-facts th {white-space:nowrap; padding-right:1.2rem}
+.aurora-facts th {white-space:nowrap; padding-right:1.2rem; width:1%}
 .aurora-scroll {overflow-x:auto}
+.aurora-small {font-size:.875rem}
+/* On a telephone a table of many columns stands as names and values below each other. */
+@media (max-width: 640px) {
+  .aurora-wide thead {position:absolute; clip-path:inset(50%)}
+  .aurora-wide tr {display:block; padding:.4rem 0;
+    border-bottom:1px solid color-mix(in srgb, currentColor 18%, transparent)}
+  .aurora-wide td, .aurora-wide td.number {display:block; position:relative; text-align:left;
+    white-space:normal; border:0; padding:.1rem 0 .1rem 9rem; min-height:1.4rem}
+  .aurora-wide td::before {content:attr(data-name); position:absolute; left:0; width:8.5rem;
+    font-weight:600; opacity:.75}
+}
 </style>"""
+
+
+#: Columns of a table that is too wide for a telephone.
+MANY = 5
 
 
 def table(
@@ -148,11 +186,14 @@ def table(
     css = {name: ' class="number"' if name in numbers else "" for name in names}
     head = "".join(f'<th scope="col"{css[name]}>{escape(name)}</th>' for name in names)
     body = "".join(
-        "<tr>" + "".join(f"<td{css[n]}>{cell(row.get(n))}</td>" for n in names) + "</tr>"
+        "<tr>"
+        + "".join(f'<td{css[n]} data-name="{escape(n)}">{cell(row.get(n))}</td>' for n in names)
+        + "</tr>"
         for row in rows
     )
+    wide = " aurora-wide" if len(names) >= MANY else ""
     st.html(
-        f'{STYLE}<div class="aurora-scroll"><table class="aurora-table" '
+        f'{STYLE}<div class="aurora-scroll"><table class="aurora-table{wide}" '
         f'aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -170,6 +211,7 @@ def facts(caption: str, rows: Mapping[str, object]) -> None:
     )
 
 
-def say(*parts: object) -> None:
+def say(*parts: object, small: bool = False) -> None:
     """A line of text and times."""
-    st.html(f'{STYLE}<p class="aurora-say">{"".join(cell(part) for part in parts)}</p>')
+    css = "aurora-say aurora-small" if small else "aurora-say"
+    st.html(f'{STYLE}<p class="{css}">{"".join(cell(part) for part in parts)}</p>')

@@ -34,6 +34,7 @@ class ServerStatus:
     phase_reason: str
     speculation_share: float | None
     last_seen_at: datetime
+    silent: bool  # nothing was heard of it for ``SILENT_SECONDS``
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
             found.append(
                 ServerStatus(row.id, row.name, row.live_version_id, row.live_sha256, want,
                              converged and not silent, reason, row.phase, row.phase_reason,
-                             row.speculation_share, row.last_seen_at)
+                             row.speculation_share, row.last_seen_at, silent)
             )  # fmt: skip
     return found
 

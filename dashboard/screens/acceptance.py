@@ -235,19 +235,27 @@ def _trend(here: Group, choice: Choice, series: Series) -> None:
     st.caption(told)
 
 
-def _depths(shown: Shown) -> None:
+def _counts(shown: Shown) -> dict[str, list[int]]:
+    """Steps with i accepted proposals, by line."""
     found = trends.histograms(shown.points, shown.name)
-    counts = {line: found[line] for line in shown.series}
-    left, right = st.columns(2, gap="large")
-    with left:
-        st.markdown("**Accepted at each position**")
-        reached = {name: _reached(column) for name, column in counts.items()}
-        figure = charts.positions(reached, {name: sum(column) for name, column in counts.items()})
-        charts.show(figure, "positions", "share of steps that accepted a proposal at each depth")
-        st.caption("The shares add up to the accept length less one, the target's own token.")
-    with right:
-        st.markdown("**Accepted in a step**")
-        charts.show(charts.histogram(counts), "histogram", "how many proposals steps accepted")
+    return {line: found[line] for line in shown.series}
+
+
+def _depths(shown: Shown) -> None:
+    counts = _counts(shown)
+    reached = {name: _reached(column) for name, column in counts.items()}
+    figure = charts.positions(reached, {name: sum(column) for name, column in counts.items()})
+    charts.show(figure, "positions", "share of steps that accepted a proposal at each depth")
+    st.caption(
+        "The share of steps that accepted a proposal at each depth of the draft. The shares of a "
+        "line add up to its accept length less one, the target's own token."
+    )
+
+
+def _per_step(shown: Shown) -> None:
+    figure = charts.histogram(_counts(shown))
+    charts.show(figure, "histogram", "how many proposals steps accepted")
+    st.caption("The share of steps by how many of their proposals were accepted.")
 
 
 def _reached(column: list[int]) -> list[int]:
@@ -279,7 +287,8 @@ def _heat(shown: Shown) -> None:
         hours = list(named.values())
         cells = trends.by(points, lambda p: (p.domain, named[_hour(p.bucket)]))
     else:
-        cells = trends.by(points, lambda p: (p.domain, f"{local(p.bucket):%H}h"))
+        here = zone()
+        cells = trends.by(points, lambda p: (p.domain, f"{p.bucket.astimezone(here):%H}h"))
         hours = [f"{hour:02}h" for hour in range(24)]
     charts.show(charts.heat(domains, hours, cells), "heat", "accept length by domain and hour")
     told = "Hours of your time zone." if one_day else "Hours of the day, in your time zone."
@@ -381,6 +390,7 @@ def _table(shown: Shown) -> None:
 
 TABS: dict[str, Callable[[Shown], None]] = {
     "By position": _depths,
+    "Per step": _per_step,
     "Domain by hour": _heat,
     "Versions at equal depth": _equal_depth,
     "The same numbers": _table,

@@ -69,7 +69,8 @@ def entries(here: Group) -> list[Entry]:
 
 
 def _of_deployment(row: Deployment) -> Entry:
-    what = f"{words.version(row.previous_version_id)} → {words.version(row.version_id)}"
+    before = words.version(row.previous_version_id) if row.previous_version_id else "nothing"
+    what = f"{before} → {words.version(row.version_id)}"
     evidence = dict(row.evidence)
     if row.evaluation_id is not None:
         evidence = {"evaluation": row.evaluation_id, **evidence}
@@ -133,7 +134,7 @@ def _table(shown: list[Entry]) -> int | None:
 
 
 def _one(entry: Entry) -> None:
-    st.subheader(f"{entry.action.capitalize()}: {entry.what}", divider="gray")
+    st.subheader(words.literal(f"{entry.action.capitalize()}: {entry.what}"), divider="gray")
     left, right = st.columns(2, gap="large")
     with left:
         words.facts(

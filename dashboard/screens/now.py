@@ -149,11 +149,13 @@ def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
 def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
     live = look.aliases.get("live")
     first = data.deployments(here, 1)
-    columns = st.columns(5)
+    columns = st.columns([4, 5, 4, 5, 6])
     then, length = moment.yesterday.accept_length, moment.served.accept_length
     columns[0].metric("Live version", live or words.NONE, border=True,
                       delta=f"for {words.span((now() - first[0].created_at).total_seconds())}"
-                      if first else None, delta_color="off", delta_arrow="off")  # fmt: skip
+                      if first else None, delta_color="off", delta_arrow="off",
+                      help=f"Since {words.both(first[0].created_at)}" if first else None,
+                      )  # fmt: skip
     columns[1].metric(
         "Accept length", words.number(length), border=True,
         delta=f"{length - then:+.2f} on yesterday" if length and then else "nothing yesterday",
@@ -199,9 +201,11 @@ def _alerts(found: list[Alert]) -> None:
     st.subheader("Alerts")
     if not found:
         st.caption("None: servers run what they should, nothing was lost, nothing drifted.")
-    for alert in found:
-        draw = st.error if alert.severe else st.warning
-        draw(alert.text, icon=":material/error:" if alert.severe else ":material/warning:")
+    for severe, draw, icon in ((True, st.error, "error"), (False, st.warning, "warning")):
+        texts = [words.literal(alert.text) for alert in found if alert.severe is severe]
+        if texts:
+            listed = texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)
+            draw(listed, icon=f":material/{icon}:")
 
 
 def _trend(here: Group, moment: Moment) -> None:
@@ -258,7 +262,7 @@ def _servers(look: status.GroupStatus) -> None:
         {
             "server": server.name,
             "runs": words.version(server.live_version_id),
-            "state": "✔ as wanted" if server.converged else f"✖ {server.reason}",
+            "state": words.server_state(server),
             "drafts": f"{server.phase or 'not said'}, {server.speculation_share or 0:.0%} of steps",
             "why": server.phase_reason,
             "heard of": words.since(server.last_seen_at),

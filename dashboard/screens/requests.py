@@ -31,6 +31,7 @@ LIMIT = 200
 AT_ONCE = 400
 SHORTEST, LONGEST = 1.0, 9.0
 CHOSEN = "request"
+LARGEST = 2**63 - 1
 
 
 def show() -> None:
@@ -41,19 +42,26 @@ def show() -> None:
 @refreshing(None)
 def _page() -> None:
     here = group()
-    found = _find(here)
-    if found is None:
-        return
-    picked = _table(found)
-    _one(here, picked)
-
-
-def _find(here: Group) -> list[FoundRequest] | None:
-    name = st.segmented_control(
+    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    name = left.segmented_control(
         "Ended in the last", list(PERIODS), default="24 hours", required=True, key="ended",
         bind="query-params",
     )  # fmt: skip
-    span = PERIODS[str(name)]
+    asked = right.text_input(
+        "Or one request", key=CHOSEN, bind="query-params", placeholder="its number",
+        help="As the tables and the SQL page show it; the page's address keeps it.",
+    ).strip()  # fmt: skip
+    if asked:
+        known = asked.isdecimal() and int(asked) <= LARGEST
+        _one(here, int(asked) if known else None)
+        return
+    found = _find(here, str(name))
+    if found is not None:
+        _one(here, _table(found))
+
+
+def _find(here: Group, name: str) -> list[FoundRequest] | None:
+    span = PERIODS[name]
     top = st.columns(3)
     domains = top[0].multiselect(
         "Domain", data.domains(here.url, here.id, now() - span if span else None),
@@ -129,10 +137,14 @@ def _table(found: list[FoundRequest]) -> int:
     return found[index].request_id
 
 
-def _one(here: Group, request_id: int) -> None:
-    request, events = data.request(here, request_id)
+def _one(here: Group, request_id: int | None) -> None:
+    """``None``: what was typed is no number."""
+    request, events = (None, []) if request_id is None else data.request(here, request_id)
     if request is None:
-        st.info("This request is not in the store any more.")
+        st.info(
+            "There is no request of this number in this group, or not any more. Clear the field "
+            "to search."
+        )
         return
     length = 1 + request.accepted / request.verify_steps if request.verify_steps else None
     st.subheader(f"Request {request_id}: accept length {words.number(length)}", divider="gray")
@@ -149,8 +161,8 @@ def _one(here: Group, request_id: int) -> None:
     shown = _part(told)
     st.html(tokens.text(shown, decode))
     st.caption(
-        f"{why} The first token comes from the prompt's forward, before any draft, and is not "
-        "recorded. Point at a step, or reach it with Tab, to see what was proposed."
+        f"{words.literal(why)} The first token comes from the prompt's forward, before any draft, "
+        "and is not recorded. Point at a step, or reach it with Tab, to see what was proposed."
     )
     _steps(shown, decode)
 
@@ -203,6 +215,11 @@ def _part(told: list[StepTold]) -> list[StepTold]:
     return told[begin : begin + AT_ONCE]
 
 
+#: Pixels of the columns with short numbers, so that the last column is seen too.
+WIDTHS = {"step": 50, "version": 62, "depth": 56, "accepted": 76, "kept": 50, "rejected at": 88,
+          "batch": 56}  # fmt: skip
+
+
 def _steps(told: Sequence[StepTold], decode: tokens.Decode | None) -> None:
     rows: list[dict[str, Any]] = []
     for step in told:
@@ -234,12 +251,13 @@ def _steps(told: Sequence[StepTold], decode: tokens.Decode | None) -> None:
         placeholder=words.NONE,
         height=min(320, 38 + 35 * len(rows)),
         column_config={
+            **{name: st.column_config.NumberColumn(width=width) for name, width in WIDTHS.items()},
             "at": words.time_column(only_time=True),
             "since swap": st.column_config.NumberColumn(
-                help="Verify steps of the server since its last swap"
+                width=92, help="Verify steps of the server since its last swap"
             ),
             "mixed KV": st.column_config.CheckboxColumn(
-                help="Draft KV of more than one version, or with holes"
+                width=84, help="Draft KV of more than one version, or with holes"
             ),
         },
     )  # fmt: skip

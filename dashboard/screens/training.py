@@ -66,7 +66,8 @@ def _last_change(switch: SwitchState) -> None:
     if switch.updated_at is None:
         st.caption(f"Never changed. {MEANINGS[switch.name]}")
         return
-    words.say(f"{switch.actor}, ", words.since(switch.updated_at), f": {switch.reason}")
+    words.say(f"{switch.actor}, ", words.since(switch.updated_at), f": {switch.reason}",
+              small=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _going_on(here: Group) -> None:
         st.write("No run goes on.")
     if ended is not None and ended.error:
         st.warning(
-            f"The run that was started here {ended.status}: {ended.error}",
+            words.literal(f"The run that was started here {ended.status}: {ended.error}"),
             icon=":material/warning:",
         )
     if login.is_operator():
@@ -226,7 +227,7 @@ def _one(run: TrainingRun, made: dict[int, int]) -> None:
     st.subheader(f"Run {run.id}: {STATES.get(run.status, run.status)}", divider="gray")
     if run.error:
         show_it = st.error if run.status == "failed" else st.info
-        show_it(f"{run.status.capitalize()}: {run.error}", icon=":material/info:")
+        show_it(words.literal(f"{run.status.capitalize()}: {run.error}"), icon=":material/info:")
     left, right = st.columns([2, 3], gap="large")
     with left:
         words.facts(

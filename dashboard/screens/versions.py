@@ -38,8 +38,15 @@ def show() -> None:
     ids = [version.id for version in versions]
     judged = data.evaluations_of(here, ids)
     served = data.served_by_version(here.url, tuple(ids))
-    _table(versions, aliases, judged, served)
-    _lineage(versions, aliases, judged, served)
+    # Only the open tab is drawn; what is chosen, with its buttons, stays near the top.
+    table, lineage = st.tabs(["All versions", "Lineage"], key="shown", on_change="rerun",
+                             bind="query-params")  # fmt: skip
+    if table.open:
+        with table:
+            _table(versions, aliases, judged, served)
+    if lineage.open:
+        with lineage:
+            _lineage(versions, aliases, judged, served)
     chosen = _choose(ids, aliases)
     version = next(row for row in versions if row.id == chosen)
     _one(here, version, aliases, served.get(chosen))
@@ -58,7 +65,7 @@ def _where(here: Group) -> None:
             "runs": words.version(server.live_version_id),
             "hash of its weights": server.live_sha256[:16] or "not read back yet",
             "should run": words.version(server.wanted_version_id),
-            "state": "✔ as wanted" if server.converged else f"✖ {server.reason}",
+            "state": words.server_state(server),
         }
         for server in servers
     ]
@@ -88,7 +95,6 @@ def _table(
     judged: dict[int, Evaluation],
     served: dict[int, Served],
 ) -> None:
-    st.subheader("All versions")
     roles = {version: ROLES[name] for name, version in aliases.items()}
     rows = []
     for version in versions[::-1]:
@@ -96,7 +102,7 @@ def _table(
         rows.append(
             {
                 "version": version.id,
-                "is": roles.get(version.id, "") + (" pinned" if version.pinned else ""),
+                "is": f"{roles.get(version.id, '')}{' ◉ pinned' if version.pinned else ''}".strip(),
                 "made": version.created_at,
                 "from": version.parent_id or version.source,
                 "replayed": evaluation.candidate_accept_length if evaluation else None,
@@ -152,7 +158,6 @@ def _lineage(
     judged: dict[int, Evaluation],
     served: dict[int, Served],
 ) -> None:
-    st.subheader("Lineage")
     roles = {version: name for name, version in aliases.items()}
     nodes = []
     for version in versions:
