@@ -23,6 +23,26 @@ PAGES = ("Now", "Acceptance", "Versions", "Training", "Requests", "SQL", "Audit"
 #: Milliseconds that a page may take on a busy machine before a test gives up.
 PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)
+#: Everything on the page is of the last run and has been drawn.
+WHOLE = """() => {
+  const all = (css, root = document) => [...root.querySelectorAll(css)];
+  const seen = e => e.offsetParent !== null;
+  return document.fonts.status === 'loaded'
+    && !all('[data-stale=true]').some(seen)
+    && all('[data-testid=stPlotlyChart]').filter(seen)
+         .every(e => all('.main-svg', e).length && e.querySelector('.main-svg').clientWidth)
+    && all('[data-testid=stDataFrame]').filter(seen).every(e => e.querySelector('canvas'));
+}"""
+#: Asked again and again: the same sizes three times in a row.
+STILL = """() => {
+  const main = document.querySelector('[data-testid=stMain]');
+  const now = [main.scrollHeight, main.scrollWidth, main.querySelectorAll('*').length].join();
+  const last = window.auroraStill || {now: '', times: 0};
+  window.auroraStill = {now, times: last.now === now ? last.times + 1 : 0};
+  if (window.auroraStill.times < 3) return false;
+  delete window.auroraStill;
+  return true;
+}"""
 READY = "[data-testid=stApp][data-test-script-state=notRunning]"
 
 
@@ -54,7 +74,7 @@ def start(home: Path, environment: dict[str, str] | None = None, *flags: str) ->
         cwd=home,
         env={
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "AURORA_HOME": str(home),
             **(environment or {}),
         },
@@ -83,7 +103,7 @@ def _found(pattern: str, line: str) -> str | None:
     return match.group(1) if match else None
 
 
-def wait_for_port(url: str, seconds: float = 30.0) -> None:
+def wait_for_port(url: str, seconds: float = PATIENCE / 1000) -> None:
     import httpx
 
     until = time.monotonic() + seconds
@@ -146,6 +166,20 @@ class Viewer:
         """Wait until everything is drawn once. (Parts that refresh are drawn again and again.)"""
         self.page.locator(READY).wait_for()
         self.page.wait_for_function("!document.querySelector('[data-testid=stSkeleton]')")
+
+    def settled(self) -> None:
+        """Wait until a picture of the page would be whole: no element of an earlier run is left,
+        charts and tables are drawn, fonts are there, and nothing moved for a while."""
+        self.ready()
+        self.page.wait_for_function(WHOLE)
+        self.page.wait_for_function(STILL, polling=150)
+
+    def keeps_login(self, kept: bool = True) -> None:
+        """Wait until the browser keeps the login in a cookie, or has forgotten it."""
+        until = time.monotonic() + PATIENCE / 1000
+        while any(c["name"].startswith("aurora_session") for c in self.context.cookies()) != kept:
+            assert time.monotonic() < until, "the login's cookie"
+            self.page.wait_for_timeout(100)
 
     def choose(self, label: str, option: str) -> None:
         """An option of a select box."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from aurora_sgl import rollout, store
 from aurora_sgl.config import get_settings
@@ -27,8 +28,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 
 @pytest.fixture
-def house(shared: House) -> House:
-    """The store that all share, with version 3 live and 2 before it, and servers that follow."""
+def house(shared: House) -> Iterator[House]:
+    """The store that all share, with version 3 live and 2 before it, and servers that follow and
+    are heard of, however long a test takes."""
     with store.session(shared.engine, write=False) as s:
         names = queries.aliases(s, shared.group_id)
     if (names.get("live"), names.get("previous")) != (3, 2):
@@ -36,7 +38,8 @@ def house(shared: House) -> House:
             shared.servers_follow()
             rollout.promote(shared.engine, version, actor="test", reason="as before", force=True)
     shared.servers_follow()
-    return shared
+    with shared.heard_of():
+        yield shared
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +79,7 @@ def people(chromium: Browser, running: Dashboard) -> Iterator[dict[str, Viewer]]
     logged_in = {name: chrome.viewer(chromium, running.url) for name in chrome.PASSWORDS}
     for name, viewer in logged_in.items():
         viewer.log_in(name)
-        viewer.page.wait_for_timeout(500)  # the browser keeps the login in a cookie
+        viewer.keeps_login()
     yield logged_in
     for viewer in logged_in.values():
         viewer.context.close()
@@ -90,7 +93,12 @@ def look(people: dict[str, Viewer]) -> Iterator[Callable[..., Viewer]]:
     def open_(name: str, where: str = "") -> Viewer:
         viewer = people[name]
         viewer.page.goto(f"{viewer.url}/{where}")
-        viewer.page.get_by_role("heading", level=1).wait_for()
+        # The page that was asked for, and nobody was logged out meanwhile.
+        title = {page.lower(): page for page in chrome.PAGES}[where.partition("?")[0] or "now"]
+        expect(viewer.page.get_by_role("heading", name=title, level=1, exact=True)).to_be_visible()
+        expect(
+            viewer.page.get_by_text(re.compile(rf"^{name} \((operator|viewer): "))
+        ).to_be_visible()
         viewer.ready()
         return viewer
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from sqlalchemy import Engine
@@ -72,6 +73,25 @@ class House:
                     state="running", phase="speculating", phase_reason="drafts pay",
                     speculation_share=1.0, last_error="", last_seen_at=clock.utc_now(),
                 )  # fmt: skip
+
+    @contextmanager
+    def heard_of(self) -> Iterator[None]:
+        """Meanwhile every server says again and again that it is there, as its sidecar does."""
+        over = Event()
+
+        def say() -> None:
+            while not over.wait(5):
+                with store.session(self.engine) as s:
+                    for server_id in self.servers.values():
+                        queries.touch_server(s, server_id, last_seen_at=clock.utc_now())
+
+        thread = Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def serve(
         self,

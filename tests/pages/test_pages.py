@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_one_version_that_never_served_is_no_reason_to_fail(
     rollout.promote(house.engine, first, actor="system", reason="first")
     house.engine.dispose()
     settings_of(tmp_path)
-    words = said(draw(tmp_path, "Versions"))
+    words = said(draw(tmp_path, "Versions")) + said(draw(tmp_path, "Versions", shown="Lineage"))
     assert "It was never compared with another version." in words
     assert "No server runs; a promotion reaches servers when they start." in words
     assert "Drawn once a version was replayed" in words
@@ -200,6 +201,33 @@ def test_histogram_and_positions_agree_with_the_accept_length(
         assert served.accept_length == pytest.approx(1 + sum(reached) / sum(counts))
 
 
+def test_days_that_are_read_once_and_the_rest_add_up_to_the_whole(
+    house: House, settings_of: Use
+) -> None:
+    from aurora_sgl.store.queries import trends
+    from dashboard import data
+
+    settings_of(house.home)
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    wanted = trends.Filter(house.group_id, hour - timedelta(days=3), hour + timedelta(hours=1))
+    cut = hour - timedelta(hours=1)
+    parts = list(data._parts(wanted, cut))
+    assert (parts[0].since, parts[-1].until) == (wanted.since, wanted.until)
+    assert all(a.until == b.since for a, b in pairwise(parts)) and cut in {p.since for p in parts}
+    assert sum(p.until - p.since == data.DAY for p in parts) >= 2
+    with store.session(house.engine, write=False) as s:
+        whole = trends.trend(s, wanted, "hour", with_histogram=True)
+    found = data.long_trend(house.url, wanted, "hour", cut)
+    assert trends.total(found) == trends.total(whole) and trends.total(whole).requests
+    for key in (lambda p: p.version_id, lambda p: (p.domain, p.bucket)):
+        assert trends.by(found, key) == trends.by(whole, key)
+    by_version = trends.histograms(whole, lambda p: p.version_id)
+    for version, counts in trends.histograms(found, lambda p: p.version_id).items():
+        assert counts == by_version[version][: len(counts)] and sum(counts) == sum(
+            by_version[version]
+        )
+
+
 @pytest.mark.parametrize(
     ("span", "bucket", "points"),
     [
@@ -244,14 +272,14 @@ def test_an_operator_who_became_a_viewer_meanwhile_is_refused(
     settings_of(house.home)
     here = Group(house.url, house.group_id, "default")
     make = version_questions.Questions(here, 4, 3).promote
-    app = draw(house.home, "Versions", "ada", **{dialogs.ASKED: make})
-    try:
-        Accounts(house.home / "dashboard" / "accounts.db").add("ada", "viewer", "another word 12")
-        agree(app, make, "quickly")
-        assert house.live() == 3
-        assert [element.value for element in app.title] == ["Aurora-SGL"]  # the login
-    finally:
-        browser.add_accounts(house.home)
+    # Somebody of this test only: a change of an account ends its logins, also in the browsers.
+    accounts = Accounts(house.home / "dashboard" / "accounts.db")
+    accounts.add("olga", "operator", "a long enough one")
+    app = draw(house.home, "Versions", "olga", **{dialogs.ASKED: make})
+    accounts.add("olga", "viewer", "another word 12")
+    agree(app, make, "quickly")
+    assert house.live() == 3
+    assert [element.value for element in app.title] == ["Aurora-SGL"]  # the login
 
 
 def test_evidence_that_does_not_speak_for_a_version_needs_a_second_yes(

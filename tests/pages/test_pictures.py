@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
 from tests.pages.browser import PAGES, Viewer
 from tests.pages.house import House
@@ -32,19 +32,36 @@ CUT = """() => {
   if (head && title.top < head.getBoundingClientRect().bottom) found.push('the title');
   return found;
 }"""
-#: What is on every page beside its title, and says something.
-TABS = ("By position", "Domain by hour", "Versions at equal depth", "The same numbers")
+#: The page's background is that of the theme.
+THEME = """theme => {
+  const css = getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor;
+  return (Number(css.match(/\\d+/)[0]) < 128) === (theme === 'dark');
+}"""
+TABS = ("By position", "Per step", "Domain by hour", "Versions at equal depth", "The same numbers")
 
 
-def shoot(page: Page, folder: Path, name: str) -> None:
+def shoot(viewer: Viewer, folder: Path, name: str) -> None:
+    page = viewer.page
     page.set_viewport_size({"width": 1440, "height": 900})
     height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
     page.set_viewport_size({"width": 1440, "height": max(900, height + 10)})
     for theme in ("light", "dark"):
         page.emulate_media(color_scheme="dark" if theme == "dark" else "light")
-        page.wait_for_timeout(700)
+        page.wait_for_function(THEME, arg=theme)
+        viewer.settled()
         page.screenshot(path=folder / f"{name}-{theme}.png")
     page.set_viewport_size({"width": 1440, "height": 900})
+
+
+def whole(viewer: Viewer) -> None:
+    """Fails with what is cut. While a part is drawn anew it may be wider for a moment."""
+    for _ in range(20):
+        viewer.settled()
+        cut = viewer.page.evaluate(CUT)
+        if not cut:
+            return
+        viewer.page.wait_for_timeout(500)
+    assert cut == []
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +86,24 @@ def test_a_page_is_drawn_whole_in_both_themes(
     elif name == "Versions":
         page.goto(f"{viewer.url}/versions?version=4")
         page.get_by_role("heading", name="Version 4").wait_for()
-    page.wait_for_timeout(1500)
+    viewer.settled()
     expect(page.get_by_test_id("stException")).to_have_count(0)
     if name != "Training":  # there a failed run is told in red
         expect(page.get_by_test_id("stAlertContentError")).to_have_count(0)
-    assert page.evaluate(CUT) == []
-    shoot(page, folder, name.lower())
+    whole(viewer)
+    shoot(viewer, folder, name.lower())
     if name == "Acceptance":
         for number, tab in enumerate(TABS[1:], 2):
             page.get_by_role("tab", name=tab).click()
-            page.wait_for_timeout(1500)
-            assert page.evaluate(CUT) == []
-            shoot(page, folder, f"acceptance-{number}")
+            expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
+            whole(viewer)
+            shoot(viewer, folder, f"acceptance-{number}")
     if name == "Versions":
+        page.get_by_role("tab", name="Lineage").click()
+        expect(page.locator(".js-plotly-plot")).to_be_visible()
+        whole(viewer)
+        shoot(viewer, folder, "lineage")
         page.get_by_role("button", name="Promote", exact=True).click()
         page.get_by_role("dialog").get_by_role("textbox", name="Reason").wait_for()
-        shoot(page, folder, "promote")
+        shoot(viewer, folder, "promote")
     page.emulate_media(color_scheme="light")

@@ -1,0 +1,114 @@
+"""Now says what an operator should look at, what comes next, and nothing when all is well."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora_sgl import rollout, store
+from aurora_sgl.clock import utc_now
+from aurora_sgl.rollout.switches import turn
+from aurora_sgl.store import queries
+from tests.pages import house as samples
+from tests.pages.house import House
+from tests.pages.test_pages import draw, said
+
+Use = Callable[..., None]
+#: Markdown that would make a browser ask another machine, and how it may not stand on a page.
+PICTURE = "![x](http://192.0.2.1/x.png)"
+ESCAPED = r"!\[x\](http://192.0.2.1/x.png)"
+
+
+@pytest.fixture
+def small(tmp_path: Path, settings_of: Use) -> Iterator[House]:
+    """Two versions, the second one live, two servers that run it, and a few requests."""
+    house = samples.empty(tmp_path)
+    samples.add_servers(house)
+    for parent in (None, 1):
+        samples.add_version(house, parent)
+    for version in house.versions:
+        rollout.promote(house.engine, version, actor="test", reason="go", force=True)
+        house.servers_follow()
+    rng = random.Random(1)
+    for minutes in range(10, 0, -1):
+        house.serve(utc_now() - timedelta(minutes=minutes), 2, steps=25, rng=rng)
+    settings_of(tmp_path)
+    yield house
+    house.engine.dispose()
+
+
+def touch(house: House, boot: int, **columns: Any) -> None:
+    with store.session(house.engine) as s:
+        queries.touch_server(s, house.servers[boot], **columns)
+
+
+def test_nothing_is_wrong_when_servers_run_what_they_should(small: House) -> None:
+    app = draw(small.home, "Now")
+    assert not app.error and not app.warning
+    assert "None: servers run what they should, nothing was lost, nothing drifted." in said(app)
+
+
+def test_a_server_that_runs_something_else_or_is_silent_is_told_with_the_reason(
+    small: House,
+) -> None:
+    touch(small, 77, live_version_id=1, last_error="version 2: sha256 differs from the manifest")
+    touch(small, 78, last_seen_at=utc_now() - timedelta(minutes=7))
+    app = draw(small.home, "Now")
+    (told,) = [element.value for element in app.error]
+    assert "gpu-1:30000 should run version 2 and runs version 1" in told
+    assert "sha256 differs from the manifest" in told
+    assert "gpu-2:30000 was last heard of 7 min ago" in told and "sidecar" in told
+    assert "✖ not heard of since" in said(app)
+    assert "UTC" in said(app).split("not heard of since")[1][:120]  # on hover
+
+
+def test_losses_drift_switches_failed_runs_and_failed_watches_are_told(small: House) -> None:
+    with store.session(small.engine) as s:
+        queries.add_drops(s, small.servers[77], "spool", 1234)
+        queries.add_drift(
+            s, small.group_id, version_id=2, domain=PICTURE, last_request_id=1,
+            accept_length_before=2.1, accept_length_after=1.4, requests_before=60,
+            requests_after=40,
+        )  # fmt: skip
+        run = queries.start_run(s, small.group_id, trigger="drift")
+        queries.finish_run(s, run.id, "failed", error=f"no trace {PICTURE}")
+        for watch in queries.watches(s, small.group_id):
+            queries.end_watch(s, watch, "failed", "accept length 1.31 below 1.52")
+    turn(small.engine, "default", "learning", False, actor="eve", reason=PICTURE)
+    app = draw(small.home, "Now")
+    (severe,) = [element.value for element in app.error]
+    assert "The watch over version 2 failed" in severe and "1.31 below 1.52" in severe
+    (rest,) = [element.value for element in app.warning]
+    for words in (
+        "1,234 at the spool", "fell from 2.10 to 1.40", "Learning is switched off by eve",
+        "The last training run (1) failed: no trace",
+    ):  # fmt: skip
+        assert words in rest, words
+    # What clients and people wrote stays text: no picture of another machine is asked for.
+    assert rest.count(ESCAPED) == 3 and PICTURE not in rest
+
+
+def test_what_the_scheduler_will_do_next_and_why_is_told(small: House) -> None:
+    with store.session(small.engine) as s:
+        queries.set_scheduler_state(
+            s, small.group_id, holder="host:1", state="waiting", reason="140 of 200 new requests",
+            next_action="train on 200 new requests", next_at=utc_now() + timedelta(minutes=20),
+            details={},
+        )  # fmt: skip
+    words = said(draw(small.home, "Now"))
+    assert "waiting: 140 of 200 new requests" in words
+    assert "train on 200 new requests" in words and "in 20 min" in words
+
+
+def test_without_drafts_or_without_timings_the_headline_claims_no_speed_up(small: House) -> None:
+    for boot in small.servers:
+        touch(small, boot, counters={"queue": 0.0})
+    app = draw(small.home, "Now")
+    assert not app.success
+    assert "known once a server has measured steps" in app.info[0].value
+    assert {metric.label: metric.value for metric in app.metric}["Speed-up"] == "–"  # noqa: RUF001
