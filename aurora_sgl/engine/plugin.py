@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aurora_sgl.config import get_settings
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -67,6 +65,8 @@ COMPILED_HOOKS = (
     "sglang.srt.layers.layernorm.RMSNorm.forward_native",
     "sglang.srt.layers.activation.SiluAndMul.forward_native",
     "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native",
+    "sglang.srt.models.llama.LlamaDecoderLayer.forward",
+    "sglang.srt.models.llama_eagle3.LlamaDecoderLayer.forward",
 )
 
 #: Read or called, not hooked.
@@ -129,25 +129,29 @@ def register() -> None:
 
 
 def _register_on_cpu(registry: Any, kinds: Any) -> None:
-    from aurora_sgl.engine.cpu import fused, linear, native
+    from aurora_sgl.engine.cpu import fused, layer, linear, native
     from aurora_sgl.engine.cpu.attention import begin_forward
 
     uses_greedy, linear_loaded, embedding_made, weights_load, weights_end, *metadata = CPU_HOOKS
     registry.register(uses_greedy, _verify_uses_greedy, kinds.REPLACE)
-    if get_settings().cpu_packed_weights:
-        registry.register(
-            linear_loaded, lambda result, method, layer: linear.mark(layer), kinds.AFTER
-        )
-        registry.register(
-            embedding_made, lambda result, layer, *args, **kw: linear.mark(layer), kinds.AFTER
-        )
-        # SGLang's own weight updates change values in place: what was packed is then stale.
-        for name in (weights_load, weights_end):
-            registry.register(name, lambda *args, **kw: linear.forget(), kinds.BEFORE)
+    logger.info("aurora: bfloat16 linear layers: %s", linear.choose().reason)
+    registry.register(linear_loaded, lambda result, method, of: linear.mark(of), kinds.AFTER)
+    registry.register(embedding_made, lambda result, of, *args, **kw: linear.mark(of), kinds.AFTER)
+
+    def forget(*args: Any, **kw: Any) -> None:
+        linear.forget()
+        layer.forget()
+
+    # SGLang's own weight updates change values in place: what was packed is then stale.
+    for name in (weights_load, weights_end):
+        registry.register(name, forget, kinds.BEFORE)
     for name in metadata:
         registry.register(name, lambda *args, **kw: begin_forward(), kinds.BEFORE)
     if native.library() is not None:
-        compiled = (fused.rms_norm, fused.silu_and_mul, fused.rotary)
+        compiled = (
+            fused.rms_norm, fused.silu_and_mul, fused.rotary,
+            layer.target_layer, layer.drafter_layer,
+        )  # fmt: skip
         for name, hook in zip(COMPILED_HOOKS, compiled, strict=True):
             registry.register(name, hook, kinds.AROUND)
 
