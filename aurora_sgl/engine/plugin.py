@@ -51,6 +51,7 @@ CPU_HOOKS = (
     f"{_SPECULATIVE}eagle_utils._verify_uses_greedy",
     "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.process_weights_after_loading",
     "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding.__init__",
+    "sglang.srt.models.llama_eagle3.LlamaModel.__init__",
     f"{_MANAGERS}scheduler_components.weight_updater."
     "SchedulerWeightUpdaterManager._observe_weight_load",
     f"{_MANAGERS}scheduler_components.weight_updater."
@@ -132,11 +133,15 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
     from aurora_sgl.engine.cpu import fused, layer, linear, native
     from aurora_sgl.engine.cpu.attention import begin_forward
 
-    uses_greedy, linear_loaded, embedding_made, weights_load, weights_end, *metadata = CPU_HOOKS
+    uses_greedy, linear_loaded, embedding_made, drafter_made, *updates_and_metadata = CPU_HOOKS
+    weights_load, weights_end, *metadata = updates_and_metadata
     registry.register(uses_greedy, _verify_uses_greedy, kinds.REPLACE)
     logger.info("aurora: bfloat16 linear layers: %s", linear.choose().reason)
     registry.register(linear_loaded, lambda result, method, of: linear.mark(of), kinds.AFTER)
     registry.register(embedding_made, lambda result, of, *args, **kw: linear.mark(of), kinds.AFTER)
+    registry.register(
+        drafter_made, lambda result, of, *args, **kw: linear.route(of.fc), kinds.AFTER
+    )
 
     def forget(*args: Any, **kw: Any) -> None:
         linear.forget()

@@ -196,3 +196,15 @@ def test_without_compiled_kernels_pytorch_or_packed_weights_are_chosen(monkeypat
     layer = torch.nn.Linear(4, 4, bias=False).bfloat16()
     linear.mark(layer)
     assert not hasattr(layer, "use_intel_amx_backend")
+
+
+def test_a_layer_that_sglang_leaves_to_pytorch_is_led_the_same_way():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 64, bias=True).bfloat16()
+    linear.route(layer)
+    x = torch.randn(5, 96).bfloat16()
+    with torch.no_grad():
+        _near(layer(x), x, layer.weight, layer.bias)
+        assert layer(x[None]).shape == (1, 5, 64)
+        whole = layer.float()
+        assert torch.equal(whole(x.float()), F.linear(x.float(), whole.weight, whole.bias))

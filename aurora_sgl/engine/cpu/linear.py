@@ -92,6 +92,17 @@ def mark(layer: torch.nn.Module) -> None:
         layer.use_intel_amx_backend = True  # type: ignore[assignment]
 
 
+def route(layer: torch.nn.Linear) -> None:
+    """The same for a layer that SGLang leaves to PyTorch, such as a drafter's first projection."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 2 or x.dtype != torch.bfloat16:
+            return F.linear(x, layer.weight, layer.bias)
+        return weight_packed_linear(x, layer.weight, layer.bias, True)
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
 def weight_packed_linear(
     x: torch.Tensor,  # [rows, in] bfloat16
     weight: torch.Tensor,  # [out, in] bfloat16
