@@ -100,7 +100,7 @@ def route(layer: torch.nn.Linear) -> None:
             return F.linear(x, layer.weight, layer.bias)
         return weight_packed_linear(x, layer.weight, layer.bias, True)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def weight_packed_linear(
