@@ -136,7 +136,8 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
     uses_greedy, linear_loaded, embedding_made, drafter_made, *updates_and_metadata = CPU_HOOKS
     weights_load, weights_end, *metadata = updates_and_metadata
     registry.register(uses_greedy, _verify_uses_greedy, kinds.REPLACE)
-    logger.info("aurora: bfloat16 linear layers: %s", linear.choose().reason)
+    # SGLang sets its loggers up later.
+    print(f"aurora-sgl: bfloat16 layers: {linear.choose().reason}", file=sys.stderr, flush=True)
     registry.register(linear_loaded, lambda result, method, of: linear.mark(of), kinds.AFTER)
     registry.register(embedding_made, lambda result, of, *args, **kw: linear.mark(of), kinds.AFTER)
     registry.register(
