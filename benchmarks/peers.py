@@ -17,6 +17,7 @@ in an environment of its own: ``python -m venv DIR; DIR/bin/pip install xllamacp
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ PLAIN = "SGLang, plain"
 _FLAGS = ["--max-total-tokens", "24576", "--max-running-requests", "16", "--disable-radix-cache"]
 _AMX = ["--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx"]
 _READY_SECONDS = 120.0
+_DECIDE_SECONDS = 12.0  # the sidecar decides every five
 
 #: Asks one prompt for that many tokens; returns how many came.
 Ask = Callable[[Prompt, int], int]
@@ -111,9 +113,18 @@ def unmodified(model: Path, flags: list[str], threads: int) -> Iterator[tuple[As
 def ours(
     model: Path, drafter: str | None, speculation: str, threads: int
 ) -> Iterator[tuple[Ask, psutil.Process]]:
-    """Our server with everything as it is by default, but for ``AURORA_SPECULATION``."""
+    """Our server with everything as it is by default, but for ``AURORA_SPECULATION``.
+
+    It first finds out, as a running server has, what steps with and without drafts take at each
+    load and what the drafter brings; then what carries drafts is its own choice.
+    """
     environment = {"OMP_NUM_THREADS": str(threads), "AURORA_SPECULATION": speculation}
     with server(model, drafter, flags=_FLAGS, environment=environment) as (process, _):
+        if speculation == "auto":
+            for streams, wish in itertools.product(STREAMS, ("yes", "no")):
+                headers = {"x-aurora-train": "no", "x-aurora-speculate": wish}
+                speed(_sglang(process.url, headers), load(streams), 24, streams)
+            time.sleep(_DECIDE_SECONDS)
         yield _sglang(process.url, {"x-aurora-train": "no"}), psutil.Process(process.pid)
 
 
