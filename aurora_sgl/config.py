@@ -64,11 +64,12 @@ class Settings(BaseSettings):
     """Share of verify steps that carry drafts while they do not pay yet."""
 
     cpu_packed_weights: bool = True
-    """On CPU in bfloat16: keep oneDNN's packed copy of the weights beside them (more memory)."""
+    """On CPU in bfloat16: where a library's packed copy of the weights beside them is the fastest
+    on this machine, keep one (more memory)."""
 
-    cpu_compiled: bool = False
-    """On CPU: compile small operations and attention for this machine once (a C++ compiler). Off
-    until the whole suite has been seen with it."""
+    cpu_compiled: bool = True
+    """On CPU: compile linear layers, attention and small operations for this machine once, which
+    takes a few seconds and a C++ compiler; without one PyTorch's are used."""
 
     attention: str = Field(default="auto", pattern="^(auto|flashinfer|sdpa)$")
     """Attention of training and replay; auto: FlashInfer on CUDA where it works, else PyTorch."""

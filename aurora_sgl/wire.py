@@ -173,6 +173,7 @@ class SetPhase(msgspec.Struct, array_like=True, tag="phase", frozen=True):
 
     share: float
     reason: str
+    accept_length: float = 0.0  # expected of the live version; 0: not known
 
 
 class SetCapture(msgspec.Struct, array_like=True, tag="capture", frozen=True):

@@ -22,6 +22,7 @@ from aurora_sgl.demo.prompts import Prompt, load_prompts, sample_prompts, to_mea
 from aurora_sgl.demo.screen import Screen, VersionRow
 from aurora_sgl.demo.traffic import Sample, Sent, measure, send_all
 from aurora_sgl.demo.trainer import BackgroundTrainer
+from aurora_sgl.engine.launch import value_of
 from aurora_sgl.engine.process import ServerProcess, free_port
 from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.rollout.promote import promote
@@ -31,7 +32,6 @@ from aurora_sgl.store import queries
 from aurora_sgl.training.replay import Replayed
 from aurora_sgl.training.statistics import paired_difference
 
-DEPTH, TOPK, NODES = 3, 4, 8
 TRAIN_EVERY = 40  # served requests between training runs
 MAX_TOKENS = 64  # of one answer: keeps the first improvement within minutes on two cores
 MEASURED = 24  # held-out prompts, of all domains
@@ -42,9 +42,6 @@ _SWAP_SECONDS = 60.0
 SERVER_FLAGS = [
     *("--max-total-tokens", "16384"),
     *("--max-running-requests", "16"),
-    *("--speculative-num-steps", str(DEPTH)),
-    *("--speculative-eagle-topk", str(TOPK)),
-    *("--speculative-num-draft-tokens", str(NODES)),
 ]
 
 
@@ -92,7 +89,7 @@ def run(
     with Screen(quiet=as_json) as screen:
         screen.say(ready.note)
         pages = DashboardProcess(settings.home / "logs" / "dashboard.log", screen.say)
-        demo = _Demo(settings, engine, server, screen, chosen, requests, stop)
+        demo = _Demo(settings, engine, server, screen, chosen, requests, stop, _shape(ready.flags))
         if dashboard and not stop:
             demo.dashboard = pages
         try:
@@ -111,6 +108,14 @@ def run(
         else:
             screen.say(_sentence(summary))
     return 130 if failed else 0
+
+
+def _shape(flags: list[str]) -> dict[str, int]:
+    """The draft shape that the server was given, under the names that training calls it by."""
+    names = {"depth": "num-steps", "topk": "eagle-topk", "nodes": "num-draft-tokens"}
+    return {
+        name: int(value_of(flags, f"--speculative-{flag}") or 0) for name, flag in names.items()
+    }
 
 
 def _interrupt(*_: object) -> None:
@@ -140,14 +145,14 @@ class _Demo:
         prompts: list[Prompt],
         requests: int | None,
         stop: bool,
+        shape: dict[str, int],  # depth, topk, nodes
     ) -> None:
+        self.shape = shape
         self.settings, self.engine, self.server, self.screen = settings, engine, server, screen
         self.requests, self.stop = requests, stop
         self.to_serve = to_serve(prompts)
         self.held_out = _spread(to_measure(prompts), MEASURED)
-        self.trainer = BackgroundTrainer(
-            {"depth": DEPTH, "topk": TOPK, "nodes": NODES}, {"AURORA_HOME": str(settings.home)}
-        )
+        self.trainer = BackgroundTrainer(dict(shape), {"AURORA_HOME": str(settings.home)})
         self.dashboard: DashboardProcess | None = None
         self.sent: list[Sent] = []
         self.failed = 0
@@ -340,7 +345,7 @@ class _Demo:
         """Every version of the group, and what it reached on the served requests."""
         served = {
             one.version_id: one
-            for one in queries.accept_length_by_version(s, self.group_id, depth=DEPTH)
+            for one in queries.accept_length_by_version(s, self.group_id, depth=self.shape["depth"])
         }
         return [(one, served.get(one.id)) for one in queries.versions(s, self.group_id)]
 

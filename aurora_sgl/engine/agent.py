@@ -8,6 +8,7 @@ Whatever goes wrong here is logged once and switched off: serving goes on.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from aurora_sgl.engine import labels
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.companion import ENDPOINT_VARIABLE
-from aurora_sgl.engine.policy import SpeculationPolicy
+from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
 from aurora_sgl.engine.recorder import (
     Recorder,
     RequestState,
@@ -37,6 +38,7 @@ from aurora_sgl.engine.swap_driver import SwapDriver
 logger = logging.getLogger("aurora_sgl")
 
 _HELLO_SECONDS = 2.0
+_MOST_KEEPING = 4096  # requests that were aborted before their prefill stay in the set
 
 
 class Agent:
@@ -64,7 +66,14 @@ class Agent:
         )
         can_skip = bool(description["plain_steps_possible"])
         share = {"on": 1.0, "off": 0.0, "auto": settings.explore_share}[settings.speculation]
-        self.policy = SpeculationPolicy(share if can_skip else 1.0)
+        self.policy = SpeculationPolicy(
+            share if can_skip else 1.0,
+            by_size=can_skip and settings.speculation == "auto",
+            explore_share=settings.explore_share,
+        )
+        # What steps take differs by rank, and all ranks must make the same step.
+        self.may_drop = self.policy.by_size and int(description["tp_size"]) == 1
+        self._keeping: dict[str, float] = {}  # id of a request, until prefilled -> steps
         self.can_skip = can_skip
         target_model = worker.target_worker.model_runner.model
         self.capture = Capture(self.channel, self.boot_id) if self.channel else None
@@ -114,10 +123,17 @@ class Agent:
         if not self.can_skip:
             return False
         states = [getattr(req, "_aurora", None) for req in batch.reqs]
-        return not any(state is not None and state.speculates for state in states)
+        drafting = [state for state in states if state is not None and state.speculates]
+        if drafting and self.may_drop and not self.policy.keeps(len(batch.reqs)):
+            for state in drafting:
+                state.speculates = state.keeps > 0
+                state.keeps -= 1
+            drafting = [state for state in drafting if state.speculates]
+        return not drafting
 
     def account_step(self, batch_size: int, *, plain: bool, seconds: float) -> None:
         self.recorder.live.steps_since_swap += 1
+        self.policy.swapped(self.recorder.live.swap_count)
         self.policy.account(speculative=not plain, batch_size=batch_size, seconds=seconds)
 
     def observe_prefill(self, batch: Any, result: Any) -> None:
@@ -141,6 +157,7 @@ class Agent:
                     speculates=_DRAFTS in chosen,
                     traced=self.capture is not None and chosen.endswith(_TRACED),
                     follow=self.leads,
+                    keeps=self._keeping.pop(req.rid, 0.0),
                 )
                 if admitted is not None:
                     records.append(admitted[1])
@@ -159,7 +176,7 @@ class Agent:
                 to_host(last) if last is not None else None,
             )
 
-    def _admit(self, recv_req: Any) -> None:
+    def _admit(self, recv_req: Any, batch_size: int) -> None:
         """Before a request is queued: choose what is done with it, and its cache namespace.
 
         The choice travels in the namespace, so that all ranks make the same one.
@@ -171,7 +188,14 @@ class Agent:
         """
         said = labels.read(recv_req.sampling_params)
         wish = said.speculate if self.can_skip else True
-        speculates = self.policy.admit() if wish is None else wish
+        if wish is None:
+            admission = self.policy.admit(batch_size)
+            speculates = admission is not Admission.PLAIN
+            keeps = float(TRY_STEPS) if admission is Admission.TRIES else 0.0
+        else:
+            speculates, keeps = wish, math.inf
+        if speculates and keeps and len(self._keeping) < _MOST_KEEPING:
+            self._keeping[recv_req.rid] = keeps
         traced = self.capture is not None and self.recorder.choose_to_trace(said)
         key = f"aurora:{self.recorder.live.swap_count}"
         key += f"{_DRAFTS if speculates else ''}{_TRACED if traced else ''}"
@@ -225,6 +249,13 @@ class Agent:
             return
         accept_lens = result.accept_lens.tolist()
         records = self.recorder.verify_steps(batch, seen, accept_lens, tracked)
+        if seen.depth > 0:
+            whole = [
+                accept_lens[row] - 1
+                for row, _, state, _ in tracked
+                if not state.holes and state.swap_count == seen.swap_count
+            ]
+            self.policy.observe(seen.swap_count, len(whole), sum(whole))
         for row, req, state, before in tracked:
             if state.traced and self.capture and seen.aux is not None:
                 self.capture.verify_rows(req, state, row, before, accept_lens[row], seen)
@@ -264,13 +295,16 @@ class Agent:
     def poll(self, recv_reqs: list[Any] | None) -> None:
         """Between two steps, on the leading rank, before what was received goes to all ranks:
         choose what is done with new requests, send what waits, take commands."""
+        size = self.recorder.running + self.queue
         for received in recv_reqs or ():
             name = type(received).__name__
             if name == "TokenizedGenerateReqInput":
-                self._admit(received)
+                size += 1
+                self._admit(received, size)
             elif name == "BatchTokenizedGenerateReqInput":
                 for one in received:
-                    self._admit(one)
+                    size += 1
+                    self._admit(one, size)
         if self.channel is None:
             return
         now = time.monotonic()
@@ -316,7 +350,9 @@ class Agent:
                 self.recorder.live.version_id = command.version_id
         elif isinstance(command, wire.SetPhase):
             if self.can_skip:
+                self.policy.swapped(self.recorder.live.swap_count)
                 self.policy.share = command.share
+                self.policy.hoped = command.accept_length or None
         elif isinstance(command, wire.SetCapture):
             self.recorder.capture_share = command.share
         else:

@@ -46,6 +46,12 @@ def value_of(args: list[str], flag: str) -> str | None:
     return None
 
 
+def _cpu_shape() -> dict[str, str]:
+    from aurora_sgl.engine.cpu import shape
+
+    return shape.choose().flags
+
+
 def server_flags(
     model: str, drafter: str | None, algorithm: str, args: list[str], *, on_cpu: bool
 ) -> list[str]:
@@ -68,7 +74,7 @@ def server_flags(
             "--speculative-draft-model-path": drafter,
         }
         if not _given(args, "--speculative-num-steps"):
-            defaults |= _TREE_FLAGS
+            defaults |= _cpu_shape() if on_cpu else _TREE_FLAGS
     if on_cpu:
         defaults |= _CPU_FLAGS
         if not _given(args, "--dtype"):

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aurora_sgl.config import get_settings
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -53,6 +51,7 @@ CPU_HOOKS = (
     f"{_SPECULATIVE}eagle_utils._verify_uses_greedy",
     "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.process_weights_after_loading",
     "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding.__init__",
+    "sglang.srt.models.llama_eagle3.LlamaModel.__init__",
     f"{_MANAGERS}scheduler_components.weight_updater."
     "SchedulerWeightUpdaterManager._observe_weight_load",
     f"{_MANAGERS}scheduler_components.weight_updater."
@@ -67,6 +66,8 @@ COMPILED_HOOKS = (
     "sglang.srt.layers.layernorm.RMSNorm.forward_native",
     "sglang.srt.layers.activation.SiluAndMul.forward_native",
     "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native",
+    "sglang.srt.models.llama.LlamaDecoderLayer.forward",
+    "sglang.srt.models.llama_eagle3.LlamaDecoderLayer.forward",
 )
 
 #: Read or called, not hooked.
@@ -129,25 +130,34 @@ def register() -> None:
 
 
 def _register_on_cpu(registry: Any, kinds: Any) -> None:
-    from aurora_sgl.engine.cpu import fused, linear, native
+    from aurora_sgl.engine.cpu import fused, layer, linear, native
     from aurora_sgl.engine.cpu.attention import begin_forward
 
-    uses_greedy, linear_loaded, embedding_made, weights_load, weights_end, *metadata = CPU_HOOKS
+    uses_greedy, linear_loaded, embedding_made, drafter_made, *updates_and_metadata = CPU_HOOKS
+    weights_load, weights_end, *metadata = updates_and_metadata
     registry.register(uses_greedy, _verify_uses_greedy, kinds.REPLACE)
-    if get_settings().cpu_packed_weights:
-        registry.register(
-            linear_loaded, lambda result, method, layer: linear.mark(layer), kinds.AFTER
-        )
-        registry.register(
-            embedding_made, lambda result, layer, *args, **kw: linear.mark(layer), kinds.AFTER
-        )
-        # SGLang's own weight updates change values in place: what was packed is then stale.
-        for name in (weights_load, weights_end):
-            registry.register(name, lambda *args, **kw: linear.forget(), kinds.BEFORE)
+    # SGLang sets its loggers up later.
+    print(f"aurora-sgl: bfloat16 layers: {linear.choose().reason}", file=sys.stderr, flush=True)
+    registry.register(linear_loaded, lambda result, method, of: linear.mark(of), kinds.AFTER)
+    registry.register(embedding_made, lambda result, of, *args, **kw: linear.mark(of), kinds.AFTER)
+    registry.register(
+        drafter_made, lambda result, of, *args, **kw: linear.route(of.fc), kinds.AFTER
+    )
+
+    def forget(*args: Any, **kw: Any) -> None:
+        linear.forget()
+        layer.forget()
+
+    # SGLang's own weight updates change values in place: what was packed is then stale.
+    for name in (weights_load, weights_end):
+        registry.register(name, forget, kinds.BEFORE)
     for name in metadata:
         registry.register(name, lambda *args, **kw: begin_forward(), kinds.BEFORE)
     if native.library() is not None:
-        compiled = (fused.rms_norm, fused.silu_and_mul, fused.rotary)
+        compiled = (
+            fused.rms_norm, fused.silu_and_mul, fused.rotary,
+            layer.target_layer, layer.drafter_layer,
+        )  # fmt: skip
         for name, hook in zip(COMPILED_HOOKS, compiled, strict=True):
             registry.register(name, hook, kinds.AROUND)
 

@@ -37,6 +37,7 @@ class RequestState:
     speculates: bool
     greedy: bool
     swap_count: int  # of the server when the request was first prefilled
+    keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     steps: int = 0
     proposed: int = 0
     accepted: int = 0
@@ -161,11 +162,11 @@ class Recorder:
         return True
 
     def admit(
-        self, req: Any, *, speculates: bool, traced: bool, follow: bool
+        self, req: Any, *, speculates: bool, traced: bool, follow: bool, keeps: float = 0.0
     ) -> tuple[RequestState, wire.Record] | None:
         """Register a request at its first prefill; None for warm-ups and health checks.
 
-        ``follow``: whether this rank records it to its end.
+        ``follow``: whether this rank records it to its end; ``keeps``: see ``RequestState``.
         """
         said = labels.read(req.sampling_params)
         if said.warmup or str(req.rid).startswith("HEALTH_CHECK"):
@@ -179,6 +180,7 @@ class Recorder:
             speculates=speculates,
             greedy=is_greedy(req.sampling_params),
             swap_count=self.live.swap_count,
+            keeps=keeps,
         )
         req._aurora = state
         if follow:

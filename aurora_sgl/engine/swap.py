@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from aurora_sgl.drafter.checkpoint import WEIGHTS, content_sha256
 from aurora_sgl.engine.cpu import linear
+from aurora_sgl.engine.cpu.packed import Packed, pack
 
 #: SGLang fuses these; (name in the file, name in the model, shard id of the weight loader).
 _FUSED = (
@@ -78,7 +79,7 @@ class Staged:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     shadows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
-    packed: dict[str, linear.Packed] = field(default_factory=dict)  # see engine.cpu.linear
+    packed: dict[str, Packed] = field(default_factory=dict)
     hot: torch.Tensor | None = None  # [draft vocab] target ids; None: the draft vocabulary stays
     staged_ms: float = 0.0
 
@@ -186,7 +187,7 @@ class Swapper:
         """Where the CPU kernels keep packed copies of weights, make those of the shadows too."""
         for name, shadow in staged.shadows.items():
             if linear.uses(self._parameters[name]):
-                staged.packed[name] = linear.pack(shadow)
+                staged.packed[name] = pack(shadow)
 
     def _load(
         self, shadow: torch.nn.Parameter, tensor: torch.Tensor, home: Home, name: str

@@ -29,12 +29,29 @@ class Expected:
     source: str  # for the reason that people read
 
 
+_BY_SIZE = "break_even_"
+
+
+def by_size(counters: Mapping[str, float]) -> dict[int, float]:
+    """Break-even accept length by the least of each group of batch sizes, as the engine tells."""
+    found = {
+        int(name.removeprefix(_BY_SIZE)): float(value)
+        for name, value in counters.items()
+        if name.startswith(_BY_SIZE)
+    }
+    return dict(sorted(found.items()))
+
+
 def break_even(counters: Mapping[str, float]) -> float | None:
-    """The accept length at which a speculative step pays for itself.
+    """The accept length at which a speculative step pays for itself, where it does so soonest.
 
     Median time of a speculative step (drafts and verify) over that of a plain one, as the engine
-    measured them. None while one of them is missing.
+    measured them, at the batch size where that is least: the engine itself leaves drafts out at
+    those where they lose. None while one of them is missing.
     """
+    sizes = by_size(counters)
+    if sizes:
+        return min(sizes.values())
     plain, spec = counters.get("step_ms_plain", 0.0), counters.get("step_ms_spec", 0.0)
     return spec / plain if plain > 0 and spec > 0 else None
 
@@ -57,6 +74,7 @@ def decide(
     hoped: Expected | None,
     now: str,
     plain_steps_possible: bool = True,
+    sizes: Mapping[int, float] | None = None,  # break-even by requests at once, to be told
 ) -> Phase:
     """The phase for ``Settings.speculation`` = ``mode``; ``now`` is the present phase's name."""
     if not plain_steps_possible:
@@ -71,6 +89,8 @@ def decide(
         return Phase(EXPLORING, explore_share, "accept length of the live drafter not known yet")
     bar = needed if now == SPECULATING else needed * MARGIN
     said = f"accept length {hoped.accept_length:.2f} ({hoped.source}), break-even {needed:.2f}"
+    if sizes and len(sizes) > 1:
+        said += f" ({', '.join(f'{at} at once: {bar:.2f}' for at, bar in sizes.items())})"
     if hoped.accept_length > bar:
         return Phase(SPECULATING, 1.0, f"drafts pay: {said}")
     return Phase(EXPLORING, explore_share, f"drafts do not pay yet: {said}")

@@ -198,11 +198,17 @@ class Reconciler:
             hoped,
             self.phase.name,
             hello.server.get("plain_steps_possible") is not False,
+            phase.by_size(hello.counters),
         )
         if (decided.name, decided.share) != (self.phase.name, self.phase.share):
             log.info("%s, share %.2f: %s", decided.name, decided.share, decided.reason)
-        said = float(hello.counters.get("speculation_share", -1.0))
-        if said == decided.share or self._send(wire.SetPhase(decided.share, decided.reason)):
+        length = round(hoped.accept_length, 2) if hoped is not None else 0.0
+        said = (
+            float(hello.counters.get("speculation_share", -1.0)),
+            float(hello.counters.get("hoped_accept_length", length)),
+        )
+        wanted = (decided.share, length)
+        if said == wanted or self._send(wire.SetPhase(decided.share, decided.reason, length)):
             self.phase = decided
 
     @staticmethod

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 
 from aurora_sgl.engine import labels
-from aurora_sgl.engine.policy import SpeculationPolicy
+from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
@@ -21,7 +22,7 @@ def test_steps_with_drafts_stay_near_their_share(share: float, streams: int) -> 
     running: list[tuple[int, bool]] = []  # steps left, speculates
     for _ in range(20_000):
         while len(running) < streams:
-            running.append((rng.randint(20, 100), policy.admit()))
+            running.append((rng.randint(20, 100), policy.admit() is not Admission.PLAIN))
         drafts = any(speculates for _, speculates in running)
         policy.account(speculative=drafts, batch_size=streams, seconds=0.001)
         running = [(left - 1, speculates) for left, speculates in running if left > 1]
@@ -42,6 +43,125 @@ def test_step_times_are_compared_at_one_batch_size_only_when_both_kinds_are_know
         policy.account(speculative=True, batch_size=1, seconds=0.014)
     assert policy.counters()["step_ms_plain"] == pytest.approx(10.0)
     assert policy.counters()["step_ms_spec"] == pytest.approx(14.0)
+
+
+#: Time of a step with drafts over that of one without, by requests at once.
+RATIOS = {1: 1.3, 2: 1.4, 4: 1.6, 8: 1.9, 16: 2.4}
+
+
+@dataclass
+class Running:
+    left: float  # tokens
+    drafts: bool
+    keeps: float  # steps
+
+
+class House:
+    """A server whose steps take as long, and bring as much, as the test says; its own clock."""
+
+    def __init__(self, policy: SpeculationPolicy, accept_length: float) -> None:
+        self.policy, self.accept_length = policy, accept_length
+        self.random = random.Random(0)
+
+    def begin(self, size: int) -> Running:
+        admitted = self.policy.admit(size)
+        keeps = TRY_STEPS if admitted is Admission.TRIES else 0
+        return Running(64.0, admitted is not Admission.PLAIN, keeps)
+
+    def speed_up(self, streams: int, tokens: int) -> float:
+        """Tokens per second over those without drafts; requests of 64 tokens, then the next."""
+        spent = plain = made = 0.0
+        running: list[Running] = []
+        while made < tokens:
+            while len(running) < streams:
+                running.append(self.begin(len(running) + 1))
+            drafting = [one for one in running if one.drafts]
+            if drafting and not self.policy.keeps(streams):
+                for one in drafting:
+                    one.drafts = one.keeps > 0
+                    one.keeps -= 1
+                drafting = [one for one in drafting if one.drafts]
+            base = 0.030 * (1 + 0.02 * streams)
+            ratio = RATIOS[1 << (streams.bit_length() - 1)] if drafting else 1.0
+            seconds = base * ratio * self.random.gauss(1.0, 0.05)
+            self.policy.account(speculative=bool(drafting), batch_size=streams, seconds=seconds)
+            accepted = 0
+            for one in running:
+                brought = 1.0
+                if one.drafts:
+                    more = self.random.random() < self.accept_length % 1
+                    brought = int(self.accept_length) + more
+                    accepted += int(brought) - 1
+                one.left -= brought
+                made += brought
+                plain += brought * base / streams
+            if drafting:
+                self.policy.observe(0, len(drafting), accepted)
+            spent += seconds
+            running = [one for one in running if one.left > 0]
+        return plain / spent
+
+
+@pytest.mark.parametrize("accept_length", [1.0, 1.35, 1.75, 2.6])
+@pytest.mark.parametrize("streams", [1, 4, 16])
+def test_drafts_never_cost_more_than_a_fiftieth_at_any_load(streams, accept_length) -> None:
+    policy = SpeculationPolicy(1.0)
+    house = House(policy, accept_length)
+    house.speed_up(streams, 4000)  # finds out what both kinds of steps take
+    ratio = RATIOS[streams]
+    speed_up = house.speed_up(streams, 40_000)
+    assert speed_up >= 0.98
+    if accept_length > 1.1 * ratio:
+        assert speed_up >= 0.97 * accept_length / ratio
+    if accept_length < ratio:
+        assert policy.pays(streams) is False
+
+
+def test_a_load_at_which_drafts_lose_leaves_them_to_another_at_which_they_pay() -> None:
+    house = House(SpeculationPolicy(1.0), 1.8)
+    for streams in (1, 16):
+        house.speed_up(streams, 4000)
+    for _ in range(3):
+        assert house.speed_up(16, 8000) >= 0.98
+        assert house.speed_up(1, 8000) >= 1.3
+    counters = house.policy.counters()
+    assert counters["break_even_1"] == pytest.approx(1.3, abs=0.05)
+    assert counters["break_even_16"] == pytest.approx(2.4, abs=0.1)
+
+
+def test_drafts_come_back_when_a_better_drafter_is_live_or_the_traffic_suits_it_again() -> None:
+    house = House(SpeculationPolicy(1.0), 1.0)
+    house.speed_up(4, 8000)
+    assert house.policy.admit(4) is not Admission.DRAFTS
+    house.policy.swapped(1)
+    house.policy.hoped = 2.1  # as replay says of the new version
+    assert house.policy.admit(4) is Admission.DRAFTS
+    house.policy.swapped(0)
+    house.accept_length = 1.1  # live traffic says otherwise
+    assert house.speed_up(4, 20_000) >= 0.97
+    assert house.policy.pays(4) is False
+    house.accept_length = 2.5  # and now it suits: those that try find out
+    house.speed_up(4, 200_000)
+    assert house.policy.pays(4) is True
+
+
+def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:
+    house = House(SpeculationPolicy(1.0, by_size=False), 1.0)
+    house.speed_up(16, 4000)
+    assert house.policy.plain_steps == 0
+    assert house.policy.keeps(16) and house.policy.admit(16) is Admission.DRAFTS
+
+
+def test_an_expectation_of_another_version_is_forgotten_with_it() -> None:
+    policy = SpeculationPolicy(1.0)
+    policy.hoped = 2.0
+    policy.observe(0, 100, 50)
+    assert policy.accept_length == pytest.approx(1.5)
+    policy.swapped(1)
+    assert policy.accept_length is None
+    policy.hoped = 1.9
+    policy.observe(1, 10, 0)
+    assert policy.accept_length == 1.9
 
 
 def serve_with_headers(headers: dict[str, str], params: SimpleNamespace, warmup: bool) -> None:

@@ -14,6 +14,17 @@ def test_break_even_is_the_ratio_of_step_times_and_unknown_while_one_is_missing(
     assert phase.break_even({"step_ms_plain": 0.0, "step_ms_spec": 65.0}) is None
 
 
+def test_break_even_is_that_of_the_batch_size_where_drafts_pay_soonest() -> None:
+    counters = {"break_even_16": 2.2, "break_even_1": 1.3, "step_ms_plain": 9.0}
+    assert phase.by_size(counters) == {1: 1.3, 16: 2.2}
+    assert phase.break_even(counters) == 1.3
+    decided = phase.decide(
+        "auto", 0.1, 1.3, Expected(1.5, "replay"), "", sizes=phase.by_size(counters)
+    )
+    assert decided.name == "speculating"
+    assert decided.reason.endswith("break-even 1.30 (1 at once: 1.30, 16 at once: 2.20)")
+
+
 def test_measured_steps_count_more_than_replay_once_there_are_enough() -> None:
     assert phase.expected(1.4, 199, 199) == Expected(1.4, "replay")
     measured = phase.expected(1.4, 200, 100)

@@ -48,6 +48,41 @@ def _cached(
     return plan
 
 
+def compiled_decode_plan(
+    table: torch.Tensor,  # [rows, pool_len] int32
+    rows: torch.Tensor,  # [batch] row of the table
+    lengths: torch.Tensor,  # [batch] tokens, with the new one
+    window: int,
+) -> ForwardPlan:
+    """What the compiled attention of this forward reads: one new token per request."""
+    key = ("compiled", id(table), id(lengths), window)
+    plan = _cached(key, (table, lengths))
+    if not isinstance(plan, ForwardPlan):
+        plan = _plans[key] = ForwardPlan(table, rows, lengths, window=window)
+    return plan
+
+
+def compiled_extend_plan(
+    table: torch.Tensor,  # [rows, pool_len] int32
+    rows: torch.Tensor,  # [batch] row of the table
+    lengths: torch.Tensor,  # [batch] tokens, with the new ones
+    news: torch.Tensor,  # [batch] new tokens
+    starts: torch.Tensor,  # [batch] first query row
+    window: int,
+    tree_mask: torch.Tensor | None,  # [batch * nodes * nodes] bool
+    causal: bool,
+) -> ForwardPlan:
+    """The same for several new tokens per request, which see each other causally or as a tree."""
+    key = ("compiled", id(table), id(lengths), id(news), window, causal)
+    plan = _cached(key, (table, lengths, news))
+    if not isinstance(plan, ForwardPlan):
+        plan = _plans[key] = ForwardPlan(
+            table, rows, lengths, window=window, news=news, starts=starts, tree_mask=tree_mask,
+            causal=causal,
+        )  # fmt: skip
+    return plan
+
+
 def _attend(
     q: torch.Tensor,  # [rows, heads, dim]
     o: torch.Tensor,  # [rows, heads, value dim], written
@@ -133,11 +168,13 @@ def decode_attention_cpu(
     if k is not None and v is not None:
         k_buffer[loc] = k.view(-1, *k_buffer.shape[1:])
         v_buffer[loc] = v.view(-1, *v_buffer.shape[1:])
+    plan: list[_Rows] | ForwardPlan | None
+    if compiled_attention.fits(req_to_token, q, k_buffer, v_buffer):
+        plan = compiled_decode_plan(req_to_token, req_pool_indices, seq_lens, sliding_window)
+        _attend(q, o, k_buffer, v_buffer, plan, sm_scale, logit_cap)
+        return
     key = ("decode", id(req_to_token), id(seq_lens), sliding_window)
     plan = _cached(key, (req_to_token, seq_lens))
-    if plan is None and compiled_attention.fits(req_to_token, q, k_buffer, v_buffer):
-        plan = ForwardPlan(req_to_token, req_pool_indices, seq_lens, window=sliding_window)
-        _plans[key] = plan
     if plan is None:
         lengths = seq_lens.to(torch.int64)
         longest = int(lengths.max())
@@ -186,24 +223,18 @@ def extend_attention_cpu(
     _refuse(is_cross_attn, sinks, k_buffer)
     if q_extend.shape[0] == 0:
         return
+    plan: list[_Rows] | ForwardPlan | None
+    if max_len_extend <= compiled_attention.LONGEST and compiled_attention.fits(
+        req_to_token, q_extend, k_buffer, v_buffer
+    ):
+        plan = compiled_extend_plan(
+            req_to_token, req_pool_indices, seq_lens, extend_seq_lens, extend_start_loc,
+            sliding_window, tree_mask, is_causal,
+        )  # fmt: skip
+        _attend(q_extend, o_extend, k_buffer, v_buffer, plan, sm_scale, logit_cap)
+        return
     key = ("extend", id(req_to_token), id(seq_lens), id(extend_seq_lens), sliding_window, is_causal)
     plan = _cached(key, (req_to_token, seq_lens, extend_seq_lens))
-    if (
-        plan is None
-        and max_len_extend <= compiled_attention.LONGEST
-        and compiled_attention.fits(req_to_token, q_extend, k_buffer, v_buffer)
-    ):
-        plan = ForwardPlan(
-            req_to_token,
-            req_pool_indices,
-            seq_lens,
-            window=sliding_window,
-            news=extend_seq_lens,
-            starts=extend_start_loc,
-            tree_mask=tree_mask,
-            causal=is_causal,
-        )
-        _plans[key] = plan
     if plan is None:
         plan = _plan_extend(
             req_to_token[req_pool_indices.to(torch.int64)],

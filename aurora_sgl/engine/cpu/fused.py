@@ -101,7 +101,7 @@ def rotate(
 # -- hooks around the native functions of SGLang's layers ------------------------------------------
 
 
-def _plain(layer: Any) -> bool:
+def plain_norm(layer: Any) -> bool:
     """Whether this RMSNorm has none of the variants that the compiled one lacks."""
     return not (
         layer.cast_x_before_out_mul
@@ -121,7 +121,7 @@ def rms_norm(
     **kw: Any,
 ) -> Any:
     """Around ``RMSNorm.forward_native``."""
-    if post_residual_addition is None and _plain(layer):
+    if post_residual_addition is None and plain_norm(layer):
         out = norm(x, residual, layer.weight, layer.variance_epsilon)
         if out is not None:
             return out if residual is None else (out, residual)

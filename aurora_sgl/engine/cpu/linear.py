@@ -1,96 +1,70 @@
-"""bfloat16 linear layers on CPU through weights that are packed once.
+"""bfloat16 linear layers on CPU: which of three ways is fastest on this machine, and those ways.
 
-``F.linear`` reorders its weight at every call. With the weight packed beforehand by oneDNN the same
-product, bit for bit, took half of the time for up to 8 rows and 0.73 of it for 32 (SmolLM2-135M's
-layers, AVX-512 bfloat16, one thread).
-
-Without bfloat16 in the CPU, oneDNN's kernels take several times as long as float32 from 8 rows on.
-There FBGEMM's kernels serve: weights in float16, activations and sums in float32, the result
-rounded to bfloat16. At 1, 8, 64 and 256 rows that took 0.95, 0.40, 0.39 and 0.25 of the time of
-oneDNN's (Ice Lake, one thread). bfloat16 weights are exact in float16 but for those near zero; a
-layer in which that would matter stays with oneDNN.
-
-SGLang's own switch for packed weights, ``use_intel_amx_backend`` on the layer, leads its layers and
-its logits processor here.
+``own``: our compiled kernel (``linear.h``), which reads the weight where it lies. ``packed``: a
+library's kernel with a copy of the weight in its layout (``packed.py``). ``torch``: ``F.linear``,
+which lays the weight out anew at every call. What wins depends on the processor's instructions and
+the compiler, so :func:`choose` times all three at start, for few rows and for many, and checks our
+kernel's result. SGLang's own switch for packed weights, ``use_intel_amx_backend`` on the layer,
+leads its layers and its logits processor here.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from aurora_sgl.machine import cpu_flags, native_bfloat16
-
-log = logging.getLogger(__name__)
+from aurora_sgl.config import get_settings
+from aurora_sgl.engine.cpu import native
+from aurora_sgl.engine.cpu.packed import Packed, pack, supported
 
 KERNELS = ("weight_packed_linear",)
 
-_ROWS_HINT = 4  # what a verify step has; measured to be no worse at 1 to 512 rows
-#: Largest error of a weight in float16 against the largest weight of its row: bfloat16's own half
-#: unit in the last place.
-_TOLERANCE = 2.0**-9
+logger = logging.getLogger("aurora_sgl")
 
-
-@dataclass(frozen=True)
-class Packed:
-    """A weight in a library's own layout: oneDNN's bfloat16 or FBGEMM's float16, or as it was where
-    neither takes it."""
-
-    weight: torch.Tensor | None = None
-    onednn: torch.Tensor | None = None
-    fbgemm: Any = None  # torch.ScriptObject
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.weight is not None:
-            made = F.linear(x, self.weight, bias)
-        elif self.onednn is not None:
-            made = torch.ops.mkldnn._linear_pointwise(x, self.onednn, bias, "none", [], "")
-        else:
-            made = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.fbgemm)
-            made = (made if bias is None else made.add_(bias)).to(x.dtype)
-        return made
-
+OWN, PACKED, TORCH = "own", "packed", "torch"
+FEW = 32  # rows up to which the choice for few rows holds
+_GAIN = 1.15  # how much faster another way must be than ours: it copies the weights
 
 _packed: dict[int, tuple[torch.Tensor, Packed]] = {}  # address -> (weight, packed weight)
 
 
-def supported() -> bool:
-    """Whether this machine has either library's kernels."""
-    return _has_onednn() or prefers_float16()
+@dataclass(frozen=True)
+class Choice:
+    """How bfloat16 linear layers are computed on this machine."""
+
+    few: str  # own | packed | torch, up to FEW rows
+    many: str  # the same, for more rows
+    reason: str  # for the log
 
 
-def _has_onednn() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def own(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear`` for x [rows, in] and weight [out, in] of one dtype, by the compiled kernel."""
+    rows, outs = x.shape[0], weight.shape[0]
+    y = torch.empty((rows, outs), dtype=x.dtype)
+    library: Any = native.library()
+    library.aurora_linear(
+        native.KINDS[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), y.data_ptr(), outs, rows, x.shape[1], outs,
+    )  # fmt: skip
+    return y
 
 
-def prefers_float16() -> bool:
-    """Whether FBGEMM's float16 kernels are the faster ones here."""
+def fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether :func:`own` covers these tensors."""
     return (
-        not native_bfloat16()
-        and "avx2" in cpu_flags()
-        and "fbgemm" in torch.backends.quantized.supported_engines
+        x.dim() == 2
+        and x.stride(1) == 1
+        and weight.is_contiguous()
+        and weight.dtype == x.dtype
+        and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
     )
-
-
-def pack(weight: torch.Tensor) -> Packed:
-    """The weight [out, in] for the fastest kernels that keep to bfloat16's own error."""
-    weight = weight.detach()
-    if prefers_float16():
-        if _fits_float16(weight):
-            return Packed(fbgemm=torch.ops.quantized.linear_prepack_fp16(weight.float(), None))
-        log.info("a weight of shape %s does not fit float16", tuple(weight.shape))
-    if not _has_onednn():
-        return Packed(weight=weight)
-    return Packed(onednn=torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT))
-
-
-def _fits_float16(weight: torch.Tensor) -> bool:
-    error = (weight.half().float() - weight.float()).abs().amax(1)
-    return bool((error <= _TOLERANCE * weight.float().abs().amax(1)).all())
 
 
 def replace(weight: torch.Tensor, packed: Packed) -> None:
@@ -112,8 +86,21 @@ def forget() -> None:
 def mark(layer: torch.nn.Module) -> None:
     """Have SGLang call :func:`weight_packed_linear` for this layer, if its weight is bfloat16."""
     weight = getattr(layer, "weight", None)
-    if weight is not None and weight.dtype == torch.bfloat16 and weight.dim() == 2 and supported():
+    if weight is None or weight.dtype != torch.bfloat16 or weight.dim() != 2:
+        return
+    if choose().few != TORCH:
         layer.use_intel_amx_backend = True  # type: ignore[assignment]
+
+
+def route(layer: torch.nn.Linear) -> None:
+    """The same for a layer that SGLang leaves to PyTorch, such as a drafter's first projection."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 2 or x.dtype != torch.bfloat16:
+            return F.linear(x, layer.weight, layer.bias)
+        return weight_packed_linear(x, layer.weight, layer.bias, True)
+
+    layer.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def weight_packed_linear(
@@ -122,10 +109,91 @@ def weight_packed_linear(
     bias: torch.Tensor | None,
     is_vnni: bool,
 ) -> torch.Tensor:  # [rows, out]
-    """``F.linear`` with the weight packed at its first use."""
+    """``F.linear`` in the way that was chosen for this many rows."""
     if x.dtype != torch.bfloat16 or x.shape[0] == 0:
         return F.linear(x, weight, bias)
-    known = _packed.get(weight.data_ptr())
-    if known is None:
-        known = _packed[weight.data_ptr()] = (weight, pack(weight))
-    return known[1](x, bias)
+    choice = choose()
+    way = choice.few if x.shape[0] <= FEW else choice.many
+    if way == OWN and fits(x, weight, bias):
+        return own(x, weight, bias)
+    if way == PACKED:
+        known = _packed.get(weight.data_ptr())
+        if known is None:
+            known = _packed[weight.data_ptr()] = (weight, pack(weight))
+        return known[1](x, bias)
+    return F.linear(x, weight, bias)
+
+
+# -- the choice ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def choose() -> Choice:
+    """The fastest ways on this machine; timed at the first call, which takes about 0.3 s."""
+    settings = get_settings()
+    candidates: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {}
+    weights = [torch.full((1536, 1536), 0.5, dtype=torch.bfloat16) for _ in range(8)]
+    candidates[TORCH] = lambda x, at: F.linear(x, weights[at])
+    if settings.cpu_packed_weights and supported():
+        packed = [pack(weight) for weight in weights]
+        candidates[PACKED] = lambda x, at: packed[at](x, None)
+    wrong = _wrong() if native.library() is not None else None
+    if native.library() is not None and wrong is None:
+        candidates[OWN] = lambda x, at: own(x, weights[at], None)
+    times = {
+        rows: {name: _best(work, rows, count) for name, work in candidates.items()}
+        for rows, count in ((1, len(weights)), (8, len(weights)), (2 * FEW, 2))
+    }
+    few = {name: times[1][name] + times[8][name] for name in candidates}
+    best = _fastest(few)
+    many = times[2 * FEW]
+    if best != PACKED:  # a copy for prefills alone is not worth its memory
+        many = {name: took for name, took in many.items() if name != PACKED}
+    gain = few[TORCH] / few[best]
+    said = f"{_NAMES[best]}, {gain:.1f} times as fast as PyTorch's"
+    if wrong is not None:
+        said += f"; the compiled one was refused: {wrong}"
+    return Choice(best, _fastest(many), said)
+
+
+_NAMES = {
+    OWN: "compiled, weights in place",
+    PACKED: "a library's, with packed weights",
+    TORCH: "PyTorch",
+}
+
+
+def _fastest(times: dict[str, float]) -> str:
+    return min(times, key=lambda name: times[name] * (1.0 if name == OWN else _GAIN))
+
+
+def _best(work: Callable[[torch.Tensor, int], torch.Tensor], rows: int, weights: int) -> float:
+    """The shortest of three rounds over all weights, which no second-level cache holds."""
+    x = torch.full((rows, 1536), 0.5, dtype=torch.bfloat16)
+    shortest = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        for at in range(weights):
+            work(x, at)
+        shortest = min(shortest, time.perf_counter() - begun)
+    return shortest
+
+
+def _wrong() -> str | None:
+    """What is wrong with the compiled kernel's results; None: they are right.
+
+    Its inner loop differs by processor, and not every kind was at hand when it was written.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, outs in ((1, 576, 70), (7, 200, 9), (8, 1536, 64)):
+        x = torch.randn(rows, width, generator=generator).bfloat16()
+        weight = torch.randn(outs, width, generator=generator).bfloat16()
+        exact = x.double() @ weight.double().T
+        # Half a unit in the last place of what is stored, and float32 sums of `width` terms.
+        allowed = exact.abs() * 2**-8 + 1e-6 * (x.double().abs() @ weight.double().abs().T)
+        got = own(x, weight, None)
+        if not bool(((got.double() - exact).abs() <= allowed).all()):
+            return "a product of it differs from the definition"
+        if not torch.equal(got[-1:], own(x[-1:], weight, None)):
+            return "a row's product depends on the other rows"
+    return None

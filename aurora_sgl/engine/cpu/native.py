@@ -26,7 +26,7 @@ from aurora_sgl.hashing import sha256_bytes
 
 logger = logging.getLogger("aurora_sgl")
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")  # includes the headers beside it
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
@@ -34,7 +34,7 @@ _FLAGS = (
 )
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300
-_VERSION = 1  # what aurora_version() of the source returns
+_VERSION = 2  # what aurora_version() of the source returns
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[object, ...]] = {
@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "aurora_silu_and_mul": (_I, _P, _P, _L, _L, _L),
     "aurora_rotary": (_I, _I, _P, _P, _P, _L, _P, _L, _L, _L, _L, _L, _L, _L, _I),
     "aurora_attention": (_I, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _F),
+    "aurora_linear": (_I, _P, _L, _P, _P, _P, _L, _L, _L, _L),
+    "aurora_layer": (_P, _P, _P, _P, _L, _P, _P, _P, _P),
 }
 
 
@@ -52,6 +54,26 @@ class Plan(ctypes.Structure):
         *((name, _P) for name in ("table", "rows", "lengths", "news", "starts", "tree")),
         *((name, _L) for name in ("table_stride", "batch", "longest_new", "total", "window")),
         ("causal", ctypes.c_int32),
+    )
+
+
+class Layer(ctypes.Structure):
+    """``struct Layer`` of the source: a decoder layer's weights, cache and sizes."""
+
+    _fields_ = (
+        *(
+            (name, _P)
+            for name in (
+                *("norm", "second_norm", "qkv", "qkv_bias", "o", "o_bias", "post_norm"),
+                *("gate_up", "gate_up_bias", "down", "down_bias", "angles", "keys", "values"),
+            )
+        ),
+        *(
+            (name, _L)
+            for name in ("hidden", "inner", "heads", "kv_heads", "dim", "rotary_dim", "positions")
+        ),
+        *((name, _F) for name in ("eps", "second_eps", "post_eps", "scale", "cap")),
+        *((name, ctypes.c_int32) for name in ("kind", "angles_kind", "neox")),
     )
 
 
@@ -83,7 +105,8 @@ def _target(command: str) -> Path:
     version = subprocess.run(
         [command, "--version"], capture_output=True, text=True, check=True, timeout=30
     ).stdout
-    parts = [SOURCE.read_text(), *_FLAGS, version, _processor()]
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    parts = [*sources, *_FLAGS, version, _processor()]
     return cache_folder() / f"kernels-{sha256_bytes(chr(0).join(parts).encode())[:16]}.so"
 
 

@@ -1,0 +1,264 @@
+"""Decoder layers of the Llama family on CPU, each as one compiled call.
+
+Between two additions to the residual stream SGLang calls some fifteen modules of a few microseconds
+each; for one token they take as long as a tenth of the arithmetic. A layer that is plain (one
+process, no quantisation, no adapter, full attention over an ordinary cache) is computed by
+``aurora_layer`` of ``layer.h``; any other, and long prefills, go SGLang's own way. The target's
+layers and an EAGLE3 drafter's are covered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from aurora_sgl.engine.cpu import attention, linear, native
+from aurora_sgl.engine.cpu.compiled_attention import LONGEST, ForwardPlan
+
+_PLAIN = {
+    "qkv_proj": "QKVParallelLinear",
+    "o_proj": "RowParallelLinear",
+    "gate_up_proj": "MergedColumnParallelLinear",
+    "down_proj": "RowParallelLinear",
+}
+
+
+class CompiledLayer:
+    """What ``aurora_layer`` reads of one layer, and the tensors whose addresses it holds."""
+
+    def __init__(self, layer: Any, rows: torch.Tensor, pool: Any) -> None:
+        """Raises ``ValueError`` with the reason for a layer that is not covered."""
+        attend, mlp, rotary = layer.self_attn, layer.mlp, layer.self_attn.rotary_emb
+        parts = {
+            "qkv_proj": attend.qkv_proj,
+            "o_proj": attend.o_proj,
+            "gate_up_proj": mlp.gate_up_proj,
+            "down_proj": mlp.down_proj,
+        }
+        for name, part in parts.items():
+            _need(type(part).__name__ == _PLAIN[name], f"{name} is a {type(part).__name__}")
+            _need(
+                type(part.quant_method).__name__ == "UnquantizedLinearMethod",
+                f"{name} is quantised",
+            )
+            _need(part.tp_size == 1, "its weights are shared among processes")
+        radix = attend.attn
+        _need(type(mlp.act_fn).__name__ == "SiluAndMul", "another activation")
+        _need(
+            type(rotary).__name__ in ("RotaryEmbedding", "Llama3RotaryEmbedding"),
+            f"its rotary embedding is a {type(rotary).__name__}",
+        )
+        _need(radix.attn_type.value == "decoder", "it is no decoder")
+        _need(radix.sliding_window_size == -1, "it has a sliding window")
+        _need(not radix.is_cross_attention, "it attends to another sequence")
+        _need(radix.qk_head_dim == radix.v_head_dim, "keys and values differ in size")
+        _need(type(pool).__name__ == "MHATokenToKVPool", f"its cache is a {type(pool).__name__}")
+        _need(pool.layer_transfer_counter is None, "its cache is loaded from elsewhere")
+        keys = pool.get_key_buffer(radix.layer_id)
+        values = pool.get_value_buffer(radix.layer_id)
+        second = getattr(layer, "hidden_norm", None)
+        norms = [layer.input_layernorm, layer.post_attention_layernorm, second]
+        weights = [part.weight for part in parts.values()]
+        biases = [part.bias for part in parts.values()]
+        tensors = [*weights, *(n.weight for n in norms if n is not None), keys, values]
+        tensors += [bias for bias in biases if bias is not None]
+        dtype = rows.dtype
+        _need(dtype in native.KINDS, f"it computes in {dtype}")
+        _need(all(t.dtype == dtype and t.is_contiguous() for t in tensors), "mixed dtypes")
+        angles = rotary.cos_sin_cache
+        _need(angles.dtype in native.KINDS and angles.is_contiguous(), "the rotary table's dtype")
+        for norm in norms:
+            _need(norm is None or _plain_norm(norm), "a norm is of another kind")
+        hidden = layer.input_layernorm.weight.shape[0]
+        inner = mlp.down_proj.weight.shape[1]
+        heads, kv_heads, dim = radix.tp_q_head_num, radix.tp_k_head_num, radix.head_dim
+        shapes = [
+            ((heads + 2 * kv_heads) * dim, hidden * (2 if second is not None else 1)),
+            (hidden, heads * dim),
+            (2 * inner, hidden),
+            (hidden, inner),
+        ]
+        _need([tuple(w.shape) for w in weights] == shapes, "its weights have other shapes")
+        at = [t.data_ptr() for t in weights]
+        bias_at = [None if bias is None else bias.data_ptr() for bias in biases]
+        self.pool, self.dtype, self.hidden = pool, dtype, hidden
+        self._keep = (tensors, angles)
+        self._weights = [(w, address) for w, address in zip(weights, at, strict=True)]
+        self.struct = native.Layer(
+            norm=layer.input_layernorm.weight.data_ptr(),
+            second_norm=None if second is None else second.weight.data_ptr(),
+            qkv=at[0], qkv_bias=bias_at[0], o=at[1], o_bias=bias_at[1],
+            post_norm=layer.post_attention_layernorm.weight.data_ptr(),
+            gate_up=at[2], gate_up_bias=bias_at[2], down=at[3], down_bias=bias_at[3],
+            angles=angles.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
+            hidden=hidden, inner=inner, heads=heads, kv_heads=kv_heads, dim=dim,
+            rotary_dim=rotary.rotary_dim, positions=angles.shape[0],
+            eps=layer.input_layernorm.variance_epsilon,
+            second_eps=0.0 if second is None else second.variance_epsilon,
+            post_eps=layer.post_attention_layernorm.variance_epsilon,
+            scale=radix.scaling, cap=radix.logit_cap, kind=native.KINDS[dtype],
+            angles_kind=native.KINDS[angles.dtype], neox=rotary.is_neox_style,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self.struct)
+
+    def current(self, pool: Any, rows: torch.Tensor) -> bool:
+        """Whether the addresses are still those of this layer's weights and cache."""
+        return (
+            pool is self.pool
+            and rows.dtype == self.dtype
+            and all(weight.data_ptr() == address for weight, address in self._weights)
+        )
+
+
+def _need(holds: bool, reason: str) -> None:
+    if not holds:
+        raise ValueError(reason)
+
+
+def _plain_norm(norm: Any) -> bool:
+    from aurora_sgl.engine.cpu.fused import plain_norm
+
+    return type(norm).__name__ == "RMSNorm" and plain_norm(norm)
+
+
+_layers: dict[int, tuple[Any, CompiledLayer | str]] = {}  # id of the layer -> itself, or why not
+
+
+def forget() -> None:
+    """Look at every layer anew: somebody may have replaced weights."""
+    _layers.clear()
+
+
+def refusals() -> set[str]:
+    """Why layers went SGLang's own way so far."""
+    return {found for _, found in _layers.values() if isinstance(found, str)}
+
+
+def _compiled(layer: Any, rows: torch.Tensor, pool: Any) -> CompiledLayer | None:
+    known = _layers.get(id(layer))
+    if known is not None and isinstance(known[1], CompiledLayer):
+        if known[1].current(pool, rows):
+            return known[1]
+    elif known is not None:
+        return None
+    made: CompiledLayer | str
+    try:
+        made = CompiledLayer(layer, rows, pool)
+    except (ValueError, AttributeError) as reason:
+        made = str(reason)
+        if made not in refusals():
+            linear.logger.warning("aurora: layers go SGLang's own way, which is slower: %s", made)
+    _layers[id(layer)] = (layer, made)
+    return made if isinstance(made, CompiledLayer) else None
+
+
+def _plan(backend: Any, forward_batch: Any) -> ForwardPlan | None:
+    """Which tokens each row sees, as ``IntelAMXAttnBackend`` would tell its kernels."""
+    mode = forward_batch.forward_mode
+    if mode.is_decode():
+        given = backend.draft_decode_metadata
+        if given is not None:
+            table, lengths, rows = given
+        else:
+            table = backend.req_to_token_pool.req_to_token
+            lengths, rows = forward_batch.seq_lens, forward_batch.req_pool_indices
+        if not _int_table(table) or lengths.dtype != torch.int64:
+            return None
+        return attention.compiled_decode_plan(table, rows, lengths, 0)
+    if not mode.is_extend() or backend.extend_metadata is None:
+        return None
+    lengths, news, starts, tree_mask = backend.extend_metadata
+    longest = backend.forward_metadata[1]
+    table = backend.req_to_token_pool.req_to_token
+    if longest > LONGEST or not _int_table(table) or lengths.dtype != torch.int64:
+        return None
+    rows = forward_batch.req_pool_indices
+    return attention.compiled_extend_plan(table, rows, lengths, news, starts, 0, tree_mask, True)
+
+
+def _int_table(table: torch.Tensor) -> bool:
+    return table.dtype == torch.int32 and table.stride(-1) == 1
+
+
+def _run(
+    layer: Any,
+    positions: torch.Tensor,  # [rows] int64
+    forward_batch: Any,
+    x: torch.Tensor,  # [rows, hidden]
+    residual: torch.Tensor | None,  # [rows, hidden], updated
+    embedded: torch.Tensor | None,  # [rows, hidden] of a drafter's layer
+) -> tuple[torch.Tensor, torch.Tensor] | None:  # both [rows, hidden]
+    from sglang.srt.model_executor.forward_context import get_attn_backend
+
+    count = x.shape[0]
+    slots = forward_batch.out_cache_loc
+    backend = get_attn_backend()
+    if (
+        count == 0
+        or type(backend).__name__ != "IntelAMXAttnBackend"
+        or (count > linear.FEW and linear.choose().many != linear.OWN)
+        or (x.dtype == torch.bfloat16 and linear.choose().few != linear.OWN)
+        or positions.dim() != 1
+        or positions.dtype != torch.int64
+        or slots.dtype != torch.int64
+        or not (x.is_contiguous() and positions.is_contiguous() and slots.is_contiguous())
+        or not (residual is None or residual.is_contiguous())
+        or not (embedded is None or (embedded.is_contiguous() and embedded.dtype == x.dtype))
+        or positions.shape[0] != count
+        or slots.shape[0] != count
+    ):
+        return None
+    known = _compiled(layer, x, backend.token_to_kv_pool)
+    if known is None or x.shape[1] != known.hidden:
+        return None
+    plan = _plan(backend, forward_batch)
+    if plan is None:
+        return None
+    first = residual is None
+    if residual is None:
+        residual = x
+    out = torch.empty_like(x) if first else x
+    library: Any = native.library()
+    library.aurora_layer(
+        known.address, plan.address, positions.data_ptr(), slots.data_ptr(), count, x.data_ptr(),
+        residual.data_ptr(), out.data_ptr(), None if embedded is None else embedded.data_ptr(),
+    )  # fmt: skip
+    return out, residual
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+def target_layer(
+    original: Callable[..., Any],
+    layer: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+    residual: torch.Tensor | None,
+) -> Any:
+    """Around ``llama.LlamaDecoderLayer.forward``."""
+    done = _run(layer, positions, forward_batch, hidden_states, residual, None)
+    if done is None:
+        return original(layer, positions, hidden_states, forward_batch, residual)
+    return done
+
+
+def drafter_layer(
+    original: Callable[..., Any],
+    layer: Any,
+    positions: torch.Tensor,
+    embeds: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+    residual: torch.Tensor | None,
+) -> Any:
+    """Around ``llama_eagle3.LlamaDecoderLayer.forward``: its first layer only."""
+    if layer.is_input_layer and residual is None:
+        done = _run(layer, positions, forward_batch, hidden_states, None, embeds)
+        if done is not None:
+            return done
+    return original(layer, positions, embeds, hidden_states, forward_batch, residual)
