@@ -110,6 +110,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--keep", action="store_true", help="add them to results/operation.jsonl")
     parser.add_argument("--comparisons", type=int, default=1000)
     parser.add_argument("--tries", type=int, default=3, help="of one candidate, null comparisons")
     parser.add_argument(
@@ -149,7 +150,7 @@ def main() -> int:
     for row in rows:
         if row["p"] != row["p"]:
             row["p"] = None
-    report("what passes the gate", rows, as_json=given.json)
+    report("what passes the gate", rows, as_json=given.json, keep="gate" if given.keep else "")
     return 0 if all(row["met"] for row in rows) else 1
 
 

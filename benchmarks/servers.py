@@ -15,11 +15,13 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from aurora_sgl.clock import utc_now
 from aurora_sgl.config import Settings
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, sample_prompts
 from aurora_sgl.engine.process import ServerProcess, free_port
 from aurora_sgl.serving import plan
+from benchmarks.results import Cells
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -44,13 +46,16 @@ def server(
     *,
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    database_url: str = "",
 ) -> Iterator[tuple[ServerProcess, Path]]:
-    """(a server that is ready, its data folder); both are gone afterwards."""
+    """(a server that is ready, its data folder); both are gone afterwards. The store is a file in
+    that folder unless a URL says otherwise."""
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as folder:
         home = Path(folder)
         given = ["--max-total-tokens", "8192", "--max-running-requests", "8", *flags]
         texts = [prompt.prompt for prompt in sample_prompts()]
-        made = plan(str(model), drafter, given, Settings(home=home), sample_texts=texts)
+        settings = Settings(home=home, database_url=database_url)
+        made = plan(str(model), drafter, given, settings, sample_texts=texts)
         process = ServerProcess(
             made.flags,
             port=free_port(),
@@ -59,6 +64,7 @@ def server(
                 **made.environment,
                 "OMP_NUM_THREADS": "1",
                 "AURORA_EXIT_WITH_PARENT": "1",
+                "AURORA_DATABASE_URL": settings.store_url,
                 **(environment or {}),
             },
         )
@@ -68,6 +74,13 @@ def server(
             yield process, home
         finally:
             process.stop()
+
+
+def machine() -> str:
+    """Processor and number of cores."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, {os.cpu_count()} cores"
 
 
 def ask(url: str, prompt: Prompt, tokens: int, **headers: str) -> dict[str, Any]:
@@ -81,8 +94,12 @@ def ask(url: str, prompt: Prompt, tokens: int, **headers: str) -> dict[str, Any]
     return dict(answer.json())
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """One table, or the same rows as JSON."""
+def report(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, keep: str = "") -> None:
+    """One table, or the same rows as JSON; under the name ``keep`` they are also added to
+    ``results/operation.jsonl``, with the machine."""
+    if keep:
+        key = {"benchmark": keep, "machine": machine(), "at": f"{utc_now():%Y-%m-%d %H:%M}"}
+        Cells("operation").put({"rows": list(rows)}, **key)
     if as_json:
         print(json.dumps({"title": title, "rows": list(rows)}, indent=2))
         return

@@ -8,13 +8,16 @@ from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
-from scipy.special import stdtrit
+from scipy.special import stdtr
 
 from aurora_sgl.store.queries import Cluster, Step
 from aurora_sgl.store.rollup import batch_bucket
 
 #: Verify steps below which a stratum of the baseline says nothing.
 FEWEST_STEPS = 30
+#: Spread of requests, as standard deviation of the root of the accepted drafts per step, and how
+#: many requests' worth of evidence that is. The demo's requests: 0.2 within a domain.
+SPREAD, SPREAD_FREEDOM = 0.25, 6
 #: Gaps between two steps of a stream that are left out, in medians: it waited for something else.
 LONG_GAP = 10.0
 
@@ -41,6 +44,11 @@ class Stratum:
         squares = self.accepted2 - 2 * r * self.product + r * r * self.steps2
         return max(0.0, squares) * m / max(m - 1, 1) / self.steps**2
 
+    @property
+    def weight(self) -> float:
+        """Of one request in the ratio: 1 / requests if all are equally long."""
+        return self.steps2 / self.steps**2
+
 
 def key_of(cluster: Cluster) -> str:
     return f"{cluster.depth}/{cluster.topk}/{cluster.domain}"
@@ -65,42 +73,65 @@ def strata(clusters: Iterable[Cluster]) -> dict[str, Stratum]:
 @dataclass(frozen=True)
 class Comparison:
     """Accept length of some requests against what a baseline would have had on the same mix of
-    domains and draft shapes. ``error`` is the standard error of the difference."""
+    domains and draft shapes. ``error`` is the standard error of the difference between the roots
+    of the accepted drafts per step, ``freedom`` its degrees of freedom."""
 
     requests: int  # of those that could be compared
     accept_length: float
     expected: float
     error: float
+    freedom: int
 
     @property
     def difference(self) -> float:
         return self.accept_length - self.expected
 
-    def upper(self, tail: float) -> float:
-        """Upper end of the one-sided interval of the difference (Student's)."""
-        return self.difference + float(-stdtrit(self.requests - 1, tail)) * self.error
+    def chance(self, loss: float = 0.0) -> float:
+        """Of an accept length as low as this, or lower, if the share ``loss`` of the expected one
+        were lost (one-sided, Student's t)."""
+        lowest = max(0.0, self.expected * (1 - loss) - 1)
+        score = ((self.accept_length - 1) ** 0.5 - lowest**0.5) / self.error
+        return float(stdtr(self.freedom, score))
 
 
 def compare(clusters: Sequence[Cluster], baseline: Mapping[str, Stratum]) -> Comparison | None:
-    """``None`` when fewer than two requests have a counterpart in the baseline."""
-    known = {key: s for key, s in baseline.items() if s.requests > 1 and s.steps >= FEWEST_STEPS}
+    """``None`` when fewer than two requests have a counterpart in the baseline.
+
+    On the scale of square roots (Anscombe, Biometrika 1948) requests differ about as much whether
+    many drafts are accepted or next to none, so one spread holds for the window and the baseline.
+    It is estimated from both and from ``SPREAD``, which counts as ``SPREAD_FREEDOM`` requests
+    (a moderated t, Smyth 2004): two requests that happen to be alike are no proof that all are.
+    """
+    known = {key: s for key, s in baseline.items() if s.accepted and s.steps >= FEWEST_STEPS}
     here = [c for c in clusters if key_of(c) in known]
     if len(here) < 2:
         return None
     steps = sum(c.verify_steps for c in here)
-    excess = [c.accepted - known[key_of(c)].ratio * c.verify_steps for c in here]
-    difference = sum(excess) / steps
-    m = len(here)
-    residuals = sum(
-        (e - difference * c.verify_steps) ** 2 for e, c in zip(excess, here, strict=True)
-    )
     shares: dict[str, float] = {}
     for c in here:
         shares[key_of(c)] = shares.get(key_of(c), 0.0) + c.verify_steps / steps
-    variance = residuals * m / (m - 1) / steps**2
-    variance += sum(share**2 * known[key].variance for key, share in shares.items())
-    length = 1 + sum(c.accepted for c in here) / steps
-    return Comparison(m, length, length - difference, variance**0.5)
+    expected = sum(share * known[key].ratio for key, share in shares.items())
+    found = sum(c.accepted for c in here) / steps
+    weight = sum(c.verify_steps**2 for c in here) / steps**2  # of one request, about 1 / requests
+    spreads = [(SPREAD**2, SPREAD_FREEDOM)]
+    if found:
+        each = found / expected
+        residuals = sum(
+            (c.accepted - each * known[key_of(c)].ratio * c.verify_steps) ** 2 for c in here
+        )
+        freedom = len(here) - 1
+        variance = residuals * len(here) / freedom / steps**2
+        spreads.append((variance / weight / (4 * found), freedom))
+    for key in shares:
+        s = known[key]
+        spreads.append((s.variance / s.weight / (4 * s.ratio), s.requests - 1))
+    freedom = sum(n for _, n in spreads)
+    spread2 = sum(value * n for value, n in spreads) / freedom
+    of_baseline = sum(
+        share**2 * known[key].ratio * known[key].weight for key, share in shares.items()
+    )
+    error = (spread2 * (weight + of_baseline / expected)) ** 0.5
+    return Comparison(len(here), 1 + found, 1 + expected, error, freedom)
 
 
 class Pace(NamedTuple):

@@ -8,6 +8,7 @@ from the times of the requests, not from when somebody looked.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -21,7 +22,16 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.rollout.promote import rollback
-from aurora_sgl.rollout.served import Comparison, Pace, Stratum, compare, paces, speeds, strata
+from aurora_sgl.rollout.served import (
+    Comparison,
+    Pace,
+    Stratum,
+    compare,
+    key_of,
+    paces,
+    speeds,
+    strata,
+)
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Watch, WatchWindow
 from aurora_sgl.store.queries import Cluster
@@ -30,6 +40,8 @@ from aurora_sgl.store.queries import Cluster
 DOUBTLESS, TELLING = 0.001, 0.05
 #: Requests of the baseline that are looked at.
 BASELINE_REQUESTS = 400
+#: Requests of a domain below which replayed ones are taken into the baseline too.
+FEW_REQUESTS = 20
 #: Seconds without a word after which a server counts as gone.
 SILENT_SECONDS = 60.0
 #: Seconds by which the clocks of scheduler and servers may differ.
@@ -107,15 +119,16 @@ def judge(
         return Verdict("pass", "nothing of the kind was served before; nothing to compare"), None
     said = f"accept length {found.accept_length:.3f}, expected {found.expected:.3f}"
     floor = -rules.margin * found.expected
-    if found.upper(DOUBTLESS) < floor:
+    if found.chance(rules.margin) < DOUBTLESS:
         return Verdict("fail", f"{said}: worse beyond doubt"), found
-    if found.difference < floor and found.upper(TELLING) < 0:
+    if found.difference < floor and found.chance() < TELLING:
         return Verdict("bad", f"{said}: worse than the margin allows"), found
     return Verdict("pass", said), found
 
 
 def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
-    """What the version before served until the promotion, in sums."""
+    """What the version before served until the promotion, in sums; where that is little, with
+    what replay says that it would have accepted of held-out requests."""
     if watch.baseline_id is None:
         return {"strata": {}, "paces": {}}
     until = watch.started_at
@@ -125,14 +138,44 @@ def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
         since=since, until=until, limit=BASELINE_REQUESTS, newest=True,
     )  # fmt: skip
     steps = queries.steps_of_requests(s, [c.request_id for c in found], watch.baseline_id)
+    live = Counter(key_of(c) for c in found)
+    evaluation_id, replayed = _replayed(s, watch)
+    seen = {c.request_id for c in found}
+    more = [c for c in replayed if live[key_of(c)] < FEW_REQUESTS and c.request_id not in seen]
     return {
         "version_id": watch.baseline_id,
         "requests": len(found),
+        "replayed": {"requests": len(more), "evaluation_id": evaluation_id} if more else None,
         "since": since.isoformat(),
         "until": until.isoformat(),
-        "strata": {key: asdict(stratum) for key, stratum in strata(found).items()},
+        "strata": {key: asdict(stratum) for key, stratum in strata([*found, *more]).items()},
         "paces": {str(bucket): pace for bucket, pace in paces(steps).items()},
     }
+
+
+def _replayed(s: Session, watch: Watch) -> tuple[int | None, list[Cluster]]:
+    """The newest gate evaluation that the version before took part in, and its requests there."""
+    assert watch.baseline_id is not None
+    ways = [(e, 4) for e in queries.evaluations(s, watch.baseline_id)]  # it was the candidate
+    ways += [
+        (e, 2)
+        for e in queries.evaluations(s, watch.version_id)
+        if e.baseline_id == watch.baseline_id
+    ]
+    ways = [
+        (e, at)
+        for e, at in ways
+        if e.kind == "replay" and not e.domain and e.depth and e.details.get("requests")
+    ]
+    if not ways:
+        return None, []
+    newest, at = max(ways, key=lambda way: way[0].id)
+    return newest.id, [
+        Cluster(row[0], row[1], newest.depth or 0, newest.topk or 0, row[at + 1], row[at],
+                newest.created_at)
+        for row in newest.details["requests"]
+        if row[at + 1]
+    ]  # fmt: skip
 
 
 def _next_window(

@@ -1,4 +1,4 @@
-"""Once a second: what should be live, what is, and what the engine must be told."""
+"""Once a second, and when a swap is done: what should be live, what is, what the engine is told."""
 
 from __future__ import annotations
 
@@ -78,7 +78,11 @@ class Reconciler:
         self.boot_version_id = 0  # of the boot that is there now; 0: not known yet
 
     def run(self) -> None:
-        while not self._stop.wait(TICK_SECONDS):
+        while not self._stop.is_set():
+            self._registry.news.wait(TICK_SECONDS)  # what went live is reported at once
+            self._registry.news.clear()
+            if self._stop.is_set():
+                return
             try:
                 self.tick()
             except StoreAway:
@@ -90,6 +94,7 @@ class Reconciler:
 
     def stop(self) -> None:
         self._stop.set()
+        self._registry.news.set()
 
     def tick(self) -> None:
         """One round. Raises ``StoreAway``."""

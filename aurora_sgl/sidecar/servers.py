@@ -64,6 +64,7 @@ class Registry:
         self._connects = 0
         self._swaps: list[wire.SwapDone] = []
         self._live: dict[int, Live] = {}
+        self.news = threading.Event()  # set when the engine has answered to a swap
         self.current = 0  # boot that said hello last in this process; 0: none yet
 
     def heard(self, record: wire.Record) -> None:
@@ -85,6 +86,7 @@ class Registry:
                 if record.ok:
                     live = self._live.setdefault(record.boot_id, Live())
                     live.version_id, live.sha256 = record.version_id, record.live_sha256
+            self.news.set()
 
     def learn(self, hello: wire.Hello) -> None:
         """Remember a Hello that was read from the spool; it says nothing of the present."""

@@ -113,12 +113,15 @@ def start(
     dtype: str = "float32",
     flags: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
+    port: int = 0,
+    shared: dict[str, str] | None = None,
 ) -> Running:
-    """A server as ``aurora-sgl serve`` starts it."""
+    """A server as ``aurora-sgl serve`` starts it; ``shared``: settings of a store and an artifact
+    root that others use too."""
     from aurora_sgl.config import Settings
     from aurora_sgl.serving import plan
 
-    port = free_port()
+    port = port or free_port()
     steps, topk, nodes = shape
     given = [
         *("--dtype", dtype, "--max-running-requests", "8"),
@@ -127,8 +130,11 @@ def start(
     ]
     if "--max-total-tokens" not in given:
         given += ["--max-total-tokens", "4096"]
-    settings = Settings(home=home)
+    settings = Settings(home=home, **(shared or {}))
     made = plan(str(model), str(drafter) if drafter else None, given, settings)
+    engine = store.connect(settings.store_url)
+    with store.session(engine, write=False) as s:
+        boots = {row.id for group in queries.groups(s) for row in queries.servers(s, group.id)}
     process = ServerProcess(
         made.flags,
         port=port,
@@ -138,18 +144,19 @@ def start(
             "OMP_NUM_THREADS": "1",
             "AURORA_SPECULATION": "on",
             "AURORA_EXIT_WITH_PARENT": "1",
+            **{f"AURORA_{name.upper()}": value for name, value in (shared or {}).items()},
             **(environment or {}),
         },
     )
     process.start()
     process.wait_ready(240)
-    engine = store.connect(settings.store_url)
 
     def known() -> tuple[int, int] | None:
         with store.session(engine, write=False) as s:
             for group in queries.groups(s):
                 for row in queries.servers(s, group.id):
-                    if row.name.endswith(f":{port}") and row.live_version_id:
+                    mine = row.name.endswith(f":{port}") and row.id not in boots
+                    if mine and row.live_version_id:
                         return group.id, row.id
         return None
 

@@ -117,6 +117,34 @@ def test_an_unknown_version_is_named(engine: Engine, versions: list[int]) -> Non
         go(engine, 999)
 
 
+def test_a_pruned_version_is_refused_and_nothing_changes(
+    engine: Engine, versions: list[int]
+) -> None:
+    a, b, *_ = versions
+    go(engine, a)
+    go(engine, b)
+    before = state(engine)
+    with store.session(engine) as s:
+        queries.set_pruned(s, a)
+    with pytest.raises(Refused, match=f"weights of version {a} were deleted on"):
+        go(engine, a)
+    with pytest.raises(Refused, match=f"weights of version {a} were deleted on"):
+        rollback(engine, "default", actor="ada", reason="back")
+    assert state(engine) == before
+
+
+def test_a_version_of_another_target_is_refused_by_name_even_with_force(
+    engine: Engine, versions: list[int]
+) -> None:
+    go(engine, versions[0])
+    with store.session(engine) as s:
+        group_id = queries.group_by_name(s, "default").id
+        other = samples.add_version(s, group_id, "e", target_model="another", target_revision="r2")
+    with pytest.raises(Refused, match=r"made for another r2, group 'default' serves target"):
+        promote(engine, other, actor="ada", reason="why not", force=True)
+    assert state(engine) == ({"live": versions[0]}, 1, 1)
+
+
 def test_a_rollback_goes_back_step_by_step_and_never_forth(
     engine: Engine, versions: list[int]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -13,8 +14,11 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.errors import Refused
 from aurora_sgl.rollout import promote, rollback, watch
+from aurora_sgl.rollout.gate import as_served, record
 from aurora_sgl.rollout.watch import WatchStatus
 from aurora_sgl.store import queries
+from aurora_sgl.training.replay import Replayed
+from aurora_sgl.training.settings import TrainSettings
 
 RULES = WatchSettings(windows=2, failures=2, steps=200, requests=4, seconds=60)
 
@@ -64,6 +68,52 @@ def test_a_much_worse_version_is_rolled_back_after_one_window(house: RolloutHous
     with pytest.raises(Refused, match="rolled back by the watch"):
         promote(house.engine, house.b, actor="scheduler", reason="again")
     assert promote(house.engine, house.b, actor="ada", reason="I know", force=True).changed
+
+
+@pytest.mark.parametrize("before", [6, 3])
+def test_little_traffic_before_is_enough_to_see_a_damaged_version(
+    engine: Engine, before: int
+) -> None:
+    house = RolloutHouse(engine)
+    house.serve(house.a, 0.5, since=utc_now() - timedelta(hours=1), requests=before)
+    promote(engine, house.b, actor="ada", reason="a slip of the hand", force=True)
+    house.serve(house.b, 0.0, since=begun(house), requests=6)
+    found = tick(house, 8)
+    assert (found.watch.status, len(found.windows)) == ("failed", 1)
+    assert found.windows[0].verdict == "fail" and live(house) == house.a
+
+
+def test_two_requests_that_happened_to_be_alike_are_no_proof(engine: Engine) -> None:
+    house = RolloutHouse(engine)
+    for seed in (5, 5):  # the same accepted drafts twice
+        house.serve(
+            house.a, 0.55, since=utc_now() - timedelta(hours=1), requests=1, steps=200, seed=seed
+        )
+    promote(engine, house.b, actor="ada", reason="a test", force=True)
+    house.serve(house.b, 0.40, since=begun(house), requests=8)
+    found = tick(house, 20)
+    assert all(w.verdict != "fail" for w in found.windows) and found.windows
+    assert live(house) == house.b
+
+
+def test_where_nothing_was_served_before_replay_says_what_to_expect(engine: Engine) -> None:
+    house = RolloutHouse(engine)
+    requests = [Replayed(number, 60, 52, "chat") for number in range(1, 13)]
+    with store.session(engine, write=False) as s:
+        recipe = as_served(s, house.group_id, TrainSettings(depth=3, topk=1))
+    worse = [replace(one, accepted=20) for one in requests]
+    passed = record(
+        engine, worse, requests, candidate_id=house.b, baseline_id=house.a, recipe=recipe
+    )
+    assert passed.verdict == "pass"
+    promote(engine, house.b, actor="ada", reason="a test", evaluation_id=passed.id)
+    promote(engine, house.c, actor="ada", reason="a slip of the hand", force=True)
+    house.serve(house.c, 0.0, since=begun(house), requests=6)
+    found = tick(house, 8)
+    assert (found.watch.status, len(found.windows)) == ("failed", 1)
+    assert found.watch.baseline["replayed"] == {"requests": 12, "evaluation_id": passed.id}
+    assert found.windows[0].expected_accept_length == pytest.approx(1 + 52 / 60)
+    assert live(house) == house.b
 
 
 def test_a_version_as_good_as_before_passes_and_stays(house: RolloutHouse) -> None:

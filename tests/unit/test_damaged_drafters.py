@@ -22,17 +22,22 @@ from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 
 TRIES = 50
+#: Other targets; a drafter of each is tried on requests that no other try has.
+OTHERS = 5
 SETTINGS = TrainSettings(**RECIPE)
 
 
 class World:
-    """A good drafter of a target, one of another target of the same shape, and requests."""
+    """A good drafter of a target, some of other targets of the same shape, and requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = target_folder(folder / "target")
         self.head = TargetHead.load(self.folder)
         self.good = self.learn(requests(self.head, 30))
-        self.others = self.learn([elsewhere(each) for each in requests(self.head, 30)])
+        self.others = [
+            self.learn([elsewhere(each, other) for each in requests(self.head, 30, seed=other)])
+            for other in range(OTHERS)
+        ]
         self.held_out = [requests(self.head, 10, seed=1000 + seed) for seed in range(TRIES)]
         self.before = [self.replay(self.good, each) for each in self.held_out]
 
@@ -44,9 +49,9 @@ class World:
         return [replay_one(drafter, each, SETTINGS.shape, self.head) for each in held_out]
 
 
-def elsewhere(one: Sequence) -> Sequence:
+def elsewhere(one: Sequence, other: int) -> Sequence:
     """The same request at a target whose hidden states mean something else."""
-    turned = one.features.roll(5, dims=1) * -1
+    turned = one.features.roll(5 + 2 * other, dims=1) * -1
     return replace(one, features=turned)
 
 
@@ -78,7 +83,7 @@ def noisy(world: World, seed: int) -> Drafter:
 
 
 def of_another_target(world: World, seed: int) -> Drafter:
-    return world.others
+    return world.others[seed % OTHERS]
 
 
 @pytest.mark.parametrize("damage", [shuffled, noisy, of_another_target])

@@ -1,0 +1,100 @@
+"""How often does the watch take back what is no worse, and how soon what is damaged?
+
+Requests are simulated as in ``gate.py``. The version before served a few of them; then windows of
+the promoted version go through the watch's own ``judge``, with its settings, until one is worse
+beyond doubt, or ``failures`` are bad, or ``windows`` have passed. Tokens per second play no part.
+
+    python benchmarks/watch.py [--watches 2000] [--baselines 2 6 20 100] [--seed 0] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import UTC, datetime
+from itertools import count
+
+import numpy as np
+
+from aurora_sgl.config import WatchSettings
+from aurora_sgl.rollout.served import strata
+from aurora_sgl.rollout.watch import judge
+from aurora_sgl.store.queries import Cluster
+from benchmarks.gate import DEPTH, draw, replay
+from benchmarks.servers import report
+
+#: What is added to the acceptance rates of the promoted version. The rates are kept above 0.01,
+#: so a damaged version accepts one proposal in a hundred.
+KINDS = {"equal": 0.0, "5% better": 0.02, "a third of the drafts lost": -0.12, "damaged": -1.0}
+#: Largest share of equal or better versions that may be taken back.
+FALSE = 0.05
+WHEN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def served(rng: np.random.Generator, requests: int, gain: float) -> list[Cluster]:
+    traffic = draw(rng, requests)
+    return [
+        Cluster(r.request_id, r.domain, DEPTH, 1, r.verify_steps, r.accepted, WHEN)
+        for r in replay(rng, traffic, gain)
+    ]
+
+
+def window(rng: np.random.Generator, rules: WatchSettings, gain: float) -> list[Cluster]:
+    """Requests until the window is full, as the watch cuts it."""
+    found: list[Cluster] = []
+    while len(found) < rules.requests or sum(c.verify_steps for c in found) < rules.steps:
+        found += served(rng, 1, gain)
+    return found
+
+
+def watch(rng: np.random.Generator, rules: WatchSettings, baseline: int, gain: float) -> int:
+    """The window after which the version was taken back, from 1; 0: it stayed."""
+    before = strata(served(rng, baseline, 0.0))
+    wrong = 0
+    for number in count(1):
+        verdict = judge(window(rng, rules, gain), before, rules)[0].verdict
+        wrong += verdict == "bad"
+        if verdict == "fail" or wrong >= rules.failures:
+            return number
+        if number >= rules.windows:
+            return 0
+    raise AssertionError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--keep", action="store_true", help="add them to results/operation.jsonl")
+    parser.add_argument("--watches", type=int, default=2000)
+    parser.add_argument("--baselines", type=int, nargs="*", default=[2, 6, 20, 100])
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    rules = WatchSettings()
+    rows = []
+    for kind, gain in KINDS.items():
+        for baseline in given.baselines:
+            rng = np.random.default_rng([given.seed, baseline, abs(int(100 * gain))])
+            ends = [watch(rng, rules, baseline, gain) for _ in range(given.watches)]
+            back = sum(end > 0 for end in ends) / given.watches
+            first = sum(end == 1 for end in ends) / given.watches
+            aim, met = "", True
+            if gain >= 0:
+                aim, met = f"taken back <= {FALSE:.0%}", back <= FALSE
+            elif kind == "damaged":
+                aim, met = "within one window >= 99%", first >= 0.99
+            rows.append(
+                {"version": kind, "requests before": baseline, "watches": given.watches,
+                 "taken back": back, "within one window": first, "aim": aim, "met": met}
+            )  # fmt: skip
+            print(json.dumps(rows[-1]), file=sys.stderr)
+    report(
+        "what the watch takes back", rows, as_json=given.json, keep="watch" if given.keep else ""
+    )
+    return 0 if all(row["met"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
