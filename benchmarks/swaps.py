@@ -5,7 +5,7 @@ Every answer is held against the one that the same server gave without speculati
 swap; SGLang's own checksum of the target's weights is taken before and after; around each swap the
 longest gap between two verify steps of a stream is set against the median step.
 
-    python benchmarks/swaps.py [--swaps 1000] [--streams 2] [--minutes M] [--drafter FOLDER] [--json]
+    python benchmarks/swaps.py [--swaps 1000] [--streams 2] [--minutes M] [--json]
 """
 
 from __future__ import annotations

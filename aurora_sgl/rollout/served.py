@@ -94,6 +94,11 @@ class Comparison:
         return float(stdtr(self.freedom, score))
 
 
+def telling(baseline: Mapping[str, Stratum]) -> dict[str, Stratum]:
+    """The strata that something can be compared with."""
+    return {key: s for key, s in baseline.items() if s.accepted and s.steps >= FEWEST_STEPS}
+
+
 def compare(clusters: Sequence[Cluster], baseline: Mapping[str, Stratum]) -> Comparison | None:
     """``None`` when fewer than two requests have a counterpart in the baseline.
 
@@ -102,7 +107,7 @@ def compare(clusters: Sequence[Cluster], baseline: Mapping[str, Stratum]) -> Com
     It is estimated from both and from ``SPREAD``, which counts as ``SPREAD_FREEDOM`` requests
     (a moderated t, Smyth 2004): two requests that happen to be alike are no proof that all are.
     """
-    known = {key: s for key, s in baseline.items() if s.accepted and s.steps >= FEWEST_STEPS}
+    known = telling(baseline)
     here = [c for c in clusters if key_of(c) in known]
     if len(here) < 2:
         return None

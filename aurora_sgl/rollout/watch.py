@@ -31,6 +31,7 @@ from aurora_sgl.rollout.served import (
     paces,
     speeds,
     strata,
+    telling,
 )
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Watch, WatchWindow
@@ -42,6 +43,8 @@ DOUBTLESS, TELLING = 0.001, 0.05
 BASELINE_REQUESTS = 400
 #: Requests of a domain below which replayed ones are taken into the baseline too.
 FEW_REQUESTS = 20
+#: How much longer a window may get for the sake of requests that can be compared.
+PATIENCE = 4
 #: Seconds without a word after which a server counts as gone.
 SILENT_SECONDS = 60.0
 #: Seconds by which the clocks of scheduler and servers may differ.
@@ -110,6 +113,22 @@ def tick(
     return _conclude(engine, watch, windows, rules)
 
 
+def filled(clusters: Sequence[Cluster], baseline: dict[str, Stratum], rules: WatchSettings) -> int:
+    """How many of the requests fill a window; 0: it goes on. Those of a kind that was not served
+    before tell nothing and do not count, unless there are ``PATIENCE`` times as many of them."""
+    known = telling(baseline)
+    steps = requests = counted_steps = counted = 0
+    for requests, cluster in enumerate(clusters, start=1):
+        steps += cluster.verify_steps
+        if not known or key_of(cluster) in known:
+            counted, counted_steps = counted + 1, counted_steps + cluster.verify_steps
+        if counted >= rules.requests and counted_steps >= rules.steps:
+            return requests
+        if requests >= PATIENCE * rules.requests and steps >= PATIENCE * rules.steps:
+            return requests
+    return 0
+
+
 def judge(
     clusters: Sequence[Cluster], baseline: dict[str, Stratum], rules: WatchSettings
 ) -> tuple[Verdict, Comparison | None]:
@@ -124,6 +143,10 @@ def judge(
     if found.difference < floor and found.chance() < TELLING:
         return Verdict("bad", f"{said}: worse than the margin allows"), found
     return Verdict("pass", said), found
+
+
+def _known(watch: Watch) -> dict[str, Stratum]:
+    return {key: Stratum(**sums) for key, sums in watch.baseline["strata"].items()}
 
 
 def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
@@ -188,12 +211,9 @@ def _next_window(
     """The row of the next window, or ``None`` while it goes on."""
     begun = _begin(s, watch, windows, now)
     clusters = queries.clusters(s, watch.group_id, watch.version_id, since=begun)
-    steps = 0
-    for count, cluster in enumerate(clusters, start=1):
-        steps += cluster.verify_steps
-        if steps >= rules.steps and count >= rules.requests:
-            end = cluster.finished_at + timedelta(microseconds=1)
-            return _close(s, watch, windows, begun, end, clusters[:count], rules)
+    if count := filled(clusters, _known(watch), rules):
+        end = clusters[count - 1].finished_at + timedelta(microseconds=1)
+        return _close(s, watch, windows, begun, end, clusters[:count], rules)
     servers = queries.servers(s, watch.group_id)
     if servers and all(server.phase == "off" for server in servers):
         return None  # nothing speculates, nothing can be told
@@ -241,8 +261,7 @@ def _close(
     if len(clusters) < 2:
         reason = f"requests were served, {len(clusters)} with drafts of version {watch.version_id}"
         return _write(s, watch, windows, begun, end, clusters, Verdict("empty", reason))
-    known = {key: Stratum(**sums) for key, sums in watch.baseline["strata"].items()}
-    verdict, compared = judge(clusters, known, rules)
+    verdict, compared = judge(clusters, _known(watch), rules)
     steps = queries.steps_of_requests(s, [c.request_id for c in clusters], watch.version_id)
     before = {int(bucket): Pace(*pace) for bucket, pace in watch.baseline["paces"].items()}
     gain = compared.accept_length / compared.expected if compared else 1.0
