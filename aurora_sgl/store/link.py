@@ -6,8 +6,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -17,6 +18,11 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.connection import connect
 from aurora_sgl.store.connection import session as open_session
 from aurora_sgl.store.schema import upgrade
+
+#: Seconds between two tries to do work whose store is away.
+PAUSE_SECONDS = 1.0
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +115,26 @@ class StoreLink:
             if self._engine is not None:
                 self._engine.dispose()
                 self._engine = None
+
+
+def patiently(work: Callable[[], T], seconds: float) -> T:
+    """What ``work`` returns, done again from its start while the store is away, so long at most.
+
+    For work that changes nothing, or the same, when it is repeated. Raises what it raised last.
+    """
+    deadline = time.monotonic() + seconds
+    complained = False
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not is_away(error) or time.monotonic() + PAUSE_SECONDS > deadline:
+                raise
+            if not complained:
+                why = str(getattr(error, "orig", None) or error).splitlines()[0]
+                log.warning("the store is away, waiting: %s", why)
+            complained = True
+            time.sleep(PAUSE_SECONDS)
 
 
 def is_away(error: Exception) -> bool:

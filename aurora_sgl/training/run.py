@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine
 
@@ -23,6 +23,7 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.rollout.gate import record
 from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.store import queries
+from aurora_sgl.store.link import patiently
 from aurora_sgl.training import dataset, gate
 from aurora_sgl.training.files import TraceFiles
 from aurora_sgl.training.resume import Checkpoints, Plan, settings_of
@@ -33,6 +34,11 @@ from aurora_sgl.training.weights import by_recency
 
 #: Objectives that look at what servers proposed, not only at what the target would have said.
 _LEARN_FROM_PROPOSALS = {"policy_gradient", "distil_then_rl"}
+
+#: Seconds that a run waits for a store that is away: less than its lease lasts.
+AWAY_SECONDS = 240.0
+
+T = TypeVar("T")
 
 
 class Skipped(AuroraError):
@@ -126,9 +132,9 @@ class _Run:
         checkpoints = Checkpoints(_training_folder() / f"group-{self.group_id}",
                                   self.settings.checkpoint_seconds)  # fmt: skip
         with _work_folder() as work:
-            base, base_sha256 = self._base(base_version_id, target, work)
-            selection = self._selection(checkpoints, base_sha256)
-            data = self._data(base, selection)
+            base, base_sha256 = _waiting(lambda: self._base(base_version_id, target, work))
+            selection = _waiting(lambda: self._selection(checkpoints, base_sha256))
+            data = _waiting(lambda: self._data(base, selection))
             start = self._with_vocabulary(base, data, target)
             checkpoints.begin(_plan(self.settings, base_sha256, selection))
             head = TargetHead.load(target)
@@ -138,7 +144,7 @@ class _Run:
                 verdict = gate.evaluate(
                     base, result.drafter, data.gate.readable(), head, self.settings
                 )
-                outcome = self._keep(base_version_id, result, verdict, work)
+                outcome = _waiting(lambda: self._keep(base_version_id, result, verdict, work))
             except AuroraError:
                 checkpoints.clear()  # whoever takes it up would come to the same end
                 raise
@@ -297,6 +303,11 @@ class _Steps:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "engine": None}
+
+
+def _waiting(work: Callable[[], T]) -> T:
+    """Work with the store, which may be away for as long as the lease of a run lasts."""
+    return patiently(work, AWAY_SECONDS)
 
 
 def _plan(settings: TrainSettings, base_sha256: str, selection: Selection) -> Plan:

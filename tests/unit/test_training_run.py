@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.rollout.versions import import_version
-from aurora_sgl.store import queries
+from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRun
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
@@ -277,3 +279,31 @@ def test_a_window_by_domain_and_time_takes_only_what_lies_in_it(house: House) ->
     none = settings.model_copy(update={"domains": ("nobody",)})
     outcome = train_once(house.engine, house.artifacts, "default", none, trigger="test")
     assert outcome.status == "skipped" and "0 requests to train on" in outcome.error
+
+
+def test_a_store_that_is_away_at_the_end_of_a_run_is_waited_for(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.serve(60)
+    monkeypatch.setattr(connection, "BUSY_SECONDS", 0)  # a lock is an error at once
+    engine = store.connect(str(house.engine.url))
+    other = sqlite3.connect(house.home / "aurora.db", check_same_thread=False)
+    back = threading.Timer(3.0, other.rollback)
+
+    def away_at_the_gate(event: dict[str, Any]) -> None:
+        if event["event"] == "gate":
+            other.execute("BEGIN EXCLUSIVE")
+            back.start()
+
+    outcome = train_once(
+        engine, house.artifacts, "default", SETTINGS, trigger="test", progress=away_at_the_gate
+    )
+    back.join()
+    other.close()
+    engine.dispose()
+    assert (outcome.status, outcome.verdict) == ("succeeded", "pass")
+    assert "the store is away, waiting: database is locked" in caplog.text
+    (run,) = house.runs()
+    assert run.status == "succeeded"
+    with store.session(house.engine, write=False) as s:
+        assert len(queries.evaluations(s, outcome.version_id or 0)) > 1, "overall and by domain"
