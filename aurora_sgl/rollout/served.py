@@ -16,7 +16,7 @@ from aurora_sgl.store.rollup import batch_bucket
 #: Verify steps below which a stratum of the baseline says nothing.
 FEWEST_STEPS = 30
 #: Spread of requests, as standard deviation of the root of the accepted drafts per step, and how
-#: many requests' worth of evidence that is. The demo's requests: 0.2 within a domain.
+#: many requests' worth of evidence that is. The demo's requests, within a domain: 0.24.
 SPREAD, SPREAD_FREEDOM = 0.25, 6
 #: Gaps between two steps of a stream that are left out, in medians: it waited for something else.
 LONG_GAP = 10.0
