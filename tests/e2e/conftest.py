@@ -160,7 +160,7 @@ def start(
                         return group.id, row.id
         return None
 
-    group_id, server_id = until(known, 60, "the server in the store")
+    group_id, server_id = until(known, 180, "the server in the store")
     return Running(process, home, engine, group_id, server_id)
 
 

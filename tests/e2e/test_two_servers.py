@@ -128,7 +128,7 @@ def test_a_server_that_is_killed_in_mid_swap_comes_back_to_what_is_live(
     until(lambda: all(thread.answers >= 2 for thread in traffic), 120, "answers of version a")
 
     promote(pair.engine, pair.b, actor="test", reason="while one of the two dies")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not is_swapping(killed, pair.b):
         assert time.monotonic() < deadline, "the swap never began"
         time.sleep(0.002)
@@ -136,9 +136,9 @@ def test_a_server_that_is_killed_in_mid_swap_comes_back_to_what_is_live(
     traffic[0].join(60)
     assert traffic[0].error is not None, "it died in the middle of its traffic"
     assert killed.live_version() == pair.a, "the swap was never reported"
-    until(lambda: other.live_version() == pair.b, 60, "the other server to go on alone")
+    until(lambda: other.live_version() == pair.b, 120, "the other server to go on alone")
     since = traffic[1].answers
-    until(lambda: traffic[1].answers > since + 1, 60, "the other server to serve on")
+    until(lambda: traffic[1].answers > since + 1, 120, "the other server to serve on")
 
     home = killed.home
     port = int(killed.url.rpartition(":")[2])
@@ -148,9 +148,9 @@ def test_a_server_that_is_killed_in_mid_swap_comes_back_to_what_is_live(
     )  # with the drafter of old, as its unit file says
     more = Traffic(again, prompts)
     more.start()
-    until(lambda: pair.live() == {pair.b}, 60, "both on the same version")
+    until(lambda: pair.live() == {pair.b}, 120, "both on the same version")
     since = more.answers
-    until(lambda: more.answers > since + 1, 60, "answers of version b")
+    until(lambda: more.answers > since + 1, 120, "answers of version b")
     for thread in (more, traffic[1]):
         thread.ending.set()
         thread.join(60)
@@ -184,7 +184,7 @@ def attribution(pair: Pair, answered: int) -> set[tuple[int, int]]:
         return rows if sum(row.status == "finished" for row in rows) >= answered else []
 
     seen: Counter[tuple[int, int]] = Counter()
-    for row in until(finished, 60, "every answer in the store"):
+    for row in until(finished, 120, "every answer in the store"):
         with store.session(pair.engine, write=False) as s:
             events = queries.events(s, row.id)
         for event in events:
