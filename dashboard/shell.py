@@ -21,6 +21,7 @@ ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg",
 STYLE = """<style>
 [data-testid=stMainBlockContainer] {padding:3.9rem 2rem 3rem}
 [data-testid=stMainBlockContainer] h1 {padding-top:0}
+[data-testid=stButtonGroup] [role=radiogroup] {flex-wrap:wrap}
 [data-testid=stAlertContainer] ul {margin:0 0 1rem; padding-left:.3rem}
 </style>"""
 #: Pixels; Streamlit's own 300 leave a laptop little room for the pages.
