@@ -109,7 +109,8 @@ class Clock:
         box.fill(option)  # long lists draw only what is seen
         entry = self.page.get_by_role("option", name=option, exact=True)
         self.time(f"{page}: {label} {option}", entry.click, lambda: self._settled())
-        self.page.keyboard.press("Escape")  # the open list of a multiselect hides all else
+        if self.page.get_by_role("listbox").count():  # of a multiselect: it hides all else
+            self.page.keyboard.press("Escape")
 
     def _settled(self) -> None:
         self.page.wait_for_timeout(50)
@@ -152,6 +153,9 @@ def look(clock: Clock, store: Path) -> None:
     clock.viewer.open("Versions")
     lineage = page.get_by_role("tab", name="Lineage")
     clock.time("Versions: Lineage", lineage.click, page.locator(PLOT).first.wait_for)
+    every = page.get_by_role("tab", name="All versions")
+    drawn = page.locator(FIRST["Versions"]).first.wait_for
+    clock.time("Versions: All versions", every.click, drawn)
     clock.choose("Versions", "Version", "120")
     clock.time(
         "Versions: ask to promote",

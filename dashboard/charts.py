@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from html import escape
+from itertools import pairwise
 from textwrap import wrap
 from typing import Any
 
@@ -95,7 +96,9 @@ def trend(
             marker={"symbol": symbol, "size": 6, "color": colour,
                     "maxdisplayed": MOST_SYMBOLS if len(x) > 2 * MOST_SYMBOLS else 0},
         )  # fmt: skip
-    _mark_deployments(figure, list(deployments), top)
+    moments = [points[i][0] for points in series.values() if points for i in (0, -1)]
+    span = max(moments) - min(moments) if moments else width
+    _mark_deployments(figure, list(deployments), top, span / 25)
     if break_even is not None:
         figure.add_hline(
             y=break_even, line={"dash": "dot", "width": 1, "color": "#7F7F7F"},
@@ -146,7 +149,12 @@ def _bands(x: list[Any], low: list[Any], high: list[Any]) -> Iterable[tuple[list
 MOST_LABELS = 12
 
 
-def _mark_deployments(figure: go.Figure, deployments: list[Deployment], top: float) -> None:
+def _mark_deployments(
+    figure: go.Figure, deployments: list[Deployment], top: float, apart: timedelta
+) -> None:
+    """A label closer than ``apart`` to the one after it is left to the pointer."""
+    moments = sorted(row.created_at for row in deployments)
+    crowded = {one for one, after in pairwise(moments) if after - one < apart}
     name = "version" if len(deployments) <= MOST_LABELS // 2 else ""
     for action, symbol in (("promote", "triangle-up"), ("rollback", "triangle-down")):
         rows = [row for row in deployments if row.action == action]
@@ -157,7 +165,7 @@ def _mark_deployments(figure: go.Figure, deployments: list[Deployment], top: flo
             x=[local(row.created_at) for row in rows],
             y=[top + 0.04 * (top - 1)] * len(rows),
             mode="markers+text" if named else "markers",
-            text=[f"{name} {row.version_id}" for row in rows],
+            text=["" if row.created_at in crowded else f"{name} {row.version_id}" for row in rows],
             textposition="middle right",
             customdata=[
                 f"{action} of version {row.version_id} by {escape(row.actor)}<br>"

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, Account
 
-from . import login, words
+from . import login, tokens, words
 from .context import find_groups, in_words
 from .parts import guarded
 from .screens import acceptance, audit, now, requests, sql, training, versions
@@ -21,7 +21,8 @@ ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg",
 STYLE = """<style>
 [data-testid=stMainBlockContainer] {padding:3.9rem 2rem 3rem}
 [data-testid=stMainBlockContainer] h1 {padding-top:0}
-[data-testid=stAlertContainer] ul {margin:0; padding-left:.3rem}
+[data-testid=stButtonGroup] [role=radiogroup] {flex-wrap:wrap}
+[data-testid=stAlertContainer] ul {margin:0 0 1rem; padding-left:.3rem}
 </style>"""
 #: Pixels; Streamlit's own 300 leave a laptop little room for the pages.
 SIDEBAR = 240
@@ -40,7 +41,7 @@ def show() -> None:
     st.set_page_config(page_title="Aurora-SGL", page_icon=str(ICON), layout="wide",
                        initial_sidebar_state=SIDEBAR)  # fmt: skip
     st.logo(str(LOGO), icon_image=str(ICON), size="large")
-    st.html(STYLE)
+    st.html(STYLE + words.STYLE + tokens.STYLE)
     account = login.account()
     pages = [
         st.Page(

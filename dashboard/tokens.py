@@ -19,8 +19,8 @@ MEANINGS = {
 }
 SIGNS = {ACCEPTED: "■", CORRECTION: "◆", BONUS: "●", PLAIN: "·"}
 
-#: Marks beside the colours: underline, box, double underline, nothing. Colours of both themes
-#: come from mixing with the colour of the text.
+#: Put into the page by the shell, once. Marks beside the colours: underline, box, double underline,
+#: nothing. Colours of both themes come from mixing with the colour of the text.
 STYLE = """<style>
 .aurora-text {font-family:"Source Code Pro",monospace; font-size:.95rem; line-height:2.1;
   overflow-wrap:anywhere; white-space:pre-wrap; border-radius:.5rem; padding:.6rem 1rem;
@@ -56,14 +56,14 @@ def legend() -> str:
         f'<span><span class="aurora-token {kind}">{SIGNS[kind]}</span> {escape(meaning)}</span>'
         for kind, meaning in MEANINGS.items()
     )
-    return f'{STYLE}<div class="aurora-legend">{parts}</div>'
+    return f'<div class="aurora-legend">{parts}</div>'
 
 
 def text(steps: Sequence[StepTold], decode: Decode | None) -> str:
     """The steps as markup. ``decode`` turns an id into text; ``None``: only marks are shown, not
     which tokens they were."""
     body = "".join(_step(step, decode) for step in steps)
-    return f'{STYLE}<div class="aurora-text" role="group" aria-label="tokens">{body}</div>'
+    return f'<div class="aurora-text" role="group" aria-label="tokens">{body}</div>'
 
 
 def _step(step: StepTold, decode: Decode | None) -> str:

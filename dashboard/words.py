@@ -142,6 +142,7 @@ def cell(value: object) -> str:
     return escape(NONE if value is None or value == "" else str(value))
 
 
+#: Of the tables and lines below; the shell puts it into the page, once.
 STYLE = """<style>
 .aurora-table {width:100%; border-collapse:collapse; font-size:.875rem; line-height:1.4}
 .aurora-table th {text-align:left; font-weight:600; opacity:.75}
@@ -193,7 +194,7 @@ def table(
     )
     wide = " aurora-wide" if len(names) >= MANY else ""
     st.html(
-        f'{STYLE}<div class="aurora-scroll"><table class="aurora-table{wide}" '
+        f'<div class="aurora-scroll"><table class="aurora-table{wide}" '
         f'aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -206,7 +207,7 @@ def facts(caption: str, rows: Mapping[str, object]) -> None:
         for name, value in rows.items()
     )
     st.html(
-        f'{STYLE}<table class="aurora-table aurora-facts" aria-label="{escape(caption)}">'
+        f'<table class="aurora-table aurora-facts" aria-label="{escape(caption)}">'
         f"<tbody>{body}</tbody></table>"
     )
 
@@ -214,4 +215,4 @@ def facts(caption: str, rows: Mapping[str, object]) -> None:
 def say(*parts: object, small: bool = False) -> None:
     """A line of text and times."""
     css = "aurora-say aurora-small" if small else "aurora-say"
-    st.html(f'{STYLE}<p class="{css}">{"".join(cell(part) for part in parts)}</p>')
+    st.html(f'<p class="{css}">{"".join(cell(part) for part in parts)}</p>')

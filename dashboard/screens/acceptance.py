@@ -78,12 +78,18 @@ def _page() -> None:
     name = _namer(points, choice, data.aliases(here).get("live"))
     series = _series(points, choice, name)
     _trend(here, choice, series)
-    # Only the open tab is drawn: each picture costs a browser a tenth of a second and more.
+    _tabs(Shown(here, choice, points, name, series))
+
+
+@refreshing(None)
+def _tabs(shown: Shown) -> None:
+    """A part of its own, so that the trend is not drawn again for another tab; and only the open
+    tab is drawn: each picture costs a browser a tenth of a second and more."""
     tabs = st.tabs(list(TABS), key="tab", on_change="rerun", bind="query-params")
     for tab, draw in zip(tabs, TABS.values(), strict=True):
         if tab.open:
             with tab:
-                draw(Shown(here, choice, points, name, series))
+                draw(shown)
 
 
 # -- what is looked at --------------------------------------------------------------------------

@@ -226,8 +226,10 @@ def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
 def _one(run: TrainingRun, made: dict[int, int]) -> None:
     st.subheader(f"Run {run.id}: {STATES.get(run.status, run.status)}", divider="gray")
     if run.error:
-        show_it = st.error if run.status == "failed" else st.info
-        show_it(words.literal(f"{run.status.capitalize()}: {run.error}"), icon=":material/info:")
+        failed = run.status == "failed"
+        told = words.literal(f"{run.status.capitalize()}: {run.error}")
+        icon = ":material/error:" if failed else ":material/info:"
+        (st.error if failed else st.info)(told, icon=icon)
     left, right = st.columns([2, 3], gap="large")
     with left:
         words.facts(

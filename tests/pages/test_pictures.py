@@ -90,7 +90,9 @@ def test_a_page_is_drawn_whole_in_both_themes(
     expect(page.get_by_test_id("stException")).to_have_count(0)
     if name != "Training":  # there a failed run is told in red
         expect(page.get_by_test_id("stAlertContentError")).to_have_count(0)
-    whole(viewer)
+    for width in (420, 1280, 1440):  # a telephone, a laptop, a desk
+        page.set_viewport_size({"width": width, "height": 800})
+        whole(viewer)
     shoot(viewer, folder, name.lower())
     if name == "Acceptance":
         for number, tab in enumerate(TABS[1:], 2):
