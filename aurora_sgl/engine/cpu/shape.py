@@ -53,7 +53,7 @@ BRINGS = {
 SIZES = sorted({1, *(shape.nodes for shape in BRINGS)})
 #: A drafter that learns on gains more from larger trees than ``BRINGS`` says: of shapes within this
 #: share of the fastest the one that brings most is taken.
-_NEAR = 0.97
+_NEAR = 0.95
 
 
 def best(rows: dict[int, float]) -> Shape:
