@@ -101,7 +101,7 @@ def _cpu() -> Iterator[Finding]:
         yield Finding(
             "bfloat16 on CPU",
             "ok",
-            "not in this CPU: float16 weights serve, training takes float32",
+            "not in this CPU: compiled kernels or float16 weights serve, training takes float32",
         )
 
 

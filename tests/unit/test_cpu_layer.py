@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from aurora_sgl.config import get_settings
-from aurora_sgl.engine.cpu import compiled_attention, fused, layer, linear, native
+from aurora_sgl.engine.cpu import attention, compiled_attention, fused, layer, linear, native
 from aurora_sgl.engine.cpu.compiled_attention import ForwardPlan
 
 HEADS, KV_HEADS, DIM, HIDDEN, INNER = 6, 2, 16, 96, 200
@@ -200,3 +201,45 @@ def test_weights_that_move_are_found_again_and_another_dtype_is_refused():
     assert layer._compiled(one, x.bfloat16(), _pool(torch.bfloat16)) is not third
     assert layer._compiled(one, x, pool) is None  # float32 rows, bfloat16 weights
     layer.forget()
+
+
+class _Mode(Enum):
+    """SGLang's ForwardMode as far as the plan looks at it."""
+
+    DECODE = "decode"
+    VERIFY = "verify"
+    DRAFT_EXTEND = "SGLang's is_extend() says no, and its backend extends all the same"
+    IDLE = "idle"
+
+    def is_decode(self) -> bool:
+        return self is _Mode.DECODE
+
+    def is_idle(self) -> bool:
+        return self is _Mode.IDLE
+
+
+@pytest.mark.parametrize("mode", list(_Mode))
+def test_every_kind_of_step_is_planned_but_an_idle_one(mode):
+    table, lengths = torch.arange(200).view(2, 100).to(torch.int32), torch.tensor([9, 40])
+    news, starts = torch.tensor([4, 4]), torch.tensor([0, 4])
+    backend = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        draft_decode_metadata=None,
+        extend_metadata=None if mode is _Mode.DECODE else (lengths, news, starts, None),
+        forward_metadata=(None, 4),
+    )
+    batch = SimpleNamespace(
+        forward_mode=mode, seq_lens=lengths, req_pool_indices=torch.tensor([0, 1])
+    )
+    attention.begin_forward()
+    plan = layer._plan(backend, batch)
+    if mode is _Mode.IDLE:
+        assert plan is None
+        return
+    assert plan is not None and plan.struct.batch == 2
+    assert plan.longest_new == (1 if mode is _Mode.DECODE else 4)
+    assert layer._plan(backend, batch) is plan  # made once for all layers of a forward
+    backend.forward_metadata = (None, 65)
+    if mode is not _Mode.DECODE:
+        assert layer._plan(backend, batch) is None  # a long prefill
+    attention.begin_forward()

@@ -46,7 +46,7 @@ def test_step_times_are_compared_at_one_batch_size_only_when_both_kinds_are_know
 
 
 #: Time of a step with drafts over that of one without, by requests at once.
-RATIOS = {1: 1.3, 2: 1.4, 4: 1.6, 8: 1.9, 16: 2.4}
+RATIOS = {1: 1.3, 2: 1.4, 4: 1.6, 8: 1.9, 16: 2.4, 32: 3.0, 64: 3.5, 128: 4.0, 256: 4.5}
 
 
 @dataclass
@@ -127,6 +127,16 @@ def test_a_load_at_which_drafts_lose_leaves_them_to_another_at_which_they_pay() 
     counters = house.policy.counters()
     assert counters["break_even_1"] == pytest.approx(1.3, abs=0.05)
     assert counters["break_even_16"] == pytest.approx(2.4, abs=0.1)
+
+
+def test_300_requests_at_once_lose_their_drafts_within_some_steps() -> None:
+    house = House(SpeculationPolicy(1.0), 1.9)
+    house.speed_up(1, 4000)
+    house.speed_up(300, 60_000)
+    before = house.policy.speculative_steps
+    assert house.speed_up(300, 60_000) >= 0.98
+    assert house.policy.speculative_steps - before <= TRY_STEPS
+    assert house.speed_up(1, 4000) >= 1.3
 
 
 def test_drafts_come_back_when_a_better_drafter_is_live_or_the_traffic_suits_it_again() -> None:

@@ -168,8 +168,8 @@ def _plan(backend: Any, forward_batch: Any) -> ForwardPlan | None:
         if not _int_table(table) or lengths.dtype != torch.int64:
             return None
         return attention.compiled_decode_plan(table, rows, lengths, 0)
-    if not mode.is_extend() or backend.extend_metadata is None:
-        return None
+    if mode.is_idle() or backend.extend_metadata is None:
+        return None  # every other mode is an extension to the backend
     lengths, news, starts, tree_mask = backend.extend_metadata
     longest = backend.forward_metadata[1]
     table = backend.req_to_token_pool.req_to_token
