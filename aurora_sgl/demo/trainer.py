@@ -12,6 +12,8 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping
 from typing import Any
 
+_STOP_SECONDS = 10.0
+
 
 class BackgroundTrainer:
     """Runs ``python -m aurora_sgl.training`` and passes its progress on."""
@@ -37,16 +39,27 @@ class BackgroundTrainer:
             env=self._environment,
             start_new_session=True,
         )
-        assert self._process.stdout is not None and self._process.stderr is not None
+        try:
+            return await self._follow(self._process, progress)
+        except asyncio.CancelledError:
+            self.stop()
+            with contextlib.suppress(TimeoutError):  # its pipes close before the event loop does
+                await asyncio.wait_for(self._process.communicate(), _STOP_SECONDS)
+            raise
+
+    async def _follow(
+        self, process: Process, progress: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        assert process.stdout is not None and process.stderr is not None
         last_words = ""
-        async for line in self._process.stderr:
+        async for line in process.stderr:
             text = line.decode(errors="replace").strip()
             try:
                 progress(json.loads(text))
             except ValueError:
                 last_words = text or last_words
-        output = (await self._process.stdout.read()).decode()
-        code = await self._process.wait()
+        output = (await process.stdout.read()).decode()
+        code = await process.wait()
         try:
             outcome: dict[str, Any] = json.loads(output)
         except ValueError:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -54,15 +55,24 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, base_home: Path, model:
         stderr=(home / "demo.err").open("wb"),
         env={**os.environ, "AURORA_HOME": str(home)},
     )
-    until(lambda: "SGLang is ready" in (home / "demo.err").read_text(), 240, "the server")
-    until(lambda: "dashboard: http://127.0.0.1:" in (home / "demo.err").read_text(), 60, "its page")
-    time.sleep(2)
-    family = psutil.Process(demo.pid).children(recursive=True)
-    assert len(family) >= 4  # the server, its scheduler, its sidecar, the dashboard, ...
-    pages = [process for process in family if "dashboard" in process.cmdline()]
-    assert [process.nice() for process in pages] == [15]  # it never stands in the server's way
-    demo.send_signal(signal.SIGINT)
-    assert demo.wait(60) in (0, 130)
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive, [process.cmdline() for process in alive]
-    assert "Traceback" not in (home / "demo.err").read_text()
+    said = (home / "demo.err").read_text
+    try:
+        until(lambda: "SGLang is ready" in said(), 400, "the server")
+        until(lambda: "dashboard: http://127.0.0.1:" in said(), 400, "its page")
+        time.sleep(2)
+        family = psutil.Process(demo.pid).children(recursive=True)
+        assert len(family) >= 4  # the server, its scheduler, its sidecar, the dashboard, ...
+        pages = [process for process in family if "dashboard" in process.cmdline()]
+        assert [process.nice() for process in pages] == [15]  # it never stands in the server's way
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(90) in (0, 130)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive, [process.cmdline() for process in alive]
+    finally:  # a failure must not leave a server to the tests that follow
+        with suppress(psutil.NoSuchProcess):
+            left = psutil.Process(demo.pid)
+            for process in [*left.children(recursive=True), left]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        demo.wait(30)
+    assert "Traceback" not in said()
