@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -94,6 +94,11 @@ class StoreLink:
     @contextlib.contextmanager
     def guard(self) -> Iterator[Engine]:
         """An engine; lost connections become :class:`StoreAway`, other errors pass through."""
+        with self._guarded(lambda: True) as engine:
+            yield engine
+
+    @contextlib.contextmanager
+    def _guarded(self, was_asked: Callable[[], bool]) -> Iterator[Engine]:
         engine = self.engine()
         try:
             yield engine
@@ -102,12 +107,19 @@ class StoreLink:
                 raise
             self._complain(str(getattr(error, "orig", None) or error))
         else:
-            self._ok()
+            if was_asked():
+                self._ok()
 
     @contextlib.contextmanager
     def session(self, *, write: bool = True) -> Iterator[Session]:
-        """A session in one transaction. Raises :class:`StoreAway`."""
-        with self.guard() as engine, open_session(engine, write=write) as session:
+        """A session in one transaction. Raises :class:`StoreAway`. One in which nothing was asked
+        is no sign that the store is there."""
+        begun: list[Any] = []
+        with (
+            self._guarded(lambda: bool(begun)) as engine,
+            open_session(engine, write=write) as session,
+        ):
+            event.listen(session, "after_begin", lambda *_: begun.append(True))
             yield session
 
     def close(self) -> None:

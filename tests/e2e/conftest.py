@@ -160,7 +160,11 @@ def start(
                         return group.id, row.id
         return None
 
-    group_id, server_id = until(known, 180, "the server in the store")
+    try:
+        group_id, server_id = until(known, 180, "the server in the store")
+    except BaseException:
+        process.stop()
+        raise
     return Running(process, home, engine, group_id, server_id)
 
 

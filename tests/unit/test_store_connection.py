@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from aurora_sgl import store
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.store import queries
+from aurora_sgl.store.link import StoreAway, StoreLink
 
 
 def message(url: str) -> str:
@@ -102,3 +105,31 @@ def test_a_session_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         raise RuntimeError
     with store.reading(engine) as connection:
         assert connection.scalar(text("SELECT count(*) FROM deployment_group")) == 0
+
+
+def test_a_session_in_which_nothing_was_asked_is_no_sign_that_the_store_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aurora_sgl.store.link")
+    path = tmp_path / "aurora.db"
+    link = StoreLink(f"sqlite:///{path}")
+    with link.session() as s:
+        queries.groups(s)
+    answered = link.last_ok
+    assert answered
+    with link.session():
+        pass
+    assert link.last_ok == answered
+    path.rename(tmp_path / "elsewhere.db")
+    for _ in range(2):
+        with pytest.raises(StoreAway), link.session() as s:
+            queries.groups(s)
+    (tmp_path / "elsewhere.db").rename(path)
+    with link.session():
+        pass
+    assert "the store is back" not in caplog.text
+    with link.session() as s:
+        queries.groups(s)
+    assert caplog.text.count("the store is away") == caplog.text.count("the store is back") == 1
+    assert link.last_ok > answered
+    link.close()
