@@ -271,6 +271,7 @@ def main() -> None:
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         found[name] = measure(who, given.tokens, warm=given.warm)
+        print(f"  {found[name]}", file=sys.stderr, flush=True)
     if not chosen or "Hugging Face generate" in chosen:
         print("Hugging Face generate ...", file=sys.stderr, flush=True)
         found["Hugging Face generate"] = hugging_face(model, given.tokens, threads)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class CompiledLayer:
         bias_at = [None if bias is None else bias.data_ptr() for bias in biases]
         self.pool, self.dtype, self.hidden = pool, dtype, hidden
         self._keep = (tensors, angles)
-        self._weights = [(w, address) for w, address in zip(weights, at, strict=True)]
+        self._weights, self._addresses = weights, at
         self.struct = native.Layer(
             norm=layer.input_layernorm.weight.data_ptr(),
             second_norm=None if second is None else second.weight.data_ptr(),
@@ -109,7 +110,7 @@ class CompiledLayer:
         return (
             pool is self.pool
             and rows.dtype == self.dtype
-            and all(weight.data_ptr() == address for weight, address in self._weights)
+            and [weight.data_ptr() for weight in self._weights] == self._addresses
         )
 
 
@@ -183,6 +184,13 @@ def _int_table(table: torch.Tensor) -> bool:
     return table.dtype == torch.int32 and table.stride(-1) == 1
 
 
+@lru_cache(maxsize=1)
+def _backend_of_this_forward() -> Callable[[], Any]:
+    from sglang.srt.model_executor.forward_context import get_attn_backend
+
+    return get_attn_backend  # type: ignore[no-any-return]
+
+
 def _run(
     layer: Any,
     positions: torch.Tensor,  # [rows] int64
@@ -191,11 +199,9 @@ def _run(
     residual: torch.Tensor | None,  # [rows, hidden], updated
     embedded: torch.Tensor | None,  # [rows, hidden] of a drafter's layer
 ) -> tuple[torch.Tensor, torch.Tensor] | None:  # both [rows, hidden]
-    from sglang.srt.model_executor.forward_context import get_attn_backend
-
     count = x.shape[0]
     slots = forward_batch.out_cache_loc
-    backend = get_attn_backend()
+    backend = _backend_of_this_forward()()
     if (
         count == 0
         or type(backend).__name__ != "IntelAMXAttnBackend"
