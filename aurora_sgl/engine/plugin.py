@@ -130,9 +130,14 @@ def register() -> None:
 
 
 def _register_on_cpu(registry: Any, kinds: Any) -> None:
+    import torch
+
     from aurora_sgl.engine.cpu import fused, layer, linear, native
     from aurora_sgl.engine.cpu.attention import begin_forward
 
+    if not torch.cuda.is_available():
+        # SGLang's checksum of the weights (0.5.21) waits for a device that is not there.
+        torch.cuda.synchronize = lambda device=None: None
     uses_greedy, linear_loaded, embedding_made, drafter_made, *updates_and_metadata = CPU_HOOKS
     weights_load, weights_end, *metadata = updates_and_metadata
     registry.register(uses_greedy, _verify_uses_greedy, kinds.REPLACE)

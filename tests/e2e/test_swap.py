@@ -23,6 +23,7 @@ from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.rollout.promote import promote, rollback
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
+from benchmarks.swaps import target_checksum
 from tests.e2e.conftest import Running, until
 from tests.e2e.test_identity import assert_greedy
 from tests.e2e.test_records import serve
@@ -54,6 +55,7 @@ def test_a_swap_in_mid_request_changes_no_token_and_the_server_reports_what_is_l
 ) -> None:
     before = server.live_version()
     assert before is not None
+    target = target_checksum(server.url)
     other = a_relative(server, trained, tmp_path / "other", 0.97)
     rid, body = uuid.uuid4().hex, {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
     answer: dict[str, Any] = {}
@@ -67,6 +69,7 @@ def test_a_swap_in_mid_request_changes_no_token_and_the_server_reports_what_is_l
     time.sleep(2.0)
     go_live(server, other)
     thread.join()
+    assert target_checksum(server.url) == target
     assert_greedy(hugging_face, prompts[0], answer["output_ids"])
     with store.session(server.engine, write=False) as s:
         assert (
