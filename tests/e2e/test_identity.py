@@ -15,12 +15,24 @@ from tests.e2e.test_sampling import assert_targets_law
 TOKENS = 20
 
 
+#: Two logits of around 15 that lie this near are one in float32 sums of 576 terms: with a cache
+#: Hugging Face's own ``generate`` takes the other of two that are 1e-5 apart (prompt 0, token 76).
+TIE = 5e-5
+
+
 def assert_greedy(hugging_face: Any, prompt: list[int], output: list[int]) -> None:
-    """Every output token is the argmax of Hugging Face's float32 logits, given those before."""
+    """Every output token is the argmax of Hugging Face's float32 logits, given those before; of
+    two that tie it may be either."""
     with torch.no_grad():
-        logits = hugging_face(torch.tensor([prompt + output])).logits[0]
-    wanted = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-    assert output == wanted
+        logits = hugging_face(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    best, wanted = logits.max(-1)
+    short = best - logits.gather(-1, torch.tensor(output)[:, None])[:, 0]
+    wrong = [
+        (at, token, int(wanted[at]), float(short[at]))
+        for at, token in enumerate(output)
+        if token != int(wanted[at]) and float(short[at]) > TIE
+    ]
+    assert not wrong, f"(place, token, wanted, short of it by): {wrong}"
 
 
 def serve_and_compare(running: Running, prompts: list[list[int]], hugging_face: Any) -> float:
