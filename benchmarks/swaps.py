@@ -106,7 +106,13 @@ def main() -> int:
                 time.sleep(0.05)
             windows.append((begun, time.perf_counter()))
             if number % 50 == 49:
-                print(f"swap {number + 1}/{given.swaps}", file=sys.stderr)
+                counts = [(s.answers, s.failed, s.different) for s in streams]
+                answers, failed, different = map(sum, zip(*counts, strict=True))
+                print(
+                    f"swap {number + 1}/{given.swaps}: {answers} answers, {failed} failed, "
+                    f"{different} different",
+                    file=sys.stderr,
+                )
             time.sleep(PAUSE)
             if given.minutes and time.perf_counter() > end:
                 break
