@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from datetime import time as day_time
 
@@ -21,6 +21,8 @@ from ..parts import refreshing
 SECONDS = 10.0
 #: Lines of a picture; what is beyond them is drawn as one.
 MOST = 7
+#: Points of all lines together: a browser needs a second for a thousand with their bands.
+MOST_POINTS = 500
 PERIODS = {
     "1 hour": timedelta(hours=1),
     "6 hours": timedelta(hours=6),
@@ -76,6 +78,7 @@ def _page() -> None:
         _nothing(choice, last)
         return
     name = _namer(points, choice, data.aliases(here).get("live"))
+    choice = replace(choice, period=coarser(choice.period, points, name))
     series = _series(points, choice, name)
     _trend(here, choice, series)
     _tabs(Shown(here, choice, points, name, series))
@@ -164,6 +167,13 @@ def period(since: datetime, until: datetime) -> Period:
         width = timedelta(hours=max(1, -(-int(span.total_seconds()) // (3600 * 180))))
     return Period(_floor(since, width), _floor(until, timedelta(minutes=1)) + timedelta(minutes=1),
                   bucket, width)  # fmt: skip
+
+
+def coarser(period: Period, points: Sequence[TrendPoint], name: Namer) -> Period:
+    """The same period with buckets so wide that all lines together keep to ``MOST_POINTS``."""
+    at = {point.bucket: _floor(point.bucket, period.width) for point in points}
+    drawn = len({(name(point), at[point.bucket]) for point in points})
+    return replace(period, width=period.width * max(1, -(-drawn // MOST_POINTS)))
 
 
 def _floor(moment: datetime, width: timedelta) -> datetime:

@@ -14,6 +14,7 @@ from streamlit.util import calc_hash
 from aurora_sgl import rollout, store
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
+from aurora_sgl.store.queries.trends import Served, TrendPoint
 from dashboard import dialogs, version_questions
 from dashboard.context import Group
 from dashboard.screens import acceptance, training
@@ -245,6 +246,24 @@ def test_a_period_is_drawn_with_some_two_hundred_points_at_most(
     assert found.bucket == bucket
     assert (found.until - found.since) / found.width <= points
     assert found.since <= until - span and found.until >= until
+
+
+@pytest.mark.parametrize(("domains", "factor"), [(1, 1), (2, 1), (5, 2), (7, 3)])
+def test_many_lines_are_drawn_with_fewer_points_each(domains: int, factor: int) -> None:
+    until = datetime(2026, 11, 24, tzinfo=UTC)
+    month = acceptance.period(until - timedelta(days=30), until)
+    points = [
+        TrendPoint(until - timedelta(hours=hour), 1, f"d{domain}", 3, 4, Served(1, 1))
+        for hour in range(1, 721)
+        for domain in range(domains)
+    ]
+    wider = acceptance.coarser(month, points, lambda point: point.domain)
+    assert wider.width == factor * month.width
+    drawn = acceptance._series(
+        points, acceptance.Choice(wider, acceptance.BY_DOMAIN, points, False), lambda p: p.domain
+    )
+    assert sum(map(len, drawn.values())) <= acceptance.MOST_POINTS + domains
+    assert sum(served.requests for line in drawn.values() for _, served in line) == len(points)
 
 
 # -- who may act -------------------------------------------------------------------------------
