@@ -21,7 +21,7 @@ from aurora_sgl import wire
 from aurora_sgl.sidecar.endpoint import address
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "it") -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "it") -> Any:
     """The first true value of ``condition``; fails after ``seconds``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

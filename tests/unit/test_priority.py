@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-AUTOGROUP = Path("/proc/self/autogroup")
-#: Without autogroups the file is missing or empty: niceness then counts between sessions too.
-HAS_AUTOGROUPS = AUTOGROUP.exists() and bool(AUTOGROUP.read_text().split())
+#: Where there are no autogroups the file is missing; a process of the root group reads it empty.
+#: Niceness then counts between sessions too.
 SCRIPT = """
-import os
+import json, os
 from pathlib import Path
 from aurora_sgl.priority import step_back
+def group():
+    path = Path("/proc/self/autogroup")
+    return path.read_text().split()[-1:] if path.exists() else []
+before = group()
 step_back(7)
-group = Path("/proc/self/autogroup")
-print(os.nice(0), (group.read_text().split() if group.exists() else [])[-1:])
+print(json.dumps([os.nice(0), before, group()]))
 """
 
 
@@ -25,7 +27,6 @@ print(os.nice(0), (group.read_text().split() if group.exists() else [])[-1:])
 def test_a_session_leader_takes_its_whole_session_back_and_nobody_else_does(
     own_session: bool,
 ) -> None:
-    before = AUTOGROUP.read_text().split()[-1:] if HAS_AUTOGROUPS else []
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
@@ -33,6 +34,6 @@ def test_a_session_leader_takes_its_whole_session_back_and_nobody_else_does(
         check=True,
         start_new_session=own_session,
     )
-    niceness, group = done.stdout.split()
-    assert int(niceness) >= 7
-    assert group == str(["7"] if own_session and HAS_AUTOGROUPS else before)
+    niceness, before, after = json.loads(done.stdout)
+    assert niceness >= 7
+    assert after == (["7"] if own_session and before else before)
