@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
+
+# Two test processes on two cores: a second thread of PyTorch's would only spin for its turn (a
+# test of five seconds took 150). Before anything imports PyTorch; processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # For the samples beside the tests, also those of another folder.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "unit")]
