@@ -21,9 +21,8 @@ constexpr int kLanes = 8, kFew = 2, kMany = 3;  // 8 or 9 of 16
 #endif
 constexpr int kOuts = 4;       // outputs of one tile of few rows; of many rows, one less
 constexpr int kPanel = 96;     // rows whose activations stay in the second cache
-constexpr int kShare = 96;     // outputs that one thread takes at a time
+constexpr int kShare = 96;     // outputs that one thread takes at a time, also in that cache
 constexpr int kAhead = 8192;   // bytes: two pages
-constexpr int kWidest = 4096;  // inputs of which four float32 rows stay in the second cache
 
 typedef float floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
@@ -35,7 +34,6 @@ typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 struct Float32 {
   using Weight = float;
   using Input = float;
-  using Many = Float32;  // what weights are turned into first where they meet many rows
   static constexpr int kChunk = kLanes;
   static void prepare(const float* x, int64_t in, float* to) { std::memcpy(to, x, 4 * in); }
   struct Loaded {
@@ -49,7 +47,6 @@ struct Float32 {
 struct Bfloat16 {
   using Weight = uint16_t;
   using Input = uint16_t;
-  using Many = Bfloat16;
   static constexpr int kChunk = 32;
   static void prepare(const uint16_t* x, int64_t in, uint16_t* to) { std::memcpy(to, x, 2 * in); }
   struct Loaded {
@@ -61,26 +58,9 @@ struct Bfloat16 {
   }
 };
 #else
-struct Split {  // bfloat16 that was made float32 before: even, then odd elements of a chunk
-  using Weight = float;
-  using Input = float;
-  static constexpr int kChunk = 2 * kLanes;
-  struct Loaded {
-    floats even, odd;
-  };
-  static Loaded read(const float* w) {
-    return {*(const floats*)w, *(const floats*)(w + kLanes)};
-  }
-  static floats add(floats sum, Loaded w, const float* x) {
-    sum += w.even * *(const floats*)x;
-    return sum + w.odd * *(const floats*)(x + kLanes);
-  }
-};
-
 struct Bfloat16 {
   using Weight = uint16_t;
   using Input = float;
-  using Many = Split;
   static constexpr int kChunk = 2 * kLanes;
   struct Loaded {
     floats even, odd;
@@ -89,6 +69,7 @@ struct Bfloat16 {
     words bits = *(const words*)w;
     return {(floats)(bits << 16), (floats)(bits & 0xffff0000u)};
   }
+  // Even, then odd elements of a chunk.
   static void split(const uint16_t* x, float* to) {
     Loaded both = read(x);
     *(floats*)to = both.even;
@@ -104,7 +85,8 @@ struct Bfloat16 {
     }
   }
   static floats add(floats sum, Loaded w, const float* x) {
-    return Split::add(sum, {w.even, w.odd}, x);
+    sum += w.even * *(const floats*)x;
+    return sum + w.odd * *(const floats*)(x + kLanes);
   }
 };
 #endif
@@ -179,10 +161,12 @@ inline four get(const uint16_t* from, int count) {
 
 // R rows and N outputs, all sums in registers. `fresh`: these weights are read for the first time;
 // what follows them is then fetched ahead, since the processor's own prefetching stops at every
-// page (measured on Ice Lake: 0.7 of the time at 1 row, 0.6 at 4).
+// page (measured on Ice Lake: 0.7 of the time at 1 row, 0.6 at 4). It goes to the second cache:
+// the first has too few lines under way. Never inlined: several in one function take 1.8 times as
+// long for 4 rows, GCC 12 then runs out of registers.
 template <class Kind, int R, int N, bool fresh>
-inline void tile(const typename Kind::Input* x, int64_t x_stride,
-                 const typename Kind::Weight* const* w, int64_t in, four* out) {
+__attribute__((noinline)) void tile(const typename Kind::Input* x, int64_t x_stride,
+                                    const typename Kind::Weight* const* w, int64_t in, four* out) {
   floats sums[R][4] = {};
   const int64_t whole = in / Kind::kChunk * Kind::kChunk;
   for (int64_t at = 0; at < whole; at += Kind::kChunk) {
@@ -190,7 +174,7 @@ inline void tile(const typename Kind::Input* x, int64_t x_stride,
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       loaded[n] = Kind::read(w[n] + at);
-      if (fresh) __builtin_prefetch((const char*)(w[n] + at) + kAhead, 0, 3);
+      if (fresh) __builtin_prefetch((const char*)(w[n] + at) + kAhead, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -227,87 +211,66 @@ inline void tiles(const typename Kind::Input* x, int64_t stride,
   }
 }
 
-// N outputs of all rows of a panel.
-template <class Kind, int N, class Out>
-inline void panel(const typename Kind::Input* x, int64_t stride,
-                  const typename Kind::Weight* const* w, int64_t in, const four* bias, int wide,
-                  Out* y, int64_t y_stride, int64_t rows) {
-  constexpr int kStep = N == kOuts ? kFew : kMany;
-  for (int64_t r = 0; r < rows; r += kStep) {
-    four out[kStep];
-    const int64_t here = std::min<int64_t>(kStep, rows - r);
-    if (r == 0)
-      tiles<Kind, N, true>(x, stride, w, in, here, out);
-    else
-      tiles<Kind, N, false>(x + r * stride, stride, w, in, here, out);
-    for (int64_t i = 0; i < here; ++i)
-      put(y + (r + i) * y_stride, bias ? out[i] + *bias : out[i], wide);
-  }
-}
-
-// Outputs begin..end of all rows of a panel; `turned`: room for N rows of float32 weights where
-// there are so many rows that these are made first.
-template <class Kind, int N>
-inline void outputs(const typename Kind::Input* x, int64_t stride, const typename Kind::Weight* w,
-                    int64_t in, const typename Kind::Weight* bias, typename Kind::Weight* y,
-                    int64_t y_stride, int64_t rows, int64_t begin, int64_t end, float* turned) {
-  using Many = typename Kind::Many;
+// Outputs begin..end of some rows, N at a time.
+template <class Kind, int N, bool fresh>
+inline void strip(const typename Kind::Input* x, int64_t stride, const typename Kind::Weight* w,
+                  int64_t in, const typename Kind::Weight* bias, typename Kind::Weight* y,
+                  int64_t y_stride, int64_t rows, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += N) {
     const int wide = int(std::min<int64_t>(N, end - n));
     const typename Kind::Weight* row[N];
     for (int i = 0; i < N; ++i) row[i] = w + (n + std::min(i, wide - 1)) * in;
+    four out[kMany];
+    tiles<Kind, N, fresh>(x, stride, row, in, rows, out);
     const four added = bias ? get(bias + n, wide) : four{};
-    const four* add = bias ? &added : nullptr;
-    if constexpr (!std::is_same<Kind, Many>::value) {
-      if (turned) {
-        const float* made[N];
-        for (int i = 0; i < N; ++i) {
-          for (int64_t at = 0; at < in; at += 32)
-            __builtin_prefetch((const char*)(row[i] + at) + kAhead, 0, 3);
-          Kind::prepare(row[i], in, turned + i * stride);
-          made[i] = turned + i * stride;
-        }
-        panel<Many, N>(x, stride, made, stride, add, wide, y + n, y_stride, rows);
-        continue;
-      }
-    }
-    panel<Kind, N>(x, stride, row, in, add, wide, y + n, y_stride, rows);
+    for (int64_t r = 0; r < rows; ++r)
+      put(y + r * y_stride + n, bias ? out[r] + added : out[r], wide);
   }
+}
+
+// Outputs begin..end of all rows of a panel. The activations of some rows stay in the first cache
+// while the weights pass by, which come from the second cache for all rows but the first.
+template <class Kind>
+void outputs(const typename Kind::Input* x, int64_t stride, const typename Kind::Weight* w,
+             int64_t in, const typename Kind::Weight* bias, typename Kind::Weight* y,
+             int64_t y_stride, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t r = 0, here; r < rows; r += here) {
+    const int64_t left = rows - r;
+    const bool last = left > kFew && left <= kMany;  // one pass instead of two
+    here = last ? left : std::min<int64_t>(kFew, left);
+    const auto run = last ? (r ? strip<Kind, kOuts - 1, false> : strip<Kind, kOuts - 1, true>)
+                          : (r ? strip<Kind, kOuts, false> : strip<Kind, kOuts, true>);
+    run(x + r * stride, stride, w, in, bias, y + r * y_stride, y_stride, here, begin, end);
+  }
+}
+
+// The next line of the cache: a load that lies across two of them costs two.
+template <class T>
+inline T* aligned(T* p) {
+  return (T*)((uintptr_t(p) + 63) / 64 * 64);
 }
 
 template <class Kind>
 void linear_(const typename Kind::Weight* x, int64_t x_stride, const typename Kind::Weight* w,
              const typename Kind::Weight* bias, typename Kind::Weight* y, int64_t y_stride,
              int64_t rows, int64_t in, int64_t outs) {
-  using Weight = typename Kind::Weight;
   using Input = typename Kind::Input;
-  constexpr bool kTurns = !std::is_same<Kind, typename Kind::Many>::value;
   const int64_t stride = (in + Kind::kChunk - 1) / Kind::kChunk * Kind::kChunk;
   thread_local std::vector<Input> memory;
   for (int64_t first = 0; first < rows; first += kPanel) {
     const int64_t count = std::min<int64_t>(kPanel, rows - first);
-    if (int64_t(memory.size()) < count * stride) memory.resize(count * stride);
-    Input* prepared = memory.data();
+    if (int64_t(memory.size()) < count * stride + 64) memory.resize(count * stride + 64);
+    Input* prepared = aligned(memory.data());
     for (int64_t r = 0; r < count; ++r) {
       if (stride > in) std::fill(prepared + r * stride + in, prepared + (r + 1) * stride, Input(0));
       Kind::prepare(x + (first + r) * x_stride, in, prepared + r * stride);
     }
-    const bool turn = kTurns && count > 2 * kMany && stride <= kWidest;
     const int64_t shares = (outs + kShare - 1) / kShare;
     const bool many = double(in) * outs * (count + 8) > 1e6;  // a thread woken costs microseconds
 #pragma omp parallel for schedule(static) if (many && shares > 1)
-    for (int64_t share = 0; share < shares; ++share) {
-      thread_local std::vector<float> room;
-      if (turn && int64_t(room.size()) < kOuts * stride) room.resize(kOuts * stride);
-      const int64_t begin = share * kShare, end = std::min(outs, begin + kShare);
-      Weight* to = y + first * y_stride;
-      if (count <= kFew || count > 2 * kMany)  // many rows are read from the second cache
-        outputs<Kind, kOuts>(prepared, stride, w, in, bias, to, y_stride, count, begin, end,
-                             turn ? room.data() : nullptr);
-      else
-        outputs<Kind, kOuts - 1>(prepared, stride, w, in, bias, to, y_stride, count, begin, end,
-                                 nullptr);
-    }
+    for (int64_t share = 0; share < shares; ++share)
+      outputs<Kind>(prepared, stride, w, in, bias, y + first * y_stride, y_stride, count,
+                    share * kShare, std::min(outs, (share + 1) * kShare));
   }
 }
 
