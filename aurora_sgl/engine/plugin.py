@@ -68,6 +68,7 @@ COMPILED_HOOKS = (
     "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native",
     "sglang.srt.models.llama.LlamaDecoderLayer.forward",
     "sglang.srt.models.llama_eagle3.LlamaDecoderLayer.forward",
+    "sglang.srt.model_executor.model_runner.ModelRunner.forward",
 )
 
 #: Read or called, not hooked.
@@ -86,6 +87,8 @@ LEANED_ON = (
     "sglang.srt.distributed.parallel_state.get_tp_group",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._build_trivial_verify_input",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._stub_skipped_draft_extend",
+    "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
+    "sglang.srt.model_executor.model_runner.ModelRunnerOutput",
     "sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3",
     "sglang.srt.models.llama_eagle.LlamaForCausalLMEagle",
 )
@@ -132,7 +135,7 @@ def register() -> None:
 def _register_on_cpu(registry: Any, kinds: Any) -> None:
     import torch
 
-    from aurora_sgl.engine.cpu import fused, layer, linear, native
+    from aurora_sgl.engine.cpu import drafting, fused, layer, linear, native
     from aurora_sgl.engine.cpu.attention import begin_forward
 
     if not torch.cuda.is_available():
@@ -161,7 +164,7 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
     if native.library() is not None:
         compiled = (
             fused.rms_norm, fused.silu_and_mul, fused.rotary,
-            layer.target_layer, layer.drafter_layer,
+            layer.target_layer, layer.drafter_layer, drafting.forward,
         )  # fmt: skip
         for name, hook in zip(COMPILED_HOOKS, compiled, strict=True):
             registry.register(name, hook, kinds.AROUND)

@@ -232,14 +232,14 @@ def test_every_kind_of_step_is_planned_but_an_idle_one(mode):
         forward_mode=mode, seq_lens=lengths, req_pool_indices=torch.tensor([0, 1])
     )
     attention.begin_forward()
-    plan = layer._plan(backend, batch)
+    plan = layer.plan_of(backend, batch)
     if mode is _Mode.IDLE:
         assert plan is None
         return
     assert plan is not None and plan.struct.batch == 2
     assert plan.longest_new == (1 if mode is _Mode.DECODE else 4)
-    assert layer._plan(backend, batch) is plan  # made once for all layers of a forward
+    assert layer.plan_of(backend, batch) is plan  # made once for all layers of a forward
     backend.forward_metadata = (None, 65)
     if mode is not _Mode.DECODE:
-        assert layer._plan(backend, batch) is None  # a long prefill
+        assert layer.plan_of(backend, batch) is None  # a long prefill
     attention.begin_forward()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -156,7 +156,10 @@ def _compiled(layer: Any, rows: torch.Tensor, pool: Any) -> CompiledLayer | None
     return made if isinstance(made, CompiledLayer) else None
 
 
-def _plan(backend: Any, forward_batch: Any) -> ForwardPlan | None:
+BACKEND = "IntelAMXAttnBackend"
+
+
+def plan_of(backend: Any, forward_batch: Any) -> ForwardPlan | None:
     """Which tokens each row sees, as ``IntelAMXAttnBackend`` would tell its kernels."""
     mode = forward_batch.forward_mode
     if mode.is_decode():
@@ -166,7 +169,7 @@ def _plan(backend: Any, forward_batch: Any) -> ForwardPlan | None:
         else:
             table = backend.req_to_token_pool.req_to_token
             lengths, rows = forward_batch.seq_lens, forward_batch.req_pool_indices
-        if not _int_table(table) or lengths.dtype != torch.int64:
+        if not int_table(table) or lengths.dtype != torch.int64:
             return None
         return attention.compiled_decode_plan(table, rows, lengths, 0)
     if mode.is_idle() or backend.extend_metadata is None:
@@ -174,37 +177,58 @@ def _plan(backend: Any, forward_batch: Any) -> ForwardPlan | None:
     lengths, news, starts, tree_mask = backend.extend_metadata
     longest = backend.forward_metadata[1]
     table = backend.req_to_token_pool.req_to_token
-    if longest > LONGEST or not _int_table(table) or lengths.dtype != torch.int64:
+    if longest > LONGEST or not int_table(table) or lengths.dtype != torch.int64:
         return None
     rows = forward_batch.req_pool_indices
     return attention.compiled_extend_plan(table, rows, lengths, news, starts, 0, tree_mask, True)
 
 
-def _int_table(table: torch.Tensor) -> bool:
+def int_table(table: torch.Tensor) -> bool:
     return table.dtype == torch.int32 and table.stride(-1) == 1
 
 
 @lru_cache(maxsize=1)
-def _backend_of_this_forward() -> Callable[[], Any]:
+def _backend_getter() -> Callable[[], Any]:
     from sglang.srt.model_executor.forward_context import get_attn_backend
 
     return get_attn_backend  # type: ignore[no-any-return]
 
 
+def backend_of_this_forward() -> Any:
+    """SGLang's attention backend of the forward that runs now."""
+    return _backend_getter()()
+
+
 def _run(
     layer: Any,
-    positions: torch.Tensor,  # [rows] int64
+    positions: torch.Tensor,
     forward_batch: Any,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    embedded: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    backend = backend_of_this_forward()
+    if type(backend).__name__ != BACKEND:
+        return None
+    plan = partial(plan_of, backend, forward_batch)
+    slots = forward_batch.out_cache_loc
+    return run(layer, backend, plan, positions, slots, x, residual, embedded)
+
+
+def run(
+    layer: Any,
+    backend: Any,
+    plan: ForwardPlan | Callable[[], ForwardPlan | None],
+    positions: torch.Tensor,  # [rows] int64
+    slots: torch.Tensor,  # [rows] int64
     x: torch.Tensor,  # [rows, hidden]
-    residual: torch.Tensor | None,  # [rows, hidden], updated
+    residual: torch.Tensor | None,  # [rows, hidden], updated; None: x is
     embedded: torch.Tensor | None,  # [rows, hidden] of a drafter's layer
 ) -> tuple[torch.Tensor, torch.Tensor] | None:  # both [rows, hidden]
+    """A layer's output and the residual; None, with nothing done, for what is not covered."""
     count = x.shape[0]
-    slots = forward_batch.out_cache_loc
-    backend = _backend_of_this_forward()()
     if (
         count == 0
-        or type(backend).__name__ != "IntelAMXAttnBackend"
         or (count > linear.FEW and linear.choose().many != linear.OWN)
         or (x.dtype == torch.bfloat16 and linear.choose().few != linear.OWN)
         or positions.dim() != 1
@@ -220,8 +244,8 @@ def _run(
     known = _compiled(layer, x, backend.token_to_kv_pool)
     if known is None or x.shape[1] != known.hidden:
         return None
-    plan = _plan(backend, forward_batch)
-    if plan is None:
+    made = plan if isinstance(plan, ForwardPlan) else plan()
+    if made is None:
         return None
     first = residual is None
     if residual is None:
@@ -229,7 +253,7 @@ def _run(
     out = torch.empty_like(x) if first else x
     library: Any = native.library()
     library.aurora_layer(
-        known.address, plan.address, positions.data_ptr(), slots.data_ptr(), count, x.data_ptr(),
+        known.address, made.address, positions.data_ptr(), slots.data_ptr(), count, x.data_ptr(),
         residual.data_ptr(), out.data_ptr(), None if embedded is None else embedded.data_ptr(),
     )  # fmt: skip
     return out, residual
