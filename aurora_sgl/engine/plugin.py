@@ -68,6 +68,7 @@ COMPILED_HOOKS = (
     "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native",
     "sglang.srt.models.llama.LlamaDecoderLayer.forward",
     "sglang.srt.models.llama_eagle3.LlamaDecoderLayer.forward",
+    "sglang.srt.models.llama.LlamaModel.forward",
     "sglang.srt.model_executor.model_runner.ModelRunner.forward",
 )
 
@@ -135,7 +136,7 @@ def register() -> None:
 def _register_on_cpu(registry: Any, kinds: Any) -> None:
     import torch
 
-    from aurora_sgl.engine.cpu import drafting, fused, layer, linear, native
+    from aurora_sgl.engine.cpu import drafting, fused, layer, layers, linear, native
     from aurora_sgl.engine.cpu.attention import begin_forward
 
     if not torch.cuda.is_available():
@@ -155,6 +156,7 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
     def forget(*args: Any, **kw: Any) -> None:
         linear.forget()
         layer.forget()
+        layers.forget()
 
     # SGLang's own weight updates change values in place: what was packed is then stale.
     for name in (weights_load, weights_end):
@@ -164,7 +166,7 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
     if native.library() is not None:
         compiled = (
             fused.rms_norm, fused.silu_and_mul, fused.rotary,
-            layer.target_layer, layer.drafter_layer, drafting.forward,
+            layer.target_layer, layer.drafter_layer, layers.target_body, drafting.forward,
         )  # fmt: skip
         for name, hook in zip(COMPILED_HOOKS, compiled, strict=True):
             registry.register(name, hook, kinds.AROUND)

@@ -179,27 +179,27 @@ def test_a_layer_that_is_not_plain_goes_sglangs_way_with_one_line_for_all_alike(
     for one in alike:
         change(one)
     with caplog.at_level(logging.WARNING, "aurora_sgl"):
-        assert [layer._compiled(one, x, pool) for one in [*alike, *alike]] == [None] * 6
+        assert [layer.compiled(one, x, pool) for one in [*alike, *alike]] == [None] * 6
     assert len(caplog.records) == 1 and "SGLang's own way" in caplog.text
     plain = _sglang_layer(torch.float32)
-    assert layer._compiled(plain, x, pool) is not None
+    assert layer.compiled(plain, x, pool) is not None
     layer.forget()
 
 
 def test_weights_that_move_are_found_again_and_another_dtype_is_refused():
     layer.forget()
     one, pool, x = _sglang_layer(torch.bfloat16), _pool(torch.bfloat16), torch.randn(1, HIDDEN)
-    first = layer._compiled(one, x.bfloat16(), pool)
-    assert first is not None and layer._compiled(one, x.bfloat16(), pool) is first
+    first = layer.compiled(one, x.bfloat16(), pool)
+    assert first is not None and layer.compiled(one, x.bfloat16(), pool) is first
     moved = one.mlp.down_proj.weight = one.mlp.down_proj.weight.clone()
     layer.forget()  # as the hooks on SGLang's weight updates do
-    second = layer._compiled(one, x.bfloat16(), pool)
+    second = layer.compiled(one, x.bfloat16(), pool)
     assert second is not None and second.struct.down == moved.data_ptr()
     one.mlp.down_proj.weight.set_(torch.randn(HIDDEN, INNER).bfloat16())
-    third = layer._compiled(one, x.bfloat16(), pool)  # seen without being told
+    third = layer.compiled(one, x.bfloat16(), pool)  # seen without being told
     assert third is not None and third.struct.down == one.mlp.down_proj.weight.data_ptr()
-    assert layer._compiled(one, x.bfloat16(), _pool(torch.bfloat16)) is not third
-    assert layer._compiled(one, x, pool) is None  # float32 rows, bfloat16 weights
+    assert layer.compiled(one, x.bfloat16(), _pool(torch.bfloat16)) is not third
+    assert layer.compiled(one, x, pool) is None  # float32 rows, bfloat16 weights
     layer.forget()
 
 

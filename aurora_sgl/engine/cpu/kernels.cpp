@@ -78,6 +78,15 @@ void aurora_layer(const Layer* layer, const Plan* plan, const int64_t* positions
 #undef AURORA_LAYER
 }
 
+// Layers one after the other. x, residual, out as above for the first of them; the others work on
+// what it left in residual and out.
+void aurora_layers(const Layer* const* layers, int64_t many, const Plan* plan,
+                   const int64_t* positions, const int64_t* slots, int64_t count, void* x,
+                   void* residual, void* out) {
+  for (int64_t at = 0; at < many; ++at)
+    aurora_layer(layers[at], plan, positions, slots, count, at ? out : x, residual, out, nullptr);
+}
+
 // How bfloat16 weights are multiplied: 2 by the processor's own instruction, 1 widened to float32.
 int aurora_bfloat16() {
 #if defined(__AVX512BF16__)
@@ -87,5 +96,5 @@ int aurora_bfloat16() {
 #endif
 }
 
-int aurora_version() { return 2; }
+int aurora_version() { return 3; }
 }

@@ -138,7 +138,8 @@ def refusals() -> set[str]:
     return {found for _, found in _layers.values() if isinstance(found, str)}
 
 
-def _compiled(layer: Any, rows: torch.Tensor, pool: Any) -> CompiledLayer | None:
+def compiled(layer: Any, rows: torch.Tensor, pool: Any) -> CompiledLayer | None:
+    """The layer as the compiled code reads it, or None for one that is not covered."""
     known = _layers.get(id(layer))
     if known is not None and isinstance(known[1], CompiledLayer):
         if known[1].current(pool, rows):
@@ -215,6 +216,30 @@ def _run(
     return run(layer, backend, plan, positions, slots, x, residual, embedded)
 
 
+def covers(
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    embedded: torch.Tensor | None = None,
+) -> bool:
+    """Whether tensors as :func:`run` takes them are such that the compiled code reads."""
+    count = x.shape[0]
+    return not (
+        count == 0
+        or (count > linear.FEW and linear.choose().many != linear.OWN)
+        or (x.dtype == torch.bfloat16 and linear.choose().few != linear.OWN)
+        or positions.dim() != 1
+        or positions.dtype != torch.int64
+        or slots.dtype != torch.int64
+        or not (x.is_contiguous() and positions.is_contiguous() and slots.is_contiguous())
+        or not (residual is None or residual.is_contiguous())
+        or not (embedded is None or (embedded.is_contiguous() and embedded.dtype == x.dtype))
+        or positions.shape[0] != count
+        or slots.shape[0] != count
+    )
+
+
 def run(
     layer: Any,
     backend: Any,
@@ -227,21 +252,9 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:  # both [rows, hidden]
     """A layer's output and the residual; None, with nothing done, for what is not covered."""
     count = x.shape[0]
-    if (
-        count == 0
-        or (count > linear.FEW and linear.choose().many != linear.OWN)
-        or (x.dtype == torch.bfloat16 and linear.choose().few != linear.OWN)
-        or positions.dim() != 1
-        or positions.dtype != torch.int64
-        or slots.dtype != torch.int64
-        or not (x.is_contiguous() and positions.is_contiguous() and slots.is_contiguous())
-        or not (residual is None or residual.is_contiguous())
-        or not (embedded is None or (embedded.is_contiguous() and embedded.dtype == x.dtype))
-        or positions.shape[0] != count
-        or slots.shape[0] != count
-    ):
+    if not covers(positions, slots, x, residual, embedded):
         return None
-    known = _compiled(layer, x, backend.token_to_kv_pool)
+    known = compiled(layer, x, backend.token_to_kv_pool)
     if known is None or x.shape[1] != known.hidden:
         return None
     made = plan if isinstance(plan, ForwardPlan) else plan()

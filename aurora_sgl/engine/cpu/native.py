@@ -34,7 +34,7 @@ _FLAGS = (
 )
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300
-_VERSION = 2  # what aurora_version() of the source returns
+_VERSION = 3  # what aurora_version() of the source returns
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[object, ...]] = {
@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "aurora_attention": (_I, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _F),
     "aurora_linear": (_I, _P, _L, _P, _P, _P, _L, _L, _L, _L),
     "aurora_layer": (_P, _P, _P, _P, _L, _P, _P, _P, _P),
+    "aurora_layers": (_P, _L, _P, _P, _P, _L, _P, _P, _P),
 }
 
 

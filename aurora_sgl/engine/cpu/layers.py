@@ -1,0 +1,126 @@
+"""The target's decoder layers in one compiled call, or one between two states that a drafter reads.
+
+A layer alone is a compiled call already (``layer.py``); SGLang's way from each to the next takes a
+tenth of a millisecond, which thirty layers of a small model make a tenth of a decode step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from aurora_sgl.engine.cpu import fused, layer, native
+from aurora_sgl.engine.cpu.layer import CompiledLayer
+
+
+class Body:
+    """The compiled layers of one model, in order, and where each group of them begins."""
+
+    def __init__(self, model: Any, parts: list[CompiledLayer]) -> None:
+        self.parts = parts
+        self._addresses = (ctypes.c_void_p * len(parts))(*(part.address for part in parts))
+        self.captured = [at for at in range(len(parts)) if at in model.layers_to_capture]
+        self.groups = list(pairwise(sorted({0, *self.captured, len(parts)})))
+
+    def address(self, at: int) -> int:
+        return ctypes.addressof(self._addresses) + at * ctypes.sizeof(ctypes.c_void_p)
+
+
+_bodies: dict[int, tuple[Any, Body | None]] = {}  # id of the model -> itself; None: not covered
+
+
+def forget() -> None:
+    """Look at every model anew: somebody may have replaced weights."""
+    _bodies.clear()
+
+
+def _body(model: Any, rows: torch.Tensor, pool: Any) -> Body | None:
+    known = _bodies.get(id(model))
+    if known is not None:
+        body = known[1]
+        if body is None:
+            return None
+        wanted = [at for at in range(len(body.parts)) if at in model.layers_to_capture]
+        if body.captured == wanted and all(part.current(pool, rows) for part in body.parts):
+            return body
+    parts = [layer.compiled(one, rows, pool) for one in model.layers] if _plain(model) else []
+    complete = [part for part in parts if part is not None and part.hidden == rows.shape[1]]
+    made = Body(model, complete) if parts and len(complete) == len(parts) else None
+    _bodies[id(model)] = (model, made)
+    return made
+
+
+def _plain(model: Any) -> bool:
+    """Whether all of it is here, and layers of the kind that ``layer.py`` knows."""
+    return (
+        model.pp_group.world_size == 1
+        and model.start_layer == 0
+        and model.end_layer == len(model.layers)
+        and all(type(one).__name__ == "LlamaDecoderLayer" for one in model.layers)
+        and type(model.norm).__name__ == "RMSNorm"
+        and fused.plain_norm(model.norm)
+        and 0 not in model.layers_to_capture
+    )
+
+
+def target_body(
+    original: Callable[..., Any],
+    model: Any,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    forward_batch: Any,
+    input_embeds: torch.Tensor | None = None,
+    pp_proxy_tensors: Any = None,
+) -> Any:
+    """Around ``llama.LlamaModel.forward``."""
+    done = None
+    if pp_proxy_tensors is None and input_ids is not None:
+        done = _run(model, input_ids, positions, forward_batch, input_embeds)
+    if done is not None:
+        return done
+    return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+
+
+def _run(
+    model: Any,
+    ids: torch.Tensor,  # [rows] int64
+    positions: torch.Tensor,  # [rows] int64
+    forward_batch: Any,
+    embedded: torch.Tensor | None,  # [rows, hidden]
+) -> Any:
+    """[rows, hidden] for the head, with the captured states where there are any; or None."""
+    backend = layer.backend_of_this_forward()
+    slots = forward_batch.out_cache_loc
+    if type(backend).__name__ != layer.BACKEND or slots is None:
+        return None
+    weight = model.embed_tokens.weight
+    # Decide before anything is computed: the embedding alone is a copy of rows.
+    x = torch.empty((ids.shape[0], weight.shape[1]), dtype=weight.dtype)
+    if not layer.covers(positions, slots, x):
+        return None
+    body = _body(model, x, backend.token_to_kv_pool)
+    plan = layer.plan_of(backend, forward_batch) if body is not None else None
+    if body is None or plan is None:
+        return None
+    x = model.embed_tokens(ids) if embedded is None else embedded
+    if x.dtype != weight.dtype or not x.is_contiguous():
+        return None
+    library: Any = native.library()
+    residual, out, count = x, torch.empty_like(x), x.shape[0]
+    states = []
+    for begin, end in body.groups:
+        if begin in body.captured:
+            states.append(x + residual)
+        library.aurora_layers(
+            body.address(begin), end - begin, plan.address, positions.data_ptr(),
+            slots.data_ptr(), count, x.data_ptr(), residual.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        x = out
+    normed = fused.norm(x, residual, model.norm.weight, model.norm.variance_epsilon)
+    if normed is None:
+        normed, _ = model.norm(x, residual)
+    return (normed, states) if states else normed
