@@ -44,7 +44,8 @@ class _Forward:
         self.model = SimpleNamespace(
             model=body, lm_head=head,
             logits_processor=SimpleNamespace(
-                vocab_size=VOCABULARY, _compute_lm_head=lambda x, weight: linear.own(x, weight, None)
+                vocab_size=VOCABULARY,
+                _compute_lm_head=lambda x, weight: linear.own(x, weight, None),
             ),
         )  # fmt: skip
         self.pool = _pool(dtype)
