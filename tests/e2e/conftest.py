@@ -49,7 +49,7 @@ PROMPTS = [
     "Name a famous painter.",
 ]
 TREE = (3, 4, 8)  # steps, top-k, nodes
-DEMO_REQUESTS = 72  # two training runs; keeps the suite short
+DEMO_REQUESTS = 56  # two training runs; keeps the suite short
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
