@@ -27,6 +27,9 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
 _AGENT = "aurora_sgl.engine.agent.Agent."
 
 PARTS = {
+    # Compiled on CPU; the parts that follow are timed where a layer goes SGLang's own way.
+    "sglang.srt.models.llama.LlamaModel.forward": "layers",
+    "aurora_sgl.engine.cpu.layer.run": "layers",
     f"{_LAYERS}quantization.unquant.UnquantizedLinearMethod.apply": "linears",
     f"{_LAYERS}logits_processor.LogitsProcessor._compute_lm_head": "lm_head",
     f"{_LAYERS}layernorm.RMSNorm.forward": "norms",
@@ -111,6 +114,11 @@ def _count(timers: Timers, part: str, args: tuple[Any, ...], out: Any) -> None:
         weight, x = args[1].weight, args[2]
         rows = x.numel() // x.shape[-1]
         timers.work(_bytes(weight, x, out), 2.0 * rows * weight.numel())
+    elif part == "layers":
+        layers = getattr(args[0], "layers", args[0])
+        weights = [weight for weight in layers.parameters() if weight.dim() == 2]
+        operations = 2.0 * first.shape[0] * sum(weight.numel() for weight in weights)
+        timers.work(_bytes(*weights, first), operations)
     elif part == "lm_head":
         weight, x = args[2].weight, args[1]
         timers.work(_bytes(weight, x, out), 2.0 * x.shape[0] * weight.numel())
