@@ -16,7 +16,7 @@ from aurora_sgl.config import Settings
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.config import read_config
 from aurora_sgl.drafter.target import TargetInfo, read_target
-from aurora_sgl.engine.launch import server_flags, value_of
+from aurora_sgl.engine.launch import Replayed, server_flags, value_of
 from aurora_sgl.engine.process import port_is_free
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_bytes
@@ -70,6 +70,7 @@ def plan(
     try:
         store.upgrade(engine)
         folder, note = _choose(drafter, Path(model), target, settings, engine, sample_texts)
+        replayed = _replayed(engine, settings) if drafter is None else None
     finally:
         engine.dispose()
     problems = checkpoint.validate(folder, target)
@@ -77,7 +78,9 @@ def plan(
         raise AuroraError(f"the drafter {folder} cannot serve {model}: {problems[0]}")
     on_cpu = runs_on_cpu(sglang_args)
     algorithm = "EAGLE3" if read_config(folder).is_eagle3 else "EAGLE"
-    flags = server_flags(model, str(folder), algorithm, sglang_args, on_cpu=on_cpu)
+    flags = server_flags(
+        model, str(folder), algorithm, sglang_args, on_cpu=on_cpu, replayed=replayed
+    )
     environment = _environment(settings, on_cpu)
     if folder.name.startswith(SCRATCH):
         environment["AURORA_DRAFTER_SOURCE"] = SCRATCH
@@ -127,6 +130,20 @@ def _live(engine: Engine, settings: Settings) -> tuple[Path, int] | None:
         version = queries.version(s, desired[0])
         into = settings.home.resolve() / "drafters" / version.weights_sha256[:16]
         return fetch_verified(ArtifactRoot(settings.artifact_root), version, into), version.id
+
+
+def _replayed(engine: Engine, settings: Settings) -> Replayed | None:
+    """What replay said of the group's live version; None when it was never judged."""
+    with store.session(engine, write=False) as s:
+        known = {group.name: group.id for group in queries.groups(s)}
+        if settings.group not in known:
+            return None
+        desired = queries.desired_version(s, known[settings.group])
+        for one in queries.evaluations(s, desired[0]) if desired is not None else ():
+            if one.kind == "replay" and one.domain == "" and one.candidate_accept_length:
+                shape = (one.depth or 0, one.topk or 0, one.nodes or 0)
+                return Replayed(*shape, accept_length=one.candidate_accept_length)
+    return None
 
 
 def _untrained(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import NamedTuple
 
 os.environ.setdefault("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND", "1")
 
@@ -46,17 +47,33 @@ def value_of(args: list[str], flag: str) -> str | None:
     return None
 
 
-def _cpu_shape() -> dict[str, str]:
+class Replayed(NamedTuple):
+    """What exact replay found of a drafter, with trees of that depth, top-k and size."""
+
+    depth: int
+    topk: int
+    nodes: int
+    accept_length: float
+
+
+def _cpu_shape(replayed: Replayed | None) -> dict[str, str]:
     from aurora_sgl.engine.cpu import shape
 
-    return shape.choose().flags
+    return shape.choose(replayed).flags
 
 
 def server_flags(
-    model: str, drafter: str | None, algorithm: str, args: list[str], *, on_cpu: bool
+    model: str,
+    drafter: str | None,
+    algorithm: str,
+    args: list[str],
+    *,
+    on_cpu: bool,
+    replayed: Replayed | None = None,
 ) -> list[str]:
     """SGLang's flags for a target and a drafter; what the user gave stays as it is.
 
+    ``replayed``: of this drafter, as far as known; on CPU trees are as large as pays for it.
     Raises ``AuroraError`` for acceptance thresholds other than 1, which are not lossless.
     """
     for flag in ("single", "acc"):
@@ -74,7 +91,7 @@ def server_flags(
             "--speculative-draft-model-path": drafter,
         }
         if not _given(args, "--speculative-num-steps"):
-            defaults |= _cpu_shape() if on_cpu else _TREE_FLAGS
+            defaults |= _cpu_shape(replayed) if on_cpu else _TREE_FLAGS
     if on_cpu:
         defaults |= _CPU_FLAGS
         if not _given(args, "--dtype"):

@@ -161,9 +161,9 @@ inline four get(const uint16_t* from, int count) {
 
 // R rows and N outputs, all sums in registers. `fresh`: these weights are read for the first time;
 // what follows them is then fetched ahead, since the processor's own prefetching stops at every
-// page (measured on Ice Lake: 0.7 of the time at 1 row, 0.6 at 4). It goes to the second cache:
-// the first has too few lines under way. Never inlined: several in one function take 1.8 times as
-// long for 4 rows, GCC 12 then runs out of registers.
+// page (measured on Ice Lake: 0.7 of the time at 1 row, 0.6 at 4). From 4 rows on it goes to the
+// second cache, since the first has too few lines under way. Never inlined: several in one function
+// take 1.8 times as long for 4 rows, GCC 12 then runs out of registers.
 template <class Kind, int R, int N, bool fresh>
 __attribute__((noinline)) void tile(const typename Kind::Input* x, int64_t x_stride,
                                     const typename Kind::Weight* const* w, int64_t in, four* out) {
@@ -174,7 +174,8 @@ __attribute__((noinline)) void tile(const typename Kind::Input* x, int64_t x_str
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       loaded[n] = Kind::read(w[n] + at);
-      if (fresh) __builtin_prefetch((const char*)(w[n] + at) + kAhead, 0, 2);
+      if (fresh && R < 4) __builtin_prefetch((const char*)(w[n] + at) + kAhead, 0, 3);
+      if (fresh && R >= 4) __builtin_prefetch((const char*)(w[n] + at) + kAhead, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)

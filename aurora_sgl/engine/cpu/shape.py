@@ -2,23 +2,28 @@
 
 Verifying more tokens costs what a few more rows add to a linear layer: next to nothing where
 reading the weights takes longest, as much again where the processor has no bfloat16. That is timed
-at start. Another step of the drafter adds a fixed part. What a shape brings differs by drafter; the
-figures are exact replays of one that had learnt from 72 requests of the demo (SmolLM2-135M).
+at start. Another step of the drafter adds a fixed part. What a shape brings differs by drafter: the
+figures are exact replays of two (SmolLM2-135M), and what replay said of the live version in one
+shape tells where between or beyond them it stands.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from aurora_sgl.engine.cpu import linear, native
 from aurora_sgl.engine.cpu.packed import pack
 
-#: Of a target's step for one token: a step of an EAGLE3 drafter, and the step that extends its
-#: cache by what was accepted (measured on SmolLM2-135M with 8,192 draft tokens).
-_DRAFT_STEP, _DRAFT_EXTEND = 0.08, 0.10
+if TYPE_CHECKING:
+    from aurora_sgl.engine.launch import Replayed
+
+#: Of a target's step for one token: a step of an EAGLE3 drafter; making the tree, and the step that
+#: extends the drafter's cache by what was accepted (SmolLM2-135M with 8,192 draft tokens).
+_DRAFT_STEP, _DRAFT_REST = 0.07, 0.15
 
 
 @dataclass(frozen=True)
@@ -38,38 +43,58 @@ class Shape:
         }
 
 
-#: Accept lengths of one drafter by shape.
-BRINGS = {
-    Shape(1, 1, 2): 1.31,
-    Shape(1, 3, 4): 1.45,
-    Shape(2, 4, 4): 1.53,
-    Shape(2, 4, 5): 1.58,
-    Shape(2, 4, 6): 1.60,
-    Shape(3, 4, 6): 1.63,
-    Shape(3, 4, 8): 1.64,
+#: Accept lengths by shape: of a drafter that had learnt from 72 requests of the demo, and of the
+#: one that came of all its 378.
+YOUNG_AND_LEARNT = {
+    Shape(1, 1, 2): (1.31, 1.0),
+    Shape(1, 3, 4): (1.45, 1.0),
+    Shape(2, 4, 4): (1.53, 1.0),
+    Shape(2, 4, 5): (1.58, 1.0),
+    Shape(2, 4, 6): (1.60, 1.0),
+    Shape(3, 4, 6): (1.63, 1.0),
+    Shape(3, 4, 8): (1.64, 1.0),
 }
 
 
-SIZES = sorted({1, *(shape.nodes for shape in BRINGS)})
-#: A drafter that learns on gains more from larger trees than ``BRINGS`` says: of shapes within this
+SIZES = sorted({1, *(shape.nodes for shape in YOUNG_AND_LEARNT)})
+#: A drafter that learns on gains more from larger trees than is known yet: of shapes within this
 #: share of the fastest the one that brings most is taken.
 _NEAR = 0.95
 
 
-def best(rows: dict[int, float]) -> Shape:
+def brings(replayed: Replayed | None = None) -> dict[Shape, float]:
+    """Accept lengths by shape of a drafter with this result in replay; of a young one without."""
+    share = 0.0
+    if replayed is not None:
+        shape = Shape(replayed.depth, replayed.topk, replayed.nodes)
+        if shape in YOUNG_AND_LEARNT:
+            young, learnt = YOUNG_AND_LEARNT[shape]
+            share = max(0.0, (replayed.accept_length - young) / (learnt - young))
+    return {
+        shape: young + share * (learnt - young)
+        for shape, (young, learnt) in YOUNG_AND_LEARNT.items()
+    }
+
+
+def best(rows: dict[int, float], replayed: Replayed | None = None) -> Shape:
     """The shape that brings most tokens per second to one request alone.
 
     ``rows``: time of the target's step by its rows, in any unit, for all of ``SIZES``. With more
     requests at once each node costs more; the server then leaves drafts out where they lose.
     """
+    lengths = brings(replayed)
 
     def speed(shape: Shape) -> float:
-        drafts = _DRAFT_STEP * (shape.steps - 1) + _DRAFT_EXTEND
-        return BRINGS[shape] / (rows[shape.nodes] / rows[1] + drafts)
+        return lengths[shape] / (rows[shape.nodes] / rows[1] + drafting(shape))
 
-    fastest = max(map(speed, BRINGS))
-    near = [shape for shape in BRINGS if speed(shape) >= _NEAR * fastest]
-    return max(near, key=lambda shape: BRINGS[shape])
+    fastest = max(map(speed, lengths))
+    near = [shape for shape in lengths if speed(shape) >= _NEAR * fastest]
+    return max(near, key=lambda shape: lengths[shape])
+
+
+def drafting(shape: Shape) -> float:
+    """What comes to verifying, as a share of a target's step for one token."""
+    return _DRAFT_STEP * (shape.steps - 1) + _DRAFT_REST
 
 
 def measured() -> dict[int, float]:
@@ -93,7 +118,7 @@ def measured() -> dict[int, float]:
     return {size: 1000 * min(one[size] for one in rounds) for size in SIZES}
 
 
-def choose() -> Shape:
-    """The shape for this machine; compiles the kernels first if need be."""
+def choose(replayed: Replayed | None = None) -> Shape:
+    """The shape for this machine and a drafter; compiles the kernels first if need be."""
     native.library()
-    return best(measured())
+    return best(measured(), replayed)
