@@ -3,10 +3,13 @@
 Greedy answers of a fixed length to the demo's held-out prompts, from 1, 4 and 16 streams at once.
 SGLang's rows are an unmodified SGLang without our plugin: *plain* on its ``torch_native``
 attention; *NGRAM* and *static drafter* on its ``intel_amx`` backend, whose compiled kernels are on
-no package index, so that they stand on our uncompiled ones. Hugging Face ``generate`` answers a
+no package index, so that they stand on our uncompiled ones. Who does not start is left out with a
+line that says why. Hugging Face ``generate`` answers a
 batch of as many prompts as there are streams. llama.cpp serves its own 4-bit GGUF file of the same
 model, which is less work for each token. *Memory* is the proportional set size of all processes
-after the answers. Each is started once and asked after a warm-up.
+after the answers. All are started first and then asked in turns, round after round, so that what
+else slows the machine meets them alike: a ratio is the median over rounds of what two of them did
+in one round. Who is not asked sleeps.
 
     python -m benchmarks.peers --drafter DIR [--threads 1] [--only NAME,NAME] [--json]
 
@@ -25,9 +28,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import httpx
@@ -36,11 +40,13 @@ import psutil
 from aurora_sgl.demo.model import gguf_file
 from aurora_sgl.demo.prompts import Prompt, sample_prompts, to_measure
 from aurora_sgl.engine.process import ServerProcess, free_port
+from aurora_sgl.errors import AuroraError
 from benchmarks.servers import arguments, ask, report, server, target
 
 STREAMS = (1, 4, 16)
-PLAIN = "SGLang, plain"
+PLAIN, OURS, DRAFTS = "SGLang, plain", "ours, no drafts", "ours, drafts"
 _FLAGS = ["--max-total-tokens", "24576", "--max-running-requests", "16", "--disable-radix-cache"]
+_FLAGS += ["--sleep-on-idle"]
 _AMX = ["--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx"]
 _READY_SECONDS = 120.0
 _DECIDE_SECONDS = 12.0  # the sidecar decides every five
@@ -69,8 +75,8 @@ def speed(ask_one: Ask, prompts: list[Prompt], tokens: int, streams: int) -> flo
 
 
 def load(streams: int) -> list[Prompt]:
-    """Four rounds of prompts for few streams, one for sixteen."""
-    count = {1: 4, 4: 12, 16: 16}[streams]
+    """Two prompts for each of few streams, one for each of sixteen."""
+    count = {1: 2, 4: 8, 16: 16}[streams]
     return to_measure(sample_prompts())[:count]
 
 
@@ -172,22 +178,35 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
     raise SystemExit("llama.cpp's server was not ready in time")
 
 
-def hugging_face(model: Path, tokens: int, threads: int) -> dict[str, float]:
-    """``generate`` in a process of its own; speeds by streams, and the memory."""
+@contextmanager
+def hugging_face(
+    model: Path, tokens: int, threads: int
+) -> Iterator[tuple[Callable[[int], float], psutil.Process]]:
+    """``generate`` in a process of its own; speed by streams."""
     code = f"import benchmarks.peers as p; p.generate({str(model)!r}, {tokens}, {threads})"
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    speeds = map(float, done.stdout.splitlines()[-1].split())
-    return dict(zip([str(s) for s in STREAMS] + ["memory"], speeds, strict=True))
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+    said, heard = process.stdin, process.stdout
+    assert said is not None and heard is not None
+
+    def at(streams: int) -> float:
+        said.write(f"{streams}\n")
+        return float(heard.readline())
+
+    try:
+        if heard.readline().strip() != "ready":
+            raise SystemExit("Hugging Face did not start")
+        yield at, psutil.Process(process.pid)
+    finally:
+        said.close()
+        process.wait(30)
 
 
 def generate(model: str, tokens: int, threads: int) -> None:
-    """In the child: prints tokens/s for each of ``STREAMS``, then MiB."""
+    """In the child: for each number of streams on stdin, prints tokens/s."""
     import aurora_sgl.compat  # noqa: F401, I001  (torchvision must import before transformers)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -203,39 +222,56 @@ def generate(model: str, tokens: int, threads: int) -> None:
         return tokens * len(prompts)
 
     answer(load(1)[:1])
-    speeds = []
-    for streams in STREAMS:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        streams = int(line)
         prompts, begun = load(streams), time.perf_counter()
         came = sum(answer(prompts[at : at + streams]) for at in range(0, len(prompts), streams))
-        speeds.append(came / (time.perf_counter() - begun))
-    print(*speeds, memory(psutil.Process()))
+        print(came / (time.perf_counter() - begun), flush=True)
 
 
 # -- the table -------------------------------------------------------------------------------------
 
 
+Found = dict[str, dict[int, list[float]]]  # tokens/s by name and streams, round after round
+
+
 def measure(
-    who: Callable[[], Any], tokens: int, *, warm: int
-) -> dict[str, float]:  # by streams, and "memory"
-    """Start somebody, warm up, ask; ``warm``: prompts that are asked before, four at a time."""
-    with who() as (ask_one, process):
-        speed(ask_one, to_measure(sample_prompts())[-warm:], tokens, 4)
-        found = {str(n): speed(ask_one, load(n), tokens, n) for n in STREAMS}
-        return {**found, "memory": memory(process)}
+    peers: dict[str, Callable[[int], float]], order: list[str], rounds: int
+) -> Iterator[tuple[int, Found]]:
+    """Ask everybody in turns; yields what was found so far after each round."""
+    found: Found = {name: {streams: [] for streams in STREAMS} for name in peers}
+    for number in range(1, rounds + 1):
+        for streams in STREAMS:
+            this_time: dict[str, list[float]] = {name: [] for name in peers}
+            for name in order:
+                this_time[name].append(peers[name](streams))
+                print(
+                    f"round {number} of {rounds}, {streams} streams, {name}: "
+                    f"{this_time[name][-1]:.1f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            for name, values in this_time.items():
+                found[name][streams].append(mean(values))
+        yield number, found
 
 
-def rows(found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """One row a peer: tokens/s, and each over SGLang's plain row at the same streams."""
-    base = found.get(PLAIN)
+def rows(found: Found, memories: dict[str, float]) -> list[dict[str, Any]]:
+    """One row a peer: median tokens/s, and medians over rounds of its ratio to SGLang's plain row
+    and to ours without drafts."""
     table = []
     for name, values in found.items():
         row: dict[str, Any] = {"who": name}
         for streams in STREAMS:
-            row[f"tokens/s, {streams}"] = values[str(streams)]
-        for streams in STREAMS:
-            key = str(streams)
-            row[f"ratio, {streams}"] = values[key] / base[key] if base else float("nan")
-        row["MiB"] = values["memory"]
+            row[f"tokens/s, {streams}"] = median(values[streams])
+        for title, base in ((PLAIN, found.get(PLAIN)), (OURS, found.get(OURS))):
+            for streams in STREAMS:
+                pairs = zip(values[streams], base[streams], strict=True) if base else ()
+                ratios = [mine / other for mine, other in pairs]
+                over = "plain" if title == PLAIN else "ours"
+                row[f"/ {over}, {streams}"] = median(ratios) if ratios else float("nan")
+        row["MiB"] = memories[name]
         table.append(row)
     return table
 
@@ -246,6 +282,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--llama", help="Python of an environment that has xllamacpp")
     parser.add_argument("--only", default="", help="names, separated by semicolons")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", type=int, default=12, help="prompts asked before measuring")
     given = parser.parse_args()
     model, threads = target(given), given.threads
@@ -254,29 +291,47 @@ def main() -> None:
     tree += ["--speculative-num-draft-tokens", "8"]
     starts: dict[str, Callable[[], Any]] = {
         PLAIN: partial(unmodified, model, ["--attention-backend", "torch_native"], threads),
-        "ours, no drafts": partial(ours, model, given.drafter, "off", threads),
+        OURS: partial(ours, model, None, "off", threads),
     }
     if given.drafter:
-        starts["ours, drafts"] = partial(ours, model, given.drafter, "auto", threads)
+        starts[DRAFTS] = partial(ours, model, given.drafter, "auto", threads)
         eagle = [*spec, "EAGLE3", "--speculative-draft-model-path", given.drafter, *tree, *_AMX]
         starts["SGLang, static drafter"] = partial(unmodified, model, eagle, threads)
     ngram = [*spec, "NGRAM", "--speculative-num-draft-tokens", "8", *_AMX]
     starts["SGLang, NGRAM"] = partial(unmodified, model, ngram, threads)
     if given.llama:
         starts["llama.cpp, Q4_1"] = partial(llama_cpp, given.llama, threads)
-    found: dict[str, dict[str, float]] = {}
-    chosen = [name.strip() for name in given.only.split(";") if name.strip()]
-    for name, who in starts.items():
-        if chosen and name not in chosen:
-            continue
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        found[name] = measure(who, given.tokens, warm=given.warm)
-        print(f"  {found[name]}", file=sys.stderr, flush=True)
-    if not chosen or "Hugging Face generate" in chosen:
-        print("Hugging Face generate ...", file=sys.stderr, flush=True)
-        found["Hugging Face generate"] = hugging_face(model, given.tokens, threads)
-    title = f"tokens/s by streams at once, {threads} thread(s), and over {PLAIN}"
-    report(title, rows(found), as_json=given.json)
+    starts["Hugging Face generate"] = partial(hugging_face, model, given.tokens, threads)
+    chosen = [name.strip() for name in given.only.split(";") if name.strip()] or list(starts)
+    order = [name for name in starts if name in chosen]
+    order += [name for name in (DRAFTS, OURS) if name in chosen]  # twice, there and back
+    title = f"tokens/s by streams at once, {threads} thread(s)"
+    with ExitStack() as stack:
+        peers: dict[str, Callable[[int], float]] = {}
+        processes: dict[str, psutil.Process] = {}
+        for name in dict.fromkeys(order):
+            print(f"starting {name} ...", file=sys.stderr, flush=True)
+            try:
+                asked, processes[name] = stack.enter_context(starts[name]())
+            except AuroraError as reason:  # SGLang's NGRAM needs a kernel that CPUs lack
+                print(f"{name} is left out: {reason}", file=sys.stderr, flush=True)
+                order = [one for one in order if one != name]
+                continue
+            if name == "Hugging Face generate":
+                peers[name] = asked
+                continue
+            peers[name] = partial(_speed_at, asked, given.tokens)
+            speed(asked, to_measure(sample_prompts())[-given.warm :], given.tokens, 4)
+        table: list[dict[str, Any]] = []
+        for number, found in measure(peers, order, given.rounds):
+            table = rows(found, {name: memory(process) for name, process in processes.items()})
+            if number < given.rounds:
+                print(f"after {number}: {table}", file=sys.stderr, flush=True)
+        report(title, table, as_json=given.json)
+
+
+def _speed_at(asked: Ask, tokens: int, streams: int) -> float:
+    return speed(asked, load(streams), tokens, streams)
 
 
 if __name__ == "__main__":

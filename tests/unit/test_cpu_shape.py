@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from aurora_sgl.engine.cpu import shape
-from aurora_sgl.engine.cpu.shape import BRINGS, Shape
-from aurora_sgl.engine.launch import server_flags
+from aurora_sgl.engine.cpu import native, shape
+from aurora_sgl.engine.cpu.shape import Shape
+from aurora_sgl.engine.launch import Replayed, server_flags
 
 
 def test_where_more_rows_are_nearly_free_trees_are_larger_than_where_each_costs() -> None:
@@ -16,22 +17,48 @@ def test_where_more_rows_are_nearly_free_trees_are_larger_than_where_each_costs(
     assert dear == Shape(1, 1, 2)
 
 
-def test_no_shape_is_known_to_bring_more_than_a_deeper_and_larger_one() -> None:
-    for one, other in ((a, b) for a in BRINGS for b in BRINGS if a != b):
+@pytest.mark.parametrize("accept_length", [None, 1.2, 1.58, 1.8, 2.2])
+def test_no_shape_is_known_to_bring_more_than_a_deeper_and_larger_one(accept_length) -> None:
+    known = shape.brings(accept_length and Replayed(2, 4, 5, accept_length))
+    for one, other in ((a, b) for a in known for b in known if a != b):
         if one.steps <= other.steps and one.topk <= other.topk and one.nodes <= other.nodes:
-            assert BRINGS[one] <= BRINGS[other]
+            assert known[one] <= known[other]
+
+
+def test_a_drafter_that_replay_found_better_gets_larger_trees() -> None:
+    rows = {rows: 20 + 1.0 * rows for rows in shape.SIZES}
+    young, learnt = shape.best(rows), shape.best(rows, Replayed(2, 4, 5, 1.92))
+    better = shape.best(rows, Replayed(3, 4, 6, 2.6))
+    assert young.nodes <= learnt.nodes <= better.nodes and young.nodes < better.nodes
+    assert shape.brings(Replayed(2, 4, 5, 1.92)) == {
+        one: learnt for one, (_, learnt) in shape.YOUNG_AND_LEARNT.items()
+    }
+    unknown = Replayed(7, 2, 30, 3.0)  # a shape of the user's own says nothing of these
+    assert shape.brings(unknown) == shape.brings()
+
+
+def test_what_is_timed_runs_on_one_thread_and_leaves_the_threads_as_they_were() -> None:
+    before = torch.get_num_threads()
+    library = native.library()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    ours = library.aurora_threads(2)
+    with native.one_thread():
+        assert torch.get_num_threads() == 1
+        assert library.aurora_threads(1) == 1
+    assert library.aurora_threads(ours) == 2 and torch.get_num_threads() == before
 
 
 def test_this_machine_gets_one_of_the_known_shapes() -> None:
     rows = shape.measured()
     assert set(rows) == set(shape.SIZES) and min(rows.values()) > 0
-    assert shape.choose() in BRINGS
+    assert shape.choose() in shape.brings()
 
 
 def test_on_cpu_the_chosen_shape_is_the_default_and_what_a_user_gives_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shape, "choose", lambda: Shape(2, 4, 5))
+    monkeypatch.setattr(shape, "choose", lambda replayed: Shape(2, 4, 5))
     flags = server_flags("model", "drafter", "EAGLE3", [], on_cpu=True)
     assert flags[flags.index("--speculative-num-draft-tokens") + 1] == "5"
     given = ["--speculative-num-steps", "4", "--speculative-num-draft-tokens", "5"]

@@ -5,6 +5,8 @@
 // elements between rows. `kind` is 0 for float32 and 1 for bfloat16. All arithmetic is float32.
 // native.py compiles, caches and calls this; its tests compare every function with PyTorch.
 
+#include <omp.h>
+
 #include "attention.h"
 #include "layer.h"
 #include "linear.h"
@@ -96,5 +98,12 @@ int aurora_bfloat16() {
 #endif
 }
 
-int aurora_version() { return 3; }
+// Sets the number of threads of later calls from this thread; returns what it was.
+int aurora_threads(int many) {
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(many);
+  return before;
+}
+
+int aurora_version() { return 4; }
 }

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,7 +35,7 @@ _FLAGS = (
 )
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300
-_VERSION = 3  # what aurora_version() of the source returns
+_VERSION = 4  # what aurora_version() of the source returns
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[object, ...]] = {
@@ -145,6 +146,20 @@ def build(say: Callable[[str], None] | None = None) -> Path | None:
         first = next(iter(str(told).strip().splitlines()), "no message")
         logger.warning("aurora: the CPU kernels did not compile, PyTorch is used: %s", first)
         return None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch's operations and the compiled ones on this thread alone, for the time being."""
+    loaded, before = library(), torch.get_num_threads()
+    ours = loaded.aurora_threads(1) if loaded is not None else 1
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if loaded is not None:
+            loaded.aurora_threads(ours)
 
 
 @lru_cache(maxsize=1)
