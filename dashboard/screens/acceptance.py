@@ -22,7 +22,7 @@ SECONDS = 10.0
 #: Lines of a picture; what is beyond them is drawn as one.
 MOST = 7
 #: Points of all lines together: a browser needs a second for a thousand with their bands.
-MOST_POINTS = 500
+MOST_POINTS = 250
 PERIODS = {
     "1 hour": timedelta(hours=1),
     "6 hours": timedelta(hours=6),

@@ -248,7 +248,7 @@ def test_a_period_is_drawn_with_some_two_hundred_points_at_most(
     assert found.since <= until - span and found.until >= until
 
 
-@pytest.mark.parametrize(("domains", "factor"), [(1, 1), (2, 1), (5, 2), (7, 3)])
+@pytest.mark.parametrize(("domains", "factor"), [(1, 1), (2, 2), (5, 4), (7, 6)])
 def test_many_lines_are_drawn_with_fewer_points_each(domains: int, factor: int) -> None:
     until = datetime(2026, 11, 24, tzinfo=UTC)
     month = acceptance.period(until - timedelta(days=30), until)
