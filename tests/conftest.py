@@ -28,27 +28,15 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "unit")]
 _numbers = itertools.count(1)
 
 
-#: End-to-end tests that start servers of their own and need nothing of the demo's.
-_ON_THEIR_OWN = (
-    "test_outage.py",
-    "test_two_servers.py",
-    "test_ctrl_c_leaves_no_process_behind",
-    "test_without_speculation_our_cpu_kernels_give_hugging_faces_tokens",
-)
-
-
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several processes: the tests that share running servers in one of them, from the start,
-    end-to-end tests that share none in another, those that share a browser in one, the others file
-    by file."""
+    those that share a browser in one, the others file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class SharedServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             folder = file.split("/")[1]
-            if folder == "e2e" and any(name in nodeid for name in _ON_THEIR_OWN):
-                return "e2e on their own"
             return folder if folder in ("e2e", "pages") else file
 
     config.option.loadscopereorder = False  # longest first by number of tests, not by time
