@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
@@ -121,25 +122,26 @@ def _existing(folder: Path) -> Path:
 def _live(engine: Engine, settings: Settings) -> tuple[Path, int] | None:
     """The live version's weights in a local folder; None when the group has none yet."""
     with store.session(engine) as s:
-        known = {group.name: group.id for group in queries.groups(s)}
-        if settings.group not in known:
+        version_id = _live_id(s, settings)
+        if version_id is None:
             return None
-        desired = queries.desired_version(s, known[settings.group])
-        if desired is None:
-            return None
-        version = queries.version(s, desired[0])
+        version = queries.version(s, version_id)
         into = settings.home.resolve() / "drafters" / version.weights_sha256[:16]
         return fetch_verified(ArtifactRoot(settings.artifact_root), version, into), version.id
+
+
+def _live_id(s: Session, settings: Settings) -> int | None:
+    """The version that the group's servers should run; None when nothing was promoted yet."""
+    known = {group.name: group.id for group in queries.groups(s)}
+    desired = queries.desired_version(s, known[settings.group]) if settings.group in known else None
+    return None if desired is None else desired[0]
 
 
 def _replayed(engine: Engine, settings: Settings) -> Replayed | None:
     """What replay said of the group's live version; None when it was never judged."""
     with store.session(engine, write=False) as s:
-        known = {group.name: group.id for group in queries.groups(s)}
-        if settings.group not in known:
-            return None
-        desired = queries.desired_version(s, known[settings.group])
-        for one in queries.evaluations(s, desired[0]) if desired is not None else ():
+        version_id = _live_id(s, settings)
+        for one in queries.evaluations(s, version_id) if version_id is not None else ():
             if one.kind == "replay" and one.domain == "" and one.candidate_accept_length:
                 shape = (one.depth or 0, one.topk or 0, one.nodes or 0)
                 return Replayed(*shape, accept_length=one.candidate_accept_length)

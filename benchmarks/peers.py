@@ -3,13 +3,12 @@
 Greedy answers of a fixed length to the demo's held-out prompts, from 1, 4 and 16 streams at once.
 SGLang's rows are an unmodified SGLang without our plugin: *plain* on its ``torch_native``
 attention; *NGRAM* and *static drafter* on its ``intel_amx`` backend, whose compiled kernels are on
-no package index, so that they stand on our uncompiled ones. Who does not start is left out with a
-line that says why. Hugging Face ``generate`` answers a
+no package index, so that they stand on our uncompiled ones. Hugging Face ``generate`` answers a
 batch of as many prompts as there are streams. llama.cpp serves its own 4-bit GGUF file of the same
-model, which is less work for each token. *Memory* is the proportional set size of all processes
-after the answers. All are started first and then asked in turns, round after round, so that what
-else slows the machine meets them alike: a ratio is the median over rounds of what two of them did
-in one round. Who is not asked sleeps.
+model, which is less work for each token. Who does not start is left out with a line that says why.
+*Memory* is the proportional set size of all processes after the answers. All are started first and
+then asked in turns, round after round, so that what else slows the machine meets them alike: a
+ratio is the median over rounds of what two of them did in one round. Who is not asked sleeps.
 
     python -m benchmarks.peers --drafter DIR [--threads 1] [--only NAME,NAME] [--json]
 
@@ -236,25 +235,19 @@ def generate(model: str, tokens: int, threads: int) -> None:
 Found = dict[str, dict[int, list[float]]]  # tokens/s by name and streams, round after round
 
 
-def measure(
-    peers: dict[str, Callable[[int], float]], order: list[str], rounds: int
-) -> Iterator[tuple[int, Found]]:
-    """Ask everybody in turns; yields what was found so far after each round."""
+def measure(peers: dict[str, Callable[[int], float]], order: list[str], rounds: int) -> Found:
+    """Ask everybody in turns, and say what each did."""
     found: Found = {name: {streams: [] for streams in STREAMS} for name in peers}
-    for number in range(1, rounds + 1):
-        for streams in STREAMS:
-            this_time: dict[str, list[float]] = {name: [] for name in peers}
-            for name in order:
-                this_time[name].append(peers[name](streams))
-                print(
-                    f"round {number} of {rounds}, {streams} streams, {name}: "
-                    f"{this_time[name][-1]:.1f} tokens/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            for name, values in this_time.items():
-                found[name][streams].append(mean(values))
-        yield number, found
+    for number, streams in itertools.product(range(1, rounds + 1), STREAMS):
+        this_time: dict[str, list[float]] = {name: [] for name in peers}
+        for name in order:
+            came = peers[name](streams)
+            this_time[name].append(came)
+            said = f"round {number} of {rounds}, {streams} streams, {name}: {came:.1f} tokens/s"
+            print(said, file=sys.stderr, flush=True)
+        for name, values in this_time.items():
+            found[name][streams].append(mean(values))
+    return found
 
 
 def rows(found: Found, memories: dict[str, float]) -> list[dict[str, Any]]:
@@ -265,11 +258,10 @@ def rows(found: Found, memories: dict[str, float]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"who": name}
         for streams in STREAMS:
             row[f"tokens/s, {streams}"] = median(values[streams])
-        for title, base in ((PLAIN, found.get(PLAIN)), (OURS, found.get(OURS))):
+        for over, base in (("plain", found.get(PLAIN)), ("ours", found.get(OURS))):
             for streams in STREAMS:
                 pairs = zip(values[streams], base[streams], strict=True) if base else ()
                 ratios = [mine / other for mine, other in pairs]
-                over = "plain" if title == PLAIN else "ours"
                 row[f"/ {over}, {streams}"] = median(ratios) if ratios else float("nan")
         row["MiB"] = memories[name]
         table.append(row)
@@ -322,12 +314,9 @@ def main() -> None:
                 continue
             peers[name] = partial(_speed_at, asked, given.tokens)
             speed(asked, to_measure(sample_prompts())[-given.warm :], given.tokens, 4)
-        table: list[dict[str, Any]] = []
-        for number, found in measure(peers, order, given.rounds):
-            table = rows(found, {name: memory(process) for name, process in processes.items()})
-            if number < given.rounds:
-                print(f"after {number}: {table}", file=sys.stderr, flush=True)
-        report(title, table, as_json=given.json)
+        found = measure(peers, order, given.rounds)
+        memories = {name: memory(process) for name, process in processes.items()}
+        report(title, rows(found, memories), as_json=given.json)
 
 
 def _speed_at(asked: Ask, tokens: int, streams: int) -> float:

@@ -68,6 +68,7 @@ class Timers:
         self._spent: dict[tuple[str, str], float] = defaultdict(float)
         self._work: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._steps = 0
+        self.counted = 0  # parts whose work was counted so far
 
     @property
     def counting(self) -> bool:
@@ -89,6 +90,7 @@ class Timers:
         done = self._work[self._stack[-1]]
         done[0] += traffic
         done[1] += operations
+        self.counted += 1
 
     def end_step(self, batch: int, decode: bool) -> None:
         now = self._clock()
@@ -139,9 +141,11 @@ def _count(timers: Timers, part: str, args: tuple[Any, ...], out: Any) -> None:
 def _timed(timers: Timers, phase: str | None, part: str, *, counted: bool) -> Callable[..., Any]:
     def around(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         timers.enter(phase, part)
+        before = timers.counted
         try:
             out = original(*args, **kw)
-            if counted and timers.counting:
+            # What parts inside it counted is not counted again.
+            if counted and timers.counting and timers.counted == before:
                 _count(timers, part, args, out)
             return out
         finally:

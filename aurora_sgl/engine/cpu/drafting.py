@@ -69,8 +69,7 @@ def _plain(runner: Any) -> bool:
         and not body.is_mrope_enabled
         and body.embed_tokens.tp_size == 1
         and model.lm_head.tp_size == 1
-        and type(body.norm).__name__ == "RMSNorm"
-        and fused.plain_norm(body.norm)
+        and layer.plain_norm(body.norm)
         and not head.do_tensor_parallel_all_gather
         and not head.do_tensor_parallel_all_gather_dp_attn
         and head.logit_scale is None
@@ -104,9 +103,7 @@ def _run(
     if done is None:
         return None
     out, residual = done
-    normed = fused.norm(out, residual, body.norm.weight, body.norm.variance_epsilon)
-    if normed is None:
-        normed, residual = body.norm(out, residual)
+    normed, residual = fused.add_and_norm(body.norm, out, residual)
     return normed, (normed if body.norm_output else residual)
 
 
@@ -118,9 +115,7 @@ def _logits(model: Any, normed: torch.Tensor) -> torch.Tensor:  # [rows, draft v
 def _step(runner: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """One more level of the tree: a row for each branch."""
     backend = layer.backend_of_this_forward()
-    if type(backend).__name__ != layer.BACKEND:
-        return None
-    plan = layer.plan_of(backend, batch)
+    plan = layer.plan_of(backend, batch) if backend is not None else None
     if plan is None:
         return None
     slots = batch.out_cache_loc.contiguous()  # one level of what was reserved for all
@@ -145,11 +140,7 @@ def _extend(runner: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor] | None
     ):
         return None
     news = given.num_accept_tokens.to(torch.int64)  # [requests]
-    first = torch.arange(0, rows, width)
-    if requests == 1:
-        kept = torch.arange(int(news[0]))
-    else:
-        kept = torch.arange(rows)[(torch.arange(width)[None, :] < news[:, None]).flatten()]
+    kept = (torch.arange(width)[None, :] < news[:, None]).flatten().nonzero()[:, 0]
     ends = news.cumsum(0)
     lengths = batch.seq_lens - width + news  # its lengths are those after whole trees
     plan = ForwardPlan(
@@ -165,6 +156,6 @@ def _extend(runner: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor] | None
     some = _logits(model, done[0][last])
     logits = some.new_zeros((rows, some.shape[1]))
     hidden = done[1].new_zeros((rows, done[1].shape[1]))
-    at = first + news - 1
+    at = kept[last]
     logits[at], hidden[at] = some, done[1][last]
     return logits, hidden

@@ -55,6 +55,16 @@ def norm(
     return out
 
 
+def add_and_norm(
+    layer: Any,  # SGLang's RMSNorm
+    x: torch.Tensor,  # [rows, hidden]
+    residual: torch.Tensor,  # [rows, hidden]
+) -> tuple[torch.Tensor, torch.Tensor]:  # both [rows, hidden]: the norm of the sum, the sum
+    """What the layer makes of both, compiled where that covers them; in place then."""
+    out = norm(x, residual, layer.weight, layer.variance_epsilon)
+    return layer(x, residual) if out is None else (out, residual)
+
+
 def silu_times(x: torch.Tensor) -> torch.Tensor | None:
     """``silu(x[:, :w]) * x[:, w:]`` for x [rows, 2 w]: [rows, w], computed in float32."""
     library = native.library()

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from aurora_sgl.engine.cpu import attention, linear, native
+from aurora_sgl.engine.cpu import attention, fused, linear, native
 from aurora_sgl.engine.cpu.compiled_attention import LONGEST, ForwardPlan
+
+BACKEND = "IntelAMXAttnBackend"  # of the forwards that are compiled
 
 _PLAIN = {
     "qkv_proj": "QKVParallelLinear",
@@ -72,7 +74,7 @@ class CompiledLayer:
         angles = rotary.cos_sin_cache
         _need(angles.dtype in native.KINDS and angles.is_contiguous(), "the rotary table's dtype")
         for norm in norms:
-            _need(norm is None or _plain_norm(norm), "a norm is of another kind")
+            _need(norm is None or plain_norm(norm), "a norm is of another kind")
         hidden = layer.input_layernorm.weight.shape[0]
         inner = mlp.down_proj.weight.shape[1]
         heads, kv_heads, dim = radix.tp_q_head_num, radix.tp_k_head_num, radix.head_dim
@@ -119,10 +121,9 @@ def _need(holds: bool, reason: str) -> None:
         raise ValueError(reason)
 
 
-def _plain_norm(norm: Any) -> bool:
-    from aurora_sgl.engine.cpu.fused import plain_norm
-
-    return type(norm).__name__ == "RMSNorm" and plain_norm(norm)
+def plain_norm(norm: Any) -> bool:
+    """Whether the compiled norm is this one: no other class, none of the variants."""
+    return type(norm).__name__ == "RMSNorm" and fused.plain_norm(norm)
 
 
 _layers: dict[int, tuple[Any, CompiledLayer | str]] = {}  # id of the layer -> itself, or why not
@@ -157,9 +158,6 @@ def compiled(layer: Any, rows: torch.Tensor, pool: Any) -> CompiledLayer | None:
     return made if isinstance(made, CompiledLayer) else None
 
 
-BACKEND = "IntelAMXAttnBackend"
-
-
 def plan_of(backend: Any, forward_batch: Any) -> ForwardPlan | None:
     """Which tokens each row sees, as ``IntelAMXAttnBackend`` would tell its kernels."""
     mode = forward_batch.forward_mode
@@ -185,6 +183,7 @@ def plan_of(backend: Any, forward_batch: Any) -> ForwardPlan | None:
 
 
 def int_table(table: torch.Tensor) -> bool:
+    """Whether the compiled code reads this table of cache slots."""
     return table.dtype == torch.int32 and table.stride(-1) == 1
 
 
@@ -195,9 +194,10 @@ def _backend_getter() -> Callable[[], Any]:
     return get_attn_backend  # type: ignore[no-any-return]
 
 
-def backend_of_this_forward() -> Any:
-    """SGLang's attention backend of the forward that runs now."""
-    return _backend_getter()()
+def backend_of_this_forward() -> Any | None:
+    """SGLang's attention backend of the forward that runs now; None for one that is not ours."""
+    backend = _backend_getter()()
+    return backend if type(backend).__name__ == BACKEND else None
 
 
 def _run(
@@ -209,9 +209,9 @@ def _run(
     embedded: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     backend = backend_of_this_forward()
-    if type(backend).__name__ != BACKEND:
+    plan = plan_of(backend, forward_batch) if backend is not None else None
+    if plan is None:
         return None
-    plan = partial(plan_of, backend, forward_batch)
     slots = forward_batch.out_cache_loc
     return run(layer, backend, plan, positions, slots, x, residual, embedded)
 
@@ -243,7 +243,7 @@ def covers(
 def run(
     layer: Any,
     backend: Any,
-    plan: ForwardPlan | Callable[[], ForwardPlan | None],
+    plan: ForwardPlan,
     positions: torch.Tensor,  # [rows] int64
     slots: torch.Tensor,  # [rows] int64
     x: torch.Tensor,  # [rows, hidden]
@@ -251,14 +251,10 @@ def run(
     embedded: torch.Tensor | None,  # [rows, hidden] of a drafter's layer
 ) -> tuple[torch.Tensor, torch.Tensor] | None:  # both [rows, hidden]
     """A layer's output and the residual; None, with nothing done, for what is not covered."""
-    count = x.shape[0]
     if not covers(positions, slots, x, residual, embedded):
         return None
     known = compiled(layer, x, backend.token_to_kv_pool)
     if known is None or x.shape[1] != known.hidden:
-        return None
-    made = plan if isinstance(plan, ForwardPlan) else plan()
-    if made is None:
         return None
     first = residual is None
     if residual is None:
@@ -266,8 +262,9 @@ def run(
     out = torch.empty_like(x) if first else x
     library: Any = native.library()
     library.aurora_layer(
-        known.address, made.address, positions.data_ptr(), slots.data_ptr(), count, x.data_ptr(),
-        residual.data_ptr(), out.data_ptr(), None if embedded is None else embedded.data_ptr(),
+        known.address, plan.address, positions.data_ptr(), slots.data_ptr(), x.shape[0],
+        x.data_ptr(), residual.data_ptr(), out.data_ptr(),
+        None if embedded is None else embedded.data_ptr(),
     )  # fmt: skip
     return out, residual
 

@@ -20,11 +20,11 @@ from aurora_sgl.engine.cpu.layer import CompiledLayer
 class Body:
     """The compiled layers of one model, in order, and where each group of them begins."""
 
-    def __init__(self, model: Any, parts: list[CompiledLayer]) -> None:
-        self.parts = parts
+    def __init__(self, parts: list[CompiledLayer], captured: list[int]) -> None:
+        self.parts, self.captured = parts, captured
         self._addresses = (ctypes.c_void_p * len(parts))(*(part.address for part in parts))
-        self.captured = [at for at in range(len(parts)) if at in model.layers_to_capture]
-        self.groups = list(pairwise(sorted({0, *self.captured, len(parts)})))
+        inside = {at for at in captured if at < len(parts)}
+        self.groups = list(pairwise(sorted({0, len(parts)} | inside)))
 
     def address(self, at: int) -> int:
         return ctypes.addressof(self._addresses) + at * ctypes.sizeof(ctypes.c_void_p)
@@ -44,12 +44,14 @@ def _body(model: Any, rows: torch.Tensor, pool: Any) -> Body | None:
         body = known[1]
         if body is None:
             return None
-        wanted = [at for at in range(len(body.parts)) if at in model.layers_to_capture]
-        if body.captured == wanted and all(part.current(pool, rows) for part in body.parts):
+        same = body.captured == list(model.layers_to_capture)
+        if same and all(part.current(pool, rows) for part in body.parts):
             return body
     parts = [layer.compiled(one, rows, pool) for one in model.layers] if _plain(model) else []
     complete = [part for part in parts if part is not None and part.hidden == rows.shape[1]]
-    made = Body(model, complete) if parts and len(complete) == len(parts) else None
+    made = None
+    if parts and len(complete) == len(parts):
+        made = Body(complete, list(model.layers_to_capture))
     _bodies[id(model)] = (model, made)
     return made
 
@@ -61,8 +63,7 @@ def _plain(model: Any) -> bool:
         and model.start_layer == 0
         and model.end_layer == len(model.layers)
         and all(type(one).__name__ == "LlamaDecoderLayer" for one in model.layers)
-        and type(model.norm).__name__ == "RMSNorm"
-        and fused.plain_norm(model.norm)
+        and layer.plain_norm(model.norm)
         and 0 not in model.layers_to_capture
     )
 
@@ -77,37 +78,29 @@ def target_body(
     pp_proxy_tensors: Any = None,
 ) -> Any:
     """Around ``llama.LlamaModel.forward``."""
-    done = None
-    if pp_proxy_tensors is None and input_ids is not None:
-        done = _run(model, input_ids, positions, forward_batch, input_embeds)
-    if done is not None:
-        return done
+    if pp_proxy_tensors is None:
+        if input_embeds is None:
+            input_embeds = model.embed_tokens(input_ids)
+        done = _run(model, positions, forward_batch, input_embeds)
+        if done is not None:
+            return done
     return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
 
 
 def _run(
     model: Any,
-    ids: torch.Tensor,  # [rows] int64
     positions: torch.Tensor,  # [rows] int64
     forward_batch: Any,
-    embedded: torch.Tensor | None,  # [rows, hidden]
+    x: torch.Tensor,  # [rows, hidden]
 ) -> Any:
-    """[rows, hidden] for the head, with the captured states where there are any; or None."""
-    backend = layer.backend_of_this_forward()
-    slots = forward_batch.out_cache_loc
-    if type(backend).__name__ != layer.BACKEND or slots is None:
-        return None
-    weight = model.embed_tokens.weight
-    # Decide before anything is computed: the embedding alone is a copy of rows.
-    x = torch.empty((ids.shape[0], weight.shape[1]), dtype=weight.dtype)
-    if not layer.covers(positions, slots, x):
+    """[rows, hidden] for the head, with the captured states where there are any; or None, with
+    nothing done."""
+    backend, slots = layer.backend_of_this_forward(), forward_batch.out_cache_loc
+    if backend is None or slots is None or not layer.covers(positions, slots, x):
         return None
     body = _body(model, x, backend.token_to_kv_pool)
     plan = layer.plan_of(backend, forward_batch) if body is not None else None
     if body is None or plan is None:
-        return None
-    x = model.embed_tokens(ids) if embedded is None else embedded
-    if x.dtype != weight.dtype or not x.is_contiguous():
         return None
     library: Any = native.library()
     residual, out, count = x, torch.empty_like(x), x.shape[0]
@@ -120,7 +113,5 @@ def _run(
             slots.data_ptr(), count, x.data_ptr(), residual.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         x = out
-    normed = fused.norm(x, residual, model.norm.weight, model.norm.variance_epsilon)
-    if normed is None:
-        normed, _ = model.norm(x, residual)
+    normed, _ = fused.add_and_norm(model.norm, x, residual)
     return (normed, states) if states else normed

@@ -174,8 +174,7 @@ __attribute__((noinline)) void tile(const typename Kind::Input* x, int64_t x_str
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       loaded[n] = Kind::read(w[n] + at);
-      if (fresh && R < 4) __builtin_prefetch((const char*)(w[n] + at) + kAhead, 0, 3);
-      if (fresh && R >= 4) __builtin_prefetch((const char*)(w[n] + at) + kAhead, 0, 2);
+      if (fresh) __builtin_prefetch((const char*)(w[n] + at) + kAhead, 0, R < 4 ? 3 : 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)

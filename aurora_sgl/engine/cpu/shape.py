@@ -85,16 +85,12 @@ def best(rows: dict[int, float], replayed: Replayed | None = None) -> Shape:
     lengths = brings(replayed)
 
     def speed(shape: Shape) -> float:
-        return lengths[shape] / (rows[shape.nodes] / rows[1] + drafting(shape))
+        drafts = _DRAFT_STEP * (shape.steps - 1) + _DRAFT_REST
+        return lengths[shape] / (rows[shape.nodes] / rows[1] + drafts)
 
     fastest = max(map(speed, lengths))
     near = [shape for shape in lengths if speed(shape) >= _NEAR * fastest]
     return max(near, key=lambda shape: lengths[shape])
-
-
-def drafting(shape: Shape) -> float:
-    """What comes to verifying, as a share of a target's step for one token."""
-    return _DRAFT_STEP * (shape.steps - 1) + _DRAFT_REST
 
 
 def measured() -> dict[int, float]:
