@@ -2,7 +2,8 @@
 
 Both begin with the same drafter and see the same requests in the same order, and hand out the
 drafter as it stands when so many requests were served. Time is the processor's, on one thread, so
-that a busy machine bends nothing.
+that a busy machine bends nothing; with a GPU too, since there the processor that starts its kernels
+is what a small drafter waits for.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.team import Team
 from aurora_sgl.training.trainer import train
 from aurora_sgl.training.weights import by_rejection
-from benchmarks.corpus.features import CACHE, CorpusSet, target_folder
+from benchmarks.corpus.features import CACHE, DEVICE, CorpusSet, target_folder
 from benchmarks.measure import SHAPES
 
 #: A training run begins whenever so many requests were served.
@@ -53,8 +54,9 @@ class Learned:
 
 @lru_cache(maxsize=1)
 def head() -> TargetHead:
+    """The target's head, where everything is computed: on the GPU if there is one."""
     torch.set_num_threads(1)
-    return TargetHead.load(target_folder())
+    return TargetHead.load(target_folder()).to(DEVICE)
 
 
 def untrained(seed: int) -> Drafter:
@@ -69,7 +71,8 @@ def one_stream(
     """Every request once, in the order in which it was served, at a constant rate: one optimizer
     for the whole stream. At a stop what is waiting for a full batch is trained on as well."""
     torch.manual_seed(settings.seed)
-    learner = Learner(copy.deepcopy(start).float(), requests, head(), settings, Team())
+    drafter = copy.deepcopy(start).float().to(DEVICE)
+    learner = Learner(drafter, requests, head(), settings, Team())
     seconds, tokens, begin = 0.0, 0, 0
     for stop in stops:
         began = time.process_time()
@@ -79,7 +82,8 @@ def one_stream(
             tokens += learner.update(batch, rate=1.0, done=0.0).positions
         seconds += time.process_time() - began
         begin = end
-        yield Learned(stop, learner.average if settings.ema else learner.drafter, seconds, tokens)
+        now = learner.average if settings.ema else learner.drafter
+        yield Learned(stop, copy.deepcopy(now).cpu(), seconds, tokens)
 
 
 def in_rounds(
@@ -161,7 +165,7 @@ class AsServed:
 
     def __init__(self, rows: CorpusSet, live: Drafter, settings: TrainSettings) -> None:
         self.rows, self.settings = rows, settings
-        self.live = copy.deepcopy(live).to(torch.bfloat16).eval()
+        self.live = copy.deepcopy(live).to(DEVICE, torch.bfloat16).eval()
         self.seconds = 0.0  # spent on finding out what a server would have known
         self.known: dict[int, dict[str, Any]] = {}
 

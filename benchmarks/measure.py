@@ -26,7 +26,7 @@ Measured = dict[str, dict[str, list[int]]]
 
 def measure(drafter: Drafter, sequences: Sequences, head: TargetHead) -> Measured:
     """Replay of every request in every shape, in bfloat16 as a server runs it."""
-    served = copy.deepcopy(drafter).to(torch.bfloat16).eval()
+    served = copy.deepcopy(drafter).to(head.embedding.device, torch.bfloat16).eval()
     found: Measured = {name: {"accepted": [], "steps": []} for name in SHAPES}
     for index in range(len(sequences)):
         sequence = sequences[index]

@@ -310,7 +310,10 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--recipes", nargs="+", default=["aurora", "ours", "ours equal time"])
     parser.add_argument("--search", type=int, default=200, help="requests to try each rate on")
-    parser.add_argument("--parts", action="store_true", help="also one part changed, on seed 0")
+    parser.add_argument(
+        "--parts", nargs="*", choices=list(PARTS), metavar="PART",
+        help=f"also with one part changed, on seed 0; all of them, or: {', '.join(PARTS)}",
+    )  # fmt: skip
     parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -334,10 +337,10 @@ def run(bench: Bench, given: argparse.Namespace) -> None:
                 rival = bench.best_rate(AURORA, domain) if "equal" in name else None
                 _say(f"{name}, {domain}, seed {seed}")
                 bench.run(recipe, domain, seed, given.until, rival=rival)
-    if given.parts:
+    if given.parts is not None:
         for domain in given.domains:
-            for change in PARTS.values():
-                bench.run(OURS.model_copy(update=change), domain, 0, given.until)
+            for part in given.parts or PARTS:
+                bench.run(OURS.model_copy(update=PARTS[part]), domain, 0, given.until)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 from aurora_sgl.hashing import sha256_bytes
 from aurora_sgl.training.settings import TrainSettings
 
-RESULTS = Path(__file__).with_name("results")
+#: Where cells are kept; ``AURORA_RESULTS`` names another folder, for those of another machine.
+RESULTS = Path(os.environ.get("AURORA_RESULTS") or Path(__file__).with_name("results"))
 
 #: What changes no weight.
 _OF_THE_MACHINE = {"nice", "threads", "resume", "checkpoint_seconds", "device"}

@@ -4,9 +4,11 @@ Trains on every answer of the corpus but the held-out ones (and prompts near to 
 domains, over several passes; its vocabulary is the most frequent tokens of what it trains on. Goes
 on where it was killed. The result is a folder in bfloat16, below 25 MB, that ``--drafter`` takes.
 
-    python -m benchmarks.static_drafter [--out DIR] [--passes 4] [--requests N]
+    python -m benchmarks.static_drafter [--out DIR] [--passes 4] [--requests N] [--data DIR]
 
 ``--requests`` takes only the first so many of each domain: a smaller drafter's training, for tests.
+``--data`` is a larger corpus that begins with this one: copy ``benchmarks/data`` and let
+``python -m benchmarks.corpus.generate --data`` go on there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from aurora_sgl.training.resume import Checkpoints, Plan, settings_of
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 from benchmarks.corpus.features import CACHE, DOMAINS, CorpusSet, identity, target_folder
+from benchmarks.corpus.shards import DATA
 from benchmarks.learning import head
 from benchmarks.measure import SHAPES, accept_length, measure
 from benchmarks.servers import report
@@ -34,9 +37,9 @@ LARGEST = 25_000_000  # bytes of the folder
 SETTINGS = TrainSettings(steps=4, passes=4, replay_share=0.0, checkpoint_seconds=120)
 
 
-def training_set(requests: int) -> CorpusSet:
+def training_set(requests: int, data: Path = DATA) -> CorpusSet:
     """Of each domain the first ``requests``."""
-    rows = [place for d in DOMAINS for place in stream(d, 0).part(0, requests).rows]
+    rows = [place for d in DOMAINS for place in stream(d, 0, data=data).part(0, requests).rows]
     return CorpusSet(tuple(rows))
 
 
@@ -79,11 +82,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CACHE.parent / "static-drafter")
     parser.add_argument("--passes", type=int, default=SETTINGS.passes)
     parser.add_argument("--requests", type=int, default=10_000, help="of each domain")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     head()
     settings = SETTINGS.model_copy(update={"passes": given.passes})
-    rows = training_set(given.requests)
+    rows = training_set(given.requests, given.data)
+    tokens = sum(len(p.answered.tokens) - p.answered.prompt_tokens for p in rows.rows)
+    print(f"{len(rows)} requests, {tokens} answer tokens", file=sys.stderr, flush=True)
     drafter = trained(rows, settings, CACHE.parent / "static-training")
     folder = checkpoint.save(drafter.to(torch.bfloat16), given.out)
     size = sum(file.stat().st_size for file in folder.iterdir())

@@ -8,9 +8,11 @@ further on, so that three seeds see different requests for as long as there are 
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 from aurora_sgl.training.duplicates import alike
 from benchmarks.corpus.features import DOMAINS, CorpusSet, corpus, identity
+from benchmarks.corpus.shards import DATA
 
 HELD_OUT = 60
 
@@ -25,15 +27,15 @@ def held_out(name: str) -> CorpusSet:
     return _turns([corpus(domain).part(0, HELD_OUT // len(DOMAINS)) for domain in DOMAINS])
 
 
-def stream(name: str, seed: int) -> CorpusSet:
+def stream(name: str, seed: int, *, data: Path = DATA) -> CorpusSet:
     """All requests that may be served, in the order of this seed."""
     domains = DOMAINS if name == "mixed" else (name,)
-    return _turns([_rotated(_pool(domain), seed) for domain in domains])
+    return _turns([_rotated(_pool(domain, data), seed) for domain in domains])
 
 
 @lru_cache(maxsize=8)
-def _pool(domain: str) -> CorpusSet:
-    whole = corpus(domain)
+def _pool(domain: str, data: Path = DATA) -> CorpusSet:
+    whole = corpus(domain, data=data)
     prompts = {
         identity(p.answered): p.answered.tokens[: p.answered.prompt_tokens].astype("int64")
         for p in whole.rows

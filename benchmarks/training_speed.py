@@ -5,9 +5,9 @@ ids and hidden states: the time does not depend on what they say) of the demo's 
 of the demo's size (SmolLM2-135M) and, on a GPU, of an 8-billion one's. *Attention*: forward and
 backward of one layer alone, without and with the diagonal of an unrolled step. Beside our attention
 stand what others train drafters with: one masked call of PyTorch's scaled_dot_product_attention
-over the text and the drafted rows of all queries, and on a GPU the same as flex attention. Every
-measurement is a process of its own, the variants take turns, and the medians are compared.
-Memory is the peak above what was held before.
+over the text and the drafted rows of all queries, and on a GPU the same as flex attention. The
+variants take turns and the medians are compared; on a CPU every measurement is a process of its
+own, on a GPU every round. Memory is the peak above what was held before.
 
     python benchmarks/training_speed.py [--device cpu|cuda] [--rounds 3] [--requests 16] [--json]
 """
@@ -151,9 +151,12 @@ def run(job: Job) -> dict[str, float]:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     if job.attention in RIVALS:
-        rival = RIVALS[job.attention]
+        rival, ours = RIVALS[job.attention], attention.attend
         setattr(model, "attend", rival)  # noqa: B010 (it is typed as our own function)
-        return _training(job) if job.what == "training" else _attention(job, rival)
+        try:
+            return _training(job) if job.what == "training" else _attention(job, rival)
+        finally:
+            setattr(model, "attend", ours)  # noqa: B010
     with attention.using(job.attention):
         return _training(job) if job.what == "training" else _attention(job, attention.attend)
 
@@ -255,18 +258,29 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def measure(job: Job) -> dict[str, float] | str:
-    """One measurement in a process of its own, or the last line that it failed with."""
+def measure(some: list[Job]) -> list[dict[str, float] | str]:
+    """Measurements in one process of their own, each perhaps the last line that it failed with."""
     ended = subprocess.run(
-        [sys.executable, __file__, "--job", json.dumps(asdict(job))],
+        [sys.executable, __file__, "--measure", json.dumps([asdict(job) for job in some])],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(job.threads)},
+        env={**os.environ, "OMP_NUM_THREADS": str(some[0].threads)},
     )
-    lines = (ended.stdout if ended.returncode == 0 else ended.stderr).strip().splitlines()
-    if ended.returncode != 0:
-        return lines[-1] if lines else f"exit status {ended.returncode}"
-    return dict(json.loads(lines[-1]))
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("measured ")]
+    found: list[dict[str, float] | str] = [json.loads(line[9:]) for line in lines]
+    why = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
+    return found + [why] * (len(some) - len(found))
+
+
+def _measured(given: str) -> None:
+    """In that process: a line for each."""
+    for fields in json.loads(given):
+        found: dict[str, float] | str
+        try:
+            found = run(Job(**fields))
+        except Exception as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        print("measured", json.dumps(found), flush=True)
 
 
 def rows_of(job_list: list[Job], rounds: int) -> list[dict[str, Any]]:
@@ -274,22 +288,22 @@ def rows_of(job_list: list[Job], rounds: int) -> list[dict[str, Any]]:
     taken: dict[Job, list[dict[str, float]]] = {job: [] for job in job_list}
     failed: dict[Job, str] = {}
     for _ in range(rounds):
-        for job in job_list:
-            if job in failed:
-                continue
-            found = measure(job)
-            if isinstance(found, str):
-                failed[job] = found
-            else:
-                taken[job].append(found)
+        left = [job for job in job_list if job not in failed]
+        parts = [left] if left and left[0].device == "cuda" else [[job] for job in left]
+        for part in parts:
+            for job, found in zip(part, measure(part), strict=True):
+                if isinstance(found, str):
+                    failed[job] = found
+                else:
+                    taken[job].append(found)
     rows: list[dict[str, Any]] = []
     best: dict[tuple[Any, ...], float] = {}
-    for job, found in taken.items():
+    for job, all_found in taken.items():
         row: dict[str, Any] = asdict(job)
         if job in failed:
             rows.append({**row, "failed": failed[job]})
             continue
-        row |= {name: statistics.median(one[name] for one in found) for name in found[0]}
+        row |= {name: statistics.median(one[name] for one in all_found) for name in all_found[0]}
         speed = row.get("tokens_per_second") or 1 / row["milliseconds"]
         first = best.setdefault((job.what, job.size, job.length, job.own), speed)
         rows.append({**row, "ratio": speed / first})
@@ -313,10 +327,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16, help="a measurement of training")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.job:
-        print(json.dumps(run(Job(**json.loads(given.job)))))
+    if given.measure:
+        _measured(given.measure)
         return
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = rows_of(jobs(device, given.requests, given.threads), given.rounds)

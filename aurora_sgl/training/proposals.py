@@ -40,7 +40,7 @@ class Proposed:
 def proposed_at(
     sequence: Sequence,
     first_row: int,
-    draft_of: torch.Tensor,  # [vocab] draft id of each target id
+    draft_of: torch.Tensor,  # [vocab] draft id of each target id, on cpu
 ) -> Mapping[int, list[Proposed]]:
     """Siblings along the accepted path of each logged draft, by depth (0: the root's children).
 
@@ -48,7 +48,9 @@ def proposed_at(
     draft vocabulary of then that has no draft id now is left out too.
     """
     found: dict[int, list[Proposed]] = defaultdict(list)
-    tokens = sequence.tokens
+    if not sequence.proposals:
+        return found
+    tokens = sequence.tokens.tolist()
     for number, proposal in enumerate(sequence.proposals):
         row, node = proposal.root - 1 - first_row, 0
         if row < 0:
@@ -61,7 +63,7 @@ def proposed_at(
             hit = 0
             for child in children:
                 token = proposal.tokens[child - 1]
-                matched = token == int(tokens[position]) and depth < proposal.accepted
+                matched = token == tokens[position] and depth < proposal.accepted
                 hit = child if matched else hit
                 draft = int(draft_of[token])
                 reward = float(proposal.accepted - depth) if matched else 0.0

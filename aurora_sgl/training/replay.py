@@ -245,12 +245,13 @@ class _Beam:
     def proposals(self) -> list[Proposal]:
         assert self.whole
         found = []
+        all_tokens, all_parents = self.tokens.cpu(), self.parents.cpu()
         for row, chosen in enumerate(self._chosen().sort(-1).values.tolist()):
             node_of = {candidate: number for number, candidate in enumerate(chosen, start=1)}
-            parents = self.parents[row, chosen].tolist()
+            parents = all_parents[row, chosen].tolist()
             found.append(
                 Proposal(
-                    tokens=self.tokens[row, chosen].tolist(),
+                    tokens=all_tokens[row, chosen].tolist(),
                     parents=[node_of.get(parent, 0) for parent in parents],
                 )
             )

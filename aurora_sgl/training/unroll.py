@@ -68,6 +68,7 @@ class TargetRows:
         ids = drafter.target_ids
         self.head = head
         self.draft_of = vocabulary.inverse(ids, drafter.config.vocab_size)
+        self.draft_of_on_host = self.draft_of.cpu()  # read token by token
         self.rows_of_head = head.lm_head[ids].float()  # [draft_vocab, H]
 
     def best_tokens(self, sequence: Sequence) -> torch.Tensor:  # [n] int64 target ids
@@ -101,7 +102,7 @@ class TargetRows:
         log_p = scores.log_softmax(-1)
         token = self.draft_of[best[begin:end]]
         follows = best[begin:end] == sequence.tokens[begin + 1 : end + 1]
-        logged = proposed_at(sequence, first_row, self.draft_of)
+        logged = proposed_at(sequence, first_row, self.draft_of_on_host)
         mass = self._mass(last, scores) if needs_mass else None
         paired = []
         for k, step_logits in enumerate(logits):
