@@ -11,9 +11,9 @@ is being served, and of A all along, as the demo's tree (4, 4, 16) and as a chai
         [--picture domain_shift.png]
     python -m benchmarks.domain_shift --serve [--prompts 12] ...
 
-``--serve`` then starts two real SGLang servers beside each other, one with either drafter, at five
-checkpoints (the turn to B, half of B, the ends of B, C and A), and asks both the same held-out
-prompts in turns: tokens/s of the whole answers.
+``--serve`` then starts a real SGLang server and swaps the drafters of five checkpoints (the turn to
+B, half of B, the ends of B, C and A) into it, each in turns with the static one and with no drafts,
+for the same held-out prompts: tokens/s of the whole answers, one stream.
 
 Cells are kept in ``benchmarks/results/domain_shift.jsonl``: stop it at any time, call it again.
 """
@@ -31,14 +31,17 @@ from typing import Any
 
 import httpx
 
+from aurora_sgl import store
+from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.rollout.versions import import_version
 from benchmarks.corpus.features import CACHE, CorpusSet, target_folder
 from benchmarks.learning import head, in_rounds, untrained
 from benchmarks.measure import SHAPES, accept_length, measure
 from benchmarks.recipes import OURS
 from benchmarks.results import Cells, settings_hash
-from benchmarks.servers import report, server
+from benchmarks.servers import first_live, put_live, report, server
 from benchmarks.traffic import HELD_OUT, held_out, stream
 
 A, B, C = "chat", "narrow", "code"
@@ -141,47 +144,53 @@ def _measured(
 
 # Served.
 
+FLAGS = ("--speculative-num-steps", "4", "--speculative-eagle-topk", "4",
+         "--speculative-num-draft-tokens", "16")  # fmt: skip
+
 
 def serve_all(cells: Cells, shift: Shift, prompts: int) -> None:
-    """Tokens/s of both drafters on real servers at the five checkpoints."""
-    for served in shift.served_at():
-        domain = shift.phase(max(1, served))
-        key = shift.key("served", served, domain)
-        folder = shift.folder(served)
-        if cells.get(**key) or not folder.exists():
-            continue
-        flags = ["--speculative-num-steps", "4", "--speculative-eagle-topk", "4",
-                 "--speculative-num-draft-tokens", "16"]  # fmt: skip
-        rows = held_out(domain)
-        ids = [p.answered.tokens[: p.answered.prompt_tokens].tolist() for p in rows.rows[:prompts]]
-        target, static = target_folder(), str(shift.folder(0))
-        with (
-            server(target, static, flags=flags) as (one, _),
-            server(target, str(folder), flags=flags) as (other, _),
-        ):
-            urls = {"static": one.url, "adapting": other.url}
-            for url in urls.values():
-                _answer(url, ids[0])  # kernels are compiled at the first answer
-            sums = {who: [0, 0.0] for who in urls}
-            for number, prompt in enumerate(ids):
-                order = list(urls) if number % 2 else list(urls)[::-1]
-                for who in order:
-                    tokens, seconds = _answer(urls[who], prompt)
-                    sums[who][0] += tokens
-                    sums[who][1] += seconds
-        found = {who: round(tokens / seconds, 2) for who, (tokens, seconds) in sums.items()}
-        cells.put({**found, "prompts": len(ids)}, **key)
-        print(f"served {served} {domain}: {found}", file=sys.stderr, flush=True)
+    """Tokens/s of both drafters, and without drafts, on a real server at the five checkpoints."""
+    keys = {n: shift.key("served", n, shift.phase(max(1, n))) for n in shift.served_at()}
+    if all(cells.get(**key) for key in keys.values()):
+        return
+    always = {"AURORA_SPECULATION": "on"}
+    with server(target_folder(), str(shift.folder(0)), flags=FLAGS, environment=always) as (
+        process,
+        home,
+    ):
+        engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
+        group_id, server_id, static = first_live(engine)
+        artifacts = ArtifactRoot(str(home / "artifacts"))
+        for served, key in keys.items():
+            domain, folder = key["domain"], shift.folder(served)
+            if cells.get(**key) or not folder.exists():
+                continue
+            now = import_version(engine, artifacts, folder, group_id).id if served else static
+            rows = held_out(domain).rows[:prompts]
+            ids = [p.answered.tokens[: p.answered.prompt_tokens].tolist() for p in rows]
+            sums = {who: [0, 0.0] for who in ("none", "static", "adapting")}
+            for turn in range(2):
+                for who in list(sums)[:: 1 if turn else -1]:
+                    put_live(engine, server_id, now if who == "adapting" else static)
+                    _answer(process.url, ids[0], who)  # what a first answer waits for is not timed
+                    for prompt in ids:
+                        tokens, seconds = _answer(process.url, prompt, who)
+                        sums[who][0] += tokens
+                        sums[who][1] += seconds
+            found = {who: round(tokens / seconds, 2) for who, (tokens, seconds) in sums.items()}
+            cells.put({**found, "prompts": len(ids)}, **key)
+            print(f"served {served} {domain}: {found}", file=sys.stderr, flush=True)
 
 
-def _answer(url: str, ids: Sequence[int]) -> tuple[int, float]:
+def _answer(url: str, ids: Sequence[int], who: str) -> tuple[int, float]:
     """(answer tokens, seconds) of one greedy answer."""
     body = {
         "input_ids": list(ids),
         "sampling_params": {"temperature": 0, "max_new_tokens": ANSWER_TOKENS},
     }
+    headers = {"x-aurora-speculate": "no" if who == "none" else "yes"}
     began = time.monotonic()
-    answer = httpx.post(f"{url}/generate", json=body, timeout=600)
+    answer = httpx.post(f"{url}/generate", json=body, headers=headers, timeout=600)
     answer.raise_for_status()
     return int(answer.json()["meta_info"]["completion_tokens"]), time.monotonic() - began
 
@@ -210,6 +219,7 @@ def table(cells: Cells, shift: Shift, shape: str) -> list[dict[str, Any]]:
                 "adapting": new,
                 "ratio": new / old,
                 "on A": f"{100 * loss:+.1f}%",
+                "tokens/s plain": fast["none"] if fast else "-",
                 "tokens/s static": fast["static"] if fast else "-",
                 "tokens/s adapting": fast["adapting"] if fast else "-",
                 "tokens/s ratio": fast["adapting"] / fast["static"] if fast else "-",

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
+from sqlalchemy import Engine
 
+from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import Settings
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, sample_prompts
 from aurora_sgl.engine.process import ServerProcess, free_port
+from aurora_sgl.rollout.promote import promote
 from aurora_sgl.serving import plan
+from aurora_sgl.store import queries
 from benchmarks.results import Cells
 
 
@@ -74,6 +79,27 @@ def server(
             yield process, home
         finally:
             process.stop()
+
+
+def first_live(engine: Engine) -> tuple[int, int, int]:
+    """(group, server, live version) of the one server in a store, as soon as it is there."""
+    while True:
+        with store.session(engine, write=False) as s:
+            for group in queries.groups(s):
+                for row in queries.servers(s, group.id):
+                    if row.live_version_id:
+                        return group.id, row.id, row.live_version_id
+        time.sleep(0.2)
+
+
+def put_live(engine: Engine, server_id: int, version_id: int) -> None:
+    """Promote a version and wait until the server reports it."""
+    promote(engine, version_id, actor="benchmark", reason="benchmark")
+    while True:
+        with store.session(engine, write=False) as s:
+            if queries.server(s, server_id).live_version_id == version_id:
+                return
+        time.sleep(0.05)
 
 
 def machine() -> str:

@@ -25,10 +25,9 @@ from safetensors.torch import load_file, save_file
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.demo.prompts import sample_prompts
-from aurora_sgl.rollout.promote import promote
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
-from benchmarks.servers import arguments, report, server, target
+from benchmarks.servers import arguments, first_live, put_live, report, server, target
 
 TOKENS = 600  # of one answer: prefills are rare, and attention is not what a step is made of
 
@@ -84,7 +83,7 @@ def main() -> None:
     environment = {"AURORA_SPECULATION": "on"}
     with server(target(given), given.drafter, environment=environment) as (process, home):
         engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
-        group_id, server_id, first = _known(engine)
+        group_id, server_id, first = first_live(engine)
         versions = [first, _relative(engine, home, group_id, first)]
         streams = [Stream(process.url, number) for number in range(given.streams)]
         for stream in streams:
@@ -94,9 +93,7 @@ def main() -> None:
         for number in range(given.swaps):
             wanted = versions[(number + 1) % 2]
             begun = time.perf_counter()
-            promote(engine, wanted, actor="benchmark", reason="swap stall")
-            while _live(engine, server_id) != wanted:
-                time.sleep(0.05)
+            put_live(engine, server_id, wanted)
             windows.append((begun, time.perf_counter()))
             if number % 10 == 9:
                 print(f"swap {number + 1}/{given.swaps}", file=sys.stderr)
@@ -154,21 +151,6 @@ def _made(engine, server_id: int) -> tuple[list[tuple[float, float]], list[float
                  queries.step_times(s, server_id).values()]  # fmt: skip
     gaps = [(b, b - a) for one in times for a, b in itertools.pairwise(one)]
     return gaps, [one[0] for one in times]
-
-
-def _known(engine) -> tuple[int, int, int]:
-    while True:
-        with store.session(engine, write=False) as s:
-            for group in queries.groups(s):
-                for row in queries.servers(s, group.id):
-                    if row.live_version_id:
-                        return group.id, row.id, row.live_version_id
-        time.sleep(0.2)
-
-
-def _live(engine, server_id: int) -> int | None:
-    with store.session(engine, write=False) as s:
-        return queries.server(s, server_id).live_version_id
 
 
 def _relative(engine, home: Path, group_id: int, version_id: int) -> int:
