@@ -83,6 +83,41 @@ def _flags(dtype: str, attention: str) -> tuple[str, ...]:
     return (*flags, *more)
 
 
+#: SGLang's CUDA kernels of these take half precision only; the float32 servers use its PyTorch.
+NATIVE = (
+    "sglang.srt.layers.layernorm.RMSNorm",
+    "sglang.srt.layers.activation.SiluAndMul",
+    "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding",
+)
+FLOAT32_PLUGIN = f"""
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+
+def register():
+    for name in {NATIVE}:
+        HookRegistry.register(f"{{name}}.forward_cuda", native, HookType.AROUND)
+
+
+def native(original, layer, *args, **kw):
+    return layer.forward_native(*args, **kw)
+"""
+
+
+def float32_environment(folder: Path) -> dict[str, str]:
+    """Exact float32, and a plugin of SGLang in ``folder`` beside our own."""
+    metadata = folder / "float32_layers-0.0.1.dist-info"
+    metadata.mkdir()
+    (folder / "float32_layers.py").write_text(FLOAT32_PLUGIN)
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: float32-layers\nVersion: 0.0.1\n"
+    )
+    (metadata / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nfloat32 = float32_layers:register\n"
+    )
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee", "PYTHONPATH": path}
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if given := os.environ.get("AURORA_TEST_TARGET"):
@@ -111,7 +146,8 @@ def servers(
 
     def begin(name: str) -> Running:
         shape, dtype, attention = SERVERS[name]
-        environment = {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+        exact = dtype == "float32" and DEVICE == "cuda"
+        environment = float32_environment(homes[name]) if exact else {}
         return start(
             homes[name],
             target,
