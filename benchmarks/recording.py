@@ -1,10 +1,10 @@
 """What do recording and trace capture cost? Aims: at least 0.99 and 0.97 of the tokens/s without.
 
-Three servers run at once and are asked the same prompt in turn, one at a time (a server that
+Three servers run at once and are asked the same prompts in turn, one server at a time (one that
 waits sleeps), so that the machine's moods fall on all three alike. A round gives one ratio; the
 table shows the median over rounds and its 95% bootstrap interval.
 
-    python benchmarks/recording.py [--rounds 60] [--tokens 48] [--json]
+    python benchmarks/recording.py [--rounds 60] [--tokens 48] [--streams 1] [--json]
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 
 import numpy as np
 
 from aurora_sgl.demo.prompts import sample_prompts
-from benchmarks.servers import arguments, ask, report, server, target
+from benchmarks.servers import arguments, ask, report, server, sglang_flags, target
 
 ARMS = {
     "off": {"AURORA_RECORD": "0"},
@@ -38,6 +40,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--streams", type=int, default=1, help="requests at once")
     given = parser.parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     with ExitStack() as stack:
@@ -45,13 +48,17 @@ def main() -> None:
         for name, environment in ARMS.items():
             print(f"starting the server with recording {name} ...", file=sys.stderr)
             environment = {"AURORA_SPECULATION": "on", **environment}
-            started = server(target(given), given.drafter, environment=environment)
+            flags = sglang_flags(given)
+            started = server(target(given), given.drafter, flags=flags, environment=environment)
             urls[name] = stack.enter_context(started)[0].url
         orders = list(itertools.permutations(ARMS))
-        for number, prompt in zip(range(given.rounds + 2), itertools.cycle(sample_prompts())):
+        pool = stack.enter_context(ThreadPoolExecutor(given.streams))
+        prompts = itertools.cycle(sample_prompts())
+        for number in range(given.rounds + 2):
+            some = list(itertools.islice(prompts, given.streams))
             for name in orders[number % len(orders)]:
                 begun = time.perf_counter()
-                ask(urls[name], prompt, given.tokens)
+                list(pool.map(partial(ask, urls[name], tokens=given.tokens), some))
                 if number >= 2:  # the first two rounds warm up
                     seconds[name].append(time.perf_counter() - begun)
             if number % 10 == 0:
@@ -63,14 +70,15 @@ def main() -> None:
         rows.append(
             {
                 "arm": name,
-                "tokens/s (median)": given.tokens / median(took),
+                "tokens/s (median)": given.streams * given.tokens / median(took),
                 "ratio to off (median)": median(ratios),
                 "95% from": low,
                 "95% to": high,
                 "aim": {"off": "", "recording": ">= 0.99"}.get(name, ">= 0.97"),
             }
         )
-    report(f"recording: {given.rounds} rounds of {given.tokens} tokens", rows, as_json=given.json)
+    title = f"recording: {given.rounds} rounds of {given.streams} x {given.tokens} tokens"
+    report(title, rows, as_json=given.json)
 
 
 if __name__ == "__main__":

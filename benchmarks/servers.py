@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,26 +23,35 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.config import Settings
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, sample_prompts
+from aurora_sgl.engine.launch import server_flags
 from aurora_sgl.engine.process import ServerProcess, free_port
 from aurora_sgl.rollout.promote import promote
-from aurora_sgl.serving import plan
+from aurora_sgl.serving import plan, runs_on_cpu
 from aurora_sgl.store import queries
 from benchmarks.results import Cells
 
+_READY_SECONDS = 420.0  # on a GPU kernels are compiled when they are first used
+
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """``--json`` and ``--model``; a benchmark adds its own."""
+    """``--json``, ``--model``, ``--drafter`` and ``--flags``; a benchmark adds its own."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--model", type=Path, help="target folder (default: the demo's model)")
     parser.add_argument("--drafter", help="drafter folder (default: untrained)")
+    parser.add_argument("--flags", default="", help="more flags of SGLang, as one argument")
     return parser
 
 
 def target(given: argparse.Namespace) -> Path:
     return given.model or demo_model(Path(os.environ.get("AURORA_HOME", "aurora-data")))
+
+
+def sglang_flags(given: argparse.Namespace) -> list[str]:
+    """What ``--flags`` holds."""
+    return shlex.split(given.flags)
 
 
 @contextmanager
@@ -52,17 +62,23 @@ def server(
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     database_url: str = "",
+    drafts: bool = True,
 ) -> Iterator[tuple[ServerProcess, Path]]:
     """(a server that is ready, its data folder); both are gone afterwards. The store is a file in
-    that folder unless a URL says otherwise."""
+    that folder unless a URL says otherwise. ``drafts``: else SGLang runs without a drafter and
+    without us."""
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as folder:
         home = Path(folder)
         given = ["--max-total-tokens", "8192", "--max-running-requests", "8", *flags]
         texts = [prompt.prompt for prompt in sample_prompts()]
         settings = Settings(home=home, database_url=database_url)
         made = plan(str(model), drafter, given, settings, sample_texts=texts)
+        started = made.flags
+        if not drafts:
+            started = server_flags(str(model), None, "", given, on_cpu=runs_on_cpu(given))
+            environment = {"AURORA_ENABLED": "0", **(environment or {})}
         process = ServerProcess(
-            made.flags,
+            started,
             port=free_port(),
             log=home / "logs" / "server.log",
             environment={
@@ -75,7 +91,7 @@ def server(
         )
         process.start()
         try:
-            process.wait_ready()
+            process.wait_ready(_READY_SECONDS)
             yield process, home
         finally:
             process.stop()

@@ -6,7 +6,7 @@ twice: between the times that SGLang's scheduler recorded, and as the client see
 detokenizer, the HTTP server and the network. Windows in which a stream began a new answer are left
 out: a prefill holds up the other streams with and without a swap.
 
-    python benchmarks/swap_stall.py [--swaps 50] [--streams 2] [--json]
+    python benchmarks/swap_stall.py [--swaps 50] [--streams 2] [--tokens 600] [--json]
 """
 
 from __future__ import annotations
@@ -27,17 +27,26 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.demo.prompts import sample_prompts
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
-from benchmarks.servers import arguments, first_live, put_live, report, server, target
+from benchmarks.servers import (
+    arguments,
+    first_live,
+    put_live,
+    report,
+    server,
+    sglang_flags,
+    target,
+)
 
-TOKENS = 600  # of one answer: prefills are rare, and attention is not what a step is made of
+TOKENS = 600  # of one answer: prefills are rare, and attention is not what a step is made of;
+# a GPU makes as many in half a second, so there ask for more
 
 
 class Stream(threading.Thread):
     """Asks for one long answer after another and notes when tokens arrive."""
 
-    def __init__(self, url: str, number: int) -> None:
+    def __init__(self, url: str, number: int, tokens: int = TOKENS) -> None:
         super().__init__(daemon=True)
-        self.url, self.number = url, number
+        self.url, self.number, self.tokens = url, number, tokens
         self.arrivals: list[float] = []
         self.breaks: list[int] = [0]  # where a new answer begins
         self.failed = 0
@@ -51,7 +60,11 @@ class Stream(threading.Thread):
             body = {
                 "text": prompts[at % len(prompts)].prompt,
                 "stream": True,
-                "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
+                "sampling_params": {
+                    "temperature": 0,
+                    "max_new_tokens": self.tokens,
+                    "ignore_eos": True,
+                },
             }
             try:
                 with httpx.stream("POST", f"{self.url}/generate", json=body, timeout=120) as answer:
@@ -79,13 +92,17 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--swaps", type=int, default=50)
     parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of one answer")
     given = parser.parse_args()
     environment = {"AURORA_SPECULATION": "on"}
-    with server(target(given), given.drafter, environment=environment) as (process, home):
+    started = server(
+        target(given), given.drafter, flags=sglang_flags(given), environment=environment
+    )
+    with started as (process, home):
         engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
         group_id, server_id, first = first_live(engine)
         versions = [first, _relative(engine, home, group_id, first)]
-        streams = [Stream(process.url, number) for number in range(given.streams)]
+        streams = [Stream(process.url, n, given.tokens) for n in range(given.streams)]
         for stream in streams:
             stream.start()
         time.sleep(8)

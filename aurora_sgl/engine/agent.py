@@ -37,6 +37,12 @@ from aurora_sgl.engine.swap_driver import SwapDriver
 
 logger = logging.getLogger("aurora_sgl")
 
+#: (request, state, first position, first row, rows) of each traced request of a prefill, and the
+#: rows on the CPU, or on their way there.
+Prefill = tuple[
+    list[tuple[Any, RequestState, int, int, int]], torch.Tensor | None, torch.Tensor | None
+]
+
 _HELLO_SECONDS = 2.0
 _MOST_KEEPING = 4096  # requests that were aborted before their prefill stay in the set
 
@@ -78,7 +84,7 @@ class Agent:
         target_model = worker.target_worker.model_runner.model
         self.capture = Capture(self.channel, self.boot_id) if self.channel else None
         self.last_hidden = (
-            LastHiddenState(target_model.logits_processor)
+            LastHiddenState.of(target_model.logits_processor)
             if self.capture and hasattr(target_model, "logits_processor")
             else None
         )
@@ -96,7 +102,10 @@ class Agent:
             tp_size=int(description["tp_size"]),
             report=self._done.append if self.channel else None,
         )
+        # What hooks inside a step leave for the one around it.
         self.target_predict: torch.Tensor | None = None
+        self.accept_index: torch.Tensor | None = None
+        self.prefill: Prefill | None = None
         self.queue = 0  # requests that wait to be prefilled
         self._said_hello = 0.0
         self._failed_parts: set[str] = set()
@@ -136,11 +145,9 @@ class Agent:
         self.policy.swapped(self.recorder.live.swap_count)
         self.policy.account(speculative=not plain, batch_size=batch_size, seconds=seconds)
 
-    def observe_prefill(self, batch: Any, result: Any) -> None:
+    def observe_prefill(self, batch: Any, aux: torch.Tensor | None) -> None:
         """After the target's prefill, on every rank: admit requests; on the leading one also take
         references to hidden states."""
-        logits = result.logits_output
-        aux = logits.hidden_states if logits is not None else None
         total = sum(batch.extend_lens)
         last = self.last_hidden.take(total) if self.last_hidden and aux is not None else None
         if self.capture and aux is not None:
@@ -170,11 +177,7 @@ class Agent:
         if records and self.channel:
             self.channel.put(records)
         if pieces and aux is not None and aux.shape[0] == total:
-            result.aurora_prefill = (
-                pieces,
-                to_host(aux),
-                to_host(last) if last is not None else None,
-            )
+            self.prefill = (pieces, to_host(aux), to_host(last) if last is not None else None)
 
     def _admit(self, recv_req: Any, batch_size: int) -> None:
         """Before a request is queued: choose what is done with it, and its cache namespace.
@@ -204,7 +207,8 @@ class Agent:
     def observe_verify(self, batch: Any, result: Any) -> None:
         """After the verify forward: take references to what records need."""
         verify_input = batch.spec_info
-        if result.accept_index is None or not batch.reqs:
+        accept_index, self.accept_index = self.accept_index, None
+        if accept_index is None or not batch.reqs:
             return
         nodes = int(verify_input.draft_token_num)
         size = len(batch.reqs)
@@ -212,14 +216,17 @@ class Agent:
             getattr(req, "_aurora", None) is not None and req._aurora.traced for req in batch.reqs
         )
         hidden = result.logits_output.hidden_states if traced else None
-        last = self.last_hidden.take(size * nodes) if traced and self.last_hidden else None
+        last = None
+        if traced and self.last_hidden:
+            from_graph = bool(result.can_run_cuda_graph)
+            last = self.last_hidden.take(size * nodes, from_graph=from_graph)
         live = self.recorder.live
         predict, self.target_predict = self.target_predict, None
         result.aurora_verify = VerifyObservation(
             draft_token=to_host(verify_input.draft_token.reshape(size, nodes)),
             first_child=to_host(verify_input.retrieve_next_token),
             next_sibling=to_host(verify_input.retrieve_next_sibling),
-            accept_index=to_host(result.accept_index),
+            accept_index=to_host(accept_index),
             target_predict=to_host(predict.reshape(size, nodes)) if predict is not None else None,
             depth=0 if nodes == 1 else int(self.worker.speculative_num_steps),
             topk=int(self.worker.topk),
@@ -265,10 +272,10 @@ class Agent:
             self.channel.put(records)
 
     def after_prefill_results(self, batch: Any, result: Any) -> None:
-        observed: tuple[Any, Any, Any] = getattr(result, "aurora_prefill", None) or ((), None, None)
+        observed: Prefill = getattr(result, "aurora_prefill", None) or ([], None, None)
         pieces, aux, last = observed
         for req, state, start, at, rows in pieces:
-            if self.capture and not req.is_retracted:
+            if self.capture and aux is not None and not req.is_retracted:
                 part = slice(at, at + rows)
                 self.capture.prompt_rows(
                     req, state, start, aux[part], last[part] if last is not None else None

@@ -1,8 +1,8 @@
 """Hidden states of served requests, for training: the drafter's inputs and the target's last state.
 
 The auxiliary states are what SGLang itself hands to the drafter. The last state is what enters the
-logits processor; a wrapper keeps a reference. Under CUDA graphs Python does not run at replay, so
-there the wrapper copies into a fixed buffer while the graph is captured, and every replay fills it.
+logits processor; a hook keeps a reference. Under CUDA graphs Python does not run at replay, so
+there the hook copies into a fixed buffer while the graph is captured, and every replay fills it.
 """
 
 from __future__ import annotations
@@ -19,34 +19,64 @@ _ROWS_PER_MESSAGE = 32
 
 
 class LastHiddenState:
-    """Keeps the target's final hidden states of the latest forward, [rows, hidden]."""
+    """The target's final hidden states of the latest forward, [rows, hidden].
 
-    def __init__(self, logits_processor: Any) -> None:
+    One for each logits processor; a hook on the class hands it what every one of them is given,
+    because graphs are captured before there is a request that could tell which is the target's.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
         self._rows: torch.Tensor | None = None
         self._graph_buffer: torch.Tensor | None = None
-        self._original = logits_processor.forward
-        logits_processor.forward = self._forward
 
-    def _forward(self, input_ids: Any, hidden_states: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    @classmethod
+    def of(cls, logits_processor: Any) -> LastHiddenState:
+        """The one of a logits processor, which keeps its rows from now on."""
+        found = _kept_by(logits_processor)
+        found.wanted = True
+        return found
+
+    def see(self, hidden_states: torch.Tensor, *, verifies: bool) -> None:
+        """``hidden_states`` is what a forward ends with; ``verifies``: a target over drafts."""
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._rows = self._into_graph_buffer(hidden_states)
-        else:
+            if verifies:  # the only graphs that rows are taken from
+                self._into_graph_buffer(hidden_states)
+        elif self.wanted:
             self._rows = hidden_states
-        return self._original(input_ids, hidden_states, *args, **kw)
 
-    def _into_graph_buffer(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _into_graph_buffer(self, hidden_states: torch.Tensor) -> None:
         rows = hidden_states.shape[0]
         if self._graph_buffer is None or self._graph_buffer.shape[0] < rows:
             # SGLang captures the largest batch first; smaller graphs share its buffer.
             self._graph_buffer = torch.empty_like(hidden_states)
         self._graph_buffer[:rows].copy_(hidden_states)
-        return self._graph_buffer
 
-    def take(self, rows: int) -> torch.Tensor | None:
-        """The first ``rows`` rows, or None when the latest forward had fewer."""
-        if self._rows is None or self._rows.shape[0] < rows:
+    def take(self, rows: int, *, from_graph: bool = False) -> torch.Tensor | None:
+        """The first ``rows`` rows of the latest forward, or None when it had fewer.
+
+        ``from_graph``: it was the replay of a graph, which fills the buffer but runs no Python.
+        """
+        kept = self._graph_buffer if from_graph else self._rows
+        if kept is None or kept.shape[0] < rows:
             return None
-        return self._rows[:rows]
+        return kept[:rows]
+
+
+def _kept_by(logits_processor: Any) -> LastHiddenState:
+    found: LastHiddenState | None = getattr(logits_processor, "_aurora_last", None)
+    if found is None:
+        found = logits_processor._aurora_last = LastHiddenState()
+    return found
+
+
+def keep_last(logits_processor: Any, hidden_states: Any, metadata: Any) -> None:
+    """Before a logits processor's forward; ``metadata`` says which kind of forward it ends."""
+    if not isinstance(hidden_states, torch.Tensor):
+        return
+    mode = getattr(metadata, "forward_mode", None)
+    verifies = mode is not None and bool(mode.is_target_verify())
+    _kept_by(logits_processor).see(hidden_states, verifies=verifies)
 
 
 def _as_bytes(rows: torch.Tensor) -> bytes:

@@ -35,9 +35,11 @@ MAIN_HOOKS = (
 #: Hooked in every scheduler process.
 SCHEDULER_HOOKS = (
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2.forward_batch_generation",
-    f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._forward_prefill_batch",
+    f"{_SPECULATIVE}eagle_worker_v2.EagleDraftWorker._draft_extend_for_prefill",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2.verify",
+    f"{_SPECULATIVE}eagle_utils.eagle_sample",
     f"{_SPECULATIVE}eagle_utils.verify_tree_greedy_func",
+    "sglang.srt.layers.logits_processor.LogitsProcessor.forward",
     f"{_MANAGERS}scheduler.Scheduler.process_input_requests",
     f"{_MANAGERS}scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
     f"{_MANAGERS}scheduler_components.batch_result_processor."
@@ -116,9 +118,11 @@ def register() -> None:
             SCHEDULER_HOOKS,
             (
                 _forward_batch_generation,
-                _forward_prefill_batch,
+                _draft_extend_for_prefill,
                 _verify,
+                _eagle_sample,
                 _verify_tree_greedy_func,
+                _process_logits,
                 _process_input_requests,
                 _pull_raw_reqs,
                 _process_batch_result_decode,
@@ -230,8 +234,13 @@ def _forward_batch_generation(
     original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any
 ) -> Any:
     agent = _agent_of(worker)
-    if agent is None or batch.forward_mode.is_extend() or batch.forward_mode.is_idle():
+    if agent is None or batch.forward_mode.is_idle():
         return original(worker, batch, *args, **kw)
+    if batch.forward_mode.is_extend():
+        agent.prefill = None
+        result = original(worker, batch, *args, **kw)
+        result.aurora_prefill, agent.prefill = agent.prefill, None
+        return result
     plain = agent.plain_step(batch)
     size = len(batch.reqs)
     begun = time.perf_counter()
@@ -255,14 +264,22 @@ def _without_drafts(worker: Any) -> Iterator[None]:
         worker.speculative_num_steps, worker.speculative_num_draft_tokens = steps, nodes
 
 
-def _forward_prefill_batch(
-    original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any
+def _draft_extend_for_prefill(
+    original: Callable[..., Any],
+    drafter: Any,
+    batch: Any,
+    target_hidden_states: Any,
+    *args: Any,
+    **kw: Any,
 ) -> Any:
-    result = original(worker, batch, *args, **kw)
-    agent = _agent_of(worker)
+    """Between the target's prefill and the drafter's, whose CUDA graphs may write over what the
+    target's left in memory that they share."""
+    agent = _agent
     if agent is not None and batch.reqs:
-        agent.guard("recording prefills", lambda: agent.observe_prefill(batch, result))
-    return result
+        agent.guard(
+            "recording prefills", lambda: agent.observe_prefill(batch, target_hidden_states)
+        )
+    return original(drafter, batch, target_hidden_states, *args, **kw)
 
 
 def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any) -> Any:
@@ -276,10 +293,32 @@ def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, *
     return result
 
 
+def _eagle_sample(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    """Until SGLang 0.5.20 the accepted nodes are not in the step's result."""
+    found = original(*args, **kw)
+    if _agent is not None:
+        _agent.accept_index = found[2]
+    return found
+
+
 def _verify_tree_greedy_func(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     if _agent is not None:
         _agent.target_predict = kw.get("target_predict", args[7] if len(args) > 7 else None)
     return original(*args, **kw)
+
+
+def _process_logits(
+    original: Callable[..., Any],
+    processor: Any,
+    input_ids: Any,
+    hidden_states: Any,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    from aurora_sgl.engine.capture import keep_last
+
+    keep_last(processor, hidden_states, kw.get("logits_metadata", args[1] if args[1:] else None))
+    return original(processor, input_ids, hidden_states, *args, **kw)
 
 
 def _process_batch_result_decode(
@@ -321,6 +360,7 @@ def _process_input_requests(
         return original(scheduler, recv_reqs)
     from aurora_sgl.engine.swap_driver import ApplySwap, StageSwap
 
+    agent.swaps.forward_stream = getattr(scheduler, "forward_stream", None)
     agent.queue = len(getattr(scheduler, "waiting_queue", ()))
     rest = []
     for request in recv_reqs:

@@ -82,6 +82,7 @@ class Staged:
     packed: dict[str, Packed] = field(default_factory=dict)
     hot: torch.Tensor | None = None  # [draft vocab] target ids; None: the draft vocabulary stays
     staged_ms: float = 0.0
+    applied: torch.cuda.Event | None = None  # on a GPU: reached when the copies are made
 
 
 def _shadow(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -180,8 +181,15 @@ class Swapper:
             filled[home.parameter] += tensor.numel()
         self._check_complete(staged, filled)
         self._pack(staged)
+        self._wait_for_device()
         staged.staged_ms = 1000 * (time.perf_counter() - begun)
         return staged
+
+    def _wait_for_device(self) -> None:
+        """Until what this thread asked of a GPU is done: others read it on streams of their own."""
+        device = next(iter(self._parameters.values())).device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     def _pack(self, staged: Staged) -> None:
         """Where the CPU kernels keep packed copies of weights, make those of the shadows too."""
@@ -234,11 +242,19 @@ class Swapper:
         new = offsets + torch.arange(offsets.numel())
         if not bool(((new >= 0) & (new < self._target_vocabulary)).all()):
             raise SwapRefused("'d2t' names tokens that the target does not have")
-        return None if torch.equal(new, hot) else new
+        return None if torch.equal(new, hot) else new.to(self._hot.device)
 
-    def apply(self, staged: Staged) -> float:
-        """Copy the shadows into the running model; returns milliseconds. Call between two steps."""
+    def apply(self, staged: Staged, forward_stream: Any = None) -> float:
+        """Copy the shadows into the running model; returns milliseconds. Call between two steps.
+
+        On a GPU the last step may still run, on ``forward_stream``: the copies wait for it there,
+        and the next step for them, as SGLang has it wait for all that its scheduler did before.
+        """
         begun = time.perf_counter()
+        device = next(iter(self._parameters.values())).device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if stream is not None and forward_stream is not None:
+            stream.wait_stream(forward_stream)
         with torch.no_grad():
             for name, shadow in staged.shadows.items():
                 self._parameters[name].data.copy_(shadow.data)
@@ -246,6 +262,10 @@ class Swapper:
                     linear.replace(self._parameters[name], staged.packed[name])
             if staged.hot is not None and self._hot is not None:
                 self._hot.copy_(staged.hot)
+        if stream is not None:
+            staged.applied = stream.record_event()
+            for shadow in staged.shadows.values():
+                shadow.data.record_stream(stream)
         return 1000 * (time.perf_counter() - begun)
 
     def read_back(self, staged: Staged, *, whole: bool) -> str:
@@ -254,6 +274,8 @@ class Swapper:
         Where a rank of a tensor-parallel group holds shards only (``whole`` is false), the shards
         are compared with those that the hashed file was loaded into: equal, they stand for it.
         """
+        if staged.applied is not None:
+            staged.applied.synchronize()
         if not whole:
             for name, shadow in staged.shadows.items():
                 if not torch.equal(self._parameters[name].data, shadow.data):

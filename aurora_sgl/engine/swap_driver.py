@@ -57,6 +57,7 @@ class SwapDriver:
     ) -> None:
         self._swapper, self._live, self._boot_id = swapper, live, boot_id
         self._tp_size, self._report = tp_size, report
+        self.forward_stream: Any = None  # where SGLang's steps run on a GPU
         self._asked: StageSwap | None = None
         self._deadline_us = 0
         self._apply_after = 0.0
@@ -125,7 +126,7 @@ class SwapDriver:
         return wire.SwapDone(self._boot_id, wire.now_us(), version_id, ok, *rest)
 
     def _go_live(self, staged: Staged) -> None:
-        apply_ms = self._swapper.apply(staged)
+        apply_ms = self._swapper.apply(staged, self.forward_stream)
         self._live.version_id = staged.version_id
         self._live.swap_count += 1
         self._live.steps_since_swap = 0

@@ -115,6 +115,7 @@ def start(
     environment: dict[str, str] | None = None,
     port: int = 0,
     shared: dict[str, str] | None = None,
+    ready_seconds: float = 240,
 ) -> Running:
     """A server as ``aurora-sgl serve`` starts it; ``shared``: settings of a store and an artifact
     root that others use too."""
@@ -149,7 +150,7 @@ def start(
         },
     )
     process.start()
-    process.wait_ready(240)
+    process.wait_ready(ready_seconds)
 
     def known() -> tuple[int, int] | None:
         with store.session(engine, write=False) as s:

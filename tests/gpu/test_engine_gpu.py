@@ -17,7 +17,7 @@ pytest.importorskip("msgspec")
 pytest.importorskip("zmq")
 
 from aurora_sgl.drafter.checkpoint import content_sha256
-from aurora_sgl.engine.capture import LastHiddenState
+from aurora_sgl.engine.capture import LastHiddenState, keep_last
 from aurora_sgl.engine.swap import Swapper, SwapRefused
 
 pytestmark = [
@@ -84,21 +84,70 @@ def test_weights_that_share_the_targets_storage_are_refused_on_the_gpu(tmp_path:
         Swapper(model, model.lm_head, None, 16).stage(1, tmp_path / "1.safetensors", None)
 
 
-def test_hidden_states_come_out_of_replayed_graphs() -> None:
-    class LogitsProcessor:
-        def forward(self, input_ids: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-            return hidden_states.sum(-1)
+class Mode:
+    def __init__(self, verify: bool) -> None:
+        self.forward_mode = self
+        self.is_target_verify = lambda: verify
 
+
+class LogitsProcessor:
+    """What SGLang's does, with the hook on its forward that the plugin sets."""
+
+    def __call__(self, hidden_states: torch.Tensor, metadata: Any) -> torch.Tensor:
+        keep_last(self, hidden_states, metadata)
+        return hidden_states.sum(-1)
+
+
+def test_hidden_states_come_out_of_replayed_graphs() -> None:
+    """Captured before anybody asks for them, the largest batch first, as SGLang does."""
     processor = LogitsProcessor()
-    kept = LastHiddenState(processor)
     x = torch.zeros(4, 8, device=GPU)
-    graph = captured(lambda: processor.forward(None, 2 * x))
+    graphs = {
+        rows: captured(lambda rows=rows: processor(2 * x[:rows], Mode(True))) for rows in (4, 2)
+    }
+    kept = LastHiddenState.of(processor)
     for value in (1.0, 5.0):
+        processor(torch.ones(6, 8, device=GPU), Mode(False))  # a prefill in between
         x.fill_(value)
-        graph.replay()
-        rows = kept.take(3)
-        assert rows is not None
-        torch.testing.assert_close(rows, torch.full((3, 8), 2 * value, device=GPU))
-    eager = torch.ones(2, 8, device=GPU)
-    processor.forward(None, eager)
-    assert kept.take(2) is not None and kept.take(3) is None
+        for rows, graph in graphs.items():
+            graph.replay()
+            found = kept.take(rows, from_graph=True)
+            assert found is not None
+            torch.testing.assert_close(found, torch.full((rows, 8), 2 * value, device=GPU))
+    assert kept.take(5, from_graph=True) is None
+    eager = kept.take(6)
+    assert eager is not None and bool((eager == 1).all())
+    assert kept.take(7) is None
+
+
+def test_a_drafters_graphs_leave_no_buffer() -> None:
+    processor = LogitsProcessor()
+    x = torch.zeros(4, 8, device=GPU)
+    captured(lambda: processor(2 * x, Mode(False)))
+    assert LastHiddenState.of(processor).take(1, from_graph=True) is None
+
+
+def test_a_swap_waits_for_the_step_before_and_the_next_step_for_it(tmp_path: Path) -> None:
+    """Steps run on a stream of their own, as under SGLang's overlap scheduling."""
+    model, target = drafter(), nn.Linear(4, 4).to(GPU)
+    swapper = Swapper(model, target, None, 16)
+    new = weights(1)
+    save_file(new, str(tmp_path / "1.safetensors"))
+    staged = swapper.stage(1, tmp_path / "1.safetensors", None)
+    old = model.fc.weight.detach().clone()
+    schedule, forward = torch.cuda.Stream(), torch.cuda.Stream()
+    busy = torch.randn(4096, 4096, device=GPU)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(forward):
+        for _ in range(50):
+            busy = busy @ busy * 1e-2
+        before = model.fc.weight.detach().clone()
+    with torch.cuda.stream(schedule):
+        swapper.apply(staged, forward)
+    with torch.cuda.stream(forward):
+        forward.wait_stream(schedule)
+        after = model.fc.weight.detach().clone()
+    assert swapper.read_back(staged, whole=True) == content_sha256(new)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(before, old, rtol=0, atol=0)
+    torch.testing.assert_close(after.cpu(), new["fc.weight"], rtol=0, atol=0)
