@@ -38,7 +38,7 @@ class Job:
 
 def jobs(until: int, data: Path | None) -> list[Job]:
     """In the order of their worth."""
-    found = [Job("recipes", "features", ("benchmarks.corpus.features",))]
+    found = [Job("recipes", "features", ("benchmarks.corpus.features", "--compared", "6"))]
 
     def add(kind: str, name: str, *command: str, after: Sequence[str] = ("features",)) -> None:
         found.append(Job(kind, name, command, tuple(after)))
