@@ -65,8 +65,8 @@ def server(
     drafts: bool = True,
 ) -> Iterator[tuple[ServerProcess, Path]]:
     """(a server that is ready, its data folder); both are gone afterwards. The store is a file in
-    that folder unless a URL says otherwise. ``drafts``: else SGLang runs without a drafter and
-    without us."""
+    that folder unless a URL says otherwise. ``drafts``: else SGLang runs without a drafter,
+    and on a GPU without us."""
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as folder:
         home = Path(folder)
         given = ["--max-total-tokens", "8192", "--max-running-requests", "8", *flags]
@@ -75,8 +75,10 @@ def server(
         made = plan(str(model), drafter, given, settings, sample_texts=texts)
         started = made.flags
         if not drafts:
-            started = server_flags(str(model), None, "", given, on_cpu=runs_on_cpu(given))
-            environment = {"AURORA_ENABLED": "0", **(environment or {})}
+            on_cpu = runs_on_cpu(given)
+            started = server_flags(str(model), None, "", given, on_cpu=on_cpu)
+            if not on_cpu:  # there our kernels are hooks too
+                environment = {"AURORA_ENABLED": "0", **(environment or {})}
         process = ServerProcess(
             started,
             port=free_port(),

@@ -22,6 +22,12 @@ from aurora_sgl.demo.prompts import sample_prompts
 from benchmarks.servers import arguments, ask, report, server, sglang_flags, target
 
 
+def without_speculation(flags: list[str]) -> list[str]:
+    """The flags that are left for a server without a drafter; each has one value."""
+    dropped = {at for at, flag in enumerate(flags) if flag.startswith("--speculative-")}
+    return [flag for at, flag in enumerate(flags) if not {at, at - 1} & dropped]
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--streams", default="1,4,16,64")
@@ -38,7 +44,7 @@ def main() -> None:
             started = server(
                 target(given),
                 given.drafter,
-                flags=flags,
+                flags=flags if drafts else without_speculation(flags),
                 environment={"AURORA_SPECULATION": "on"},
                 drafts=drafts,
             )

@@ -2,9 +2,11 @@
 
     python tools/gpu_report.py [--out benchmarks/results/gpu-report.md] [--commit ID]
 
-Needs PyTorch with CUDA, flashinfer-python and what tests/gpu imports; SGLang is not needed. The
-report names the commit, the device and the versions, and every test that failed or was skipped
-with its reason. Exit status 1 when a test failed, when none ran, or when there is no GPU.
+Needs PyTorch with CUDA, flashinfer-python and what tests/gpu imports. With SGLang real servers are
+tested too (tests/gpu/test_server_gpu.py says what it reads from the environment); without it those
+tests are skipped. The report names the commit, the device and the versions, and every test that
+failed or was skipped with its reason. Exit status 1 when a test failed, when none ran, or when
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "flashinfer-python", "sglang", "triton", "safetensors")
+PACKAGES = (
+    *("torch", "flashinfer-python", "sglang", "sglang-kernel", "transformers"),
+    *("triton", "safetensors"),
+)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _flags(dtype: str, attention: str) -> tuple[str, ...]:
     more = shlex.split(os.environ.get("AURORA_TEST_FLAGS", ""))
     if DEVICE == "cpu":
         return tuple(more)
-    flags = ["--attention-backend", attention, "--mem-fraction-static", "0.15"]
+    flags = ["--attention-backend", attention, "--mem-fraction-static", "0.25"]
     flags += ["--cuda-graph-max-bs-decode", "8", "--cuda-graph-max-bs-prefill", "256"]
     flags += ["--max-total-tokens", "16384"]
     if dtype == "float32":
