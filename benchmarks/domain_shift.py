@@ -12,8 +12,8 @@ is being served, and of A all along, as the demo's tree (4, 4, 16) and as a chai
     python -m benchmarks.domain_shift --serve [--prompts 12] ...
 
 ``--serve`` then starts a real SGLang server and swaps the drafters of five checkpoints (the turn to
-B, half of B, the ends of B, C and A) into it, each in turns with the static one and with no drafts,
-for the same held-out prompts: tokens/s of the whole answers, one stream.
+B, half of B, the ends of B, C and A) into it, each in turns with the static one, on a CPU also with
+no drafts, for the same held-out prompts: tokens/s of the whole answers, one stream.
 
 Cells are kept in ``benchmarks/results/domain_shift.jsonl``: stop it at any time, call it again.
 """
@@ -21,6 +21,7 @@ Cells are kept in ``benchmarks/results/domain_shift.jsonl``: stop it at any time
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
@@ -36,6 +37,7 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.rollout.versions import import_version
+from aurora_sgl.serving import runs_on_cpu
 from benchmarks.corpus.features import CACHE, CorpusSet, target_folder
 from benchmarks.learning import head, in_rounds, untrained
 from benchmarks.measure import SHAPES, accept_length, measure
@@ -148,13 +150,16 @@ FLAGS = ("--speculative-num-steps", "4", "--speculative-eagle-topk", "4",
          "--speculative-num-draft-tokens", "16")  # fmt: skip
 
 
-def serve_all(cells: Cells, shift: Shift, prompts: int) -> None:
-    """Tokens/s of both drafters, and without drafts, on a real server at the five checkpoints."""
+def serve_all(cells: Cells, shift: Shift, prompts: int, more_flags: Sequence[str] = ()) -> None:
+    """Tokens/s of both drafters, and on a CPU without drafts too (under CUDA graphs every request
+    drafts), on a real server at the five checkpoints."""
     keys = {n: shift.key("served", n, shift.phase(max(1, n))) for n in shift.served_at()}
     if all(cells.get(**key) for key in keys.values()):
         return
     always = {"AURORA_SPECULATION": "on"}
-    with server(target_folder(), str(shift.folder(0)), flags=FLAGS, environment=always) as (
+    flags = [*FLAGS, *more_flags]
+    arms = ("none", "static", "adapting") if runs_on_cpu(flags) else ("static", "adapting")
+    with server(target_folder(), str(shift.folder(0)), flags=flags, environment=always) as (
         process,
         home,
     ):
@@ -168,7 +173,7 @@ def serve_all(cells: Cells, shift: Shift, prompts: int) -> None:
             now = import_version(engine, artifacts, folder, group_id).id if served else static
             rows = held_out(domain).rows[:prompts]
             ids = [p.answered.tokens[: p.answered.prompt_tokens].tolist() for p in rows]
-            sums = {who: [0, 0.0] for who in ("none", "static", "adapting")}
+            sums = {who: [0, 0.0] for who in arms}
             for turn in range(2):
                 for who in list(sums)[:: 1 if turn else -1]:
                     put_live(engine, server_id, now if who == "adapting" else static)
@@ -219,7 +224,7 @@ def table(cells: Cells, shift: Shift, shape: str) -> list[dict[str, Any]]:
                 "adapting": new,
                 "ratio": new / old,
                 "on A": f"{100 * loss:+.1f}%",
-                "tokens/s plain": fast["none"] if fast else "-",
+                "tokens/s plain": fast.get("none", "-") if fast else "-",
                 "tokens/s static": fast["static"] if fast else "-",
                 "tokens/s adapting": fast["adapting"] if fast else "-",
                 "tokens/s ratio": fast["adapting"] / fast["static"] if fast else "-",
@@ -298,6 +303,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--serve", action="store_true", help="also on real servers")
     parser.add_argument("--prompts", type=int, default=12, help="of each checkpoint, with --serve")
+    parser.add_argument("--flags", default="", help="more flags of SGLang, with --serve")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--json", action="store_true")
@@ -307,7 +313,7 @@ def main() -> None:
         head()
         replay_all(cells, shift)
         if given.serve:
-            serve_all(cells, shift, given.prompts)
+            serve_all(cells, shift, given.prompts, shlex.split(given.flags))
     for shape in ("tree", "chain"):
         if rows := table(cells, shift, shape):
             report(f"accept length, {shape}", rows, as_json=given.json)
