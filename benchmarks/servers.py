@@ -113,11 +113,14 @@ def first_live(engine: Engine) -> tuple[int, int, int]:
 def put_live(engine: Engine, server_id: int, version_id: int) -> None:
     """Promote a version and wait until the server reports it."""
     promote(engine, version_id, actor="benchmark", reason="benchmark")
-    while True:
-        with store.session(engine, write=False) as s:
-            if queries.server(s, server_id).live_version_id == version_id:
-                return
+    while live_version(engine, server_id) != version_id:
         time.sleep(0.05)
+
+
+def live_version(engine: Engine, server_id: int) -> int | None:
+    """What a server reports to be live."""
+    with store.session(engine, write=False) as s:
+        return queries.server(s, server_id).live_version_id
 
 
 def machine() -> str:

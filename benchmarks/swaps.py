@@ -20,8 +20,8 @@ from aurora_sgl import store
 from aurora_sgl.demo.prompts import sample_prompts
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.store import queries
-from benchmarks.servers import arguments, report, server, target
-from benchmarks.swap_stall import _compare, _known, _live, _made, _relative
+from benchmarks.servers import arguments, first_live, live_version, report, server, target
+from benchmarks.swap_stall import _compare, _made, _relative
 
 PROMPTS, TOKENS = 8, 160
 #: Seconds between two swaps: every stream makes a step or more, so that each swap has a step of
@@ -84,7 +84,7 @@ def main() -> int:
         target(given), given.drafter, flags=flags, environment={"AURORA_SPECULATION": "on"}
     ) as (process, home):
         engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
-        group_id, server_id, first = _known(engine)
+        group_id, server_id, first = first_live(engine)
         versions = [first, _relative(engine, home, group_id, first)]
         before = target_checksum(process.url)
         expected = [
@@ -101,7 +101,7 @@ def main() -> int:
             wanted = versions[(number + 1) % 2]
             begun = time.perf_counter()
             promote(engine, wanted, actor="benchmark", reason="swaps", force=True)
-            while _live(engine, server_id) != wanted:
+            while live_version(engine, server_id) != wanted:
                 if time.perf_counter() - begun > PATIENCE:
                     raise SystemExit(f"swap {number + 1} did not happen in {PATIENCE:.0f} s")
                 time.sleep(0.05)

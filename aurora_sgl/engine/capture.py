@@ -148,8 +148,10 @@ class Capture:
         accept_len: int,
         observation: VerifyObservation,
     ) -> None:
-        """Rows of the accepted path of one verify step: the root and the accepted drafts."""
+        """Rows of the accepted path of one verify step: the root and the accepted drafts, as far
+        as the client gets them (a step may go on past a stop)."""
         assert observation.aux is not None
+        accept_len = max(0, min(accept_len, visible_length(req) - before + 1))
         first = row * observation.nodes
         aux = observation.aux[first : first + accept_len]
         last = None
