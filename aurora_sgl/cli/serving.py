@@ -39,6 +39,10 @@ def demo(
     prompts: Annotated[
         Path | None, typer.Option(help="Your own prompts: JSON Lines with 'prompt'.")
     ] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(help="Drafter folder to start with (default: the live one, else untrained)."),
+    ] = None,
     port: Annotated[int, typer.Option(help="Port of the endpoint; 0: a free one.")] = 0,
     dashboard: Annotated[
         bool, typer.Option(help="Start the web page for operators too (not with --exit).")
@@ -53,6 +57,7 @@ def demo(
             requests=requests,
             stop=exit_,
             prompts=prompts,
+            drafter=drafter,
             port=port,
             dashboard=dashboard,
             as_json=as_json,

@@ -50,6 +50,7 @@ def run(
     requests: int | None = None,
     stop: bool = False,
     prompts: Path | None = None,
+    drafter: str | None = None,
     port: int = 0,
     dashboard: bool = True,
     as_json: bool = False,
@@ -58,7 +59,8 @@ def run(
 
     ``requests``: how many to send (None: go on until Ctrl-C). ``stop``: measure the first and the
     last version on the same held-out prompts, sum up, and end; nobody looks at a dashboard then,
-    so none is started.
+    so none is started. ``drafter``: a folder to begin with, or ``scratch`` (None: what was live in
+    this data folder, else scratch).
     """
     settings = get_settings()
     chosen = load_prompts(prompts) if prompts is not None else sample_prompts()
@@ -69,7 +71,7 @@ def run(
     port = port or free_port()
     ready = plan(
         str(model),
-        None,
+        drafter,
         [*SERVER_FLAGS, "--port", str(port)],
         settings,
         sample_texts=[prompt.prompt for prompt in chosen],

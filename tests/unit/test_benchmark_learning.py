@@ -6,11 +6,12 @@ from pathlib import Path
 
 from drafter_cases import VOCAB, requests, target_folder
 
-from aurora_sgl.drafter import scratch
+from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.training.replay import determined, replay_one
 from benchmarks.learning import served
 from benchmarks.measure import SHAPES
+from benchmarks.static_drafter import LARGEST
 
 
 def test_the_verify_steps_of_a_served_request_are_those_of_replay(tmp_path: Path) -> None:
@@ -31,3 +32,11 @@ def test_the_verify_steps_of_a_served_request_are_those_of_replay(tmp_path: Path
         assert all(len(step.tokens) == shape.nodes - 1 for step in steps)
         accepted += replayed.accepted
     assert accepted > 0, "nothing was accepted: the comparison says nothing"
+
+
+def test_the_static_drafter_of_the_repository_serves_and_names_no_machine() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "static-drafter"
+    assert checkpoint.validate(folder, None) == []
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= LARGEST
+    config = (folder / "config.json").read_text()
+    assert '"target_model": "SmolLM2-135M-Instruct"' in config and "/" not in config
