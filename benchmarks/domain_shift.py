@@ -21,7 +21,6 @@ Cells are kept in ``benchmarks/results/domain_shift.jsonl``: stop it at any time
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
 import sys
 import time
@@ -43,7 +42,7 @@ from benchmarks.learning import head, in_rounds, untrained
 from benchmarks.measure import SHAPES, accept_length, measure
 from benchmarks.recipes import OURS
 from benchmarks.results import Cells, settings_hash
-from benchmarks.servers import first_live, put_live, report, server
+from benchmarks.servers import first_live, put_live, report, server, sglang_flags
 from benchmarks.traffic import HELD_OUT, held_out, stream
 
 A, B, C = "chat", "narrow", "code"
@@ -173,16 +172,12 @@ def serve_all(cells: Cells, shift: Shift, prompts: int, more_flags: Sequence[str
             now = import_version(engine, artifacts, folder, group_id).id if served else static
             rows = held_out(domain).rows[:prompts]
             ids = [p.answered.tokens[: p.answered.prompt_tokens].tolist() for p in rows]
-            sums = {who: [0, 0.0] for who in arms}
-            for turn in range(2):
-                for who in list(sums)[:: 1 if turn else -1]:
-                    put_live(engine, server_id, now if who == "adapting" else static)
-                    _answer(process.url, ids[0], who)  # what a first answer waits for is not timed
-                    for prompt in ids:
-                        tokens, seconds = _answer(process.url, prompt, who)
-                        sums[who][0] += tokens
-                        sums[who][1] += seconds
-            found = {who: round(tokens / seconds, 2) for who, (tokens, seconds) in sums.items()}
+            timed: dict[str, list[tuple[int, float]]] = {who: [] for who in arms}
+            for who in (*reversed(arms), *arms):
+                put_live(engine, server_id, now if who == "adapting" else static)
+                _answer(process.url, ids[0], who)  # what a first answer waits for is not timed
+                timed[who] += [_answer(process.url, prompt, who) for prompt in ids]
+            found = {who: _speed(answers) for who, answers in timed.items()}
             cells.put({**found, "prompts": len(ids)}, **key)
             print(f"served {served} {domain}: {found}", file=sys.stderr, flush=True)
 
@@ -198,6 +193,11 @@ def _answer(url: str, ids: Sequence[int], who: str) -> tuple[int, float]:
     answer = httpx.post(f"{url}/generate", json=body, headers=headers, timeout=600)
     answer.raise_for_status()
     return int(answer.json()["meta_info"]["completion_tokens"]), time.monotonic() - began
+
+
+def _speed(answers: Sequence[tuple[int, float]]) -> float:
+    tokens, seconds = (sum(column) for column in zip(*answers, strict=True))
+    return round(tokens / seconds, 2)
 
 
 # Tables.
@@ -313,7 +313,7 @@ def main() -> None:
         head()
         replay_all(cells, shift)
         if given.serve:
-            serve_all(cells, shift, given.prompts, shlex.split(given.flags))
+            serve_all(cells, shift, given.prompts, sglang_flags(given))
     for shape in ("tree", "chain"):
         if rows := table(cells, shift, shape):
             report(f"accept length, {shape}", rows, as_json=given.json)

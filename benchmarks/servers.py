@@ -30,6 +30,7 @@ from aurora_sgl.serving import plan, runs_on_cpu
 from aurora_sgl.store import queries
 from benchmarks.results import Cells
 
+PATIENCE = 120.0  # seconds that one swap may take before a benchmark is given up
 _READY_SECONDS = 420.0  # on a GPU kernels are compiled when they are first used
 
 
@@ -110,17 +111,18 @@ def first_live(engine: Engine) -> tuple[int, int, int]:
         time.sleep(0.2)
 
 
-def put_live(engine: Engine, server_id: int, version_id: int) -> None:
-    """Promote a version and wait until the server reports it."""
-    promote(engine, version_id, actor="benchmark", reason="benchmark")
-    while live_version(engine, server_id) != version_id:
+def put_live(engine: Engine, server_id: int, version_id: int, *, force: bool = False) -> None:
+    """Promote a version and wait until the server reports it; ends the benchmark when it does not
+    within ``PATIENCE`` seconds."""
+    promote(engine, version_id, actor="benchmark", reason="benchmark", force=force)
+    end = time.monotonic() + PATIENCE
+    while True:
+        with store.session(engine, write=False) as s:
+            if queries.server(s, server_id).live_version_id == version_id:
+                return
+        if time.monotonic() > end:
+            raise SystemExit(f"version {version_id} did not go live in {PATIENCE:.0f} s")
         time.sleep(0.05)
-
-
-def live_version(engine: Engine, server_id: int) -> int | None:
-    """What a server reports to be live."""
-    with store.session(engine, write=False) as s:
-        return queries.server(s, server_id).live_version_id
 
 
 def machine() -> str:

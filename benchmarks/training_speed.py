@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn import functional as F
@@ -151,12 +152,9 @@ def run(job: Job) -> dict[str, float]:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     if job.attention in RIVALS:
-        rival, ours = RIVALS[job.attention], attention.attend
-        setattr(model, "attend", rival)  # noqa: B010 (it is typed as our own function)
-        try:
+        rival = RIVALS[job.attention]
+        with patch.object(model, "attend", rival):
             return _training(job) if job.what == "training" else _attention(job, rival)
-        finally:
-            setattr(model, "attend", ours)  # noqa: B010
     with attention.using(job.attention):
         return _training(job) if job.what == "training" else _attention(job, attention.attend)
 

@@ -111,6 +111,7 @@ class Swapper:
         target_vocabulary: int,
     ) -> None:
         self._parameters: dict[str, torch.nn.Parameter] = dict(draft_model.named_parameters())
+        self._device = next(iter(self._parameters.values())).device
         self._target_storages = {p.untyped_storage().data_ptr() for p in target_model.parameters()}
         self._hot = hot_token_id
         self._target_vocabulary = target_vocabulary
@@ -181,15 +182,10 @@ class Swapper:
             filled[home.parameter] += tensor.numel()
         self._check_complete(staged, filled)
         self._pack(staged)
-        self._wait_for_device()
+        if self._device.type == "cuda":  # others read the shadows on streams of their own
+            torch.cuda.current_stream(self._device).synchronize()
         staged.staged_ms = 1000 * (time.perf_counter() - begun)
         return staged
-
-    def _wait_for_device(self) -> None:
-        """Until what this thread asked of a GPU is done: others read it on streams of their own."""
-        device = next(iter(self._parameters.values())).device
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
 
     def _pack(self, staged: Staged) -> None:
         """Where the CPU kernels keep packed copies of weights, make those of the shadows too."""
@@ -251,8 +247,8 @@ class Swapper:
         and the next step for them, as SGLang has it wait for all that its scheduler did before.
         """
         begun = time.perf_counter()
-        device = next(iter(self._parameters.values())).device
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        on_gpu = self._device.type == "cuda"
+        stream = torch.cuda.current_stream(self._device) if on_gpu else None
         if stream is not None and forward_stream is not None:
             stream.wait_stream(forward_stream)
         with torch.no_grad():

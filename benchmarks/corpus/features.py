@@ -28,10 +28,12 @@ import aurora_sgl.compat  # noqa: F401  (torchvision beside a CPU torch)
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.drafter.config import aux_layers_of
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.training.devices import device_of
 from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.training.settings import TrainSettings
 from benchmarks.corpus.shards import DATA, Answered, read_shard, shards
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device_of(TrainSettings())  # where the trainer computes too
 CACHE = Path(os.environ.get("AURORA_CORPUS_CACHE", "~/.cache/aurora-sgl/corpus")).expanduser()
 DOMAINS = ("narrow", "code", "chat")
 _SHORTEST = 8  # answer tokens

@@ -233,18 +233,24 @@ def trained(demo: DemoRun) -> Path:
     return demo.home / "artifacts" / "versions" / live["weights_sha256"][:16]
 
 
-@pytest.fixture(scope="session")
-def prompts(model: Path) -> list[list[int]]:
-    """Token ids of twenty chat prompts."""
+def chat_prompts(model: Path) -> list[list[int]]:
+    """Token ids of twenty prompts, under the chat template where a model has one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model))
+    if tokenizer.chat_template is None:
+        return [tokenizer(text)["input_ids"] for text in PROMPTS]
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )
         for text in PROMPTS
     ]
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Path) -> list[list[int]]:
+    return chat_prompts(model)
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,17 @@ def assert_identities(answer: dict[str, Any], row: Any, steps: list[dict[str, An
     assert all(step["kept"] == 1 + step["accepted"] for step in steps[:-1])
 
 
+def accepted_path(step: dict[str, Any]) -> tuple[int, list[int]]:
+    """(the last accepted node, the step's tokens up to the bonus token), checked on the way."""
+    node, run = 0, []
+    for child in step["accepted_nodes"]:
+        assert step["draft_parents"][child - 1] == node
+        assert step["draft_tokens"][child - 1] == step["target_tokens"][node]
+        run.append(step["draft_tokens"][child - 1])
+        node = child
+    return node, [*run, step["target_tokens"][node]]
+
+
 def test_identities_hold_and_agree_with_sglangs_counters(
     server: Running, prompts: list[list[int]]
 ) -> None:
@@ -75,13 +86,7 @@ def test_the_answer_can_be_read_off_its_verify_steps(
             assert step["nodes"] == 8 and step["topk"] == 4 and step["depth"] == 3
             assert step["accept_rule"] == "greedy"
             assert len(step["draft_tokens"]) == len(step["draft_parents"]) == 7
-            node, run = 0, []
-            for child in step["accepted_nodes"]:
-                assert step["draft_parents"][child - 1] == node
-                assert step["draft_tokens"][child - 1] == step["target_tokens"][node]
-                run.append(step["draft_tokens"][child - 1])
-                node = child
-            run.append(step["target_tokens"][node])  # the bonus token
+            node, run = accepted_path(step)
             children = [
                 token
                 for token, parent in zip(step["draft_tokens"], step["draft_parents"], strict=True)

@@ -33,16 +33,16 @@ def artifacts(server: Running) -> ArtifactRoot:
     return ArtifactRoot(str(server.home / "artifacts"))
 
 
-def a_relative(server: Running, folder: Path, into: Path, scale: float) -> int:
-    """A version whose weights are a little off those in ``folder``."""
+def a_relative(server: Running, folder: Path, into: Path, scale: float, name: str = "") -> int:
+    """A version whose matrices differ from a folder's by a factor: all of them, or those whose
+    names hold ``name``."""
     shutil.copytree(folder, into)
     tensors = load_file(into / "model.safetensors")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dim() > 1:
-            tensors[name] = (tensor.float() * scale).to(tensor.dtype)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dim() > 1 and name in key:
+            tensors[key] = (tensor.float() * scale).to(tensor.dtype)
     save_file(tensors, into / "model.safetensors", {"format": "pt"})
-    version = import_version(server.engine, artifacts(server), into, server.group_id)
-    return version.id
+    return import_version(server.engine, artifacts(server), into, server.group_id).id
 
 
 def go_live(server: Running, version_id: int, reason: str = "a test", **kw: Any) -> None:

@@ -34,16 +34,14 @@ pytest.importorskip("msgspec")
 pytest.importorskip("zmq")
 
 import httpx
-from safetensors.torch import load_file, save_file
 
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.rollout.promote import rollback
-from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries, session
-from tests.e2e.conftest import PROMPTS, Running, start, until
+from tests.e2e.conftest import PROMPTS, Running, chat_prompts, start, until
 from tests.e2e.test_identity import assert_greedy
-from tests.e2e.test_records import assert_identities, read, serve
-from tests.e2e.test_swap import artifacts, go_live, server_group
+from tests.e2e.test_records import accepted_path, assert_identities, read, serve
+from tests.e2e.test_swap import a_relative, go_live, server_group
 
 #: For working on these tests where there is no GPU, with one server.
 ON_CPU = os.environ.get("AURORA_TEST_SERVERS_ON_CPU") == "1"
@@ -178,6 +176,11 @@ def servers(
                         shutil.copy(log, Path(logs) / f"{name.replace(' ', '-')}.log")
 
 
+def is_exact(server: Running) -> bool:
+    """Whether it computes in float32."""
+    return "float32" in server.process._flags
+
+
 @pytest.fixture(params=CHOSEN)
 def server(servers: dict[str, Future[Running]], request: pytest.FixtureRequest) -> Running:
     return servers[request.param].result()
@@ -190,18 +193,7 @@ def exact(servers: dict[str, Future[Running]], request: pytest.FixtureRequest) -
 
 @pytest.fixture(scope="module")
 def prompts(target: Path) -> list[list[int]]:
-    """Token ids of twenty chat prompts."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(target))
-    if tokenizer.chat_template is None:
-        return [tokenizer(text)["input_ids"] for text in PROMPTS]
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-        )
-        for text in PROMPTS
-    ]
+    return chat_prompts(target)
 
 
 class OnDevice:
@@ -270,14 +262,7 @@ def test_records_agree_with_sglangs_own_counters(
         assert_identities(answer, row, steps)
         written = answer["output_ids"][:1]
         for step in steps:
-            node, run = 0, []
-            for child in step["accepted_nodes"]:
-                assert step["draft_parents"][child - 1] == node
-                assert step["draft_tokens"][child - 1] == step["target_tokens"][node]
-                run.append(step["draft_tokens"][child - 1])
-                node = child
-            run.append(step["target_tokens"][node])
-            written += run[: step["kept"]]
+            written += accepted_path(step)[1][: step["kept"]]
         assert written == answer["output_ids"]
     rows = [row for _, row, _ in found]
     length = 1 + sum(row.accepted for row in rows) / sum(row.verify_steps for row in rows)
@@ -296,7 +281,7 @@ def test_sampled_answers_are_recorded_too(server: Running, prompts: list[list[in
 
 
 def test_traces_hold_what_hugging_face_computes(
-    server: Running, prompts: list[list[int]], hugging_face: OnDevice, request: Any
+    server: Running, prompts: list[list[int]], hugging_face: OnDevice
 ) -> None:
     """The prompt's rows come out of an eager forward or a prefill graph, the answer's out of the
     verify graph; four requests at once, so that rows lie at places of a batch."""
@@ -308,7 +293,7 @@ def test_traces_hold_what_hugging_face_computes(
     long = [[token for some in prompts[at : at + 3] for token in some] for at in range(8, 16, 2)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(one, long))
-    exactly = server.process._flags[server.process._flags.index("--dtype") + 1] == "float32"
+    exactly = is_exact(server)
     layers = [2, hugging_face.layers // 2, hugging_face.layers - 3]  # as SGLang chooses
     compared = 0
     for prompt, (answer, row, _) in zip(long, found, strict=True):
@@ -336,17 +321,6 @@ def test_traces_hold_what_hugging_face_computes(
             assert float((logits.max(-1).values - picked).max()) < 1e-2
         compared += rows - trace.start
     assert compared > 100
-
-
-def another(server: Running, folder: Path, into: Path, name: str, scale: float) -> int:
-    """A version that differs from a folder's by one scaled tensor (all, where name is empty)."""
-    shutil.copytree(folder, into)
-    tensors = load_file(into / "model.safetensors")
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dim() > 1 and name in key:
-            tensors[key] = (tensor.float() * scale).to(tensor.dtype)
-    save_file(tensors, into / "model.safetensors", {"format": "pt"})
-    return import_version(server.engine, artifacts(server), into, server.group_id).id
 
 
 class Stream(threading.Thread):
@@ -388,9 +362,9 @@ def test_a_swap_in_mid_request_is_seen_by_the_graphs_and_changes_no_token(
 ) -> None:
     before = server.live_version()
     assert before is not None
-    near = another(server, drafter, tmp_path / "near", "", 0.97)
+    near = a_relative(server, drafter, tmp_path / "near", 0.97)
     # In float32 Triton's attention over drafts takes 0.1 s a step at a few hundred tokens (H200).
-    quick = DEVICE == "cuda" and "float32" not in server.process._flags
+    quick = DEVICE == "cuda" and not is_exact(server)
     stream = Stream(server, prompts[0], 1500 if quick else 200)
     stream.start()
     until(lambda: len(stream.arrivals) > 20, 60, "the answer")
@@ -405,7 +379,7 @@ def test_a_swap_in_mid_request_is_seen_by_the_graphs_and_changes_no_token(
     other = max((n for end, n in gaps if not begun <= end <= ended + 0.3), default=0.0)
     print(f"step {1e3 * step:.2f} ms, worst at the swap {1e3 * worst:.2f}, else {1e3 * other:.2f}")
     record_property("gap_at_swap_ms", 1e3 * worst)
-    if "float32" in server.process._flags:
+    if is_exact(server):
         assert_greedy(hugging_face, prompts[0], stream.output)
     row = server.request(stream.rid)
     steps = server.events(row.id)
@@ -434,7 +408,7 @@ def test_a_very_different_drafter_drafts_differently_and_a_rollback_brings_the_o
         return [step["draft_tokens"] for steps in found for step in steps]
 
     old = proposals()
-    upside_down = another(server, drafter, tmp_path / "other", "lm_head", -1.0)
+    upside_down = a_relative(server, drafter, tmp_path / "other", -1.0, "lm_head")
     go_live(server, upside_down)
     new = proposals()
     same = sum(a == b for a, b in zip(old, new, strict=False))
@@ -442,5 +416,5 @@ def test_a_very_different_drafter_drafts_differently_and_a_rollback_brings_the_o
     rollback(server.engine, server_group(server), actor="test", reason="undo")
     until(lambda: server.live_version() == before, 30, "the rollback")
     again = proposals()
-    if "float32" in server.process._flags:
+    if is_exact(server):
         assert again == old

@@ -24,7 +24,7 @@ def test_the_report_counts_tests_and_gives_a_reason_for_each_that_did_not_pass(
         "def test_absent(): pytest.importorskip('no_such_package')\n"
     )
     (folder / "test_broken.py").write_text("import no_such_package\n")
-    found = gpu_report.run_tests(folder, tmp_path / "junit.xml", tmp_path / "log")
+    found = gpu_report.run_tests(folder, tmp_path / "junit.xml")
     row = {"what": "training", "size": "demo", "length": 0, "own": 0, "dtype": "bfloat16"}
     speed = {
         "rows": [
