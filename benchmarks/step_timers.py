@@ -39,7 +39,7 @@ PARTS = {
     **{
         f"{_AGENT}{name}": "our hooks"
         for name in (
-            "plain_step",
+            "step_depth",
             "account_step",
             "observe_verify",
             "before_decode_results",

@@ -20,7 +20,7 @@ import torch
 from aurora_sgl import wire
 from aurora_sgl.config import get_settings
 from aurora_sgl.drafter.checkpoint import WEIGHTS
-from aurora_sgl.engine import labels
+from aurora_sgl.engine import labels, ladder
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.companion import ENDPOINT_VARIABLE
@@ -72,13 +72,19 @@ class Agent:
         )
         can_skip = bool(description["plain_steps_possible"])
         share = {"on": 1.0, "off": 0.0, "auto": settings.explore_share}[settings.speculation]
+        by_size = can_skip and settings.speculation == "auto"
+        # What steps take differs by rank, and all ranks must make the same step.
+        self.may_drop = by_size and int(description["tp_size"]) == 1
+        shape = ladder.Rung(int(description["depth"]), int(description["nodes"]))
+        may_shrink = self.may_drop and str(description["device"]) == "cpu"
+        given = ladder.rungs(shape.depth, int(description["topk"]), shape.nodes)
+        self.ladder = ladder.Ladder(worker, given if may_shrink else (shape,))
         self.policy = SpeculationPolicy(
             share if can_skip else 1.0,
-            by_size=can_skip and settings.speculation == "auto",
+            by_size=by_size,
             explore_share=settings.explore_share,
+            depths=tuple(self.ladder.rungs),
         )
-        # What steps take differs by rank, and all ranks must make the same step.
-        self.may_drop = self.policy.by_size and int(description["tp_size"]) == 1
         self._keeping: dict[str, float] = {}  # id of a request, until prefilled -> steps
         self.can_skip = can_skip
         target_model = worker.target_worker.model_runner.model
@@ -127,23 +133,24 @@ class Agent:
 
     # -- the step ----------------------------------------------------------------------------
 
-    def plain_step(self, batch: Any) -> bool:
-        """Whether this decode step runs without drafts."""
+    def step_depth(self, batch: Any) -> int:
+        """How deep the drafts of this decode step are; 0: it runs without."""
         if not self.can_skip:
-            return False
+            return self.ladder.deepest
+        size = len(batch.reqs)
         states = [getattr(req, "_aurora", None) for req in batch.reqs]
         drafting = [state for state in states if state is not None and state.speculates]
-        if drafting and self.may_drop and not self.policy.keeps(len(batch.reqs)):
+        if drafting and self.may_drop and not self.policy.keeps(size):
             for state in drafting:
                 state.speculates = state.keeps > 0
                 state.keeps -= 1
             drafting = [state for state in drafting if state.speculates]
-        return not drafting
+        return self.policy.depth(size) if drafting else 0
 
-    def account_step(self, batch_size: int, *, plain: bool, seconds: float) -> None:
+    def account_step(self, batch_size: int, *, depth: int, seconds: float) -> None:
         self.recorder.live.steps_since_swap += 1
         self.policy.swapped(self.recorder.live.swap_count)
-        self.policy.account(speculative=not plain, batch_size=batch_size, seconds=seconds)
+        self.policy.account(depth=depth, batch_size=batch_size, seconds=seconds)
 
     def observe_prefill(self, batch: Any, aux: torch.Tensor | None) -> None:
         """After the target's prefill, on every rank: admit requests; on the leading one also take
@@ -262,7 +269,7 @@ class Agent:
                 for row, _, state, _ in tracked
                 if not state.holes and state.swap_count == seen.swap_count
             ]
-            self.policy.observe(seen.swap_count, len(whole), sum(whole))
+            self.policy.observe(seen.swap_count, seen.depth, len(whole), sum(whole))
         for row, req, state, before in tracked:
             if state.traced and self.capture and seen.aux is not None:
                 self.capture.verify_rows(req, state, row, before, accept_lens[row], seen)
@@ -339,6 +346,7 @@ class Agent:
             "speculation_share": self.policy.share,
             "capture_share": self.recorder.capture_share,
             "queue": float(self.queue),
+            **{name: float(self.description[name]) for name in ("depth", "topk", "nodes")},
             **self.policy.counters(),
         }
         return wire.Hello(

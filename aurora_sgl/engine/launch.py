@@ -18,6 +18,7 @@ if os.environ.get("AURORA_CPU") == "1":
 
     install()
 
+from aurora_sgl.config import get_settings
 from aurora_sgl.engine import companion
 from aurora_sgl.errors import AuroraError
 
@@ -56,7 +57,9 @@ class Replayed(NamedTuple):
     accept_length: float
 
 
-def _cpu_shape(replayed: Replayed | None) -> dict[str, str]:
+def _cpu_shape(replayed: Replayed | None, args: list[str]) -> dict[str, str]:
+    if get_settings().speculation == "auto" and value_of(args, "--tp-size") in (None, "1"):
+        return _TREE_FLAGS  # the server makes a busy step's tree smaller by itself
     from aurora_sgl.engine.cpu import shape
 
     return shape.choose(replayed).flags
@@ -91,7 +94,7 @@ def server_flags(
             "--speculative-draft-model-path": drafter,
         }
         if not _given(args, "--speculative-num-steps"):
-            defaults |= _cpu_shape(replayed) if on_cpu else _TREE_FLAGS
+            defaults |= _cpu_shape(replayed, args) if on_cpu else _TREE_FLAGS
     if on_cpu:
         defaults |= _CPU_FLAGS
         if not _given(args, "--dtype"):

@@ -241,15 +241,12 @@ def _forward_batch_generation(
         result = original(worker, batch, *args, **kw)
         result.aurora_prefill, agent.prefill = agent.prefill, None
         return result
-    plain = agent.plain_step(batch)
+    depth = agent.step_depth(batch)
     size = len(batch.reqs)
     begun = time.perf_counter()
-    if plain:
-        with _without_drafts(worker):
-            result = original(worker, batch, *args, **kw)
-    else:
+    with agent.ladder.at(depth) if depth else _without_drafts(worker):
         result = original(worker, batch, *args, **kw)
-    agent.account_step(size, plain=plain, seconds=time.perf_counter() - begun)
+    agent.account_step(size, depth=depth, seconds=time.perf_counter() - begun)
     return result
 
 

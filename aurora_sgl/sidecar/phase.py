@@ -29,15 +29,14 @@ class Expected:
     source: str  # for the reason that people read
 
 
-_BY_SIZE = "break_even_"
-
-
-def by_size(counters: Mapping[str, float]) -> dict[int, float]:
-    """Break-even accept length by the least of each group of batch sizes, as the engine tells."""
+def by_size(counters: Mapping[str, float], what: str = "break_even") -> dict[int, float]:
+    """Break-even accept length, ``gain`` (speed with drafts over that without) or ``depth`` by the
+    least of each group of batch sizes, as the engine tells them."""
+    start = f"{what}_"
     found = {
-        int(name.removeprefix(_BY_SIZE)): float(value)
+        int(name.removeprefix(start)): float(value)
         for name, value in counters.items()
-        if name.startswith(_BY_SIZE)
+        if name.startswith(start)
     }
     return dict(sorted(found.items()))
 
@@ -75,6 +74,7 @@ def decide(
     now: str,
     plain_steps_possible: bool = True,
     sizes: Mapping[int, float] | None = None,  # break-even by requests at once, to be told
+    gains: Mapping[int, float] | None = None,  # speed with drafts over that without, the same way
 ) -> Phase:
     """The phase for ``Settings.speculation`` = ``mode``; ``now`` is the present phase's name."""
     if not plain_steps_possible:
@@ -87,10 +87,15 @@ def decide(
         return Phase(EXPLORING, explore_share, "step times are not known yet")
     if hoped is None:
         return Phase(EXPLORING, explore_share, "accept length of the live drafter not known yet")
-    bar = needed if now == SPECULATING else needed * MARGIN
-    said = f"accept length {hoped.accept_length:.2f} ({hoped.source}), break-even {needed:.2f}"
-    if sizes and len(sizes) > 1:
-        said += f" ({', '.join(f'{at} at once: {bar:.2f}' for at, bar in sizes.items())})"
-    if hoped.accept_length > bar:
+    gain = max(gains.values()) if gains else hoped.accept_length / needed
+    said = f"accept length {hoped.accept_length:.2f} ({hoped.source})"
+    if gains:
+        told = ", ".join(f"{value:.2f} with {at} at once" for at, value in gains.items())
+        said += f"; speed against plain decoding: {told}"
+    else:
+        said += f", break-even {needed:.2f}"
+        if sizes and len(sizes) > 1:
+            said += f" ({', '.join(f'{at} at once: {bar:.2f}' for at, bar in sizes.items())})"
+    if gain > (1.0 if now == SPECULATING else MARGIN):
         return Phase(SPECULATING, 1.0, f"drafts pay: {said}")
     return Phase(EXPLORING, explore_share, f"drafts do not pay yet: {said}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from aurora_sgl.engine import labels
-from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
+from aurora_sgl.engine.ladder import rungs
+from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy, at_depth
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
@@ -24,7 +26,7 @@ def test_steps_with_drafts_stay_near_their_share(share: float, streams: int) -> 
         while len(running) < streams:
             running.append((rng.randint(20, 100), policy.admit() is not Admission.PLAIN))
         drafts = any(speculates for _, speculates in running)
-        policy.account(speculative=drafts, batch_size=streams, seconds=0.001)
+        policy.account(depth=int(drafts), batch_size=streams, seconds=0.001)
         running = [(left - 1, speculates) for left, speculates in running if left > 1]
     part = policy.speculative_steps / (policy.speculative_steps + policy.plain_steps)
     if share in (0.0, 1.0):
@@ -36,11 +38,11 @@ def test_steps_with_drafts_stay_near_their_share(share: float, streams: int) -> 
 def test_step_times_are_compared_at_one_batch_size_only_when_both_kinds_are_known() -> None:
     policy = SpeculationPolicy(0.5)
     for _ in range(20):
-        policy.account(speculative=False, batch_size=1, seconds=0.010)
-        policy.account(speculative=True, batch_size=8, seconds=0.080)
+        policy.account(depth=0, batch_size=1, seconds=0.010)
+        policy.account(depth=1, batch_size=8, seconds=0.080)
     assert "step_ms_plain" not in policy.counters()
     for _ in range(10):
-        policy.account(speculative=True, batch_size=1, seconds=0.014)
+        policy.account(depth=1, batch_size=1, seconds=0.014)
     assert policy.counters()["step_ms_plain"] == pytest.approx(10.0)
     assert policy.counters()["step_ms_spec"] == pytest.approx(14.0)
 
@@ -57,11 +59,34 @@ class Running:
 
 
 class House:
-    """A server whose steps take as long, and bring as much, as the test says; its own clock."""
+    """A server whose steps take as long, and bring as much, as the test says; its own clock.
 
-    def __init__(self, policy: SpeculationPolicy, accept_length: float) -> None:
-        self.policy, self.accept_length = policy, accept_length
+    ``chance``: that one more token of a draft is accepted; without it every step with drafts brings
+    ``accept_length``, however deep it is.
+    """
+
+    def __init__(
+        self, policy: SpeculationPolicy, accept_length: float, chance: float | None = None
+    ) -> None:
+        self.policy, self.accept_length, self.chance = policy, accept_length, chance
         self.random = random.Random(0)
+        self.depths: Counter[tuple[int, int]] = Counter()
+
+    def brings(self, depth: int) -> int:
+        if self.chance is None:
+            more = self.random.random() < self.accept_length % 1
+            return int(self.accept_length) + more
+        brought = 1
+        while brought <= depth and self.random.random() < self.chance:
+            brought += 1
+        return brought
+
+    def ratio(self, streams: int, depth: int) -> float:
+        if len(self.policy.depths) == 1:
+            return RATIOS[1 << (streams.bit_length() - 1)]
+        # Rows of a step cost nothing up to four and then a ninth of a plain step each.
+        rows = streams * 2**depth
+        return 1.1 + 0.08 * depth + max(0, rows - 4) / 9 - max(0, streams - 4) / 9
 
     def begin(self, size: int) -> Running:
         admitted = self.policy.admit(size)
@@ -81,22 +106,23 @@ class House:
                     one.drafts = one.keeps > 0
                     one.keeps -= 1
                 drafting = [one for one in drafting if one.drafts]
+            depth = self.policy.depth(streams) if drafting else 0
+            self.depths[streams, depth] += 1
             base = 0.030 * (1 + 0.02 * streams)
-            ratio = RATIOS[1 << (streams.bit_length() - 1)] if drafting else 1.0
+            ratio = self.ratio(streams, depth) if drafting else 1.0
             seconds = base * ratio * self.random.gauss(1.0, 0.05)
-            self.policy.account(speculative=bool(drafting), batch_size=streams, seconds=seconds)
+            self.policy.account(depth=depth, batch_size=streams, seconds=seconds)
             accepted = 0
             for one in running:
                 brought = 1.0
                 if one.drafts:
-                    more = self.random.random() < self.accept_length % 1
-                    brought = int(self.accept_length) + more
+                    brought = self.brings(depth)
                     accepted += int(brought) - 1
                 one.left -= brought
                 made += brought
                 plain += brought * base / streams
             if drafting:
-                self.policy.observe(0, len(drafting), accepted)
+                self.policy.observe(0, depth, len(drafting), accepted)
             spent += seconds
             running = [one for one in running if one.left > 0]
         return plain / spent
@@ -155,6 +181,59 @@ def test_drafts_come_back_when_a_better_drafter_is_live_or_the_traffic_suits_it_
     assert house.policy.pays(4) is True
 
 
+def test_busier_steps_carry_shallower_drafts_and_each_load_its_best() -> None:
+    house = House(SpeculationPolicy(1.0, depths=(1, 2, 3)), 0.0, chance=0.7)
+    lengths = {1: 1.7, 2: 2.19, 3: 2.533}
+    for streams in (1, 2, 4):
+        house.speed_up(streams, 12_000)
+    chosen = {}
+    for streams in (1, 2, 4):
+        house.depths.clear()
+        speed_up = house.speed_up(streams, 30_000)
+        possible = {depth: lengths[depth] / house.ratio(streams, depth) for depth in lengths}
+        chosen[streams] = house.depths.most_common(1)[0][0][1]
+        assert speed_up >= 0.95 * max(1.0, *possible.values()), (streams, possible)
+        assert possible[chosen[streams]] >= 0.95 * max(possible.values())
+    assert chosen[1] > chosen[4]
+    counters = house.policy.counters()
+    assert counters["depth_1"] == chosen[1] and counters["gain_1"] > counters["gain_4"] > 1.0
+
+
+def test_depths_that_can_not_pay_are_hardly_made() -> None:
+    house = House(SpeculationPolicy(1.0, depths=(1, 2, 3)), 0.0, chance=0.05)
+    assert house.speed_up(16, 60_000) >= 0.97
+    assert house.depths[16, 3] == 0 and house.depths[16, 2] <= 2 * TRY_STEPS
+    assert house.policy.pays(16) is False
+
+
+def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
+    policy = SpeculationPolicy(1.0, depths=(1, 2, 3))
+    policy.hoped = 1 + 0.5 + 0.25 + 0.125
+    assert policy.accept_length(1) == pytest.approx(1.5, abs=1e-3)
+    policy.observe(0, 1, 100, 80)
+    assert policy.accept_length(1) == pytest.approx(1.8)
+    assert policy.accept_length(3) == pytest.approx(1 + 0.8 + 0.64 + 0.512, abs=1e-3)
+    policy.observe(0, 3, 100, 150)
+    assert policy.accept_length() == pytest.approx(2.5)
+    assert at_depth(1.0, 3, 1) == pytest.approx(1.0, abs=1e-3)
+    assert at_depth(4.0, 3, 1) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((3, 4, 8), [(1, 2), (2, 4), (3, 8)]),
+        ((2, 4, 6), [(1, 2), (2, 6)]),
+        ((5, 4, 12), [(1, 2), (2, 4), (3, 8), (4, 12), (5, 12)]),
+        ((3, 1, 4), [(1, 2), (2, 3), (3, 4)]),
+        ((1, 4, 5), [(1, 5)]),
+        ((4, 2, 5), [(1, 2), (2, 4), (3, 5), (4, 5)]),
+    ],
+)
+def test_each_depth_has_one_number_of_nodes(given, expected) -> None:
+    assert [tuple(rung) for rung in rungs(*given)] == expected
+
+
 def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:
     house = House(SpeculationPolicy(1.0, by_size=False), 1.0)
     house.speed_up(16, 4000)
@@ -165,13 +244,13 @@ def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:
 def test_an_expectation_of_another_version_is_forgotten_with_it() -> None:
     policy = SpeculationPolicy(1.0)
     policy.hoped = 2.0
-    policy.observe(0, 100, 50)
-    assert policy.accept_length == pytest.approx(1.5)
+    policy.observe(0, 1, 100, 50)
+    assert policy.accept_length() == pytest.approx(1.5)
     policy.swapped(1)
-    assert policy.accept_length is None
+    assert policy.accept_length() is None
     policy.hoped = 1.9
-    policy.observe(1, 10, 0)
-    assert policy.accept_length == 1.9
+    policy.observe(1, 1, 10, 0)
+    assert policy.accept_length() == 1.9
 
 
 def serve_with_headers(headers: dict[str, str], params: SimpleNamespace, warmup: bool) -> None:

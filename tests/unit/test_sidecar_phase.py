@@ -25,6 +25,17 @@ def test_break_even_is_that_of_the_batch_size_where_drafts_pay_soonest() -> None
     assert decided.reason.endswith("break-even 1.30 (1 at once: 1.30, 16 at once: 2.20)")
 
 
+def test_where_the_engine_knows_what_drafts_bring_that_decides() -> None:
+    counters = {"gain_4": 0.94, "gain_1": 1.31, "break_even_1": 1.4, "depth_1": 2.0}
+    assert phase.by_size(counters, "gain") == {1: 1.31, 4: 0.94}
+    hoped = Expected(1.2, "replay")  # of a mixture of depths: says little
+    decided = phase.decide("auto", 0.1, 1.4, hoped, "", gains=phase.by_size(counters, "gain"))
+    assert decided.name == "speculating"
+    assert decided.reason.endswith("plain decoding: 1.31 with 1 at once, 0.94 with 4 at once")
+    assert phase.decide("auto", 0.1, 1.4, hoped, "", gains={1: 1.01}).name == "exploring"
+    assert phase.decide("auto", 0.1, 1.4, hoped, "speculating", gains={1: 1.01}).share == 1.0
+
+
 def test_measured_steps_count_more_than_replay_once_there_are_enough() -> None:
     assert phase.expected(1.4, 199, 199) == Expected(1.4, "replay")
     measured = phase.expected(1.4, 200, 100)

@@ -164,13 +164,18 @@ def count_trainable(s: Session, group_id: int, *, since: datetime | None = None)
     return s.scalar(query) or 0
 
 
-def served_shape(
-    s: Session, group_id: int, *, since: datetime | None = None
-) -> tuple[int, int, int] | None:
-    """(depth, top-k, nodes) of most steps with drafts; ``None``: there are none."""
+def served_shape(s: Session, group_id: int) -> tuple[int, int, int] | None:
+    """(depth, top-k, nodes) that the group's newest server was started with, running or not, or of
+    most steps with drafts where it did not say; ``None``: nobody knows. Busy steps may carry
+    smaller trees; what is trained and replayed are whole ones."""
+    query = select(Server).where(Server.group_id == group_id)
+    server = s.scalar(query.order_by(Server.state != "running", Server.id.desc()).limit(1))
+    said = server.counters if server is not None else {}
+    if said.get("depth") and said.get("topk") and said.get("nodes"):
+        return int(said["depth"]), int(said["topk"]), int(said["nodes"])
     m = AcceptanceMinute
     steps = func.sum(m.verify_steps)
-    query = (
+    minutes = (
         select(m.depth, m.topk, steps, func.sum(m.proposed))
         .join(Server, Server.id == m.server_id)
         .where(Server.group_id == group_id, m.depth > 0)
@@ -178,7 +183,5 @@ def served_shape(
         .order_by(steps.desc())
         .limit(1)
     )
-    if since is not None:
-        query = query.where(m.bucket_start >= since)
-    row = s.execute(query).one_or_none()
+    row = s.execute(minutes).one_or_none()
     return None if row is None else (row[0], row[1], 1 + round(int(row[3]) / int(row[2])))
