@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import select
 
-from tests.e2e.conftest import Running, start
+from aurora_sgl import store
+from aurora_sgl.engine.ladder import rungs
+from aurora_sgl.store.models import AcceptanceEvent
+from tests.e2e.conftest import Running, start, until
 from tests.e2e.test_sampling import assert_targets_law
 
 TOKENS = 20
@@ -35,16 +39,38 @@ def assert_greedy(hugging_face: Any, prompt: list[int], output: list[int]) -> No
     assert not wrong, f"(place, token, wanted, short of it by): {wrong}"
 
 
-def serve_and_compare(running: Running, prompts: list[list[int]], hugging_face: Any) -> float:
+def serve_and_compare(
+    running: Running,
+    prompts: list[list[int]],
+    hugging_face: Any,
+    headers: dict[str, str] | None = None,
+) -> float:
     """Serve all prompts, four at a time; returns the accept length of the run."""
+
+    def one(ids: list[int]) -> dict[str, Any]:
+        return running.generate(ids, headers=headers, max_new_tokens=TOKENS)
+
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda ids: running.generate(ids, max_new_tokens=TOKENS), prompts))
+        answers = list(pool.map(one, prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
         assert_greedy(hugging_face, prompt, answer["output_ids"])
     infos = [answer["meta_info"] for answer in answers]
     return 1 + sum(i["spec_num_correct_drafts"] for i in infos) / sum(
         i["spec_verify_ct"] for i in infos
     )
+
+
+def shapes_served(running: Running) -> dict[int, int]:
+    """Number of nodes by depth of the steps in the store; each depth has one."""
+
+    def seen() -> dict[int, int]:
+        with store.session(running.engine, write=False) as s:
+            found = s.execute(select(AcceptanceEvent.depth, AcceptanceEvent.nodes).distinct())
+            shapes = [(depth, nodes) for depth, nodes in found if depth]
+        assert len(dict(shapes)) == len(shapes)
+        return dict(shapes)
+
+    return until(seen, 20, "verify steps in the store")
 
 
 def test_eagle3_trees_give_hugging_faces_tokens(
@@ -89,10 +115,17 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
 ) -> None:
     drafter = eagle_drafter if kind == "eagle" else trained
     shape = {"chain": (4, 1, 5), "eagle": (2, 2, 5), "wide tree": (4, 8, 16)}[kind]
-    running = start(tmp_path, model, drafter, shape=shape)
+    moves = kind != "eagle"  # between depths, from step to step
+    environment = {"AURORA_SPECULATION": "auto" if moves else "on"}
+    running = start(tmp_path, model, drafter, shape=shape, environment=environment)
     try:
-        some = prompts[:6] if kind == "wide tree" else prompts
-        assert serve_and_compare(running, some, hugging_face) > 1.02
+        some = prompts[:12] if kind == "wide tree" else prompts
+        drafts = {"x-aurora-speculate": "yes"}
+        assert serve_and_compare(running, some, hugging_face, drafts) > 1.02
+        if moves:
+            assert len(shapes_served(running)) > 1
+            for depth, nodes in shapes_served(running).items():
+                assert nodes == {rung.depth: rung.nodes for rung in rungs(*shape)}[depth]
         if kind == "chain":  # trees are in test_sampling, on the shared server
             assert_targets_law(
                 running, prompts[2], hugging_face, temperature=1.0, top_k=3, top_p=0.95
