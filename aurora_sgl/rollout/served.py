@@ -109,34 +109,36 @@ def compare(clusters: Sequence[Cluster], baseline: Mapping[str, Stratum]) -> Com
     """
     known = telling(baseline)
     here = [c for c in clusters if key_of(c) in known]
-    if len(here) < 2:
-        return None
-    steps = sum(c.verify_steps for c in here)
+    requests: dict[int, list[float]] = {}  # steps, accepted, accepted by the baseline's ratios
     shares: dict[str, float] = {}
+    steps = sum(c.verify_steps for c in here)
     for c in here:
+        sums = requests.setdefault(c.request_id, [0.0, 0.0, 0.0])
+        for at, more in enumerate((1.0, c.accepted / c.verify_steps, known[key_of(c)].ratio)):
+            sums[at] += more * c.verify_steps
         shares[key_of(c)] = shares.get(key_of(c), 0.0) + c.verify_steps / steps
+    if len(requests) < 2:
+        return None
     expected = sum(share * known[key].ratio for key, share in shares.items())
     found = sum(c.accepted for c in here) / steps
-    weight = sum(c.verify_steps**2 for c in here) / steps**2  # of one request, about 1 / requests
+    weight = sum(n * n for n, _, _ in requests.values()) / steps**2  # about 1 / requests
     spreads = [(SPREAD**2, SPREAD_FREEDOM)]
     if found:
         each = found / expected
-        residuals = sum(
-            (c.accepted - each * known[key_of(c)].ratio * c.verify_steps) ** 2 for c in here
-        )
-        freedom = len(here) - 1
-        variance = residuals * len(here) / freedom / steps**2
+        residuals = sum((y - each * of_baseline) ** 2 for _, y, of_baseline in requests.values())
+        freedom = len(requests) - 1
+        variance = residuals * len(requests) / freedom / steps**2
         spreads.append((variance / weight / (4 * found), freedom))
     for key in shares:
         s = known[key]
         spreads.append((s.variance / s.weight / (4 * s.ratio), s.requests - 1))
     freedom = sum(n for _, n in spreads)
     spread2 = sum(value * n for value, n in spreads) / freedom
-    of_baseline = sum(
+    error_of_baseline = sum(
         share**2 * known[key].ratio * known[key].weight for key, share in shares.items()
     )
-    error = (spread2 * (weight + of_baseline / expected)) ** 0.5
-    return Comparison(len(here), 1 + found, 1 + expected, error, freedom)
+    error = (spread2 * (weight + error_of_baseline / expected)) ** 0.5
+    return Comparison(len(requests), 1 + found, 1 + expected, error, freedom)
 
 
 class Pace(NamedTuple):
@@ -147,38 +149,38 @@ class Pace(NamedTuple):
     seconds: float
 
 
-def paces(steps: Sequence[Step]) -> dict[int, Pace]:
-    """What single streams made, by batch size (the next power of two).
+def paces(steps: Sequence[Step]) -> dict[str, Pace]:
+    """What single streams made, by depth and batch size (the next power of two).
 
     Each step counts with the time since the step before it of the same request; steps come by
     request and in order.
     """
-    gaps: list[tuple[int, int, float]] = []
+    gaps: list[tuple[str, int, float]] = []
     for before, now in pairwise(steps):
         if now.request_id == before.request_id and now.step == before.step + 1:
             seconds = (now.at - before.at).total_seconds()
             if seconds > 0:
-                gaps.append((batch_bucket(now.batch_size), now.kept, seconds))
+                gaps.append((f"{now.depth}/{batch_bucket(now.batch_size)}", now.kept, seconds))
     if not gaps:
         return {}
     longest = LONG_GAP * median(seconds for _, _, seconds in gaps)
-    found: dict[int, Pace] = {}
-    for bucket, kept, seconds in gaps:
+    found: dict[str, Pace] = {}
+    for key, kept, seconds in gaps:
         if seconds <= longest:
-            old = found.get(bucket, Pace(0, 0, 0.0))
-            found[bucket] = Pace(old.steps + 1, old.tokens + kept, old.seconds + seconds)
+            old = found.get(key, Pace(0, 0, 0.0))
+            found[key] = Pace(old.steps + 1, old.tokens + kept, old.seconds + seconds)
     return found
 
 
 def speeds(
-    now: Mapping[int, Pace], before: Mapping[int, Pace], gain: float = 1.0
+    now: Mapping[str, Pace], before: Mapping[str, Pace], gain: float = 1.0
 ) -> tuple[float, float] | None:
     """Tokens per second of a stream now, and what the baseline would have made of the same
-    requests at the same batch sizes.
+    requests at the same depths and batch sizes.
 
     How fast a stream is depends on its domain by the accept length alone, so the baseline's steps
     per second are taken with as many tokens a step as now, over ``gain``: the accept length now
-    over the one that was expected. ``None`` when no batch size was seen for long enough on both
+    over the one that was expected. ``None`` when no such pair was seen for long enough on both
     sides.
     """
     both = [b for b in now if b in before and min(now[b].steps, before[b].steps) >= FEWEST_STEPS]

@@ -114,18 +114,24 @@ def tick(
 
 
 def filled(clusters: Sequence[Cluster], baseline: dict[str, Stratum], rules: WatchSettings) -> int:
-    """How many of the requests fill a window; 0: it goes on. Those of a kind that was not served
+    """How many of the clusters fill a window; 0: it goes on. Requests of a kind that was not served
     before tell nothing and do not count, unless there are ``PATIENCE`` times as many of them."""
     known = telling(baseline)
-    steps = requests = counted_steps = counted = 0
-    for requests, cluster in enumerate(clusters, start=1):
+    steps = counted_steps = 0
+    requests: set[int] = set()
+    counted: set[int] = set()
+    for at, cluster in enumerate(clusters, start=1):
+        requests.add(cluster.request_id)
         steps += cluster.verify_steps
         if not known or key_of(cluster) in known:
-            counted, counted_steps = counted + 1, counted_steps + cluster.verify_steps
-        if counted >= rules.requests and counted_steps >= rules.steps:
-            return requests
-        if requests >= PATIENCE * rules.requests and steps >= PATIENCE * rules.steps:
-            return requests
+            counted.add(cluster.request_id)
+            counted_steps += cluster.verify_steps
+        if at < len(clusters) and clusters[at].request_id == cluster.request_id:
+            continue  # it had drafts of another shape too
+        if len(counted) >= rules.requests and counted_steps >= rules.steps:
+            return at
+        if len(requests) >= PATIENCE * rules.requests and steps >= PATIENCE * rules.steps:
+            return at
     return 0
 
 
@@ -172,7 +178,7 @@ def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
         "since": since.isoformat(),
         "until": until.isoformat(),
         "strata": {key: asdict(stratum) for key, stratum in strata([*found, *more]).items()},
-        "paces": {str(bucket): pace for bucket, pace in paces(steps).items()},
+        "paces": paces(steps),
     }
 
 
@@ -263,7 +269,7 @@ def _close(
         return _write(s, watch, windows, begun, end, clusters, Verdict("empty", reason))
     verdict, compared = judge(clusters, _known(watch), rules)
     steps = queries.steps_of_requests(s, [c.request_id for c in clusters], watch.version_id)
-    before = {int(bucket): Pace(*pace) for bucket, pace in watch.baseline["paces"].items()}
+    before = {key: Pace(*pace) for key, pace in watch.baseline["paces"].items()}
     gain = compared.accept_length / compared.expected if compared else 1.0
     speed = speeds(paces(steps), before, gain)
     if verdict.verdict == "pass" and speed and speed[0] < (1 - rules.speed_margin) * speed[1]:
