@@ -28,7 +28,7 @@ _AGENT = "aurora_sgl.engine.agent.Agent."
 
 PARTS = {
     # Compiled on CPU; the parts that follow are timed where a layer goes SGLang's own way.
-    "sglang.srt.models.llama.LlamaModel.forward": "layers",
+    "aurora_sgl.engine.cpu.layers._run": "layers",
     "aurora_sgl.engine.cpu.layer.run": "layers",
     f"{_LAYERS}quantization.unquant.UnquantizedLinearMethod.apply": "linears",
     f"{_LAYERS}logits_processor.LogitsProcessor._compute_lm_head": "lm_head",
@@ -145,7 +145,7 @@ def _timed(timers: Timers, phase: str | None, part: str, *, counted: bool) -> Ca
         try:
             out = original(*args, **kw)
             # What parts inside it counted is not counted again.
-            if counted and timers.counting and timers.counted == before:
+            if counted and timers.counting and timers.counted == before and out is not None:
                 _count(timers, part, args, out)
             return out
         finally:

@@ -345,10 +345,7 @@ class _Demo:
 
     def _versions(self, s: Any) -> list[tuple[Any, queries.AcceptLength | None]]:
         """Every version of the group, and what it reached on the served requests."""
-        served = {
-            one.version_id: one
-            for one in queries.accept_length_by_version(s, self.group_id, depth=self.shape["depth"])
-        }
+        served = {one.version_id: one for one in queries.accept_length_by_version(s, self.group_id)}
         return [(one, served.get(one.id)) for one in queries.versions(s, self.group_id)]
 
     def _row(self, s: Any, version: Any, served: Any, live: bool) -> VersionRow:
