@@ -78,12 +78,13 @@ class Agent:
         shape = ladder.Rung(int(description["depth"]), int(description["nodes"]))
         may_shrink = self.may_drop and str(description["device"]) == "cpu"
         given = ladder.rungs(shape.depth, int(description["topk"]), shape.nodes)
-        self.ladder = ladder.Ladder(worker, given if may_shrink else (shape,))
+        given = given if may_shrink else (shape,)
+        self.ladder = ladder.Ladder(worker, given)
         self.policy = SpeculationPolicy(
             share if can_skip else 1.0,
             by_size=by_size,
             explore_share=settings.explore_share,
-            depths=tuple(self.ladder.rungs),
+            rungs=given,
         )
         self._keeping: dict[str, float] = {}  # id of a request, until prefilled -> steps
         self.can_skip = can_skip

@@ -11,14 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import log2
 from typing import Any, NamedTuple
+
+#: What each doubling of a tree's nodes adds to its width (replays of two SmolLM2-135M drafters).
+_WIDER = 0.22
 
 
 class Rung(NamedTuple):
-    """A draft shape: depth, and nodes with the root."""
+    """A draft shape: depth, and nodes with the root. ``width`` is how many tries a level is worth:
+    its token is accepted with 1 - (1 - p)^width where that of a chain is with p."""
 
     depth: int
     nodes: int
+    width: float = 1.0
 
 
 def rungs(depth: int, topk: int, nodes: int) -> tuple[Rung, ...]:
@@ -26,8 +32,11 @@ def rungs(depth: int, topk: int, nodes: int) -> tuple[Rung, ...]:
     level; of a tree each level doubles the nodes."""
     if topk == 1:
         return tuple(Rung(at, at + 1) for at in range(1, depth + 1))
-    smaller = (Rung(at, max(at + 1, min(nodes, 2**at))) for at in range(1, depth))
-    return (*smaller, Rung(depth, nodes))
+    smaller = (max(at + 1, min(nodes, 2**at)) for at in range(1, depth))
+    return tuple(
+        Rung(at, some, 1.0 + _WIDER * log2(some / 2))
+        for at, some in enumerate((*smaller, nodes), 1)
+    )
 
 
 class Ladder:

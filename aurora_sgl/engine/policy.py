@@ -17,6 +17,8 @@ from collections import deque
 from enum import Enum
 from statistics import median
 
+from aurora_sgl.engine.ladder import Rung
+
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
 #: Steps; bounds what a quiet time saves up, and the debt of requests that asked for drafts.
 _CREDIT_LIMIT = 256.0
@@ -48,24 +50,25 @@ def bucket(batch_size: int) -> int:
     return max(1, batch_size).bit_length()
 
 
-def at_depth(accept_length: float, depth: int, other: int) -> float:
-    """The accept length that drafts of depth ``other`` have where those of ``depth`` have this one.
+def at_depth(accept_length: float, given: Rung, wanted: Rung) -> float:
+    """The accept length of drafts of one shape where those of another have this one.
 
-    As if every further token were accepted with the same probability p: 1 + p + p^2 + ... + p^depth
-    (Leviathan et al. 2023, equation 1).
+    As if every further token were accepted with the same probability p: 1 + p + ... + p^depth
+    (Leviathan et al. 2023, equation 1), in a tree with 1 - (1 - p)^width instead.
     """
     low, high = 0.0, 1.0
     for _ in range(20):
         chance = (low + high) / 2
-        if _chain(chance, depth) < accept_length:
+        if _length(chance, given) < accept_length:
             low = chance
         else:
             high = chance
-    return _chain(high, other)
+    return _length(high, wanted)
 
 
-def _chain(chance: float, depth: int) -> float:
-    return sum(chance**level for level in range(depth + 1))
+def _length(chance: float, rung: Rung) -> float:
+    each = 1.0 - (1.0 - chance) ** rung.width
+    return sum((each**level for level in range(rung.depth + 1)), 0.0)
 
 
 class SpeculationPolicy:
@@ -73,7 +76,8 @@ class SpeculationPolicy:
 
     ``share``: 1 where drafts pay at some batch size, below it the bound of what may try; set by
     the sidecar. ``by_size``: false where everything is to carry drafts as ``share`` says.
-    ``depths``: what a step may have, ascending; the last is what the server was started with.
+    ``rungs``: the shapes that a step may have, ascending; the last is what the server was started
+    with.
     """
 
     def __init__(
@@ -82,11 +86,12 @@ class SpeculationPolicy:
         *,
         by_size: bool = True,
         explore_share: float = 0.1,
-        depths: tuple[int, ...] = (1,),
+        rungs: tuple[Rung, ...] = (Rung(1, 2),),
     ) -> None:
         self.share = share
         self.by_size = by_size
-        self.depths = depths
+        self._rungs = {rung.depth: rung for rung in rungs}
+        self.depths = tuple(self._rungs)
         self.plain_steps = 0
         self.speculative_steps = 0
         self._explore_share = explore_share
@@ -98,8 +103,8 @@ class SpeculationPolicy:
         self._rounds: dict[int, int] = {}  # steps with drafts by bucket
         self._swap_count = 0
         #: Steps and accepted drafts of the live version by depth, older ones count less.
-        self._seen = dict.fromkeys(depths, 0.0)
-        self._accepted = dict.fromkeys(depths, 0.0)
+        self._seen = dict.fromkeys(self.depths, 0.0)
+        self._accepted = dict.fromkeys(self.depths, 0.0)
         self._hoped: float | None = None
         self._lengths: dict[int, float | None] = {}  # known answers of accept_length
 
@@ -205,7 +210,9 @@ class SpeculationPolicy:
             closest, length = self.depths[-1], self._hoped
         else:
             return None
-        return length if closest == wanted else at_depth(length, closest, wanted)
+        if closest == wanted:
+            return length
+        return at_depth(length, self._rungs[closest], self._rungs[wanted])
 
     def _speed(self, depth: int, at: int) -> float:
         """Tokens of one request per second; 0: not timed."""

@@ -47,6 +47,7 @@ def test_step_times_are_compared_at_one_batch_size_only_when_both_kinds_are_know
     assert policy.counters()["step_ms_spec"] == pytest.approx(14.0)
 
 
+CHAIN, TREE = rungs(3, 1, 4), rungs(3, 4, 8)
 #: Time of a step with drafts over that of one without, by requests at once.
 RATIOS = {1: 1.3, 2: 1.4, 4: 1.6, 8: 1.9, 16: 2.4, 32: 3.0, 64: 3.5, 128: 4.0, 256: 4.5}
 
@@ -182,7 +183,7 @@ def test_drafts_come_back_when_a_better_drafter_is_live_or_the_traffic_suits_it_
 
 
 def test_busier_steps_carry_shallower_drafts_and_each_load_its_best() -> None:
-    house = House(SpeculationPolicy(1.0, depths=(1, 2, 3)), 0.0, chance=0.7)
+    house = House(SpeculationPolicy(1.0, rungs=CHAIN), 0.0, chance=0.7)
     lengths = {1: 1.7, 2: 2.19, 3: 2.533}
     for streams in (1, 2, 4):
         house.speed_up(streams, 12_000)
@@ -200,14 +201,14 @@ def test_busier_steps_carry_shallower_drafts_and_each_load_its_best() -> None:
 
 
 def test_depths_that_can_not_pay_are_hardly_made() -> None:
-    house = House(SpeculationPolicy(1.0, depths=(1, 2, 3)), 0.0, chance=0.05)
+    house = House(SpeculationPolicy(1.0, rungs=CHAIN), 0.0, chance=0.05)
     assert house.speed_up(16, 60_000) >= 0.97
     assert house.depths[16, 3] == 0 and house.depths[16, 2] <= 2 * TRY_STEPS
     assert house.policy.pays(16) is False
 
 
 def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
-    policy = SpeculationPolicy(1.0, depths=(1, 2, 3))
+    policy = SpeculationPolicy(1.0, rungs=CHAIN)
     policy.hoped = 1 + 0.5 + 0.25 + 0.125
     assert policy.accept_length(1) == pytest.approx(1.5, abs=1e-3)
     policy.observe(0, 1, 100, 80)
@@ -215,8 +216,13 @@ def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
     assert policy.accept_length(3) == pytest.approx(1 + 0.8 + 0.64 + 0.512, abs=1e-3)
     policy.observe(0, 3, 100, 150)
     assert policy.accept_length() == pytest.approx(2.5)
-    assert at_depth(1.0, 3, 1) == pytest.approx(1.0, abs=1e-3)
-    assert at_depth(4.0, 3, 1) == pytest.approx(2.0)
+    one, _, three = CHAIN
+    assert at_depth(1.0, three, one) == pytest.approx(1.0, abs=1e-3)
+    assert at_depth(4.0, three, one) == pytest.approx(2.0)
+    # Replays of two drafters: with trees of 2, 4 and 8 nodes.
+    for lengths in ((1.31, 1.53, 1.64), (1.47, 1.84, 2.15)):
+        told = [at_depth(lengths[0], TREE[0], rung) for rung in TREE]
+        assert told == pytest.approx(lengths, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +237,7 @@ def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
     ],
 )
 def test_each_depth_has_one_number_of_nodes(given, expected) -> None:
-    assert [tuple(rung) for rung in rungs(*given)] == expected
+    assert [rung[:2] for rung in rungs(*given)] == expected
 
 
 def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:
