@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -33,6 +34,8 @@ class Moment:
     draft_share: float
     plain_ms: float | None
     draft_ms: float | None
+    gain: float | None  # speed with drafts over that without, as a server measured it
+    gains: Mapping[int, float]  # the same by requests at once
 
     @property
     def break_even(self) -> float | None:
@@ -40,7 +43,9 @@ class Moment:
 
     @property
     def speed_up(self) -> float | None:
-        """Of a step with drafts over plain steps, at the times that the engine measured."""
+        """Of steps with drafts over plain steps, at the times that the engine measured."""
+        if self.gain:
+            return self.gain
         length = self.served.accept_length
         return length / self.break_even if length and self.break_even else None
 
@@ -102,6 +107,8 @@ def measure(here: Group) -> Moment | None:
         draft_share=with_drafts / steps if steps else 0.0,
         plain_ms=first.plain_ms if first else None,
         draft_ms=first.draft_ms if first else None,
+        gain=first.gain if first else None,
+        gains=dict(sorted(first.gains.items())) if first else {},
     )
 
 
@@ -146,6 +153,14 @@ def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
         )
 
 
+def _by_load(moment: Moment) -> str:
+    """What drafts bring to one request alone and to several, or from where on they pay."""
+    if len(moment.gains) > 1:
+        some = [(at, gain) for at, gain in moment.gains.items() if at <= 8][:3]
+        return ", ".join(f"{gain:.2f} {'alone' if at == 1 else f'of {at}'}" for at, gain in some)
+    return f"pays above {moment.break_even:.2f}" if moment.break_even else "not measured"
+
+
 def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
     live = look.aliases.get("live")
     first = data.deployments(here, 1)
@@ -165,10 +180,10 @@ def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
     )  # fmt: skip
     columns[2].metric(
         "Speed-up", f"{moment.speed_up:.2f}x" if moment.speed_up else words.NONE, border=True,
-        delta=f"pays above {moment.break_even:.2f}" if moment.break_even else "not measured",
-        delta_color="off", delta_arrow="off",
+        delta=_by_load(moment), delta_color="off", delta_arrow="off",
         help="Accept length over its break-even: the time of a step with drafts over that of a "
-        "plain one, as a running server measured them",
+        "plain one, as a running server measured them; by requests at once where it knows more "
+        "than one load. Where drafts lose they are left out",
     )  # fmt: skip
     plain = 1000 / moment.plain_ms if moment.plain_ms else None
     columns[3].metric(
