@@ -27,16 +27,28 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "unit")]
 
 _numbers = itertools.count(1)
 
+#: Of the end-to-end tests those that take minutes and share nothing with the others.
+OWN_SERVERS = (
+    "tests/e2e/test_outage.py",
+    "tests/e2e/test_two_servers.py",
+    "tests/e2e/test_demo.py::test_ctrl_c_leaves_no_process_behind",
+    "tests/e2e/test_identity.py::"
+    "test_without_speculation_our_cpu_kernels_give_hugging_faces_tokens",
+)
+
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several processes: the tests that share running servers in one of them, from the start,
-    those that share a browser in one, the others file by file."""
+    those that share a browser in one, the others file by file, or alone where they start servers of
+    their own."""
     from xdist.scheduler import LoadScopeScheduling
 
     class SharedServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             folder = file.split("/")[1]
+            if file in OWN_SERVERS or nodeid in OWN_SERVERS:
+                return nodeid
             return folder if folder in ("e2e", "pages") else file
 
     config.option.loadscopereorder = False  # longest first by number of tests, not by time
