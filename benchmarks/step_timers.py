@@ -39,7 +39,7 @@ PARTS = {
     **{
         f"{_AGENT}{name}": "our hooks"
         for name in (
-            "step_depth",
+            "step_rung",
             "account_step",
             "observe_verify",
             "before_decode_results",

@@ -134,10 +134,10 @@ class Agent:
 
     # -- the step ----------------------------------------------------------------------------
 
-    def step_depth(self, batch: Any) -> int:
-        """How deep the drafts of this decode step are; 0: it runs without."""
+    def step_rung(self, batch: Any) -> ladder.Rung:
+        """The shape of this decode step's drafts."""
         if not self.can_skip:
-            return self.ladder.deepest
+            return self.ladder.whole
         size = len(batch.reqs)
         states = [getattr(req, "_aurora", None) for req in batch.reqs]
         drafting = [state for state in states if state is not None and state.speculates]
@@ -146,12 +146,12 @@ class Agent:
                 state.speculates = state.keeps > 0
                 state.keeps -= 1
             drafting = [state for state in drafting if state.speculates]
-        return self.policy.depth(size) if drafting else 0
+        return self.policy.rung(size) if drafting else ladder.PLAIN
 
-    def account_step(self, batch_size: int, *, depth: int, seconds: float) -> None:
+    def account_step(self, batch_size: int, *, rung: ladder.Rung, seconds: float) -> None:
         self.recorder.live.steps_since_swap += 1
         self.policy.swapped(self.recorder.live.swap_count)
-        self.policy.account(depth=depth, batch_size=batch_size, seconds=seconds)
+        self.policy.account(rung=rung, batch_size=batch_size, seconds=seconds)
 
     def observe_prefill(self, batch: Any, aux: torch.Tensor | None) -> None:
         """After the target's prefill, on every rank: admit requests; on the leading one also take
@@ -237,7 +237,7 @@ class Agent:
             accept_index=to_host(accept_index),
             target_predict=to_host(predict.reshape(size, nodes)) if predict is not None else None,
             depth=0 if nodes == 1 else int(self.worker.speculative_num_steps),
-            topk=int(self.worker.topk),
+            topk=1 if nodes == 2 else int(self.worker.topk),  # one draft is a chain
             nodes=nodes,
             version_id=live.version_id,
             swap_count=live.swap_count,
@@ -270,7 +270,8 @@ class Agent:
                 for row, _, state, _ in tracked
                 if not state.holes and state.swap_count == seen.swap_count
             ]
-            self.policy.observe(seen.swap_count, seen.depth, len(whole), sum(whole))
+            rung = ladder.Rung(seen.depth, seen.nodes)
+            self.policy.observe(seen.swap_count, rung, len(whole), sum(whole))
         for row, req, state, before in tracked:
             if state.traced and self.capture and seen.aux is not None:
                 self.capture.verify_rows(req, state, row, before, accept_lens[row], seen)

@@ -3,62 +3,72 @@
 Verifying costs more the more rows a step has, so the tree that pays for one request alone does not
 for several at once. SGLang's worker reads depth and number of nodes anew in every step; its own
 adaptive mode moves them for chains. Here a step of a tree is made smaller in the same way, within
-what the server was started with, so that its cache holds every shape. Each depth has one number of
-nodes: what the store keeps by depth is then of one shape.
+what the server was started with, so that its cache holds every shape. No two shapes share depth and
+top-k: what the store keeps by them is of one shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import log2
+from math import log
 from typing import Any, NamedTuple
 
-#: What each doubling of a tree's nodes adds to its width (replays of two SmolLM2-135M drafters).
-_WIDER = 0.22
+#: How much wider a tree is by the logarithm of its drafts a level (replays of two SmolLM2-135M
+#: drafters).
+_WIDER = 0.53
+_SIBLINGS = 4  # nodes of the widest tree of one level, with the root
 
 
 class Rung(NamedTuple):
-    """A draft shape: depth, and nodes with the root. ``width`` is how many tries a level is worth:
-    its token is accepted with 1 - (1 - p)^width where that of a chain is with p."""
+    """A draft shape: depth, and nodes with the root."""
 
     depth: int
     nodes: int
-    width: float = 1.0
+
+    @property
+    def width(self) -> float:
+        """How many tries a level is worth: its token is accepted with 1 - (1 - p)^width where that
+        of a chain is with p."""
+        return 1.0 + _WIDER * log((self.nodes - 1) / self.depth) if self.depth else 1.0
+
+
+#: A step without drafts.
+PLAIN = Rung(0, 1)
 
 
 def rungs(depth: int, topk: int, nodes: int) -> tuple[Rung, ...]:
-    """The shapes from one level up to what the server was started with. A chain has a node for each
-    level; of a tree each level doubles the nodes."""
+    """The shapes up to what the server was started with, those that take longer last. A chain has a
+    node for each level. Trees begin with one draft, then several on one level, which need no more
+    of the drafter; each further level doubles the nodes."""
     if topk == 1:
         return tuple(Rung(at, at + 1) for at in range(1, depth + 1))
-    smaller = (max(at + 1, min(nodes, 2**at)) for at in range(1, depth))
-    return tuple(
-        Rung(at, some, 1.0 + _WIDER * log2(some / 2))
-        for at, some in enumerate((*smaller, nodes), 1)
-    )
+    found = [Rung(1, 2), Rung(1, min(topk + 1, nodes, _SIBLINGS))]
+    found += [Rung(at, max(at + 1, min(nodes, 2**at))) for at in range(2, depth)]
+    if depth == 1:
+        found.pop()  # the one that was asked for instead
+    return tuple(dict.fromkeys((*found, Rung(depth, nodes))))
 
 
 class Ladder:
     """Puts a rung's shape into SGLang's worker for one step."""
 
     def __init__(self, worker: Any, given: tuple[Rung, ...]) -> None:
-        self.rungs = {rung.depth: rung for rung in given}
-        self.deepest = given[-1].depth
+        self.whole = given[-1]
         self._worker = worker
         self._chains: dict[int, tuple[Any, Any]] = {}  # depth -> what a chain's tree looks like
 
     @contextmanager
-    def at(self, depth: int) -> Iterator[None]:
-        """Drafts of this depth within; the deepest needs nothing."""
-        if depth == self.deepest:
+    def at(self, rung: Rung) -> Iterator[None]:
+        """Drafts of this shape within; what the server was started with needs nothing."""
+        if rung == self.whole:
             yield
             return
-        self._put(self.rungs[depth])
+        self._put(rung)
         try:
             yield
         finally:
-            self._put(self.rungs[self.deepest])
+            self._put(self.whole)
 
     def _put(self, rung: Rung) -> None:
         drafter = self._worker.draft_worker

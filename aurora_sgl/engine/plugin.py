@@ -241,12 +241,12 @@ def _forward_batch_generation(
         result = original(worker, batch, *args, **kw)
         result.aurora_prefill, agent.prefill = agent.prefill, None
         return result
-    depth = agent.step_depth(batch)
+    rung = agent.step_rung(batch)
     size = len(batch.reqs)
     begun = time.perf_counter()
-    with agent.ladder.at(depth) if depth else _without_drafts(worker):
+    with agent.ladder.at(rung) if rung.depth else _without_drafts(worker):
         result = original(worker, batch, *args, **kw)
-    agent.account_step(size, depth=depth, seconds=time.perf_counter() - begun)
+    agent.account_step(size, rung=rung, seconds=time.perf_counter() - begun)
     return result
 
 

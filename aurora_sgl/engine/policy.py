@@ -1,10 +1,11 @@
-"""Which requests carry drafts, and how deep: those for which drafts pay, and a few that find out.
+"""Which requests carry drafts: those for which drafts pay, and a few that find out. And which shape
+the drafts of a step have.
 
 Whether drafts pay depends on how many requests run at once: verifying costs more the more rows a
-step has already. So steps of every depth, 0 without drafts, are timed by batch size, and the
-drafter's accept length is taken from what it has just done, or from what the sidecar expects of a
-new version. A step is as deep as brings most tokens per second, and drafts pay at a batch size
-where the accept length at that depth exceeds the ratio of the two times.
+step has already. So steps of every shape, and those without drafts, are timed by batch size, and
+the drafter's accept length is taken from what it has just done, or from what the sidecar expects of
+a new version. A step has the shape that brings most tokens per second, and drafts pay at a batch
+size where the accept length in that shape exceeds the ratio of the two times.
 
 Whether a request has drafts at all is chosen for the request, because one that was served without
 them has no draft KV: it can lose drafts between two steps, but not get them back. What is not known
@@ -17,7 +18,7 @@ from collections import deque
 from enum import Enum
 from statistics import median
 
-from aurora_sgl.engine.ladder import Rung
+from aurora_sgl.engine.ladder import PLAIN, Rung
 
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
 #: Steps; bounds what a quiet time saves up, and the debt of requests that asked for drafts.
@@ -32,9 +33,9 @@ TRY_STEPS = 24
 _KNOWN = 8  # steps of one kind from which their median counts
 _LIVE = 64.0  # steps of requests from which the live accept length counts
 _MEMORY = 512.0  # steps of requests over which it is averaged
-_AGAIN = 256  # steps with drafts of one batch size, among which depths near the best are made again
+_AGAIN = 256  # steps with drafts of one batch size, among which shapes near the best are made again
 _AGAIN_STEPS = 4
-_NEAR = 0.9  # of the speed at the best depth
+_NEAR = 0.9  # of the speed of the best shape
 
 
 class Admission(Enum):
@@ -50,7 +51,7 @@ def bucket(batch_size: int) -> int:
     return max(1, batch_size).bit_length()
 
 
-def at_depth(accept_length: float, given: Rung, wanted: Rung) -> float:
+def in_shape(accept_length: float, given: Rung, wanted: Rung) -> float:
     """The accept length of drafts of one shape where those of another have this one.
 
     As if every further token were accepted with the same probability p: 1 + p + ... + p^depth
@@ -72,12 +73,12 @@ def _length(chance: float, rung: Rung) -> float:
 
 
 class SpeculationPolicy:
-    """The share of verify steps with drafts, what steps of each depth take, and what they bring.
+    """The share of verify steps with drafts, what steps of each shape take, and what they bring.
 
     ``share``: 1 where drafts pay at some batch size, below it the bound of what may try; set by
     the sidecar. ``by_size``: false where everything is to carry drafts as ``share`` says.
-    ``rungs``: the shapes that a step may have, ascending; the last is what the server was started
-    with.
+    ``rungs``: the shapes that a step may have, those that take longer last; the last is what the
+    server was started with.
     """
 
     def __init__(
@@ -90,27 +91,26 @@ class SpeculationPolicy:
     ) -> None:
         self.share = share
         self.by_size = by_size
-        self._rungs = {rung.depth: rung for rung in rungs}
-        self.depths = tuple(self._rungs)
+        self.rungs = rungs
         self.plain_steps = 0
         self.speculative_steps = 0
         self._explore_share = explore_share
         self._credit = 1.0
-        self._durations: dict[tuple[int, int], deque[float]] = {}  # by depth and bucket
-        self._medians: dict[tuple[int, int], float] = {}  # of those with _KNOWN steps
+        self._durations: dict[tuple[Rung, int], deque[float]] = {}  # by shape and bucket
+        self._medians: dict[tuple[Rung, int], float] = {}  # of those with _KNOWN steps
         self._recent: deque[float] = deque(maxlen=64)  # of steps of any kind
         self._paying: dict[int, bool] = {}
         self._rounds: dict[int, int] = {}  # steps with drafts by bucket
         self._swap_count = 0
-        #: Steps and accepted drafts of the live version by depth, older ones count less.
-        self._seen = dict.fromkeys(self.depths, 0.0)
-        self._accepted = dict.fromkeys(self.depths, 0.0)
+        #: Steps and accepted drafts of the live version by shape, older ones count less.
+        self._seen = dict.fromkeys(rungs, 0.0)
+        self._accepted = dict.fromkeys(rungs, 0.0)
         self._hoped: float | None = None
-        self._lengths: dict[int, float | None] = {}  # known answers of accept_length
+        self._lengths: dict[Rung, float | None] = {}  # known answers of accept_length
 
     @property
     def hoped(self) -> float | None:
-        """Accept length of the live version at the last depth, before it was seen."""
+        """Accept length of the live version in the last shape, before it was seen."""
         return self._hoped
 
     @hoped.setter
@@ -138,32 +138,29 @@ class SpeculationPolicy:
         if not self.by_size:
             return True
         at = bucket(batch_size)
-        if all(self._time(depth, at) is None for depth in self.depths):
+        if all(self._time(rung, at) is None for rung in self.rungs):
             return True
-        return self._time(0, at) is not None and self.pays(batch_size) is not False
+        return self._time(PLAIN, at) is not None and self.pays(batch_size) is not False
 
-    def depth(self, batch_size: int) -> int:
-        """How deep the drafts of this step are: as pays best, or as has to be timed."""
-        if len(self.depths) == 1:
-            return self.depths[0]
+    def rung(self, batch_size: int) -> Rung:
+        """The shape of this step's drafts: what pays best, or what has to be timed."""
+        if len(self.rungs) == 1:
+            return self.rungs[0]
         at = bucket(batch_size)
-        untimed = self._untimed(at)
-        best = self.best(batch_size)
-        if untimed is not None and (
-            best is None or self._hope(untimed, at) > self._speed(best, at)
-        ):
-            return untimed
+        best, untimed = self.best(batch_size), self._untimed(at)
         if best is None:
-            return self.depths[0]
+            return self.rungs[0]
+        if untimed is not None and self._hope(untimed, at) > self._speed(best, at):
+            return untimed
         turn = self._rounds.get(at, 0) % _AGAIN // _AGAIN_STEPS
-        near = [one for one in self.depths if self._speed(one, at) >= _NEAR * self._speed(best, at)]
+        near = [one for one in self.rungs if self._speed(one, at) >= _NEAR * self._speed(best, at)]
         return near[turn] if turn < len(near) else best
 
-    def best(self, batch_size: int) -> int | None:
-        """The timed depth that brings most tokens per second at this batch size."""
+    def best(self, batch_size: int) -> Rung | None:
+        """The timed shape that brings most tokens per second at this batch size."""
         at = bucket(batch_size)
-        timed = [depth for depth in self.depths if self._time(depth, at) is not None]
-        return max(timed, key=lambda depth: self._speed(depth, at), default=None)
+        timed = [rung for rung in self.rungs if self._time(rung, at) is not None]
+        return max(timed, key=lambda rung: self._speed(rung, at), default=None)
 
     def pays(self, batch_size: int) -> bool | None:
         """Whether drafts pay at this batch size; None: not known yet."""
@@ -173,95 +170,94 @@ class SpeculationPolicy:
             return None
         bar = 1.0 if self._paying.get(at, False) else MARGIN
         self._paying[at] = gain > bar
-        untimed = self._untimed(at)
-        plain = self._time(0, at)
+        untimed, plain = self._untimed(at), self._time(PLAIN, at)
         if self._paying[at] or untimed is None or plain is None:
             return self._paying[at]
         return None if self._hope(untimed, at) * plain > MARGIN else False
 
     def gain(self, batch_size: int) -> float | None:
-        """Speed with drafts of the best depth over that without; None until it is known."""
+        """Speed with drafts of the best shape over that without; None until it is known."""
         best = self.best(batch_size)
         needed = self.break_even(batch_size)
         length = self.accept_length(best) if best is not None else None
         return length / needed if length is not None and needed is not None else None
 
     def break_even(self, batch_size: int) -> float | None:
-        """Time of a step with drafts of the best depth over that of a plain one; None until both
+        """Time of a step with drafts of the best shape over that of a plain one; None until both
         are known."""
         at, best = bucket(batch_size), self.best(batch_size)
-        plain, drafts = self._time(0, at), self._time(best, at) if best is not None else None
+        plain, drafts = self._time(PLAIN, at), self._time(best, at) if best is not None else None
         return drafts / plain if plain and drafts else None
 
-    def accept_length(self, depth: int | None = None) -> float | None:
-        """Of the live version at a depth, by default the last: as seen there, as what was seen at
-        the depth closest to it says, or as the sidecar expects it."""
-        wanted = self.depths[-1] if depth is None else depth
+    def accept_length(self, rung: Rung | None = None) -> float | None:
+        """Of the live version in a shape, by default the last: as seen there, as what was seen in
+        the shape closest to it says, or as the sidecar expects it."""
+        wanted = self.rungs[-1] if rung is None else rung
         if wanted not in self._lengths:
             self._lengths[wanted] = self._length(wanted)
         return self._lengths[wanted]
 
-    def _length(self, wanted: int) -> float | None:
-        seen = [one for one in self.depths if self._seen[one] >= _LIVE]
+    def _length(self, wanted: Rung) -> float | None:
+        place = self.rungs.index
+        seen = [one for one in self.rungs if self._seen[one] >= _LIVE]
         if seen:
-            closest = min(seen, key=lambda one: (abs(one - wanted), -one))
+            closest = min(seen, key=lambda one: (abs(place(one) - place(wanted)), -place(one)))
             length = 1.0 + self._accepted[closest] / self._seen[closest]
         elif self._hoped is not None:
-            closest, length = self.depths[-1], self._hoped
+            closest, length = self.rungs[-1], self._hoped
         else:
             return None
-        if closest == wanted:
-            return length
-        return at_depth(length, self._rungs[closest], self._rungs[wanted])
+        return length if closest == wanted else in_shape(length, closest, wanted)
 
-    def _speed(self, depth: int, at: int) -> float:
+    def _speed(self, rung: Rung, at: int) -> float:
         """Tokens of one request per second; 0: not timed."""
-        took = self._time(depth, at)
-        return (self.accept_length(depth) or 1.0) / took if took else 0.0
+        took = self._time(rung, at)
+        return (self.accept_length(rung) or 1.0) / took if took else 0.0
 
-    def _untimed(self, at: int) -> int | None:
-        """The least depth of which too few steps were timed at this batch size."""
-        return next((depth for depth in self.depths if self._time(depth, at) is None), None)
+    def _untimed(self, at: int) -> Rung | None:
+        """The first shape of which too few steps were timed at this batch size."""
+        return next((rung for rung in self.rungs if self._time(rung, at) is None), None)
 
-    def _hope(self, depth: int, at: int) -> float:
-        """What an untimed depth brings at most: it takes no less time than those before it."""
-        least = max(self._time(one, at) or 0.0 for one in (0, *self.depths) if one < depth)
-        return (self.accept_length(depth) or 1.0) / least if least else float("inf")
+    def _hope(self, rung: Rung, at: int) -> float:
+        """What an untimed shape brings at most: it takes no less time than those before it."""
+        before = (PLAIN, *self.rungs[: self.rungs.index(rung)])
+        least = max(self._time(one, at) or 0.0 for one in before)
+        return (self.accept_length(rung) or 1.0) / least if least else float("inf")
 
     # -- what it is made from --------------------------------------------------------------------
 
-    def account(self, *, depth: int, batch_size: int, seconds: float) -> None:
-        """Count one step of the server, 0 deep without drafts."""
+    def account(self, *, rung: Rung, batch_size: int, seconds: float) -> None:
+        """Count one step of the server, with drafts of this shape."""
         at = bucket(batch_size)
         share, losing = self._trying_share(batch_size)
-        credit = self._credit + share - float(depth > 0)
+        credit = self._credit + share - float(rung.depth > 0)
         self._credit = max(-_CREDIT_LIMIT, min(credit, 1.0 if losing else _CREDIT_LIMIT))
-        if depth:
+        if rung.depth:
             self.speculative_steps += 1
             self._rounds[at] = self._rounds.get(at, 0) + 1
         else:
             self.plain_steps += 1
         self._recent.append(seconds)
-        seen = self._durations.setdefault((depth, at), deque(maxlen=64))
+        seen = self._durations.setdefault((rung, at), deque(maxlen=64))
         seen.append(seconds)
         if len(seen) >= _KNOWN:
-            self._medians[depth, at] = median(seen)
+            self._medians[rung, at] = median(seen)
 
-    def observe(self, swap_count: int, depth: int, steps: int, accepted: int) -> None:
-        """Count steps of requests with drafts of one version and depth, and what they accepted."""
+    def observe(self, swap_count: int, rung: Rung, steps: int, accepted: int) -> None:
+        """Count steps of requests with drafts of one version and shape, and what they accepted."""
         self.swapped(swap_count)
         self._lengths.clear()
-        seen = self._seen.get(depth, 0.0)
+        seen = self._seen.get(rung, 0.0)
         keep = min(1.0, (_MEMORY - steps) / seen) if seen > 0 else 1.0
-        self._seen[depth] = seen * keep + steps
-        self._accepted[depth] = self._accepted.get(depth, 0.0) * keep + accepted
+        self._seen[rung] = seen * keep + steps
+        self._accepted[rung] = self._accepted.get(rung, 0.0) * keep + accepted
 
     def swapped(self, swap_count: int) -> None:
         """Forget the old version's accept length if another one is live."""
         if swap_count != self._swap_count:
             self._swap_count = swap_count
-            self._seen = dict.fromkeys(self.depths, 0.0)
-            self._accepted = dict.fromkeys(self.depths, 0.0)
+            self._seen = dict.fromkeys(self.rungs, 0.0)
+            self._accepted = dict.fromkeys(self.rungs, 0.0)
             self.hoped = None
 
     def _trying_share(self, batch_size: int) -> tuple[float, bool]:
@@ -278,14 +274,14 @@ class SpeculationPolicy:
         loss = needed / (1.0 + (length - 1.0) / batch_size) - 1.0
         return min(share, LOSS / loss), True
 
-    def _time(self, depth: int, at: int) -> float | None:
-        return self._medians.get((depth, at))
+    def _time(self, rung: Rung, at: int) -> float | None:
+        return self._medians.get((rung, at))
 
     def counters(self) -> dict[str, float]:
         """Step counts, the median duration of the last steps, and of either kind at the batch size
         for which both are known best; and for each batch size at which both are known, N the least
-        size of its bucket, ``break_even_N`` and ``depth_N`` of the best depth there, and
-        ``gain_N``, the speed with drafts over that without.
+        size of its bucket, ``break_even_N``, ``depth_N`` and ``nodes_N`` of the best shape there,
+        and ``gain_N``, the speed with drafts over that without.
 
         ``step_ms_plain``, ``step_ms_spec`` and their ``gain`` (0: not known yet) are absent until
         both were seen at least 8 times.
@@ -305,13 +301,14 @@ class SpeculationPolicy:
             needed, best, gain = self.break_even(least), self.best(least), self.gain(least)
             if needed is None or best is None:
                 continue
-            result[f"break_even_{least}"], result[f"depth_{least}"] = needed, float(best)
+            result[f"break_even_{least}"] = needed
+            result[f"depth_{least}"], result[f"nodes_{least}"] = map(float, best)
             if gain is not None:
                 result[f"gain_{least}"] = gain
-            known = min(len(self._durations[0, at]), len(self._durations[best, at]))
+            known = min(len(self._durations[PLAIN, at]), len(self._durations[best, at]))
             both.append((known, at, best, gain or 0.0))
         if both:
             _, at, best, result["gain"] = max(both)
-            result["step_ms_plain"] = 1000 * median(self._durations[0, at])
+            result["step_ms_plain"] = 1000 * median(self._durations[PLAIN, at])
             result["step_ms_spec"] = 1000 * median(self._durations[best, at])
         return result

@@ -60,15 +60,13 @@ def serve_and_compare(
     )
 
 
-def shapes_served(running: Running) -> dict[int, int]:
-    """Number of nodes by depth of the steps in the store; each depth has one."""
+def shapes_served(running: Running) -> set[tuple[int, int]]:
+    """(depth, nodes) of the steps with drafts in the store."""
 
-    def seen() -> dict[int, int]:
+    def seen() -> set[tuple[int, int]]:
         with store.session(running.engine, write=False) as s:
             found = s.execute(select(AcceptanceEvent.depth, AcceptanceEvent.nodes).distinct())
-            shapes = [(depth, nodes) for depth, nodes in found if depth]
-        assert len(dict(shapes)) == len(shapes)
-        return dict(shapes)
+            return {(depth, nodes) for depth, nodes in found if depth}
 
     return until(seen, 20, "verify steps in the store")
 
@@ -123,9 +121,7 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
         drafts = {"x-aurora-speculate": "yes"}
         assert serve_and_compare(running, some, hugging_face, drafts) > 1.02
         if moves:
-            assert len(shapes_served(running)) > 1
-            for depth, nodes in shapes_served(running).items():
-                assert nodes == {rung.depth: rung.nodes for rung in rungs(*shape)}[depth]
+            assert len(shapes_served(running)) > 1 and shapes_served(running) <= set(rungs(*shape))
         if kind == "chain":  # trees are in test_sampling, on the shared server
             assert_targets_law(
                 running, prompts[2], hugging_face, temperature=1.0, top_k=3, top_p=0.95

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from aurora_sgl.engine import labels
-from aurora_sgl.engine.ladder import rungs
-from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy, at_depth
+from aurora_sgl.engine.ladder import PLAIN, Rung, rungs
+from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy, in_shape
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
@@ -26,7 +26,7 @@ def test_steps_with_drafts_stay_near_their_share(share: float, streams: int) -> 
         while len(running) < streams:
             running.append((rng.randint(20, 100), policy.admit() is not Admission.PLAIN))
         drafts = any(speculates for _, speculates in running)
-        policy.account(depth=int(drafts), batch_size=streams, seconds=0.001)
+        policy.account(rung=ONE if drafts else PLAIN, batch_size=streams, seconds=0.001)
         running = [(left - 1, speculates) for left, speculates in running if left > 1]
     part = policy.speculative_steps / (policy.speculative_steps + policy.plain_steps)
     if share in (0.0, 1.0):
@@ -38,15 +38,16 @@ def test_steps_with_drafts_stay_near_their_share(share: float, streams: int) -> 
 def test_step_times_are_compared_at_one_batch_size_only_when_both_kinds_are_known() -> None:
     policy = SpeculationPolicy(0.5)
     for _ in range(20):
-        policy.account(depth=0, batch_size=1, seconds=0.010)
-        policy.account(depth=1, batch_size=8, seconds=0.080)
+        policy.account(rung=PLAIN, batch_size=1, seconds=0.010)
+        policy.account(rung=ONE, batch_size=8, seconds=0.080)
     assert "step_ms_plain" not in policy.counters()
     for _ in range(10):
-        policy.account(depth=1, batch_size=1, seconds=0.014)
+        policy.account(rung=ONE, batch_size=1, seconds=0.014)
     assert policy.counters()["step_ms_plain"] == pytest.approx(10.0)
     assert policy.counters()["step_ms_spec"] == pytest.approx(14.0)
 
 
+ONE = Rung(1, 2)
 CHAIN, TREE = rungs(3, 1, 4), rungs(3, 4, 8)
 #: Time of a step with drafts over that of one without, by requests at once.
 RATIOS = {1: 1.3, 2: 1.4, 4: 1.6, 8: 1.9, 16: 2.4, 32: 3.0, 64: 3.5, 128: 4.0, 256: 4.5}
@@ -83,7 +84,7 @@ class House:
         return brought
 
     def ratio(self, streams: int, depth: int) -> float:
-        if len(self.policy.depths) == 1:
+        if len(self.policy.rungs) == 1:
             return RATIOS[1 << (streams.bit_length() - 1)]
         # Rows of a step cost nothing up to four and then a ninth of a plain step each.
         rows = streams * 2**depth
@@ -107,12 +108,13 @@ class House:
                     one.drafts = one.keeps > 0
                     one.keeps -= 1
                 drafting = [one for one in drafting if one.drafts]
-            depth = self.policy.depth(streams) if drafting else 0
+            rung = self.policy.rung(streams) if drafting else PLAIN
+            depth = rung.depth
             self.depths[streams, depth] += 1
             base = 0.030 * (1 + 0.02 * streams)
             ratio = self.ratio(streams, depth) if drafting else 1.0
             seconds = base * ratio * self.random.gauss(1.0, 0.05)
-            self.policy.account(depth=depth, batch_size=streams, seconds=seconds)
+            self.policy.account(rung=rung, batch_size=streams, seconds=seconds)
             accepted = 0
             for one in running:
                 brought = 1.0
@@ -123,7 +125,7 @@ class House:
                 made += brought
                 plain += brought * base / streams
             if drafting:
-                self.policy.observe(0, depth, len(drafting), accepted)
+                self.policy.observe(0, rung, len(drafting), accepted)
             spent += seconds
             running = [one for one in running if one.left > 0]
         return plain / spent
@@ -210,34 +212,38 @@ def test_depths_that_can_not_pay_are_hardly_made() -> None:
 def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
     policy = SpeculationPolicy(1.0, rungs=CHAIN)
     policy.hoped = 1 + 0.5 + 0.25 + 0.125
-    assert policy.accept_length(1) == pytest.approx(1.5, abs=1e-3)
-    policy.observe(0, 1, 100, 80)
-    assert policy.accept_length(1) == pytest.approx(1.8)
-    assert policy.accept_length(3) == pytest.approx(1 + 0.8 + 0.64 + 0.512, abs=1e-3)
-    policy.observe(0, 3, 100, 150)
-    assert policy.accept_length() == pytest.approx(2.5)
     one, _, three = CHAIN
-    assert at_depth(1.0, three, one) == pytest.approx(1.0, abs=1e-3)
-    assert at_depth(4.0, three, one) == pytest.approx(2.0)
-    # Replays of two drafters: with trees of 2, 4 and 8 nodes.
-    for lengths in ((1.31, 1.53, 1.64), (1.47, 1.84, 2.15)):
-        told = [at_depth(lengths[0], TREE[0], rung) for rung in TREE]
+    assert policy.accept_length(one) == pytest.approx(1.5, abs=1e-3)
+    policy.observe(0, one, 100, 80)
+    assert policy.accept_length(one) == pytest.approx(1.8)
+    assert policy.accept_length(three) == pytest.approx(1 + 0.8 + 0.64 + 0.512, abs=1e-3)
+    policy.observe(0, three, 100, 150)
+    assert policy.accept_length() == pytest.approx(2.5)
+    assert in_shape(1.0, three, one) == pytest.approx(1.0, abs=1e-3)
+    assert in_shape(4.0, three, one) == pytest.approx(2.0)
+    # Replays of two drafters, with depths 1, 1, 2, 3 and 2, 4, 4, 8 nodes.
+    for lengths in ((1.31, 1.45, 1.53, 1.64), (1.47, 1.63, 1.84, 2.15)):
+        told = [in_shape(lengths[0], TREE[0], rung) for rung in TREE]
         assert told == pytest.approx(lengths, abs=0.05)
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ((3, 4, 8), [(1, 2), (2, 4), (3, 8)]),
-        ((2, 4, 6), [(1, 2), (2, 6)]),
-        ((5, 4, 12), [(1, 2), (2, 4), (3, 8), (4, 12), (5, 12)]),
+        ((3, 4, 8), [(1, 2), (1, 4), (2, 4), (3, 8)]),
+        ((2, 4, 6), [(1, 2), (1, 4), (2, 6)]),
+        ((5, 4, 12), [(1, 2), (1, 4), (2, 4), (3, 8), (4, 12), (5, 12)]),
         ((3, 1, 4), [(1, 2), (2, 3), (3, 4)]),
-        ((1, 4, 5), [(1, 5)]),
-        ((4, 2, 5), [(1, 2), (2, 4), (3, 5), (4, 5)]),
+        ((1, 4, 5), [(1, 2), (1, 5)]),
+        ((1, 4, 2), [(1, 2)]),
+        ((4, 2, 5), [(1, 2), (1, 3), (2, 4), (3, 5), (4, 5)]),
     ],
 )
-def test_each_depth_has_one_number_of_nodes(given, expected) -> None:
-    assert [rung[:2] for rung in rungs(*given)] == expected
+def test_no_two_shapes_share_depth_and_branching(given, expected) -> None:
+    found = rungs(*given)
+    assert list(found) == expected
+    assert found[-1] == (given[0], given[2])
+    assert len({(rung.depth, rung.nodes == 2) for rung in found}) == len(found)
 
 
 def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:
@@ -250,12 +256,12 @@ def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:
 def test_an_expectation_of_another_version_is_forgotten_with_it() -> None:
     policy = SpeculationPolicy(1.0)
     policy.hoped = 2.0
-    policy.observe(0, 1, 100, 50)
+    policy.observe(0, ONE, 100, 50)
     assert policy.accept_length() == pytest.approx(1.5)
     policy.swapped(1)
     assert policy.accept_length() is None
     policy.hoped = 1.9
-    policy.observe(1, 1, 10, 0)
+    policy.observe(1, ONE, 10, 0)
     assert policy.accept_length() == 1.9
 
 
