@@ -150,7 +150,7 @@ class Pace(NamedTuple):
 
 
 def paces(steps: Sequence[Step]) -> dict[str, Pace]:
-    """What single streams made, by depth and batch size (the next power of two).
+    """What single streams made, by draft shape and batch size (the next power of two).
 
     Each step counts with the time since the step before it of the same request; steps come by
     request and in order.
@@ -160,7 +160,8 @@ def paces(steps: Sequence[Step]) -> dict[str, Pace]:
         if now.request_id == before.request_id and now.step == before.step + 1:
             seconds = (now.at - before.at).total_seconds()
             if seconds > 0:
-                gaps.append((f"{now.depth}/{batch_bucket(now.batch_size)}", now.kept, seconds))
+                key = f"{now.depth}/{now.topk}/{batch_bucket(now.batch_size)}"
+                gaps.append((key, now.kept, seconds))
     if not gaps:
         return {}
     longest = LONG_GAP * median(seconds for _, _, seconds in gaps)
@@ -176,7 +177,7 @@ def speeds(
     now: Mapping[str, Pace], before: Mapping[str, Pace], gain: float = 1.0
 ) -> tuple[float, float] | None:
     """Tokens per second of a stream now, and what the baseline would have made of the same
-    requests at the same depths and batch sizes.
+    requests in the same draft shapes and at the same batch sizes.
 
     How fast a stream is depends on its domain by the accept length alone, so the baseline's steps
     per second are taken with as many tokens a step as now, over ``gain``: the accept length now

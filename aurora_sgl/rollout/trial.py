@@ -199,6 +199,10 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
     pace = paces(steps).values()
     seconds = sum(each.seconds for each in pace)
     counted = (window.finished_at - begin).total_seconds()
+    shapes: dict[str, list[int]] = {}
+    for step in steps:
+        sums = shapes.setdefault(f"{step.depth}/{step.topk}", [0, 0])
+        sums[0], sums[1] = sums[0] + 1, sums[1] + step.accepted
     window.requests = len({step.request_id for step in steps})
     window.verify_steps = len(steps)
     window.accepted = sum(step.accepted for step in steps)
@@ -206,6 +210,7 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
     window.metrics = {
         "seconds": counted,
         "accept_length": 1 + window.accepted / len(steps) if steps else None,
+        "shapes": shapes,
         "tokens_per_second": window.completion_tokens / counted if counted > 0 else None,
         "stream_tokens_per_second": sum(p.tokens for p in pace) / seconds if seconds else None,
         "batch_size": sum(step.batch_size for step in steps) / len(steps) if steps else None,
@@ -221,8 +226,14 @@ def _finish(
         for a, b in zip(windows[::2], windows[1::2], strict=True)
     ]
     whole = [pair for pair in pairs if all(w.verify_steps >= FEWEST_STEPS for w in pair)]
-    lengths = _interval(whole, "accept_length", rules.level)
-    speed = _interval(whole, "stream_tokens_per_second", rules.level)
+    lengths = _interval([_lengths(pair) for pair in whole], rules.level)
+    speed = _interval(
+        [
+            (a.metrics["stream_tokens_per_second"], b.metrics["stream_tokens_per_second"])
+            for a, b in whole
+        ],
+        rules.level,
+    )
     verdict, reason = _verdict(whole, lengths, speed, rules)
     sums = {
         name: [sum(getattr(pair[side], name) for pair in whole) for side in (0, 1)]
@@ -251,14 +262,26 @@ def _finish(
     )  # fmt: skip
 
 
-def _interval(
-    pairs: Sequence[tuple[TrialWindow, TrialWindow]], name: str, level: float
-) -> dict[str, Any]:
+def _lengths(pair: tuple[TrialWindow, TrialWindow]) -> tuple[float | None, float | None]:
+    """Accept lengths of two windows over the draft shapes that both had, in one mix of them."""
+    shapes = [window.metrics["shapes"] for window in pair]
+    steps = {key: shapes[0][key][0] + shapes[1][key][0] for key in shapes[0] if key in shapes[1]}
+    total = sum(steps.values())
+    if not total:
+        return None, None
+    first, second = (
+        1 + sum(count * sums[key][1] / sums[key][0] for key, count in steps.items()) / total
+        for sums in shapes
+    )
+    return first, second
+
+
+def _interval(pairs: Sequence[tuple[float | None, float | None]], level: float) -> dict[str, Any]:
     """Mean difference over pairs of windows, candidate less baseline, with Student's interval."""
-    known = [p for p in pairs if all(w.metrics.get(name) is not None for w in p)]
+    known = [pair for pair in pairs if None not in pair]
     if len(known) < FEWEST_PAIRS:
         return {"pairs": len(known)}
-    a, b = (np.array([p[side].metrics[name] for p in known], dtype=float) for side in (0, 1))
+    a, b = (np.array([pair[side] for pair in known], dtype=float) for side in (0, 1))
     difference = b - a
     half = float(-stdtrit(len(known) - 1, (1 - level) / 2) * difference.std(ddof=1))
     half /= len(known) ** 0.5

@@ -8,7 +8,9 @@ import pytest
 
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.rollout.served import Pace, compare, paces, speeds, strata
+from aurora_sgl.rollout.trial import _lengths
 from aurora_sgl.rollout.watch import filled
+from aurora_sgl.store.models import TrialWindow
 from aurora_sgl.store.queries import Cluster, Step
 
 NOW = datetime(2026, 11, 26, tzinfo=UTC)
@@ -49,19 +51,31 @@ def test_a_window_ends_with_a_whole_request() -> None:
 
 def steps(request: int, depth: int, count: int, seconds: float, kept: int) -> list[Step]:
     return [
-        Step(request, at, NOW + timedelta(seconds=seconds * at), depth, 1, kept - 1, kept)
+        Step(request, at, NOW + timedelta(seconds=seconds * at), depth, 4, 1, kept - 1, kept)
         for at in range(count)
     ]
 
 
-def test_speed_is_compared_at_one_depth() -> None:
+def test_speed_is_compared_in_one_draft_shape() -> None:
     shallow, deep = steps(1, 1, 41, 0.03, 2), steps(2, 2, 41, 0.04, 3)
     before = paces([*shallow, *deep])
     assert before == {
-        "1/1": Pace(40, 80, pytest.approx(1.2)),
-        "2/1": Pace(40, 120, pytest.approx(1.6)),
+        "1/4/1": Pace(40, 80, pytest.approx(1.2)),
+        "2/4/1": Pace(40, 120, pytest.approx(1.6)),
     }
     now = paces(steps(3, 2, 41, 0.04, 3))  # deeper steps take longer: nothing became slower
     found = speeds(now, before)
     assert found is not None and found[0] == pytest.approx(found[1]) == pytest.approx(75.0)
     assert speeds(now, paces(shallow)) is None
+
+
+def test_a_trial_compares_accept_lengths_in_one_mix_of_draft_shapes() -> None:
+    def window(**shapes: list[int]) -> TrialWindow:
+        named = {name.strip("_").replace("_", "/"): sums for name, sums in shapes.items()}
+        return TrialWindow(metrics={"shapes": named})
+
+    shallow = window(_1_1=[90, 45], _3_4=[10, 12])
+    deep = window(_1_1=[10, 5], _3_4=[90, 108], _2_4=[50, 60])
+    first, second = _lengths((shallow, deep))
+    assert first == pytest.approx(second) == pytest.approx(1.85)
+    assert _lengths((window(_1_1=[9, 4]), window(_3_4=[9, 4]))) == (None, None)

@@ -101,6 +101,7 @@ class Step:
     step: int
     at: datetime
     depth: int
+    topk: int
     batch_size: int
     accepted: int
     kept: int
@@ -112,7 +113,7 @@ def steps_of_requests(s: Session, request_ids: Sequence[int], version_id: int) -
     found: list[Step] = []
     for begin in range(0, len(request_ids), 400):
         query = (
-            select(e.request_id, e.step, e.at, e.depth, e.batch_size, e.accepted, e.kept)
+            select(e.request_id, e.step, e.at, e.depth, e.topk, e.batch_size, e.accepted, e.kept)
             .where(
                 e.request_id.in_(request_ids[begin : begin + 400]),
                 e.drafter_version_id == version_id,
@@ -131,7 +132,7 @@ def steps_between(
     """Steps with drafts that one version alone made in [since, until), by request, in order."""
     e = AcceptanceEvent
     query = (
-        select(e.request_id, e.step, e.at, e.depth, e.batch_size, e.accepted, e.kept)
+        select(e.request_id, e.step, e.at, e.depth, e.topk, e.batch_size, e.accepted, e.kept)
         .join(Request, Request.id == e.request_id)
         .join(Server, Server.id == Request.server_id)
         .where(
