@@ -96,6 +96,18 @@ def test_two_requests_that_happened_to_be_alike_are_no_proof(engine: Engine) -> 
     assert live(house) == house.b
 
 
+def test_training_and_replay_take_whole_trees_whatever_most_steps_carried(engine: Engine) -> None:
+    house = RolloutHouse(engine)
+    house.serve(house.a, 0.5, since=utc_now() - timedelta(hours=1), requests=4)  # of another shape
+    with store.session(engine) as s:
+        seen = as_served(s, house.group_id, TrainSettings())
+        counters = {"depth": 3.0, "topk": 4.0, "nodes": 8.0}
+        queries.touch_server(s, house.server_id, counters=counters)
+        recipe = as_served(s, house.group_id, TrainSettings())
+    assert (recipe.depth, recipe.topk, recipe.nodes) == (3, 4, 8)
+    assert (seen.depth, seen.topk) != (3, 4)
+
+
 def test_where_nothing_was_served_before_replay_says_what_to_expect(engine: Engine) -> None:
     house = RolloutHouse(engine)
     requests = [Replayed(number, 60, 52, "chat") for number in range(1, 13)]
