@@ -58,7 +58,8 @@ class Replayed(NamedTuple):
 
 
 def _cpu_shape(replayed: Replayed | None, args: list[str]) -> dict[str, str]:
-    if get_settings().speculation == "auto" and value_of(args, "--tp-size") in (None, "1"):
+    processes = value_of(args, "--tp-size") or value_of(args, "--tensor-parallel-size") or "1"
+    if get_settings().speculation == "auto" and processes == "1":
         return _TREE_FLAGS  # the server makes a busy step's tree smaller by itself
     from aurora_sgl.engine.cpu import shape
 

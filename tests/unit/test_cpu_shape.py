@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from aurora_sgl.config import Settings
+from aurora_sgl.engine import launch
 from aurora_sgl.engine.cpu import native, shape
 from aurora_sgl.engine.cpu.shape import Shape
 from aurora_sgl.engine.launch import Replayed, server_flags
@@ -59,8 +61,14 @@ def test_on_cpu_the_chosen_shape_is_the_default_and_what_a_user_gives_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(shape, "choose", lambda replayed: Shape(2, 4, 5))
-    flags = server_flags("model", "drafter", "EAGLE3", [], on_cpu=True)
-    assert flags[flags.index("--speculative-num-draft-tokens") + 1] == "5"
+    for mode, args, nodes in (
+        ("auto", [], "8"),  # busy steps take less by themselves
+        ("auto", ["--tp-size", "2"], "5"),  # there all steps are alike
+        ("on", [], "5"),
+    ):
+        monkeypatch.setattr(launch, "get_settings", lambda mode=mode: Settings(speculation=mode))
+        flags = server_flags("model", "drafter", "EAGLE3", args, on_cpu=True)
+        assert flags[flags.index("--speculative-num-draft-tokens") + 1] == nodes
     given = ["--speculative-num-steps", "4", "--speculative-num-draft-tokens", "5"]
     flags = server_flags("model", "drafter", "EAGLE3", given, on_cpu=True)
     assert flags.count("--speculative-num-steps") == 1 and "--speculative-eagle-topk" not in flags
