@@ -58,7 +58,8 @@ class Settings(BaseSettings):
     """Their port; 0: a free one; -1: none."""
 
     speculation: str = Field(default="auto", pattern="^(auto|on|off)$")
-    """auto: a bounded share of the steps until replay says that drafts pay; on; off."""
+    """auto: a bounded share of the steps until drafts pay, then as deep as pays at each load; on:
+    whole trees in every step; off."""
 
     explore_share: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of verify steps that carry drafts while they do not pay yet."""

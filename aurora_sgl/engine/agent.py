@@ -77,14 +77,13 @@ class Agent:
         self.may_drop = by_size and int(description["tp_size"]) == 1
         shape = ladder.Rung(int(description["depth"]), int(description["nodes"]))
         may_shrink = self.may_drop and str(description["device"]) == "cpu"
-        given = ladder.rungs(shape.depth, int(description["topk"]), shape.nodes)
-        given = given if may_shrink else (shape,)
-        self.ladder = ladder.Ladder(worker, given)
+        topk = int(description["topk"])
+        self.ladder = ladder.Ladder(worker, shape)
         self.policy = SpeculationPolicy(
             share if can_skip else 1.0,
             by_size=by_size,
             explore_share=settings.explore_share,
-            rungs=given,
+            rungs=ladder.rungs(shape.depth, topk, shape.nodes) if may_shrink else (shape,),
         )
         self._keeping: dict[str, float] = {}  # id of a request, until prefilled -> steps
         self.can_skip = can_skip

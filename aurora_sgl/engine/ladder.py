@@ -43,47 +43,50 @@ def rungs(depth: int, topk: int, nodes: int) -> tuple[Rung, ...]:
     of the drafter; each further level doubles the nodes."""
     if topk == 1:
         return tuple(Rung(at, at + 1) for at in range(1, depth + 1))
-    found = [Rung(1, 2), Rung(1, min(topk + 1, nodes, _SIBLINGS))]
+    found = [Rung(1, 2)]
+    if depth > 1:
+        found.append(Rung(1, min(topk + 1, nodes, _SIBLINGS)))
     found += [Rung(at, max(at + 1, min(nodes, 2**at))) for at in range(2, depth)]
-    if depth == 1:
-        found.pop()  # the one that was asked for instead
     return tuple(dict.fromkeys((*found, Rung(depth, nodes))))
 
 
 class Ladder:
-    """Puts a rung's shape into SGLang's worker for one step."""
+    """Puts a shape into SGLang's worker for one step."""
 
-    def __init__(self, worker: Any, given: tuple[Rung, ...]) -> None:
-        self.whole = given[-1]
+    def __init__(self, worker: Any, whole: Rung) -> None:
+        self.whole = whole  # what the server was started with
         self._worker = worker
-        self._chains: dict[int, tuple[Any, Any]] = {}  # depth -> what a chain's tree looks like
 
     @contextmanager
     def at(self, rung: Rung) -> Iterator[None]:
-        """Drafts of this shape within; what the server was started with needs nothing."""
-        if rung == self.whole:
-            yield
-            return
-        self._put(rung)
+        """Within, steps have drafts of this shape, or none."""
+        changes = self._changes(rung) if rung != self.whole else []
+        before = [getattr(part, name) for part, name, _ in changes]
+        for part, name, value in changes:
+            setattr(part, name, value)
         try:
             yield
         finally:
-            self._put(self.whole)
+            for (part, name, _), value in zip(changes, before, strict=True):
+                setattr(part, name, value)
 
-    def _put(self, rung: Rung) -> None:
-        drafter = self._worker.draft_worker
-        for part in (self._worker, drafter):
-            part.speculative_num_steps = rung.depth
-            part.speculative_num_draft_tokens = rung.nodes
-        # Where a level's tokens lie in the cache follows from the number of levels.
-        drafter.draft_attn_backend.speculative_num_steps = rung.depth
-        if self._worker.topk == 1:
-            if rung.depth not in self._chains:
-                drafter._rebuild_topk1_chain_buffers()
-                self._chains[rung.depth] = (
-                    drafter._topk1_parents_prealloc,
-                    drafter._topk1_score_indices_prealloc,
-                )
-            drafter._topk1_parents_prealloc, drafter._topk1_score_indices_prealloc = self._chains[
-                rung.depth
-            ]
+    def _changes(self, rung: Rung) -> list[tuple[Any, str, Any]]:
+        """What differs from the whole shape: object, attribute, value."""
+        worker, drafter = self._worker, self._worker.draft_worker
+        # SGLang's own zero-step mode verifies the root alone and asks nothing of the drafter.
+        parts = [worker, drafter] if rung.depth else [worker]
+        found = [(part, "speculative_num_steps", rung.depth) for part in parts]
+        found += [(part, "speculative_num_draft_tokens", rung.nodes) for part in parts]
+        if not rung.depth:
+            return found
+        # Where a level's tokens lie in the cache follows from the number of levels. A server that
+        # was started with one level has no such backend.
+        if drafter.draft_attn_backend is not None:
+            found.append((drafter.draft_attn_backend, "speculative_num_steps", rung.depth))
+        if worker.topk == 1:  # a chain of one level has no parents
+            for name, width in (
+                ("_topk1_parents_prealloc", rung.depth if rung.depth > 1 else 0),
+                ("_topk1_score_indices_prealloc", rung.depth),
+            ):
+                found.append((drafter, name, getattr(drafter, name)[:, :width].contiguous()))
+        return found

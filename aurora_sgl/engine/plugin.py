@@ -12,12 +12,11 @@ import multiprocessing
 import os
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from aurora_sgl.engine.agent import Agent
 
@@ -244,21 +243,10 @@ def _forward_batch_generation(
     rung = agent.step_rung(batch)
     size = len(batch.reqs)
     begun = time.perf_counter()
-    with agent.ladder.at(rung) if rung.depth else _without_drafts(worker):
+    with agent.ladder.at(rung):
         result = original(worker, batch, *args, **kw)
     agent.account_step(size, rung=rung, seconds=time.perf_counter() - begun)
     return result
-
-
-@contextmanager
-def _without_drafts(worker: Any) -> Iterator[None]:
-    """SGLang's own zero-step mode for one forward: verify the root alone, draft nothing."""
-    steps, nodes = worker.speculative_num_steps, worker.speculative_num_draft_tokens
-    worker.speculative_num_steps, worker.speculative_num_draft_tokens = 0, 1
-    try:
-        yield
-    finally:
-        worker.speculative_num_steps, worker.speculative_num_draft_tokens = steps, nodes
 
 
 def _draft_extend_for_prefill(

@@ -60,14 +60,14 @@ def in_shape(accept_length: float, given: Rung, wanted: Rung) -> float:
     low, high = 0.0, 1.0
     for _ in range(20):
         chance = (low + high) / 2
-        if _length(chance, given) < accept_length:
+        if _expected(chance, given) < accept_length:
             low = chance
         else:
             high = chance
-    return _length(high, wanted)
+    return _expected(high, wanted)
 
 
-def _length(chance: float, rung: Rung) -> float:
+def _expected(chance: float, rung: Rung) -> float:
     each = 1.0 - (1.0 - chance) ** rung.width
     return sum((each**level for level in range(rung.depth + 1)), 0.0)
 
@@ -177,10 +177,10 @@ class SpeculationPolicy:
 
     def gain(self, batch_size: int) -> float | None:
         """Speed with drafts of the best shape over that without; None until it is known."""
-        best = self.best(batch_size)
-        needed = self.break_even(batch_size)
-        length = self.accept_length(best) if best is not None else None
-        return length / needed if length is not None and needed is not None else None
+        best, plain = self.best(batch_size), self._time(PLAIN, bucket(batch_size))
+        if best is None or plain is None or self.accept_length(best) is None:
+            return None
+        return self._speed(best, bucket(batch_size)) * plain
 
     def break_even(self, batch_size: int) -> float | None:
         """Time of a step with drafts of the best shape over that of a plain one; None until both

@@ -50,8 +50,13 @@ class Stratum:
         return self.steps2 / self.steps**2
 
 
+def shape_of(served: Cluster | Step) -> str:
+    """The draft shape: a server has one number of nodes for each depth and top-k."""
+    return f"{served.depth}/{served.topk}"
+
+
 def key_of(cluster: Cluster) -> str:
-    return f"{cluster.depth}/{cluster.topk}/{cluster.domain}"
+    return f"{shape_of(cluster)}/{cluster.domain}"
 
 
 def strata(clusters: Iterable[Cluster]) -> dict[str, Stratum]:
@@ -160,7 +165,7 @@ def paces(steps: Sequence[Step]) -> dict[str, Pace]:
         if now.request_id == before.request_id and now.step == before.step + 1:
             seconds = (now.at - before.at).total_seconds()
             if seconds > 0:
-                key = f"{now.depth}/{now.topk}/{batch_bucket(now.batch_size)}"
+                key = f"{shape_of(now)}/{batch_bucket(now.batch_size)}"
                 gaps.append((key, now.kept, seconds))
     if not gaps:
         return {}

@@ -23,7 +23,7 @@ from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import TrialSettings
 from aurora_sgl.errors import AuroraError, Refused
-from aurora_sgl.rollout.served import paces
+from aurora_sgl.rollout.served import paces, shape_of
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Evaluation, Trial, TrialWindow
 
@@ -201,7 +201,7 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
     counted = (window.finished_at - begin).total_seconds()
     shapes: dict[str, list[int]] = {}
     for step in steps:
-        sums = shapes.setdefault(f"{step.depth}/{step.topk}", [0, 0])
+        sums = shapes.setdefault(shape_of(step), [0, 0])
         sums[0], sums[1] = sums[0] + 1, sums[1] + step.accepted
     window.requests = len({step.request_id for step in steps})
     window.verify_steps = len(steps)

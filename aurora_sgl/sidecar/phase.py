@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aurora_sgl.wire import by_size
+
 #: How far above break-even the expected accept length must be before all steps speculate. Once
 #: they do, they go on until it falls below break-even itself, so that noise does not flip it.
 MARGIN = 1.02
@@ -27,18 +29,6 @@ class Expected:
 
     accept_length: float
     source: str  # for the reason that people read
-
-
-def by_size(counters: Mapping[str, float], what: str = "break_even") -> dict[int, float]:
-    """Break-even accept length, ``gain`` (speed with drafts over that without) or ``depth`` by the
-    least of each group of batch sizes, as the engine tells them."""
-    start = f"{what}_"
-    found = {
-        int(name.removeprefix(start)): float(value)
-        for name, value in counters.items()
-        if name.startswith(start)
-    }
-    return dict(sorted(found.items()))
 
 
 def break_even(counters: Mapping[str, float]) -> float | None:

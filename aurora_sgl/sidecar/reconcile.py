@@ -203,8 +203,8 @@ class Reconciler:
             hoped,
             self.phase.name,
             hello.server.get("plain_steps_possible") is not False,
-            phase.by_size(hello.counters),
-            phase.by_size(hello.counters, "gain"),
+            wire.by_size(hello.counters),
+            wire.by_size(hello.counters, "gain"),
         )
         if (decided.name, decided.share) != (self.phase.name, self.phase.share):
             log.info("%s, share %.2f: %s", decided.name, decided.share, decided.reason)

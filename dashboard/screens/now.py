@@ -108,7 +108,7 @@ def measure(here: Group) -> Moment | None:
         plain_ms=first.plain_ms if first else None,
         draft_ms=first.draft_ms if first else None,
         gain=first.gain if first else None,
-        gains=dict(sorted(first.gains.items())) if first else {},
+        gains=first.gains if first else {},
     )
 
 

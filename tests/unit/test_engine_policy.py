@@ -6,13 +6,15 @@ import asyncio
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from aurora_sgl.engine import labels
-from aurora_sgl.engine.ladder import PLAIN, Rung, rungs
+from aurora_sgl.engine.ladder import PLAIN, Ladder, Rung, rungs
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy, in_shape
 
 
@@ -244,6 +246,36 @@ def test_no_two_shapes_share_depth_and_branching(given, expected) -> None:
     assert list(found) == expected
     assert found[-1] == (given[0], given[2])
     assert len({(rung.depth, rung.nodes == 2) for rung in found}) == len(found)
+
+
+@pytest.mark.parametrize("topk", [1, 4])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_a_shape_is_in_the_worker_for_one_step_and_gone_after_it(topk: int, levels: int) -> None:
+    whole = Rung(levels, levels + 1 if topk == 1 else 8)
+    shape = {"speculative_num_steps": whole.depth, "speculative_num_draft_tokens": whole.nodes}
+    rows = torch.arange(levels).repeat(5, 1)
+    drafter = SimpleNamespace(
+        **shape,
+        draft_attn_backend=SimpleNamespace(speculative_num_steps=levels) if levels > 1 else None,
+        _topk1_parents_prealloc=rows - 1,
+        _topk1_score_indices_prealloc=rows,
+    )
+    worker = SimpleNamespace(**shape, topk=topk, draft_worker=drafter)
+    before, ladder = repr(worker), Ladder(worker, whole)
+    for rung in (PLAIN, *rungs(levels, topk, whole.nodes)):
+        with suppress(KeyError), ladder.at(rung):
+            assert (worker.speculative_num_steps, worker.speculative_num_draft_tokens) == rung
+            if rung.depth:
+                assert drafter.speculative_num_draft_tokens == rung.nodes
+                assert levels == 1 or drafter.draft_attn_backend.speculative_num_steps == rung.depth
+            if rung.depth and topk == 1 and levels > 1:  # as SGLang itself lays them out
+                parents = torch.arange(-1, rung.depth - 1 if rung.depth > 1 else -1)
+                assert drafter._topk1_parents_prealloc.equal(parents.repeat(5, 1))
+                indices = drafter._topk1_score_indices_prealloc
+                assert indices.is_contiguous()
+                assert indices.equal(torch.arange(rung.depth).repeat(5, 1))
+            raise KeyError  # a step that fails
+        assert repr(worker) == before
 
 
 def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:

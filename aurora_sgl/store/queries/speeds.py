@@ -10,6 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from aurora_sgl.store.models import Server
+from aurora_sgl.wire import by_size
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,7 @@ def step_times(
             float(row.counters.get("step_ms_spec") or 0) or None,
             row.last_seen_at,
             float(row.counters.get("gain") or 0) or None,
-            {
-                int(name.removeprefix("gain_")): float(value)
-                for name, value in sorted(row.counters.items())
-                if name.startswith("gain_")
-            },
+            by_size(row.counters, "gain"),
         )
         for row in s.scalars(query.order_by(Server.last_seen_at.desc()))
     ]
