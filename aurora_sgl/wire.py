@@ -45,6 +45,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     swap_count: int
     dropped: int  # records dropped since boot because the buffer was full
     counters: dict[str, float]  # phase, step times, queue length and the like
+    notices: dict[str, str] = {}  # code -> a sentence about what is wrong or off in this server
 
 
 def by_size(counters: Mapping[str, float], what: str = "break_even") -> dict[int, float]:

@@ -72,6 +72,9 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
     servers = {"server": "name", "live": "live_version_id", "should be": "wanted_version_id",
                "phase": "phase", "drafts": "speculation_share", "why not": "reason"}  # fmt: skip
     print_table("servers", servers, [vars(each) for each in now.servers])
+    for server in now.servers:
+        for notice in server.notices:
+            print(f"{server.name}: {notice}")
     switches = {"switch": "name", "on": "on", "by": "actor", "reason": "reason"}
     print_table("switches", switches, [vars(each) for each in now.switches])
     doing = now.scheduler

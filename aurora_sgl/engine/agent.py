@@ -113,6 +113,7 @@ class Agent:
         self.accept_index: torch.Tensor | None = None
         self.prefill: Prefill | None = None
         self.queue = 0  # requests that wait to be prefilled
+        self.notices: dict[str, str] = {}  # see wire.Hello
         self._said_hello = 0.0
         self._failed_parts: set[str] = set()
         drafter = Path(str(description.get("drafter_path") or "."))
@@ -358,6 +359,7 @@ class Agent:
             swap_count=self.recorder.live.swap_count,
             dropped=self.channel.dropped_records,
             counters=counters,
+            notices=dict(self.notices),
         )
 
     def _obey(self, command: wire.Command) -> None:

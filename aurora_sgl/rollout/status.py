@@ -35,6 +35,7 @@ class ServerStatus:
     speculation_share: float | None
     last_seen_at: datetime
     silent: bool  # nothing was heard of it for ``SILENT_SECONDS``
+    notices: tuple[str, ...] = ()  # sentences about what is wrong or switched off in it
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
             found.append(
                 ServerStatus(row.id, row.name, row.live_version_id, row.live_sha256, want,
                              converged and not silent, reason, row.phase, row.phase_reason,
-                             row.speculation_share, row.last_seen_at, silent)
+                             row.speculation_share, row.last_seen_at, silent,
+                             tuple(str(row.notices[code]) for code in sorted(row.notices)))
             )  # fmt: skip
     return found
 

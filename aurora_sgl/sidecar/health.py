@@ -27,10 +27,11 @@ class Status:
     gauges: dict[str, float]
     lost: dict[str, float] = field(default_factory=dict)  # by place
     served: dict[tuple[int, str], Sums] = field(default_factory=dict)  # by version and domain
+    notices: dict[str, str] = field(default_factory=dict)  # see wire.Hello
 
 
 def health(now: Status) -> dict[str, Any]:
-    names = ("ready", "reason", "live_version_id", "live_sha256", "phase")
+    names = ("ready", "reason", "live_version_id", "live_sha256", "phase", "notices")
     return {name: getattr(now, name) for name in names}
 
 
@@ -47,6 +48,10 @@ def samples(now: Status) -> Iterator[Sample]:
     for place, value in now.lost.items():
         yield Sample("aurora_sidecar_lost", "counter", "records lost, by the place where", value,
                      (("place", place),))  # fmt: skip
+    for code in sorted(now.notices):
+        yield Sample("aurora_sidecar_notice", "gauge",
+                     "1 for each thing that is wrong or switched off in the server", 1.0,
+                     (("code", code),))  # fmt: skip
     for (version, domain), sums in sorted(now.served.items()):
         labels = (("version", str(version)), ("domain", domain))
         length = 1 + sums.accepted / sums.verify_steps

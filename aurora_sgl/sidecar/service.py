@@ -277,6 +277,7 @@ class Service:
             },
             lost=lost,
             served=self._by_version(),
+            notices=dict(hello.notices) if hello else {},
         )
 
     def _by_version(self) -> dict[tuple[int, str], Sums]:

@@ -314,6 +314,7 @@ def _update_server(connection: Connection, server_id: int, records: Iterable[wir
     for record in records:
         if isinstance(record, wire.Hello):
             change["counters"] = storable(record.counters)
+            change["notices"] = storable(record.notices)
             change["last_seen_at"] = utc_now()
             if record.live_version_id:
                 change["live_version_id"] = known_version(record.live_version_id)

@@ -240,6 +240,16 @@ def test_an_old_batch_does_not_bring_back_an_old_live_version(engine: Engine) ->
         assert queries.watermark(s, server_id, samples.BOOT) == 3
 
 
+def test_what_a_server_says_is_wrong_is_kept_until_it_says_otherwise(engine: Engine) -> None:
+    server_id = register(engine)
+    for seq, notices in ((1, {"consent": "headers\x00 are lost"}), (2, {})):
+        hello = wire.Hello(samples.BOOT, 1, {}, 0, 0, 0, {}, notices)
+        ingest(engine, server_id, samples.BOOT, [(seq, [hello])])
+        with store.session(engine, write=False) as s:
+            expected = {"consent": "headers are lost"} if notices else {}
+            assert queries.server(s, server_id).notices == expected
+
+
 def test_running_requests_of_a_boot_that_is_gone_are_lost(engine: Engine) -> None:
     old, new = register(engine), register(engine, boot_id=78)
     ingest(engine, old, 77, [(1, [samples.started(1), samples.started(2)])])

@@ -55,6 +55,7 @@ class Server(Base):
     phase_reason: Mapped[str] = mapped_column(default="")
     speculation_share: Mapped[float | None]  # of the verify steps, in [0, 1]
     counters: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    notices: Mapped[dict[str, Any]] = mapped_column(default=dict)  # code -> a sentence for people
     last_error: Mapped[str] = mapped_column(default="")
     started_at: Mapped[datetime]
     last_seen_at: Mapped[datetime]

@@ -105,6 +105,7 @@ def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
     server.last_seen_at = utc_now()
     server.state = "running"
     server.counters = storable(hello.counters)
+    server.notices = storable(hello.notices)
     if hello.live_version_id:
         server.live_version_id = s.scalar(select(known_version(hello.live_version_id)))
     s.flush()
