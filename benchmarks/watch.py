@@ -35,11 +35,14 @@ ENOUGH = 12
 WHEN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def served(rng: np.random.Generator, requests: int, gain: float) -> list[Cluster]:
+def served(
+    rng: np.random.Generator, requests: int, gain: float, first_id: int = 0
+) -> list[Cluster]:
+    """Each request has an id of its own, from ``first_id`` on: windows count requests by it."""
     traffic = draw(rng, requests)
     return [
-        Cluster(r.request_id, r.domain, DEPTH, 1, r.verify_steps, r.accepted, WHEN)
-        for r in replay(rng, traffic, gain)
+        Cluster(id, r.domain, DEPTH, 1, r.verify_steps, r.accepted, WHEN)
+        for id, r in enumerate(replay(rng, traffic, gain), first_id)
     ]
 
 
@@ -49,7 +52,7 @@ def window(
     """Requests until the window is full, as the watch cuts it."""
     found: list[Cluster] = []
     while not filled(found, before, rules):
-        found += served(rng, 1, gain)
+        found += served(rng, 1, gain, len(found))
     return found
 
 
