@@ -55,6 +55,7 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
 
     engine, owner = open_group(group)
     now = rollout.status.look(engine, owner.name)
+    held_out = rollout.status.held_out(engine, owner.name)
     if as_json:
         print_json(
             {
@@ -64,6 +65,8 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
                 "scheduler": vars(now.scheduler),
                 "watch": _watch_json(now.watch),
                 "trial": _trial_json(now.trial),
+                "held_out": vars(held_out),
+                "last_verdict": vars(now.last_verdict) if now.last_verdict else None,
             }
         )
         return
@@ -82,6 +85,10 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
     if doing.next_action:
         when = f" (at the latest {text_of(doing.next_at)} UTC)" if doing.next_at else ""
         print(f"next: {doing.next_action}{when}")
+    print(f"evidence: {held_out.sentence}")
+    if now.last_verdict is not None:
+        last = now.last_verdict
+        print(f"last verdict: version {last.version_id} {last.verdict}: {last.reason}")
     if now.watch is not None:
         print(_watch_line(now.watch))
     if now.trial is not None:

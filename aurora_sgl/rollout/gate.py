@@ -24,6 +24,7 @@ from aurora_sgl.hashing import sha256_bytes
 from aurora_sgl.rollout.interval import RESAMPLES, Difference, paired_difference
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Evaluation
+from aurora_sgl.training.held_out import left_out_in_words
 
 if TYPE_CHECKING:
     from aurora_sgl.training.replay import Replayed
@@ -60,13 +61,15 @@ def judge(
     fewest: int = 4,
     seed: int = 0,
     settings: GateSettings | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> Judgement:
     """Verdict over two replays of the same requests, in the same order.
 
     Pass: the interval of the difference at level 1 - 2 * (what this try spends) lies above zero,
     and in no domain the 90% interval reaches below the margin. Fail: it lies below zero, or a
     domain's lies below the margin. Anything else, and fewer than ``fewest`` requests, is
-    inconclusive. Raises ``ValueError`` when the lists are not of the same requests.
+    inconclusive. ``left_out``, for the reason given: requests that could not be judged, by why.
+    Raises ``ValueError`` when the lists are not of the same requests.
     """
     gate = settings or GateSettings()
     if [r.request_id for r in before] != [r.request_id for r in after]:
@@ -80,7 +83,10 @@ def judge(
         found = paired_difference(_sums(here), level=DOMAIN_LEVEL, seed=seed)
         domains[domain] = (found, _domain_verdict(found, gate))
     if overall.requests < max(2, fewest):
-        reason = f"{overall.requests} held-out requests, at least {max(2, fewest)} needed"
+        reason = (
+            f"{overall.requests} held-out requests can be judged, at least {max(2, fewest)} needed"
+            + left_out_in_words(left_out or {})
+        )
         return Judgement(INCONCLUSIVE, reason, overall, domains)
     verdict, reason = _verdict(overall, domains, gate)
     return Judgement(verdict, reason, overall, domains, attempt, alpha)
@@ -134,9 +140,11 @@ def record(
     recipe: TrainSettings,
     settings: GateSettings | None = None,
     details: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> Evaluation:
     """Judge a candidate and store it: one row over all domains, which is returned, and one for
     each domain. The same requests again are the same try: its row is returned as it is.
+    ``left_out``: held-out requests that can't be judged, by reason.
 
     The group is locked meanwhile, so that of two tries at once one is the next.
     """
@@ -159,9 +167,11 @@ def record(
             fewest=recipe.min_gate_requests,
             seed=recipe.seed,
             settings=gate,
+            left_out=left_out,
         )
         told |= {
             "reason": judged.reason,
+            "judged": {"requests": judged.overall.requests, "left_out": dict(left_out or {})},
             "candidate_sha256": candidate.weights_sha256,
             "baseline_sha256": baseline.weights_sha256,
             "by_domain": {

@@ -11,9 +11,12 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
+from aurora_sgl.config import SchedulerSettings
 from aurora_sgl.rollout import switches, trial, watch
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Audit, Drift
+from aurora_sgl.training.held_out import HeldOut, held_out_counts
+from aurora_sgl.training.splits import GATE_SHARE
 
 #: Seconds without a word after which a server or scheduler counts as silent.
 SILENT_SECONDS = 30.0
@@ -53,6 +56,15 @@ class SchedulerStatus:
 
 
 @dataclass(frozen=True)
+class LastVerdict:
+    """What the gate said of the newest version that it looked at, and why."""
+
+    version_id: int
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class GroupStatus:
     """Everything that ``aurora-sgl status`` shows of a group."""
 
@@ -66,6 +78,7 @@ class GroupStatus:
     scheduler: SchedulerStatus
     watch: watch.WatchStatus | None
     trial: trial.TrialStatus | None
+    last_verdict: LastVerdict | None
 
 
 def servers(engine: Engine, group: str) -> list[ServerStatus]:
@@ -111,6 +124,26 @@ def scheduler(engine: Engine, group: str) -> SchedulerStatus:
     )  # fmt: skip
 
 
+def held_out(engine: Engine, group: str) -> HeldOut:
+    """How many requests that no run trains on a verdict can rest on, and why others are left out.
+
+    By the gate's share of the scheduler's recipe.
+    """
+    share = SchedulerSettings().recipe.get("gate_share", GATE_SHARE)
+    with store.session(engine, write=False) as s:
+        group_id = queries.group_by_name(s, group).id
+        return held_out_counts(s, group_id, gate_share=float(share))
+
+
+def last_verdict(engine: Engine, group: str) -> LastVerdict | None:
+    """``None``: the gate has looked at nothing yet."""
+    with store.session(engine, write=False) as s:
+        row = queries.last_replay(s, queries.group_by_name(s, group).id)
+    if row is None:
+        return None
+    return LastVerdict(row.candidate_id, row.verdict, str(row.details.get("reason", "")))
+
+
 def drifts(engine: Engine, group: str, *, limit: int = 50) -> Sequence[Drift]:
     """Falls of the live accept length that were detected, newest first."""
     with store.session(engine, write=False) as s:
@@ -140,4 +173,5 @@ def look(engine: Engine, group: str) -> GroupStatus:
         scheduler=scheduler(engine, group),
         watch=watch.status(engine, group),
         trial=trial.status(engine, group),
+        last_verdict=last_verdict(engine, group),
     )

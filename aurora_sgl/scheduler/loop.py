@@ -164,8 +164,7 @@ class Scheduler:
             with self.link.session() as s:
                 queries.explain_stop(s, self.group_id, child.stopped_because)
         self.child, self.last_outcome = None, outcome
-        said = outcome.get("error") or f"version {outcome.get('version_id')}"
-        log.info("training %s: %s", outcome.get("status"), said)
+        log.info("training %s: %s", outcome.get("status"), _told(outcome))
         self.look_now()
 
     def _must_pause(self) -> bool:
@@ -306,7 +305,7 @@ class Scheduler:
             "training": self.progress(),
             "last_outcome": {
                 name: self.last_outcome.get(name)
-                for name in ("run_id", "status", "version_id", "verdict", "error")
+                for name in ("run_id", "status", "version_id", "verdict", "reason", "error")
                 if name in self.last_outcome
             },
         }
@@ -356,3 +355,11 @@ class Scheduler:
             said = f"version {now.watched} is being watched; {decision.reason}"
             return "watch", said, decision.next_action, decision.next_in
         return decision.state, decision.reason, decision.next_action, decision.next_in
+
+
+def _told(outcome: Mapping[str, Any]) -> str:
+    """What came of a run, and what the gate said of it and why."""
+    if outcome.get("error"):
+        return str(outcome["error"])
+    verdict = f"{outcome.get('verdict', '')}: {outcome.get('reason', '')}"
+    return f"version {outcome.get('version_id')}, {verdict}"

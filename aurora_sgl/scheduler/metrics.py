@@ -12,14 +12,16 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.health import Sample
 from aurora_sgl.scheduler.loop import Scheduler
 from aurora_sgl.store import queries
+from aurora_sgl.training.held_out import held_out_counts
+from aurora_sgl.training.splits import GATE_SHARE
 
 #: Accept lengths are those of the last hour.
 BACK = timedelta(hours=1)
 STATES = ("waiting", "training", "gate", "trial", "watch", "cooldown", "off")
 
 
-def of_group(s: Session, group_id: int) -> list[Sample]:
-    """Accept length and verify steps by version and domain, runs, verdicts, drops, windows."""
+def of_group(s: Session, group_id: int, gate_share: float = GATE_SHARE) -> list[Sample]:
+    """Accept length and verify steps by version and domain, runs, verdicts, evidence, drops."""
     found: list[Sample] = []
     since = utc_now() - BACK
     for row in queries.accept_length_by_version(s, group_id, since=since, by_domain=True):
@@ -37,6 +39,11 @@ def of_group(s: Session, group_id: int) -> list[Sample]:
     for (kind, verdict), count in queries.count_verdicts(s, group_id).items():
         found.append(Sample("aurora_verdicts", "gauge", "evaluations by kind and verdict", count,
                             (("kind", kind), ("verdict", verdict))))  # fmt: skip
+    evidence = held_out_counts(s, group_id, gate_share=gate_share)
+    for state, count in {"judged": evidence.judged, **evidence.left_out}.items():
+        found.append(Sample("aurora_held_out_requests", "gauge", "held-out requests that can be "
+                            "judged, and those that can't by the reason", count,
+                            (("state", state),)))  # fmt: skip
     for place, count in queries.drops(s, group_id).items():
         found.append(Sample("aurora_drops", "counter", "records lost, by the place where", count,
                             (("place", place),)))  # fmt: skip

@@ -21,6 +21,7 @@ from aurora_sgl.health import HealthServer, Sample
 from aurora_sgl.scheduler import metrics
 from aurora_sgl.scheduler.loop import Scheduler
 from aurora_sgl.store.link import StoreAway, StoreLink
+from aurora_sgl.training.splits import GATE_SHARE
 
 TICK_SECONDS = 1.0
 #: Seconds between two readings of what the store knows of the group, for the metrics.
@@ -96,7 +97,8 @@ class Service:
         if not self.scheduler.group_id:
             return
         with contextlib.suppress(StoreAway), self.scheduler.link.session(write=False) as s:
-            self._samples = metrics.of_group(s, self.scheduler.group_id)
+            share = float(self.scheduler.recipe.get("gate_share", GATE_SHARE))
+            self._samples = metrics.of_group(s, self.scheduler.group_id, share)
 
     def status(self) -> dict[str, Any]:
         """Ready: rounds are done, and the store answered the last one."""

@@ -262,6 +262,7 @@ def _count_requests(connection: Connection, sums: dict[int, RequestSums]) -> Non
             verify_steps=table.c.verify_steps + bindparam("steps"),
             proposed=table.c.proposed + bindparam("more_proposed"),
             accepted=table.c.accepted + bindparam("more_accepted"),
+            accept_rule=bindparam("rule"),
             completion_tokens=case(
                 (
                     table.c.status == "running",
@@ -277,6 +278,7 @@ def _count_requests(connection: Connection, sums: dict[int, RequestSums]) -> Non
                 "more_proposed": s.proposed,
                 "more_accepted": s.accepted,
                 "kept": s.kept,
+                "rule": s.accept_rule,
             }
             for request_id, s in sums.items()
         ],

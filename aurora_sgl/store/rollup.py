@@ -65,6 +65,7 @@ class RequestSums:
     proposed: int = 0
     accepted: int = 0
     kept: int = 0
+    accept_rule: str = ""  # one request keeps one rule
 
 
 def batch_bucket(batch_size: int) -> int:
@@ -140,4 +141,5 @@ def roll_up(
         sums.proposed += step.proposed
         sums.accepted += a
         sums.kept += step.kept
+        sums.accept_rule = step.accept_rule
     return minutes, requests

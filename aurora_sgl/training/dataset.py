@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.errors import AuroraError
@@ -16,7 +19,7 @@ from aurora_sgl.training.duplicates import alike
 from aurora_sgl.training.prefixes import Locate, Piece, Prefixes
 from aurora_sgl.training.proposals import LoggedProposal
 from aurora_sgl.training.sequence import Sequence, readable
-from aurora_sgl.training.splits import is_plain, sides, split_key
+from aurora_sgl.training.splits import sides, split_key, split_of, why_not_judged, why_unusable
 from aurora_sgl.training.traces import Trace, read_trace
 from aurora_sgl.training.weights import by_rejection
 
@@ -24,7 +27,6 @@ from aurora_sgl.training.weights import by_rejection
 StepsOf = Callable[[int], list[dict[str, Any]]]
 
 _CACHE_BYTES = 256 * 1024**2
-_FEWEST_OUTPUT = 3  # fewer output tokens hold nothing to predict
 
 
 class Loader:
@@ -144,6 +146,7 @@ class Dataset:
     dev: SequenceSet
     gate: SequenceSet
     left_out: Counter[str]
+    held_out_left: Counter[str] = field(default_factory=Counter)  # of these the gate's
     counts: Counter[int] = field(default_factory=Counter)  # answer tokens of ``train``
 
 
@@ -159,14 +162,16 @@ def build(
     steps_of: StepsOf | None = None,
     weights: Mapping[int, float] | None = None,
     after_rejection_weight: float = 1.0,
+    most_gate: int | None = None,
 ) -> Dataset:
     """Choose and split requests. Only tokens are read here; features when a request is used.
 
     ``donors`` are further traces that may fill a cached prefix. Left out are requests with
     penalties, bias or a grammar (``sampling``), with hardly an answer (``short``), whose cached
     prefix no trace holds (``prefix``), whose file is missing or broken (``broken``), and those
-    that nearly repeat a prompt on another side (``duplicate``). The other options are
-    :class:`Loader`'s.
+    that nearly repeat a prompt on another side (``duplicate``); from dev and gate also those whose
+    accept rule replay does not cover. The gate gets the first ``most_gate`` usable ones, as they
+    come; files of later ones are not looked at. The other options are :class:`Loader`'s.
     """
     rows = list(rows)
     known = {row.request_id for row in rows}
@@ -180,41 +185,77 @@ def build(
         after_rejection_weight=after_rejection_weight,
     )
     data = Dataset(SequenceSet(loader), SequenceSet(loader), SequenceSet(loader), Counter())
-    usable, tokens = [], {}
+    choice = _Choice(prefixes, partial(split_of, dev_share=dev_share, gate_share=gate_share))
+    held_out = deque(row for row in rows if choice.own_side(row) == "gate")
     for row in rows:
-        reason, pieces = _check(row, prefixes)
-        if pieces is None:
-            data.left_out[reason] += 1
-            continue
-        usable.append((row, pieces))
-        tokens[row.request_id] = prefixes.tokens_of(row).to(torch.int32).numpy()
-    shared = {}
-    if dev_share or gate_share:
-        shared = alike({row.request_id: tokens[row.request_id][: row.output_start]
-                        for row, _ in usable})  # fmt: skip
-    side_of = sides((row for row, _ in usable), shared, dev_share=dev_share, gate_share=gate_share)
+        if choice.own_side(row) != "gate":
+            choice.look_at(row)
+    side_of = choice.sides(dev_share, gate_share)
+    while held_out:
+        taken = sum(side == "gate" for side in side_of.values())
+        missing = len(held_out) if most_gate is None else most_gate - taken
+        if missing <= 0:
+            break
+        for _ in range(min(missing, len(held_out))):
+            choice.look_at(held_out.popleft())
+        side_of = choice.sides(dev_share, gate_share)
+    data.left_out, data.held_out_left = choice.left_out, choice.held_out_left
     parts = {"train": data.train, "dev": data.dev, "gate": data.gate}
-    for row, pieces in usable:
+    for row, pieces in choice.usable:
         side = side_of[row.request_id]
-        if side not in parts:
-            data.left_out[side] += 1
-            continue
-        parts[side].items.append((row, pieces))
+        if side in parts:
+            parts[side].items.append((row, pieces))
+        else:
+            choice.leave_out(side, row)
         if side == "train":
-            data.counts.update(tokens[row.request_id][row.output_start :].tolist())
+            data.counts.update(choice.tokens[row.request_id][row.output_start :].tolist())
     return data
 
 
-def _check(row: RecentRequest, prefixes: Prefixes) -> tuple[str, tuple[Piece, ...] | None]:
-    if not is_plain(row.sampling):
-        return "sampling", None
-    if row.end - row.output_start + 1 < _FEWEST_OUTPUT:
-        return "short", None
-    try:
-        prefixes.tokens_of(row)
-        return "prefix", prefixes.pieces(row)
-    except AuroraError:
-        return "broken", None
+class _Choice:
+    """Requests that were looked at: those that can be used, and why the others can't."""
+
+    def __init__(self, prefixes: Prefixes, split: Callable[[str], str]) -> None:
+        self.prefixes, self.split = prefixes, split
+        self.usable: list[tuple[RecentRequest, tuple[Piece, ...]]] = []
+        self.tokens: dict[int, NDArray[np.int32]] = {}
+        self.left_out: Counter[str] = Counter()
+        self.held_out_left: Counter[str] = Counter()
+
+    def own_side(self, row: RecentRequest) -> str:
+        return self.split(split_key(row))
+
+    def look_at(self, row: RecentRequest) -> None:
+        reason, pieces = self._check(row)
+        if pieces is None:
+            self.leave_out(reason, row)
+            return
+        self.usable.append((row, pieces))
+        self.tokens[row.request_id] = self.prefixes.tokens_of(row).to(torch.int32).numpy()
+
+    def leave_out(self, reason: str, row: RecentRequest) -> None:
+        self.left_out[reason] += 1
+        if self.own_side(row) == "gate":
+            self.held_out_left[reason] += 1
+
+    def sides(self, dev_share: float, gate_share: float) -> dict[int, str]:
+        """See :func:`~aurora_sgl.training.splits.sides`."""
+        shared = {}
+        if dev_share or gate_share:
+            shared = alike({row.request_id: self.tokens[row.request_id][: row.output_start]
+                            for row, _ in self.usable})  # fmt: skip
+        rows = (row for row, _ in self.usable)
+        return sides(rows, shared, dev_share=dev_share, gate_share=gate_share)
+
+    def _check(self, row: RecentRequest) -> tuple[str, tuple[Piece, ...] | None]:
+        judged = self.own_side(row) != "train"
+        if reason := why_not_judged(row) if judged else why_unusable(row):
+            return reason, None
+        try:
+            self.prefixes.tokens_of(row)
+            return "prefix", self.prefixes.pieces(row)
+        except AuroraError:
+            return "broken", None
 
 
 def proposal_of(step: Mapping[str, Any]) -> LoggedProposal:

@@ -34,7 +34,7 @@ _PLACES: Ints = _RANDOM.integers(0, 1 << 63, _WIDTH, dtype=np.uint64) * np.uint6
 
 
 def alike(
-    prompts: Mapping[int, NDArray[np.int64]],  # token ids, [n] each
+    prompts: Mapping[int, NDArray[np.int32]],  # token ids, [n] each
 ) -> dict[int, str]:
     """A key for each prompt that has a near-duplicate among these: theirs in common.
 
@@ -73,7 +73,7 @@ def alike(
     }
 
 
-def _shingles(tokens: NDArray[np.int64]) -> Ints:  # ascending, each once
+def _shingles(tokens: NDArray[np.int32]) -> Ints:  # ascending, each once
     ids = np.asarray(tokens[-_LONGEST:], dtype=np.uint64) + np.uint64(1)
     if len(ids) < _WIDTH:
         ids = np.concatenate([ids, np.zeros(_WIDTH - len(ids), dtype=np.uint64)])

@@ -15,7 +15,7 @@ from aurora_sgl.training.statistics import accept_length
 
 
 class EarlyStop:
-    """Replays the greedy dev requests after every pass, as they would be served."""
+    """Replays the dev requests after every pass, as they would be served."""
 
     def __init__(self, dev: Sequences, head: TargetHead, settings: TrainSettings) -> None:
         self.dev, self.head, self.settings = dev, head, settings
@@ -24,10 +24,9 @@ class EarlyStop:
         self.since = 0
 
     def replayed(self, drafter: Drafter) -> float:
-        """Accept length on the dev split; nan without a greedy request there."""
+        """Accept length on the dev split; nan without a request there that can be read."""
         served = copy.deepcopy(drafter).to(served_dtype(self.settings))
-        greedy = (s for s in readable(self.dev) if s.greedy)
-        return accept_length(replay(served, greedy, self.settings.shape, self.head))
+        return accept_length(replay(served, readable(self.dev), self.settings.shape, self.head))
 
     def after_pass(self, average: Drafter) -> bool:
         """Whether the run should end: ``patience`` passes have brought nothing better."""

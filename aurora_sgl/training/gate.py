@@ -49,7 +49,7 @@ def evaluate(
     head: TargetHead,
     settings: TrainSettings,
 ) -> GateResult:
-    """Replay both drafters in the served dtype and draft shape on the greedy ones among these."""
+    """Replay both drafters in the served dtype and draft shape on these."""
     before, after = _replay_both(base, candidate, sequences, head, settings)
     judged = judge(before, after, fewest=settings.min_gate_requests, seed=settings.seed)
     return GateResult(before, after, judged)
@@ -90,7 +90,6 @@ def _replay_both(
     before: list[Replayed] = []
     after: list[Replayed] = []
     for sequence in sequences:
-        if sequence.greedy:
-            before.append(replay_one(old, sequence, settings.shape, head))
-            after.append(replay_one(new, sequence, settings.shape, head))
+        before.append(replay_one(old, sequence, settings.shape, head))
+        after.append(replay_one(new, sequence, settings.shape, head))
     return before, after

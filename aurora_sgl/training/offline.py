@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,10 @@ from aurora_sgl.store.models import DeploymentGroup
 from aurora_sgl.training import dataset
 from aurora_sgl.training.devices import served_dtype
 from aurora_sgl.training.files import TraceFiles
+from aurora_sgl.training.held_out import REACH, left_out_in_words
 from aurora_sgl.training.replay import Replayed, replay_one
-from aurora_sgl.training.selection import REACH
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.splits import split_key, split_of
+from aurora_sgl.training.splits import split_key, split_of, why_not_judged
 from aurora_sgl.training.statistics import accept_length, paired_difference
 
 _COMPARED = 1000  # newest requests to train on that held-out ones must not nearly repeat
@@ -56,7 +57,7 @@ def replay_versions(
     target: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ReplayLine]:
-    """Replay versions over the newest ``limit`` greedy requests that have a trace.
+    """Replay versions over the newest ``limit`` requests that have a trace and can be judged.
 
     ``only_held_out``: only those that no training run has seen. ``progress`` gets (done, all).
     Raises ``AuroraError`` when there are no such requests, or weights are missing or damaged.
@@ -110,9 +111,9 @@ def replayable(
     domains: Sequence[str] | None,
     only_held_out: bool = True,
 ) -> dataset.SequenceSet:
-    """The newest greedy requests with a trace. Held-out ones are of conversations that no run
-    trains on, and do not nearly repeat a prompt that runs train on. Raises ``AuroraError`` when
-    there are none."""
+    """The newest requests with a trace that can be judged. Held-out ones are of conversations that
+    no run trains on, and do not nearly repeat a prompt that runs train on. Raises ``AuroraError``
+    when there are none, with what was left out."""
     gate_share = settings.gate_share if only_held_out else 0.0
 
     def side(row: queries.RecentRequest) -> str:
@@ -120,20 +121,28 @@ def replayable(
 
     with store.session(engine, write=False) as s:
         donors = queries.recent_requests(s, group.id, limit=REACH)
-        rows = queries.recent_requests(s, group.id, domains=domains, only_greedy=True, limit=REACH)
+        rows = queries.recent_requests(s, group.id, domains=domains, limit=REACH)
     if only_held_out:
-        held = [row for row in rows if side(row) == "gate"]
-        trained = [row for row in donors if side(row) == "train"]
-        rows = [*held[:limit], *trained[:_COMPARED]]
+        rows = [row for row in rows if side(row) == "gate"]
+    left_out = Counter(reason for row in rows if (reason := why_not_judged(row)))
+    rows = [row for row in rows if not why_not_judged(row)]
+    if only_held_out:
+        rows += [row for row in donors if side(row) == "train"][:_COMPARED]
+    else:
+        rows = rows[:limit]
     files = TraceFiles(artifacts, get_settings().home / "cache")
     data = dataset.build(
-        rows if only_held_out else rows[:limit], files, drafter.config,
-        dev_share=0.0, gate_share=gate_share, donors=donors,
+        rows, files, drafter.config,
+        dev_share=0.0, gate_share=gate_share, donors=donors, most_gate=limit,
     )  # fmt: skip
     found = data.gate if only_held_out else data.train
     if not found:
-        kind = "held-out greedy" if only_held_out else "greedy"
-        raise AuroraError(f"group {group.name!r} has no {kind} request with a trace to replay yet")
+        left_out += data.held_out_left if only_held_out else data.left_out
+        kind = "held-out request" if only_held_out else "request"
+        raise AuroraError(
+            f"group {group.name!r} has no {kind} with a trace that can be replayed yet"
+            + left_out_in_words(left_out)
+        )
     return found
 
 

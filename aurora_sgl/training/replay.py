@@ -1,12 +1,19 @@
-"""Exact replay: the accept length that a drafter would have had on a logged greedy request.
+"""Exact replay: the accept length that a drafter would have had on a logged request.
 
 For a greedy request the target's continuation is in the log, so what it would have accepted of
-any proposal is known without running it. The arithmetic is SGLang 0.5.21's (eagle_worker_v2.py
-``draft_forward``, spec_utils.py ``select_top_k_tokens``, eagle_utils.py
-``organize_draft_results``): candidates score the product of softmax probabilities, each step keeps
-the best ``topk`` for the next, and the best ``nodes - 1`` of all candidates go to the target. One
-quirk matters: the draft keys and values belong to a beam *slot* and do not move when the slot gets
-another parent, so a drafted row sees the rows that its slot held before.
+any proposal is known without running it. For a sampled one the same holds in distribution, under
+SGLang's default rule (``target_sampling``): walking through a node's children it accepts each with
+the target's own probability and otherwise draws from the rest, so the emitted token is a draw from
+the target whatever was proposed, and is accepted if and only if it is among the children. A logged
+answer is such a draw. Under ``rejection_sampling`` (min(1, p / q)) what is emitted depends on the
+proposal: those requests are left out by ``splits.why_not_judged``.
+
+The arithmetic is SGLang 0.5.21's (eagle_worker_v2.py ``draft_forward``, spec_utils.py
+``select_top_k_tokens``, eagle_utils.py ``organize_draft_results``): candidates score the product of
+softmax probabilities, each step keeps the best ``topk`` for the next, and the best ``nodes - 1`` of
+all candidates go to the target. One quirk matters: the draft keys and values belong to a beam
+*slot* and do not move when the slot gets another parent, so a drafted row sees the rows that its
+slot held before.
 
 Proposals are computed for all positions at once and then walked as the server would have: from
 the first output token, on by ``accepted + 1``. A position is dropped from the computation as soon
@@ -92,8 +99,8 @@ def replay(
 ) -> list[Replayed]:
     """Replay requests in the drafter's own dtype (cast it to the served one first).
 
-    Requests must be greedy and unpenalised; the caller picks them. One result a request, also
-    where it has no determined step.
+    Requests must be ones that ``splits.why_not_judged`` lets through; the caller picks them. One
+    result a request, also where it has no determined step.
     """
     return [replay_one(drafter, sequence, shape, head) for sequence in sequences]
 

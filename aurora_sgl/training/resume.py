@@ -36,6 +36,7 @@ class Plan:
     base_sha256: str
     window: list[int]  # request ids
     replay: list[int]
+    dev: list[int]
     held_out: list[int]
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +25,12 @@ from aurora_sgl.rollout.gate import record
 from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
-from aurora_sgl.training import dataset, gate
+from aurora_sgl.training import dataset, gate, line_search
 from aurora_sgl.training.files import TraceFiles
+from aurora_sgl.training.held_out import HeldOut
+from aurora_sgl.training.maturity import peak_rate, trained_tokens
 from aurora_sgl.training.resume import Checkpoints, Plan, settings_of
-from aurora_sgl.training.selection import Selection, select
+from aurora_sgl.training.selection import HELD_OUT, Selection, select
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import Progress, TrainResult, train
 from aurora_sgl.training.weights import by_recency
@@ -56,6 +59,7 @@ class Outcome:
     verdict: str = ""
     error: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""  # of the verdict, one sentence
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,6 +129,7 @@ class _Run:
         self.settings, self.run_id, self.progress = settings, run_id, progress
         self.columns: dict[str, Any] = {}
         self.info: TargetInfo | None = None
+        self.judged = HeldOut(0)
 
     def go(self, base_version_id: int | None, target: Path) -> Outcome:
         if base_version_id is None:
@@ -136,14 +141,15 @@ class _Run:
             selection = _waiting(lambda: self._selection(checkpoints, base_sha256))
             data = _waiting(lambda: self._data(base, selection))
             start = self._with_vocabulary(base, data, target)
+            recipe = _waiting(lambda: self._by_maturity(base_version_id))
             checkpoints.begin(_plan(self.settings, base_sha256, selection))
             head = TargetHead.load(target)
             try:
-                result = self._train(start, data, head, checkpoints)
+                result = self._train(start, data, head, recipe, checkpoints)
+                chosen = self._search(base, start, result, data, head)
                 self._say({"event": "gate", "requests": len(data.gate)})
-                verdict = gate.evaluate(
-                    base, result.drafter, data.gate.readable(), head, self.settings
-                )
+                verdict = gate.evaluate(base, chosen, data.gate.readable(), head, self.settings)
+                result = replace(result, drafter=chosen)
                 outcome = _waiting(lambda: self._keep(base_version_id, result, verdict, work))
             except AuroraError:
                 checkpoints.clear()  # whoever takes it up would come to the same end
@@ -177,18 +183,18 @@ class _Run:
         if left is None:
             return selection
         known = {row.request_id: row for row in selection.known}
-        window, replay, held_out = (
+        window, replay, dev, held_out = (
             [known[i] for i in ids if i in known]
-            for ids in (left.window, left.replay, left.held_out)
+            for ids in (left.window, left.replay, left.dev, left.held_out)
         )
-        return Selection(window, replay, held_out, selection.known)
+        return replace(selection, window=window, replay=replay, dev=dev, held_out=held_out)
 
     def _data(self, base: Drafter, selection: Selection) -> dataset.Dataset:
         settings = self.settings
         needs_log = settings.objective in _LEARN_FROM_PROPOSALS
         weighs = settings.after_rejection_weight != 1
         data = dataset.build(
-            [*selection.window, *selection.replay, *selection.held_out],
+            [*selection.window, *selection.replay, *selection.dev, *selection.held_out],
             TraceFiles(self.artifacts, get_settings().home / "cache"),
             base.config,
             dev_share=settings.dev_share,
@@ -197,13 +203,16 @@ class _Run:
             steps_of=_Steps(self.engine) if needs_log or weighs else None,
             weights=by_recency(selection.window, settings.recency_half_life),
             after_rejection_weight=settings.after_rejection_weight,
+            most_gate=HELD_OUT,
         )
+        self.judged = HeldOut(len(data.gate), dict(selection.not_judged + data.held_out_left))
         if selection.span is not None:
             self.columns["window_start"], self.columns["window_end"] = selection.span
         self.columns["requests"] = len(data.train)
         self.columns["metrics"] = {
             "left_out": dict(data.left_out),
             "gate_requests": len(data.gate),
+            "gate_left_out": self.judged.left_out,
             "replayed_requests": len(selection.replay),
         }
         self._say({"event": "window", "requests": len(data.train), "gate": len(data.gate)})
@@ -232,20 +241,54 @@ class _Run:
         }
         return fresh.drafter
 
+    def _by_maturity(self, base_version_id: int) -> TrainSettings:
+        """The recipe with the peak rate that suits the base."""
+        with store.session(self.engine, write=False) as s:
+            trained = trained_tokens(s, base_version_id)
+        rate = peak_rate(self.settings, trained)
+        self.columns["metrics"] |= {
+            "peak_rate": rate,
+            "base_trained_tokens": trained if math.isfinite(trained) else None,
+        }
+        return self.settings.model_copy(update={"learning_rate": rate})
+
+    def _search(
+        self,
+        base: Drafter,
+        start: Drafter,
+        result: TrainResult,
+        data: dataset.Dataset,
+        head: TargetHead,
+    ) -> Drafter:
+        """How much of what was learnt to take over."""
+
+        def say(done: int, most: int) -> None:
+            self._say({"event": "line_search", "done": done, "of": most})
+
+        say(0, 1 + len(line_search.ALPHAS))
+        found = line_search.search(base, start, result.drafter, data.dev, head, self.settings, say)
+        self.columns["metrics"] |= found.metrics
+        return found.drafter
+
     def _train(
-        self, start: Drafter, data: dataset.Dataset, head: TargetHead, checkpoints: Checkpoints
+        self,
+        start: Drafter,
+        data: dataset.Dataset,
+        head: TargetHead,
+        settings: TrainSettings,
+        checkpoints: Checkpoints,
     ) -> TrainResult:
-        settings = self.settings
+        dev = data.dev if settings.patience else None
         if settings.workers > 1:
             from aurora_sgl.training.scale import train_on_workers
 
             return train_on_workers(
                 start, data.train, head, settings,
-                dev=data.dev, progress=self.progress, checkpoints=checkpoints,
+                dev=dev, progress=self.progress, checkpoints=checkpoints,
             )  # fmt: skip
         return train(
             start, data.train, head, settings,
-            dev=data.dev, progress=self.progress, checkpoints=checkpoints,
+            dev=dev, progress=self.progress, checkpoints=checkpoints,
         )  # fmt: skip
 
     def _keep(
@@ -279,9 +322,13 @@ class _Run:
             baseline_id=base_version_id,
             recipe=settings,
             details={"run_id": self.run_id},
+            left_out=self.judged.left_out,
         )
         outcome = self.end("succeeded", tokens=result.tokens, metrics=metrics)
-        return Outcome(outcome.run_id, "succeeded", version.id, row.id, row.verdict, "", metrics)
+        return Outcome(
+            outcome.run_id, "succeeded", version.id, row.id, row.verdict,
+            metrics=metrics, reason=str(row.details.get("reason", "")),
+        )  # fmt: skip
 
     def _say(self, event: dict[str, Any]) -> None:
         if self.progress is not None:
@@ -311,9 +358,10 @@ def _waiting(work: Callable[[], T]) -> T:
 
 
 def _plan(settings: TrainSettings, base_sha256: str, selection: Selection) -> Plan:
-    parts = (selection.window, selection.replay, selection.held_out)
-    window, replay, held_out = ([row.request_id for row in part] for part in parts)
-    return Plan(settings_of(settings), base_sha256, window, replay, held_out)
+    parts = (selection.window, selection.replay, selection.dev, selection.held_out)
+    return Plan(
+        settings_of(settings), base_sha256, *([row.request_id for row in part] for part in parts)
+    )
 
 
 def _training_folder() -> Path:

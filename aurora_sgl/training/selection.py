@@ -1,9 +1,12 @@
-"""Which of the store's requests a run looks at: its window, older traffic, and held-out ones."""
+"""Which of the store's requests a run looks at: its window, older traffic, a dev split, and
+held-out ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import zip_longest
 
 from sqlalchemy.orm import Session
 
@@ -11,11 +14,11 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.hashing import sha256_bytes
 from aurora_sgl.store import queries
 from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.training.held_out import REACH
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.splits import split_key, split_of
+from aurora_sgl.training.splits import split_key, split_of, why_not_judged
 
-REACH = 5000  # newest requests with a trace that a run knows of
-HELD_OUT = 200  # newest held-out requests that a run replays
+HELD_OUT = 200  # newest held-out requests that a run replays, of those that can be judged
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,10 @@ class Selection:
 
     window: list[RecentRequest]  # to learn from
     replay: list[RecentRequest]  # older, or of other domains, against forgetting
-    held_out: list[RecentRequest]  # of conversations that no run ever trains on
+    dev: list[RecentRequest]  # of conversations that are only trained on with another dev share
+    held_out: list[RecentRequest]  # that can be judged, of conversations that no run trains on
     known: list[RecentRequest]  # all that may fill a cached prefix, the others among them
+    not_judged: Counter[str] = field(default_factory=Counter)  # held-out ones left out, by reason
 
     @property
     def span(self) -> tuple[datetime, datetime] | None:
@@ -44,15 +49,41 @@ def select(
         since = (now or utc_now()) - timedelta(hours=settings.window_hours)
         wanted = [row for row in wanted if row.finished_at >= since]
 
-    def is_held_out(row: RecentRequest) -> bool:
-        shares = {"dev_share": settings.dev_share, "gate_share": settings.gate_share}
-        return split_of(split_key(row), **shares) == "gate"
-
-    window = [row for row in wanted[: settings.window] if not is_held_out(row)]
-    held_out = [row for row in wanted if is_held_out(row)][:HELD_OUT]
+    side = {
+        row.request_id: split_of(
+            split_key(row), dev_share=settings.dev_share, gate_share=settings.gate_share
+        )
+        for row in known
+    }
+    window = [row for row in wanted[: settings.window] if side[row.request_id] == "train"]
+    dev = [row for row in known if side[row.request_id] == "dev" and not why_not_judged(row)]
+    held_out, not_judged = [], Counter[str]()
+    for row in wanted:
+        if side[row.request_id] == "gate":
+            if reason := why_not_judged(row):
+                not_judged[reason] += 1
+            else:
+                held_out.append(row)
     taken = {row.request_id for row in wanted[: settings.window]}
-    rest = [row for row in known if row.request_id not in taken and not is_held_out(row)]
-    return Selection(window, _draw(rest, len(window), settings), held_out, known)
+    rest = [row for row in known
+            if row.request_id not in taken and side[row.request_id] == "train"]  # fmt: skip
+    return Selection(
+        window,
+        _draw(rest, len(window), settings),
+        _in_turns(dev, settings.dev_requests),
+        held_out,
+        known,
+        not_judged,
+    )
+
+
+def _in_turns(rows: list[RecentRequest], count: int) -> list[RecentRequest]:
+    """The newest of each domain, domains taking turns, so that a small one is heard too."""
+    by_domain: dict[str, list[RecentRequest]] = defaultdict(list)
+    for row in rows:
+        by_domain[row.domain].append(row)
+    turns = zip_longest(*by_domain.values())
+    return [row for turn in turns for row in turn if row is not None][:count]
 
 
 def _draw(rows: list[RecentRequest], window: int, settings: TrainSettings) -> list[RecentRequest]:

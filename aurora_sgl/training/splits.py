@@ -29,6 +29,29 @@ _CONSTRAINTS = (
     "custom_params",
 )
 
+#: Share of conversations that no run trains on, unless a recipe says otherwise.
+GATE_SHARE = 0.15
+FEWEST_OUTPUT = 3  # fewer output tokens hold nothing to predict
+#: Accept rules under which a request's log tells what any drafter would have had accepted: the
+#: emitted token is the target's own, drawn without a look at the proposal (see replay.py).
+JUDGED_RULES = ("greedy", "target_sampling")
+
+
+def why_unusable(row: RecentRequest) -> str:
+    """Why a request is neither trained on nor judged: ``sampling`` (its logits were changed),
+    ``short`` (hardly an answer); empty: it can be used."""
+    if not is_plain(row.sampling):
+        return "sampling"
+    return "short" if row.end - row.output_start + 1 < FEWEST_OUTPUT else ""
+
+
+def why_not_judged(row: RecentRequest) -> str:
+    """Why a held-out request says nothing of a drafter: as :func:`why_unusable`, or the accept
+    rule that replay does not cover; empty: it can be judged."""
+    if reason := why_unusable(row):
+        return reason
+    return "" if row.accept_rule in JUDGED_RULES else row.accept_rule or "unknown_rule"
+
 
 def is_plain(sampling: Mapping[str, Any]) -> bool:
     """Whether a request was answered by the target alone: no penalty, bias or grammar."""

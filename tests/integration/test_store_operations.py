@@ -184,7 +184,6 @@ def test_recent_requests_are_those_that_training_may_read(engine: Engine, group_
     serve(engine, group_id)
     with store.session(engine) as s:
         assert numbers(queries.recent_requests(s, group_id)) == [6, 5, 4, 3, 1]
-        assert numbers(queries.recent_requests(s, group_id, only_greedy=True, limit=2)) == [5, 4]
         assert numbers(queries.recent_requests(s, group_id, limit=2, newest_first=False)) == [5, 6]
         assert numbers(queries.recent_requests(s, group_id, domains=["chat"])) == [3, 1]
         assert numbers(

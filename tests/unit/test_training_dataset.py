@@ -77,6 +77,7 @@ class Traffic:
             prompt_sha256=sha256_ints(tokens[:output_start]),
             head_sha256=sha256_ints(tokens[:16]),
             greedy=greedy,
+            accept_rule="greedy" if greedy else "target_sampling",
         )
         row = replace(row, **fields)  # type: ignore[arg-type]
         self.rows.append(row)

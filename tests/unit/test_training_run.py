@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from sqlalchemy import Engine, select
 from test_training_trainer import RECIPE, requests
 
-from aurora_sgl import store, wire
+from aurora_sgl import rollout, store, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import get_settings
@@ -30,6 +31,9 @@ from aurora_sgl.rollout.promote import promote
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRun
+from aurora_sgl.training import run
+from aurora_sgl.training.held_out import held_out_counts
+from aurora_sgl.training.offline import replay_versions
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
 
@@ -43,6 +47,7 @@ class House:
     artifacts: ArtifactRoot
     target: Path
     live: int
+    rule_of: Callable[[int], str] = lambda number: "greedy"
 
     def serve(self, count: int) -> None:
         """Requests as the sidecar would have stored them, with their trace files."""
@@ -56,6 +61,7 @@ class House:
 
     def _store(self, s: Any, server_id: int, sequence: Any) -> None:
         number = wire.request_id(7, sequence.request_id + 1)
+        rule = self.rule_of(sequence.request_id)
         uri = f"traces/20260101/{number}.safetensors"
         path = self.artifacts.local_path(uri)
         assert path is not None
@@ -84,6 +90,7 @@ class House:
                 completion_tokens=18,
                 conversation_hash=f"c{sequence.request_id}",
                 sampling={},
+                accept_rule=rule,
             )
         )
         s.flush()
@@ -98,7 +105,7 @@ class House:
             output_start=6,
             prompt_sha256=sha256_ints(tokens[:6]),
             head_sha256=sha256_ints(tokens[:16]),
-            greedy=True,
+            greedy=rule == "greedy",
             aux_width=48,
             last_width=16,
             dtype="float32",
@@ -135,7 +142,7 @@ def test_a_run_makes_a_version_and_an_evaluation_against_the_live_one(house: Hou
         house.engine, house.artifacts, "default", SETTINGS, trigger="test", progress=seen.append
     )
     assert (outcome.status, outcome.verdict, outcome.error) == ("succeeded", "pass", "")
-    assert {event["event"] for event in seen} == {"window", "update", "gate"}
+    assert {event["event"] for event in seen} == {"window", "update", "line_search", "gate"}
     (run,) = house.runs()
     assert run.status == "succeeded" and run.base_version_id == house.live
     assert run.requests > 20 and run.tokens > 0 and run.window_start is not None
@@ -149,11 +156,88 @@ def test_a_run_makes_a_version_and_an_evaluation_against_the_live_one(house: Hou
     assert version.source == "train"
     assert evaluation is not None and evaluation.baseline_id == house.live
     # Sixty requests of so small a vocabulary ask for the same more than once.
-    assert evaluation.requests + run.requests + outcome.metrics["left_out"]["duplicate"] == 60
+    parts = (evaluation.requests, run.requests, outcome.metrics["dev_requests"],
+             outcome.metrics["left_out"]["duplicate"])  # fmt: skip
+    assert sum(parts) == 60 and all(parts)
     assert evaluation.ci_low > 0 and evaluation.candidate_accept_length > 1.5
     folder = house.artifacts.local_path(version.weights_uri)
     assert folder is not None and checkpoint.validate(folder) == []
     assert list((house.home / "training").iterdir()) == [], "the work folder is gone"
+
+
+def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
+    house.rule_of = lambda number: "target_sampling"
+    house.serve(60)
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert (outcome.status, outcome.verdict) == ("succeeded", "pass"), outcome.reason
+    with store.session(house.engine, write=False) as s:
+        evaluation = s.get_one(Evaluation, outcome.evaluation_id)
+        counts = held_out_counts(s, 1, gate_share=SETTINGS.gate_share)
+    assert evaluation.requests >= 8
+    left = outcome.metrics["gate_left_out"]  # of so small a vocabulary: near-duplicates
+    assert set(left) <= {"duplicate"}
+    assert evaluation.details["judged"] == {"requests": evaluation.requests, "left_out": left}
+    assert counts.judged >= evaluation.requests and counts.left_out == {}
+    assert rollout.status.last_verdict(house.engine, "default").reason == outcome.reason
+    lines = replay_versions(
+        house.engine, house.artifacts, rollout_group(house), [house.live, outcome.version_id],
+        SETTINGS, limit=50,
+    )  # fmt: skip
+    assert lines[-1].requests and lines[-1].ci_low > 0
+
+
+@pytest.mark.parametrize("rule", ["rejection_sampling", "", "typical"])
+def test_what_replay_does_not_cover_is_left_out_counted_and_said(house: House, rule: str) -> None:
+    house.rule_of = lambda number: rule
+    house.serve(60)
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert (outcome.status, outcome.verdict) == ("succeeded", "inconclusive")
+    reason = rule or "unknown_rule"
+    left = outcome.metrics["gate_left_out"]
+    assert left[reason] > 8 and outcome.metrics["gate_requests"] == 0
+    assert outcome.reason.startswith("0 held-out requests can be judged, at least 4 needed (")
+    assert f"{left[reason]} " in outcome.reason and "left out" in outcome.reason
+    with store.session(house.engine, write=False) as s:
+        counts = held_out_counts(s, 1, gate_share=SETTINGS.gate_share)
+        assert s.get_one(Evaluation, outcome.evaluation_id).details["judged"]["left_out"] == left
+    assert counts.judged == 0 and counts.left_out[reason] == left[reason]
+    assert counts.sentence.startswith("0 held-out requests can be judged (")
+
+
+def test_what_can_be_judged_is_chosen_before_the_newest_are_cut(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "HELD_OUT", 5)
+    house.rule_of = lambda number: "rejection_sampling" if number >= 40 else "target_sampling"
+    house.serve(60)  # the newest twenty can't be judged
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert outcome.metrics["gate_requests"] == 5, outcome.reason
+    assert outcome.metrics["gate_left_out"]["rejection_sampling"] >= 2
+
+
+def rollout_group(house: House) -> Any:
+    with store.session(house.engine, write=False) as s:
+        return queries.group_by_name(s, "default")
+
+
+def test_the_peak_rate_falls_with_what_the_lineage_was_trained_on(house: House) -> None:
+    house.serve(40)
+    first = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    promote(house.engine, first.version_id, actor="test", reason="better")
+    second = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert first.metrics["base_trained_tokens"] == 0
+    assert first.metrics["peak_rate"] == SETTINGS.learning_rate
+    (run_1, _) = house.runs()
+    assert second.metrics["base_trained_tokens"] == run_1.tokens > 0
+    elsewhere = scratch.make(house.target, draft_vocab_size=40, seed=9, model=str(house.target))
+    folder = checkpoint.save(elsewhere, house.home / "elsewhere")
+    brought = import_version(house.engine, house.artifacts, folder, "default", source="import")
+    third = train_once(
+        house.engine, house.artifacts, "default", SETTINGS, trigger="test",
+        base_version_id=brought.id,
+    )  # fmt: skip
+    assert third.metrics["base_trained_tokens"] is None
+    assert third.metrics["peak_rate"] == SETTINGS.mature_learning_rate
 
 
 def test_too_few_requests_skip_the_run_and_say_so(house: House) -> None:

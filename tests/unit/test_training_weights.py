@@ -18,8 +18,8 @@ from aurora_sgl.training.splits import sides, split_of
 from aurora_sgl.training.weights import by_recency, by_rejection
 
 ROW = RecentRequest(
-    request_id=1, uri="u", start=0, end=9, output_start=4, greedy=True, domain="d",
-    conversation_hash="", prompt_sha256="p", head_sha256="h", completion_tokens=5,
+    request_id=1, uri="u", start=0, end=9, output_start=4, greedy=True, accept_rule="greedy",
+    domain="d", conversation_hash="", prompt_sha256="p", head_sha256="h", completion_tokens=5,
     admitted_at=utc_now(), finished_at=utc_now(), sampling={}, prompt_tokens=4, sha256="", bytes=1,
 )  # fmt: skip
 

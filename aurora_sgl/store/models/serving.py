@@ -118,6 +118,7 @@ class Request(Base):
     may_train: Mapped[bool] = mapped_column(default=False)
     traced: Mapped[bool] = mapped_column(default=False)
     speculates: Mapped[bool] = mapped_column(default=True)
+    accept_rule: Mapped[str] = mapped_column(default="")  # of its verify steps; "": it had none
 
 
 class AcceptanceEvent(Base):

@@ -27,9 +27,11 @@ from aurora_sgl.store.queries.learning import (
     explain_stop,
     fail_running,
     finish_run,
+    last_replay,
     promotion_of,
     runs,
     start_run,
+    tokens_of_runs,
 )
 from aurora_sgl.store.queries.lengths import (
     AcceptLength,
@@ -96,6 +98,7 @@ from aurora_sgl.store.queries.swaps import add_swaps, set_stall, swaps
 from aurora_sgl.store.queries.versions import (
     add_version,
     aliases,
+    lineage,
     set_alias,
     set_metrics,
     set_pinned,
@@ -164,7 +167,9 @@ __all__ = [
     "groups",
     "is_on",
     "known_version",
+    "last_replay",
     "lease",
+    "lineage",
     "live_versions",
     "lock_group",
     "mark_lost",
@@ -204,6 +209,7 @@ __all__ = [
     "swaps",
     "switches",
     "take_lease_over",
+    "tokens_of_runs",
     "touch_server",
     "trace",
     "trace_bytes_total",

@@ -74,6 +74,14 @@ def runs(
     return s.scalars(query.order_by(TrainingRun.id.desc()).limit(limit)).all()
 
 
+def tokens_of_runs(s: Session, run_ids: Sequence[int]) -> int:
+    """Positions that these runs trained on, together."""
+    found = s.scalar(
+        select(func.coalesce(func.sum(TrainingRun.tokens), 0)).where(TrainingRun.id.in_(run_ids))
+    )
+    return int(found or 0)
+
+
 def explain_stop(s: Session, group_id: int, why: str) -> None:
     """The newest run was ended by a signal: write down why, instead of which signal."""
     last = runs(s, group_id, limit=1)
@@ -156,6 +164,21 @@ def evaluations(s: Session, candidate_id: int) -> Sequence[Evaluation]:
         .where(Evaluation.candidate_id == candidate_id)
         .order_by(Evaluation.id.desc())
     ).all()
+
+
+def last_replay(s: Session, group_id: int) -> Evaluation | None:
+    """The gate's newest evaluation of a group, over all domains."""
+    return s.scalars(
+        select(Evaluation)
+        .join(DrafterVersion, DrafterVersion.id == Evaluation.candidate_id)
+        .where(
+            DrafterVersion.group_id == group_id,
+            Evaluation.kind == "replay",
+            Evaluation.domain == "",
+        )
+        .order_by(Evaluation.id.desc())
+        .limit(1)
+    ).one_or_none()
 
 
 def count_verdicts(s: Session, group_id: int) -> dict[tuple[str, str], int]:

@@ -37,6 +37,7 @@ class RecentRequest:
     prompt_sha256: str
     head_sha256: str
     greedy: bool
+    accept_rule: str  # greedy | target_sampling | rejection_sampling; "": not known
 
 
 def recent_requests(
@@ -48,7 +49,6 @@ def recent_requests(
     limit: int | None = None,
     domains: Sequence[str] | None = None,
     only_trainable: bool = True,
-    only_greedy: bool = False,
     newest_first: bool = True,
 ) -> list[RecentRequest]:
     """Finished requests of a group that have a trace, finished in [since, until).
@@ -66,6 +66,7 @@ def recent_requests(
             Request.sampling,
             Request.prompt_tokens,
             Request.completion_tokens,
+            Request.accept_rule,
             Trace.uri,
             Trace.sha256,
             Trace.bytes,
@@ -89,8 +90,6 @@ def recent_requests(
         query = query.where(Request.domain.in_(domains))
     if only_trainable:
         query = query.where(Request.may_train)
-    if only_greedy:
-        query = query.where(Trace.greedy)
     if limit is not None:
         query = query.limit(limit)
     rows = [RecentRequest(**row._mapping) for row in s.execute(query)]

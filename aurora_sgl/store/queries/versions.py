@@ -33,6 +33,14 @@ def version(s: Session, version_id: int) -> DrafterVersion:
     return found
 
 
+def lineage(s: Session, version_id: int) -> list[DrafterVersion]:
+    """A version and those that it was made from, the newest first."""
+    found = [version(s, version_id)]
+    while found[-1].parent_id is not None:
+        found.append(version(s, found[-1].parent_id))
+    return found
+
+
 def version_by_sha256(s: Session, group_id: int, weights_sha256: str) -> DrafterVersion | None:
     """``weights_sha256``: the whole hash, or the beginning of it."""
     return s.scalars(

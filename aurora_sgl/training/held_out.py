@@ -1,0 +1,56 @@
+"""How many of a group's held-out requests can be judged, and why the others can't."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sqlalchemy.orm import Session
+
+from aurora_sgl.store import queries
+from aurora_sgl.training.splits import GATE_SHARE, split_key, split_of, why_not_judged
+
+REACH = 5000  # newest requests with a trace that a run knows of
+
+_REASONS = {
+    "sampling": "with penalties, bias or a grammar",
+    "short": "with hardly an answer",
+    "rejection_sampling": "sampled by rejection",
+    "unknown_rule": "of an unknown accept rule",
+    "prefix": "whose cached prefix has no trace",
+    "broken": "whose trace is missing or broken",
+    "duplicate": "that nearly repeat a prompt on another side",
+}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Requests that no run trains on: how many a verdict can rest on, and the others by reason."""
+
+    judged: int
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """For people, such as ``12 held-out requests can be judged (3 sampled by rejection left
+        out)``."""
+        return f"{self.judged} held-out requests can be judged{left_out_in_words(self.left_out)}"
+
+
+def left_out_in_words(left_out: Mapping[str, int]) -> str:
+    """`` (3 sampled by rejection left out)``, or nothing."""
+    parts = [f"{count} {_REASONS.get(reason, reason)}" for reason, count in left_out.items()]
+    return f" ({', '.join(parts)} left out)" if parts else ""
+
+
+def held_out_counts(s: Session, group_id: int, *, gate_share: float = GATE_SHARE) -> HeldOut:
+    """Of the newest ``REACH`` requests with a trace. A run may leave out some more: what a trace
+    file holds is only known once it is read."""
+    reasons = Counter(
+        why_not_judged(row)
+        for row in queries.recent_requests(s, group_id, limit=REACH)
+        if split_of(split_key(row), dev_share=0.0, gate_share=gate_share) == "gate"
+    )
+    judged = reasons.pop("", 0)
+    return HeldOut(judged, dict(sorted(reasons.items())))

@@ -1,0 +1,39 @@
+"""How fast a drafter may still be changed: the peak rate by how much it was trained already.
+
+A rate that teaches an untrained drafter quickly undoes a well-trained one. The peak is
+``learning_rate`` up to ``YOUNG_TOKENS`` trained tokens, then falls as a power of them and is
+``mature_learning_rate`` from ``MATURE_TOKENS`` on. A drafter that came from elsewhere counts as
+mature: what it was trained on is not known, and nobody brings an untrained one.
+"""
+
+from __future__ import annotations
+
+import math
+
+from sqlalchemy.orm import Session
+
+from aurora_sgl.store import queries
+from aurora_sgl.training.settings import TrainSettings
+
+YOUNG_TOKENS, MATURE_TOKENS = 1e5, 1e6
+
+
+def trained_tokens(s: Session, version_id: int) -> float:
+    """Positions that the runs along a version's lineage trained on; ``inf`` where the lineage
+    begins with an import."""
+    lineage = queries.lineage(s, version_id)
+    if lineage[-1].source == "import":
+        return math.inf
+    runs = [version.training_run_id for version in lineage if version.training_run_id is not None]
+    return float(queries.tokens_of_runs(s, runs))
+
+
+def peak_rate(settings: TrainSettings, trained: float) -> float:
+    """Peak rate of a run whose base was trained on so many tokens."""
+    young, mature = settings.learning_rate, settings.mature_learning_rate
+    if mature >= young or trained <= YOUNG_TOKENS:
+        return young
+    if trained >= MATURE_TOKENS:
+        return mature
+    age = math.log(trained / YOUNG_TOKENS) / math.log(MATURE_TOKENS / YOUNG_TOKENS)
+    return float(young * (mature / young) ** age)
