@@ -146,6 +146,8 @@ class Agent:
                 state.speculates = state.keeps > 0
                 state.keeps -= 1
             drafting = [state for state in drafting if state.speculates]
+        if any(state.whole for state in drafting):
+            return self.ladder.whole
         return self.policy.rung(size) if drafting else ladder.PLAIN
 
     def account_step(self, batch_size: int, *, rung: ladder.Rung, seconds: float) -> None:

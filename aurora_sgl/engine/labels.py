@@ -31,6 +31,7 @@ class Labels:
     conversation: str = ""
     may_train: bool | None = None  # None: the server's setting decides
     speculate: bool | None = None  # None: the server's phase decides
+    whole: bool = False  # with drafts of the whole shape in every step
     warmup: bool = False
 
 
@@ -69,6 +70,7 @@ def attach(sampling_params: Any, *, warmup: bool) -> None:
     for name in ("train", "speculate"):
         if said := headers.get(f"x-aurora-{name}"):
             labels[name] = said.lower() not in ("no", "false", "0", "off")
+    labels["whole"] = headers.get("x-aurora-speculate", "").lower() == "whole"
     params = sampling_params.custom_params
     sampling_params.custom_params = {**(params if isinstance(params, dict) else {}), KEY: labels}
 
@@ -85,5 +87,6 @@ def read(sampling_params: Any) -> Labels:
         conversation=str(found.get("conversation") or "")[:MAX_LABEL],
         may_train=train if isinstance(train, bool) else None,
         speculate=speculate if isinstance(speculate, bool) else None,
+        whole=found.get("whole") is True,
         warmup=bool(found.get("warmup")),
     )

@@ -38,6 +38,7 @@ class RequestState:
     greedy: bool
     swap_count: int  # of the server when the request was first prefilled
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
+    whole: bool = False  # its steps carry the whole draft shape, whatever pays
     steps: int = 0
     proposed: int = 0
     accepted: int = 0
@@ -181,6 +182,7 @@ class Recorder:
             greedy=is_greedy(req.sampling_params),
             swap_count=self.live.swap_count,
             keeps=keeps,
+            whole=said.whole,
         )
         req._aurora = state
         if follow:
