@@ -43,6 +43,14 @@ def demo(
         str | None,
         typer.Option(help="Drafter folder to start with (default: the live one, else untrained)."),
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=2.0,
+            help="Of traffic that has none of its own (default: greedy, 0.7 when prompts repeat).",
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(help="Port of the endpoint; 0: a free one.")] = 0,
     dashboard: Annotated[
         bool, typer.Option(help="Start the web page for operators too (not with --exit).")
@@ -58,6 +66,7 @@ def demo(
             stop=exit_,
             prompts=prompts,
             drafter=drafter,
+            temperature=temperature,
             port=port,
             dashboard=dashboard,
             as_json=as_json,

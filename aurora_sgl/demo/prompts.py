@@ -1,8 +1,9 @@
 """Sample traffic: the project's own prompts, or the user's from a JSON Lines file.
 
-One line is one request: ``{"prompt": "...", "domain": "chat", "max_tokens": 128}``. Only ``prompt``
-is required. ``"held_out": true`` marks prompts that measure drafters and are never trained on; in a
-file without such marks a tenth of each domain is taken, by the hash of the prompt.
+One line is one request, of which only ``prompt`` is required:
+``{"prompt": "...", "domain": "chat", "max_tokens": 128, "temperature": 0.7}``.
+``"held_out": true`` marks prompts that measure drafters and are never trained on; in a file without
+such marks a tenth of each domain is taken, by the hash of the prompt.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ SAMPLES = Path(__file__).with_name("prompts.jsonl")
 DEFAULT_MAX_TOKENS = 128
 HELD_OUT_SHARE = 0.1
 MAX_TOKENS_LIMIT = 100_000
+MAX_TEMPERATURE = 2.0
 
 #: What the header x-aurora-domain carries unchanged.
 _DOMAIN = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
@@ -35,6 +37,7 @@ class Prompt:
     prompt: str
     max_tokens: int
     held_out: bool = False
+    temperature: float | None = None  # None: the demo's
 
 
 def sample_prompts() -> list[Prompt]:
@@ -95,7 +98,16 @@ def _prompt_of(line: str, where: str) -> Prompt:
     held_out = row.get("held_out", False)
     if not isinstance(held_out, bool):
         raise AuroraError(f"{where}: 'held_out' must be true or false")
-    return Prompt(domain, prompt, max_tokens, held_out)
+    return Prompt(domain, prompt, max_tokens, held_out, _temperature(row, where))
+
+
+def _temperature(row: dict[str, Any], where: str) -> float | None:
+    value = row.get("temperature")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value <= MAX_TEMPERATURE:
+        raise AuroraError(f"{where}: 'temperature' must be a number from 0 to {MAX_TEMPERATURE:g}")
+    return float(value)
 
 
 def _with_some_held_out(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.demo.dashboard import DashboardProcess
+from aurora_sgl.demo.measurement import WholeDrafts, whole_drafts
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, load_prompts, sample_prompts, to_measure, to_serve
 from aurora_sgl.demo.screen import Screen, VersionRow
@@ -29,13 +30,13 @@ from aurora_sgl.rollout.promote import promote
 from aurora_sgl.serving import plan
 from aurora_sgl.sidecar.phase import break_even
 from aurora_sgl.store import queries
-from aurora_sgl.training.replay import Replayed
-from aurora_sgl.training.statistics import paired_difference
+from aurora_sgl.training.replay import DraftShape
 
 TRAIN_EVERY = 40  # served requests between training runs
 MAX_TOKENS = 64  # of one answer: keeps the first improvement within minutes on two cores
 MEASURED = 24  # held-out prompts, of all domains
 MEASURED_TOKENS = 40
+AGAIN_TEMPERATURE = 0.7  # of prompts that come again
 _SWAP_SECONDS = 60.0
 
 #: What SGLang is started with; small enough for two cores and a few GiB.
@@ -51,6 +52,7 @@ def run(
     stop: bool = False,
     prompts: Path | None = None,
     drafter: str | None = None,
+    temperature: float | None = None,
     port: int = 0,
     dashboard: bool = True,
     as_json: bool = False,
@@ -60,7 +62,8 @@ def run(
     ``requests``: how many to send (None: go on until Ctrl-C). ``stop``: measure the first and the
     last version on the same held-out prompts, sum up, and end; nobody looks at a dashboard then,
     so none is started. ``drafter``: a folder to begin with, or ``scratch`` (None: what was live in
-    this data folder, else scratch).
+    this data folder, else scratch). ``temperature``: of traffic that has none of its own (None:
+    greedy, and 0.7 when the prompts come again).
     """
     settings = get_settings()
     chosen = load_prompts(prompts) if prompts is not None else sample_prompts()
@@ -91,7 +94,8 @@ def run(
     with Screen(quiet=as_json) as screen:
         screen.say(ready.note)
         pages = DashboardProcess(settings.home / "logs" / "dashboard.log", screen.say)
-        demo = _Demo(settings, engine, server, screen, chosen, requests, stop, _shape(ready.flags))
+        demo = _Demo(settings, engine, server, screen, chosen, requests, stop,
+                     _shape(ready.flags), temperature)  # fmt: skip
         if dashboard and not stop:
             demo.dashboard = pages
         try:
@@ -124,19 +128,6 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@dataclass
-class _Measured:
-    """One measurement on the held-out prompts, and what the store says of its requests."""
-
-    sample: Sample
-    per_request: list[Replayed] = field(default_factory=list)
-
-    @property
-    def accept_length(self) -> float | None:
-        steps = sum(one.verify_steps for one in self.per_request)
-        return 1 + sum(one.accepted for one in self.per_request) / steps if steps else None
-
-
 class _Demo:
     def __init__(
         self,
@@ -148,8 +139,9 @@ class _Demo:
         requests: int | None,
         stop: bool,
         shape: dict[str, int],  # depth, topk, nodes
+        temperature: float | None,
     ) -> None:
-        self.shape = shape
+        self.shape, self.temperature = DraftShape(**shape), temperature
         self.settings, self.engine, self.server, self.screen = settings, engine, server, screen
         self.requests, self.stop = requests, stop
         self.to_serve = to_serve(prompts)
@@ -159,7 +151,8 @@ class _Demo:
         self.sent: list[Sent] = []
         self.failed = 0
         self.trained_at = 0  # requests served when the last training run began
-        self.measured: dict[str, _Measured] = {}
+        self.speeds: dict[str, Sample] = {}
+        self.lengths: dict[str, WholeDrafts] = {}
         self.group_id = 0
         self.server_id = 0
 
@@ -180,17 +173,40 @@ class _Demo:
             self.dashboard.start()
         watching = asyncio.create_task(self._watch())
         try:
-            await self._measure("no_speculation", drafts=False)
-            await self._measure("first", drafts=True)
-            await self._traffic()
-            if self.stop:
-                await self._last_training()
-                # Machines drift: what the last version gains is set against plain steps of now.
-                await self._measure("no_speculation_last", drafts=False)
-                await self._measure("last", drafts=True)
+            await self._while_it_serves(self._all())
         finally:
             watching.cancel()
             await asyncio.to_thread(self._refresh)
+
+    async def _all(self) -> None:
+        await self._measure_speed("no_speculation", drafts="no")
+        await self._measure_speed("first")
+        await self._measure_length("first")
+        await self._traffic()
+        if self.stop:
+            await self._last_training()
+            # Machines drift: what the last version gains is set against plain steps of now.
+            await self._measure_speed("no_speculation_last", drafts="no")
+            await self._measure_speed("last")
+            await self._measure_length("last")
+
+    async def _while_it_serves(self, work: Coroutine[Any, Any, None]) -> None:
+        """Raises ``AuroraError`` with the last telling line of its log when SGLang ends."""
+        doing = asyncio.create_task(work)
+        while not (await asyncio.wait([doing], timeout=0.5))[0]:
+            if not self.server.running:
+                doing.cancel()
+                with contextlib.suppress(asyncio.CancelledError, ExceptionGroup, AuroraError):
+                    await doing
+                raise self._ended()
+        if doing.exception() is not None and not self.server.running:
+            raise self._ended() from doing.exception()
+        await doing
+
+    def _ended(self) -> AuroraError:
+        return AuroraError(
+            f"SGLang ended by itself: {self.server.last_words()} (log: {self.server.log})"
+        )
 
     async def _traffic(self) -> None:
         training: list[asyncio.Task[None]] = []
@@ -198,7 +214,7 @@ class _Demo:
         def done(one: Sent) -> None:
             self.sent.append(one)
             self.failed += bool(one.error)
-            if one.error:
+            if one.error and self.server.running:
                 self.screen.say(f"a request failed: {one.error}")
             self.screen.bar("requests", len(self.sent), self.requests)
             due = len(self.sent) - self.trained_at >= TRAIN_EVERY
@@ -207,13 +223,15 @@ class _Demo:
                 training.append(asyncio.create_task(self._train("requests")))
 
         # The first round is greedy. When the prompts come again, sampling keeps answers apart.
-        left = self.requests
+        left, given = self.requests, self.temperature
         first = self.to_serve[:left]
-        await send_all(self.server.url, first, done, max_tokens=MAX_TOKENS)
         again = itertools.islice(
             itertools.cycle(self.to_serve), None if left is None else left - len(first)
         )
-        await send_all(self.server.url, again, done, max_tokens=MAX_TOKENS, temperature=0.7)
+        for prompts, usual in ((first, 0.0), (again, AGAIN_TEMPERATURE)):
+            temperature = usual if given is None else given
+            await send_all(self.server.url, prompts, done, max_tokens=MAX_TOKENS,
+                           temperature=temperature)  # fmt: skip
         if training:
             await training[-1]
 
@@ -236,7 +254,8 @@ class _Demo:
         before, after = metrics.get("accept_length_before"), metrics.get("accept_length_after")
         told = f"version {version}: replay {_number(before)} -> {_number(after)}"
         if outcome["verdict"] != "pass":
-            self.screen.say(f"{told}, {outcome['verdict']}: not promoted")
+            why = outcome.get("reason", "")
+            self.screen.say(f"{told}, not promoted: {outcome['verdict']} ({why})")
             return
         try:
             promote(
@@ -259,8 +278,7 @@ class _Demo:
 
     # -- measuring ---------------------------------------------------------------------------
 
-    async def _measure(self, name: str, *, drafts: bool) -> None:
-        label = f"measuring {name.replace('_', ' ')}"
+    async def _measure(self, label: str, drafts: str) -> Sample:
         total, seen = len(self.held_out), itertools.count(1)
         sample = await measure(
             self.server.url,
@@ -268,42 +286,40 @@ class _Demo:
             lambda one: self.screen.bar(label, next(seen), total),
             drafts=drafts,
             tokens=MEASURED_TOKENS,
+            temperature=self.temperature or 0.0,
         )
         self.screen.end_bar(label)
         self.failed += sample.failed
-        measured = _Measured(sample)
-        if drafts:
-            by_rid: Callable[[], bool] = lambda: self._fill(measured)  # noqa: E731
-            await self._until(by_rid, 30.0, "the store did not receive the measured requests")
-        self.measured[name] = measured
-        speed = f"{sample.tokens_per_second:.1f}"
-        length = measured.accept_length
-        self.screen.speeds[name.replace("_", " ")] = speed
-        told = f", accept length {length:.3f}" if length is not None else ""
-        self.screen.say(f"held-out prompts, {name.replace('_', ' ')}: {speed} tokens/s{told}")
+        return sample
 
-    def _fill(self, measured: _Measured) -> bool:
-        """Verify steps of the measured requests, once the store has them all finished."""
-        found: list[Replayed] = []
-        order = {prompt.prompt: at for at, prompt in enumerate(self.held_out)}
-        with store.session(self.engine, write=False) as s:
-            for one in sorted(measured.sample.sent, key=lambda sent: order[sent.prompt.prompt]):
-                rows = queries.requests_by_rid(s, one.rid)
-                if one.error:
-                    continue
-                if not rows or rows[0].status != "finished":
-                    return False
-                at = order[one.prompt.prompt]
-                found.append(Replayed(at, rows[0].verify_steps, rows[0].accepted))
-        measured.per_request = found
-        return True
+    async def _measure_speed(self, name: str, *, drafts: str = "") -> None:
+        """Tokens per second on the held-out prompts, with drafts as the server decides."""
+        what = name.replace("_", " ")
+        sample = self.speeds[name] = await self._measure(f"measuring {what}", drafts)
+        self.screen.speeds[what] = f"{sample.tokens_per_second:.1f}"
+        self.screen.say(f"held-out prompts, {what}: {sample.tokens_per_second:.1f} tokens/s")
+
+    async def _measure_length(self, name: str) -> None:
+        """Accept length on the held-out prompts, with whole drafts in every step."""
+        sample = await self._measure(f"measuring accept length, {name}", "whole")
+
+        def is_stored() -> bool:
+            with store.session(self.engine, write=False) as s:
+                counts = whole_drafts(s, sample, self.held_out, self.shape)
+            if counts is not None:
+                self.lengths[name] = counts
+            return counts is not None
+
+        await self._until(is_stored, 30.0, "the store did not receive the measured requests")
+        shown = _number(self.lengths[name].accept_length)
+        self.screen.say(f"held-out prompts, {name}: accept length {shown} with whole drafts")
 
     # -- the store ---------------------------------------------------------------------------
 
     async def _until(self, condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
         for _ in range(int(seconds * 4)):
             if not self.server.running:
-                raise AuroraError(f"SGLang ended by itself (log: {self.server.log})")
+                raise self._ended()
             if await asyncio.to_thread(condition):
                 return
             await asyncio.sleep(0.25)
@@ -378,9 +394,8 @@ class _Demo:
             phase, counters = row.phase, dict(row.counters or {})
             events = queries.count_events(s, self.server_id)
             dropped = sum(queries.drops(s, self.group_id).values())
-        first, last = self.measured["first"], self.measured["last"]
-        paired = paired_difference(first.per_request, last.per_request)
-        speeds = {name: m.sample.tokens_per_second for name, m in self.measured.items()}
+        paired = self.lengths["first"].difference(self.lengths["last"])
+        speeds = {name: sample.tokens_per_second for name, sample in self.speeds.items()}
         return {
             "requests": len(self.sent),
             "failed_requests": self.failed,
@@ -389,12 +404,13 @@ class _Demo:
             "live_version": live_version,
             "live_sha256": live_sha256,
             "accept_length": {
-                "first": _round(paired.a),
-                "last": _round(paired.b),
+                "first": _round(paired.baseline),
+                "last": _round(paired.candidate),
                 "difference": _round(paired.difference),
                 "ci_low": _round(paired.ci_low),
                 "ci_high": _round(paired.ci_high),
                 "requests": paired.requests,
+                "shape": {name: getattr(self.shape, name) for name in ("depth", "topk", "nodes")},
             },
             "tokens_per_second": {name: _round(speed) for name, speed in speeds.items()},
             "phase": phase,
@@ -437,11 +453,16 @@ def _number(value: float | None) -> str:
 
 def _sentence(summary: dict[str, Any]) -> str:
     length, speed = summary["accept_length"], summary["tokens_per_second"]
+    depth, nodes = length["shape"]["depth"], length["shape"]["nodes"]
     return (
-        f"{summary['requests']} requests, {summary['failed_requests']} failed; accept length "
-        f"{length['first']:.3f} -> {length['last']:.3f} (95% of the difference: "
-        f"{length['ci_low']:+.3f} to {length['ci_high']:+.3f}); tokens/s without speculation "
-        f"{speed['no_speculation']:.1f}, first {speed['first']:.1f}; at the end without "
-        f"{speed['no_speculation_last']:.1f}, last {speed['last']:.1f}; "
-        f"live version {summary['live_version']}"
+        f"{summary['requests']} requests, {summary['failed_requests']} failed; accept length with "
+        f"whole drafts (depth {depth}, {nodes} nodes) {_number(length['first'])} -> "
+        f"{_number(length['last'])} (95% of the difference: {_signed(length['ci_low'])} to "
+        f"{_signed(length['ci_high'])}); tokens/s as served {speed['first']:.1f}, without "
+        f"speculation {speed['no_speculation']:.1f}; at the end {speed['last']:.1f}, without "
+        f"{speed['no_speculation_last']:.1f}; live version {summary['live_version']}"
     )
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"

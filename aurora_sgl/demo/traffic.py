@@ -49,15 +49,21 @@ async def send(
     max_tokens: int,
     temperature: float = 0.0,
     headers: dict[str, str] | None = None,
+    salt: str = "",
 ) -> Sent:
-    """One chat completion; an error is returned, not raised."""
+    """One chat completion; an error is returned, not raised.
+
+    ``temperature`` is for a prompt that has none of its own. Requests with one ``salt`` share no
+    cached prefix with others.
+    """
     rid = uuid.uuid4().hex
     body = {
         "model": "default",
         "messages": [{"role": "user", "content": prompt.prompt}],
         "max_tokens": min(max_tokens, prompt.max_tokens),
-        "temperature": temperature,
+        "temperature": temperature if prompt.temperature is None else prompt.temperature,
         "rid": rid,
+        **({"cache_salt": salt} if salt else {}),
     }
     labels = {"x-aurora-domain": prompt.domain, **(headers or {})}
     try:
@@ -77,6 +83,7 @@ async def send_all(
     max_tokens: int,
     temperature: float = 0.0,
     headers: dict[str, str] | None = None,
+    salt: str = "",
     streams: int = STREAMS,
 ) -> Sample:
     """Send prompts over ``streams`` connections; ``done`` is called for each answer."""
@@ -87,8 +94,9 @@ async def send_all(
     async def stream(client: httpx.AsyncClient) -> None:
         for prompt in waiting:
             one = await send(
-                client, prompt, max_tokens=max_tokens, temperature=temperature, headers=headers
-            )
+                client, prompt, max_tokens=max_tokens, temperature=temperature, headers=headers,
+                salt=salt,
+            )  # fmt: skip
             sent.append(one)
             done(one)
             if one.error:
@@ -104,8 +112,22 @@ async def send_all(
 
 
 async def measure(
-    url: str, prompts: Iterable[Prompt], done: Callable[[Sent], None], *, drafts: bool, tokens: int
+    url: str,
+    prompts: Iterable[Prompt],
+    done: Callable[[Sent], None],
+    *,
+    drafts: str,
+    tokens: int,
+    temperature: float = 0.0,
 ) -> Sample:
-    """The same held-out prompts with or without drafts, greedily, not to be trained on."""
-    headers = {"x-aurora-train": "no", "x-aurora-speculate": "yes" if drafts else "no"}
-    return await send_all(url, prompts, done, max_tokens=tokens, headers=headers)
+    """Prompts that are not to be trained on.
+
+    ``drafts`` is the header x-aurora-speculate: ``yes``, ``no``, or ``whole`` for the whole draft
+    shape in every step; empty: as the server decides. Nothing is taken from the prefix cache: each
+    measurement prefills its prompts anew, with the drafter that is live.
+    """
+    headers = {"x-aurora-train": "no", **({"x-aurora-speculate": drafts} if drafts else {})}
+    return await send_all(
+        url, prompts, done, max_tokens=tokens, temperature=temperature, headers=headers,
+        salt=f"measure-{uuid.uuid4().hex}",
+    )  # fmt: skip

@@ -88,7 +88,7 @@ class ServerProcess:
         begun = time.monotonic()
         while time.monotonic() - begun < seconds:
             if not self.running:
-                raise AuroraError(f"SGLang did not start: {self._last_words()} (log: {self.log})")
+                raise AuroraError(f"SGLang did not start: {self.last_words()} (log: {self.log})")
             try:
                 if httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200:
                     return
@@ -100,7 +100,8 @@ class ServerProcess:
         self.stop()
         raise AuroraError(f"SGLang was not ready after {seconds:.0f} s (log: {self.log})")
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The last telling line of its log."""
         lines = self.log.read_text(errors="replace").splitlines()
         telling = [line for line in lines if "Error" in line or "error:" in line]
         return (telling or lines or ["no output"])[-1].strip()[:300]

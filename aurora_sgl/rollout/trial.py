@@ -235,14 +235,6 @@ def _finish(
         rules.level,
     )
     verdict, reason = _verdict(whole, lengths, speed, rules)
-    sums = {
-        name: [sum(getattr(pair[side], name) for pair in whole) for side in (0, 1)]
-        for name in ("verify_steps", "accepted")
-    }
-    mean = [
-        1 + sums["accepted"][i] / sums["verify_steps"][i] if sums["verify_steps"][i] else None
-        for i in (0, 1)
-    ]
     queries.end_trial(s, trial, "finished", verdict=verdict, why=reason)
     return queries.add_evaluation(
         s,
@@ -251,8 +243,8 @@ def _finish(
         kind="trial",
         requests=sum(pair[0].requests + pair[1].requests for pair in whole),
         verdict=verdict,
-        candidate_accept_length=mean[1],
-        baseline_accept_length=mean[0],
+        candidate_accept_length=lengths.get("candidate"),
+        baseline_accept_length=lengths.get("baseline"),
         difference=lengths.get("difference"),
         ci_low=lengths.get("ci_low"),
         ci_high=lengths.get("ci_high"),

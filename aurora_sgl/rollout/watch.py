@@ -291,6 +291,7 @@ def _write(
 ) -> WatchWindow:
     steps = sum(c.verify_steps for c in clusters)
     accepted = sum(c.accepted for c in clusters)
+    alone = 1 + accepted / steps if steps else None  # beside nothing that it could be set against
     return queries.add_watch_window(
         s,
         watch_id=watch.id,
@@ -300,7 +301,7 @@ def _write(
         requests=len(clusters),
         verify_steps=steps,
         accepted=accepted,
-        accept_length=1 + accepted / steps if steps else None,
+        accept_length=compared.accept_length if compared else alone,
         expected_accept_length=compared.expected if compared else None,
         tokens_per_second=speed[0] if speed else None,
         expected_tokens_per_second=speed[1] if speed else None,
@@ -356,13 +357,13 @@ def _mark(s: Session, watch: Watch, windows: Sequence[WatchWindow], verdict: str
     known = queries.evaluations(s, watch.version_id)
     if any(e.kind == "live" and e.details.get("watch_id") == watch.id for e in known):
         return
-    steps = sum(w.verify_steps for w in windows)
-    length = 1 + sum(w.accepted for w in windows) / steps if steps else None
-    weighed = [
-        (w.verify_steps, w.expected_accept_length) for w in windows if w.expected_accept_length
-    ]
-    total = sum(n for n, _ in weighed)
-    expected = sum(n * e for n, e in weighed) / total if total else None
+    weighed = [w for w in windows if w.expected_accept_length and w.accept_length]
+    total = sum(w.verify_steps for w in weighed)
+
+    def mean(name: str) -> float | None:
+        return sum(w.verify_steps * getattr(w, name) for w in weighed) / total if total else None
+
+    length, expected = mean("accept_length"), mean("expected_accept_length")
     queries.add_evaluation(
         s,
         candidate_id=watch.version_id,

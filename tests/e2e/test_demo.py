@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -45,20 +46,33 @@ def test_the_demo_says_what_it_does_while_it_does_it(demo: DemoRun) -> None:
     assert "Traceback" not in demo.errors
 
 
-def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, base_home: Path, model: Path) -> None:
-    home = tmp_path / "home"
+@contextmanager
+def started(home: Path, base_home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A demo whose SGLang is ready, and the file of what it says; nothing of it is left behind."""
     home.mkdir()
     (home / "models").symlink_to(base_home / "models")
+    said = home / "demo.err"
     demo = subprocess.Popen(
         [sys.executable, "-m", "aurora_sgl.cli", "demo"],
         stdout=subprocess.DEVNULL,
-        stderr=(home / "demo.err").open("wb"),
+        stderr=said.open("wb"),
         env={**os.environ, "AURORA_HOME": str(home)},
     )
-    said = (home / "demo.err").read_text
     try:
-        until(lambda: "SGLang is ready" in said(), 400, "the server")
-        until(lambda: "dashboard: http://127.0.0.1:" in said(), 400, "its page")
+        until(lambda: "SGLang is ready" in said.read_text(), 400, "the server")
+        yield demo, said
+    finally:  # a failure must not leave a server to the tests that follow
+        with suppress(psutil.NoSuchProcess):
+            left = psutil.Process(demo.pid)
+            for process in [*left.children(recursive=True), left]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        demo.wait(30)
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, base_home: Path, model: Path) -> None:
+    with started(tmp_path / "home", base_home) as (demo, said):
+        until(lambda: "dashboard: http://127.0.0.1:" in said.read_text(), 400, "its page")
         time.sleep(2)
         family = psutil.Process(demo.pid).children(recursive=True)
         assert len(family) >= 4  # the server, its scheduler, its sidecar, the dashboard, ...
@@ -68,11 +82,22 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, base_home: Path, model:
         assert demo.wait(90) in (0, 130)
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive, [process.cmdline() for process in alive]
-    finally:  # a failure must not leave a server to the tests that follow
-        with suppress(psutil.NoSuchProcess):
-            left = psutil.Process(demo.pid)
-            for process in [*left.children(recursive=True), left]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-        demo.wait(30)
-    assert "Traceback" not in said()
+        assert "Traceback" not in said.read_text()
+
+
+def test_a_demo_whose_server_ends_says_so_and_ends(
+    tmp_path: Path, base_home: Path, model: Path
+) -> None:
+    with started(tmp_path / "home", base_home) as (demo, said):
+        family = psutil.Process(demo.pid).children(recursive=True)
+        schedulers = [p for p in family if "sglang::scheduler" in " ".join(p.cmdline())]
+        assert schedulers, [process.cmdline() for process in family]
+        for process in schedulers:
+            process.kill()
+        assert demo.wait(90) == 1
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive, [process.cmdline() for process in alive]
+        last = said.read_text().strip().splitlines()[-1]
+        assert last.startswith("aurora-sgl: SGLang ended by itself: ") and "server.log)" in last
+        assert said.read_text().count("a request failed") <= 2  # those that were on their way
+        assert "Traceback" not in said.read_text()

@@ -14,6 +14,7 @@ from aurora_sgl import store
 from aurora_sgl.engine.ladder import rungs
 from aurora_sgl.store.models import AcceptanceEvent
 from tests.e2e.conftest import Running, start, until
+from tests.e2e.null_run import assert_null_runs_cover_zero
 from tests.e2e.test_sampling import assert_targets_law
 
 TOKENS = 20
@@ -123,6 +124,8 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
         if moves:
             shapes = shapes_served(running)
             assert len(shapes) > 1 and shapes <= set(rungs(*shape))
+        if kind == "wide tree":
+            assert_null_runs_cover_zero(running, shape)
         if kind == "chain":  # trees are in test_sampling, on the shared server
             assert_targets_law(
                 running, prompts[2], hugging_face, temperature=1.0, top_k=3, top_p=0.95

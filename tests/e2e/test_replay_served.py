@@ -54,8 +54,8 @@ def replayed_and_served(
     return 1 + accepted / steps, 1 + served_accepted / served_steps, len(built.train)
 
 
-def serve_some(server: Running, prompts: list[list[int]]) -> list[int]:
-    ids = [serve(server, prompt, max_new_tokens=28)[1].id for prompt in prompts]
+def serve_some(server: Running, prompts: list[list[int]], **sampling: float) -> list[int]:
+    ids = [serve(server, prompt, max_new_tokens=28, **sampling)[1].id for prompt in prompts]
 
     def traced() -> bool:
         with store.session(server.engine, write=False) as s:
@@ -75,6 +75,21 @@ def test_replayed_and_served_accept_length_agree_with_a_warm_radix_cache(
     replayed, served, requests = replayed_and_served(server, model, ids, version)
     assert requests == 12
     assert served > 1.1
+    assert abs(replayed / served - 1) < 0.02
+
+
+def test_they_agree_for_sampled_requests_too(
+    server: Running, model: Path, prompts: list[list[int]]
+) -> None:
+    """A sampled answer is the target's own draw, whatever was proposed: along its log replay knows
+    what was accepted."""
+    version = server.live_version()
+    assert version is not None
+    ids = serve_some(server, prompts[:12], temperature=0.8)
+    replayed, served, requests = replayed_and_served(server, model, ids, version)
+    assert requests == 12
+    assert {server.events(each)[0]["accept_rule"] for each in ids} == {"target_sampling"}
+    assert served > 1.05
     assert abs(replayed / served - 1) < 0.02
 
 

@@ -49,6 +49,13 @@ def test_only_the_prompt_is_required_and_a_tenth_is_held_out(tmp_path: Path) -> 
     assert to_measure(load_prompts(path)) == to_measure(prompts)
 
 
+def test_a_prompt_may_have_a_temperature_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    lines = [{"prompt": "a", "temperature": 1}, {"prompt": "b", "temperature": 0}, {"prompt": "c"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [prompt.temperature for prompt in load_prompts(path)] == [1.0, 0.0, None]
+
+
 def test_a_repeated_prompt_is_not_both_trained_on_and_held_out(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Question {n % 3}"}) + "\n" for n in range(9)))
@@ -69,6 +76,11 @@ def test_a_repeated_prompt_is_not_both_trained_on_and_held_out(tmp_path: Path) -
         ('{"prompt": "x", "max_tokens": 0}', "'max_tokens' must be"),
         ('{"prompt": "x", "max_tokens": true}', "'max_tokens' must be"),
         ('{"prompt": "x", "held_out": "yes"}', "'held_out' must be"),
+        ('{"prompt": "x", "temperature": -0.1}', "'temperature' must be"),
+        ('{"prompt": "x", "temperature": 2.5}', "'temperature' must be"),
+        ('{"prompt": "x", "temperature": NaN}', "'temperature' must be"),
+        ('{"prompt": "x", "temperature": true}', "'temperature' must be"),
+        ('{"prompt": "x", "temperature": "warm"}', "'temperature' must be"),
     ],
 )
 def test_a_broken_line_is_named_with_its_number_and_its_fault(

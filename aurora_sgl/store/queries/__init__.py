@@ -117,6 +117,7 @@ from aurora_sgl.store.queries.windows import (
     served_shape,
     steps_between,
     steps_of_requests,
+    tallies,
 )
 
 __all__ = [
@@ -209,6 +210,7 @@ __all__ = [
     "swaps",
     "switches",
     "take_lease_over",
+    "tallies",
     "tokens_of_runs",
     "touch_server",
     "trace",

@@ -72,6 +72,11 @@ def clusters(
     return rows[::-1] if newest else rows
 
 
+def tallies(s: Session, request_id: int) -> Sequence[RequestTally]:
+    """Steps and accepted drafts of one request, by version and draft shape."""
+    return s.scalars(select(RequestTally).where(RequestTally.request_id == request_id)).all()
+
+
 def _behind(moment: datetime, request_id: int) -> ColumnElement[bool]:
     return or_(
         Request.finished_at > moment,
