@@ -41,7 +41,7 @@ from benchmarks.corpus.features import CACHE, CorpusSet, target_folder
 from benchmarks.learning import head, in_rounds, untrained
 from benchmarks.measure import SHAPES, accept_length, measure
 from benchmarks.recipes import OURS
-from benchmarks.results import Cells, settings_hash
+from benchmarks.results import Cells, as_measured, settings_hash
 from benchmarks.servers import first_live, put_live, report, server, sglang_flags
 from benchmarks.traffic import HELD_OUT, held_out, stream
 
@@ -85,13 +85,13 @@ class Shift:
         return sorted({0, half, self.each, 2 * self.each, 3 * self.each})
 
     def key(self, what: str, served: int, domain: str) -> dict[str, Any]:
-        digest = settings_hash(ADAPT, OURS.as_json(), EVERY, HELD_OUT, self.trained, self.each)
+        digest = settings_hash(ADAPT, as_measured(OURS), EVERY, HELD_OUT, self.trained, self.each)
         where = {"served": served, "domain": domain, "seed": self.seed}
         return {"what": what, "settings": digest, **where}
 
     def folder(self, served: int) -> Path:
         """Where the drafter of a checkpoint is kept; 0 is the static one."""
-        digest = settings_hash(ADAPT, OURS.as_json(), EVERY, self.trained, self.each, self.seed)
+        digest = settings_hash(ADAPT, as_measured(OURS), EVERY, self.trained, self.each, self.seed)
         name = f"{digest}-{served}"
         return CACHE.parent / "domain-shift" / name
 

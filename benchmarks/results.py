@@ -20,6 +20,10 @@ RESULTS = Path(os.environ.get("AURORA_RESULTS") or Path(__file__).with_name("res
 
 #: What changes no weight.
 _OF_THE_MACHINE = {"nice", "threads", "resume", "checkpoint_seconds", "device"}
+#: What the trainer itself does not read (a run does). Cells are older than these, or than their
+#: present defaults.
+_OF_A_RUN: dict[str, Any] = {"dev_share": 0.0}
+_OF_A_RUN_LATER = {"mature_learning_rate", "dev_requests"}
 
 
 class Cells:
@@ -64,8 +68,14 @@ class Cells:
 
 def settings_hash(settings: TrainSettings, *more: Any) -> str:
     """Twelve hexadecimal digits of all that a cell's weights follow from."""
-    plain = {k: v for k, v in settings.as_json().items() if k not in _OF_THE_MACHINE}
+    plain = {k: v for k, v in as_measured(settings).items() if k not in _OF_THE_MACHINE}
     return sha256_bytes(json.dumps([plain, *more], sort_keys=True).encode())[:12]
+
+
+def as_measured(settings: TrainSettings) -> dict[str, Any]:
+    """The settings under which cells are kept: those that the trainer itself reads."""
+    plain = {k: v for k, v in settings.as_json().items() if k not in _OF_A_RUN_LATER}
+    return plain | _OF_A_RUN
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -65,7 +65,8 @@ def train(
     if as_json:
         print_json(outcome.as_json())
     elif outcome.status == "succeeded":
-        print(f"version {outcome.version_id}: {outcome.verdict} (run {outcome.run_id})")
+        run_id, why = outcome.run_id, outcome.reason
+        print(f"version {outcome.version_id}: {outcome.verdict}: {why} (run {run_id})")
     else:
         print_error(f"training {outcome.status}: {outcome.error}")
     raise typer.Exit(0 if outcome.status == "succeeded" else 1)

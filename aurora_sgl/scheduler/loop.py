@@ -36,6 +36,12 @@ REBUILD_REQUESTS = 3000
 #: Seconds between renewals of the lease of a paused run.
 HOLD_SECONDS = 30.0
 
+#: What a run does after its updates, by the event that it tells.
+_DOING = {
+    "line_search": "replaying the dev split to choose how far to go",
+    "gate": "replaying held-out requests",
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -336,8 +342,9 @@ class Scheduler:
     def _state(self, now: Pulse) -> tuple[str, str, str, float | None]:
         decision, waiting = self._decision, self._candidate
         if self.child is not None:
-            gate = self.child.progress.get("event") == "gate"
-            doing = "replaying held-out requests" if gate else f"training ({self.trigger})"
+            event = self.child.progress.get("event")
+            gate = event == "gate"
+            doing = _DOING.get(str(event), f"training ({self.trigger})")
             if self._load.pace != load.FULL:
                 how = "paused" if self._load.pace == load.NONE else "at half pace"
                 doing = f"{doing}, {how}: {self._load.reason}"

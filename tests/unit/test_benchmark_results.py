@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from aurora_sgl.training.settings import TrainSettings
+from benchmarks import domain_shift, recipes, results
 from benchmarks.ratio import Cell, pooled
 from benchmarks.results import Cells, settings_hash
 
@@ -58,3 +59,13 @@ def test_requests_that_differ_widen_the_interval_of_the_ratio() -> None:
     assert alike.ratio == apart.ratio == pytest.approx(1.5)
     assert alike.ci_high - alike.ci_low == pytest.approx(0)
     assert apart.ci_low < 1.3 < 1.7 < apart.ci_high
+
+
+def test_what_was_measured_is_found_again_by_the_code_of_today() -> None:
+    """A recipe knob that is added later must not hide the committed cells."""
+    kept = Path(results.__file__).with_name("results") / "h200"
+    found = {key["recipe"] for key, _ in Cells("recipes", kept)}
+    recipe = settings_hash(recipes.OURS, recipes.ROUNDS, recipes.HELD_OUT)
+    assert recipe in found and len(found) > 20
+    shifts = {key["settings"] for key, _ in Cells("domain_shift", kept)}
+    assert domain_shift.Shift(400, 600, 0).key("static", 0, "chat")["settings"] in shifts
