@@ -16,9 +16,9 @@ from sqlalchemy import Connection, Engine, bindparam, case, select, update
 
 from aurora_sgl import wire
 from aurora_sgl.clock import from_us, utc_now
-from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.events import insert_events
+from aurora_sgl.store.faults import BadRecord, LostRow
 from aurora_sgl.store.models import (
     AcceptanceEvent,
     AcceptanceMinute,
@@ -57,40 +57,77 @@ class IngestResult:
     last_seq: int  # watermark of the boot after this batch
 
 
-def ingest(engine: Engine, server_id: int, boot_id: int, batch: Batch) -> IngestResult:
+def ingest(
+    engine: Engine, server_id: int, boot_id: int, batch: Batch, *, partial: bool = False
+) -> IngestResult:
     """Take envelopes ``(seq, records)`` of one boot. The same batch again changes nothing.
 
     A step whose request's start never came gets a request in the domain ``default`` that may not
-    be trained on. Raises ``AuroraError`` for an unknown server or a step of another boot, and
-    SQLAlchemy's ``DBAPIError`` when the database fails; nothing is stored then.
+    be trained on. ``partial``: more of the last envelope follows, the watermark stays. Raises
+    ``LostRow`` for an unknown server, ``BadRecord`` for a step of another boot, and what the
+    database and its driver raise (see ``store.faults``); nothing is stored then.
     """
-    records = list(chain.from_iterable(part for _, part in batch))
-    steps = [record for record in records if isinstance(record, wire.VerifyStep)]
+    steps = _steps(batch)
     ensure_partitions(engine, (from_us(us) for us in {step.at_us for step in steps}))
     with engine.begin() as connection:
-        taken = _lock_watermark(connection, server_id, boot_id)
-        boot_version_id = _boot_version(connection, server_id, boot_id)
-        _start_requests(connection, server_id, boot_id, records)
-        new = _without_stored(connection, steps)
-        clusters = {tally_key(step, step.version_id or boot_version_id) for step in new}
-        tallies = _load_tallies(connection, clusters)
-        domains = _domains(connection, {step.request_id for step in new})
-        minutes, sums = roll_up(new, boot_version_id, domains, tallies)
-        insert_events(connection, new, boot_version_id)
-        _store_tallies(connection, tallies)
-        _store_minutes(connection, server_id, minutes)
-        _count_requests(connection, sums)
-        _finish_requests(connection, records)
-        fresh = chain.from_iterable(part for seq, part in batch if seq > taken)
-        _update_server(connection, server_id, fresh)
-        add_swaps(connection, server_id, (r for r in records if isinstance(r, wire.SwapDone)))
-        last = max([taken, *(seq for seq, _ in batch)])
-        connection.execute(
-            update(SpoolWatermark)
-            .where(SpoolWatermark.server_id == server_id, SpoolWatermark.boot_id == boot_id)
-            .values(last_seq=last, updated_at=utc_now())
-        )
+        return _take(connection, server_id, boot_id, batch, partial)
+
+
+def rehearse(engine: Engine, server_id: int, boot_id: int) -> None:
+    """Take a sound record of each kind and give it back. Raises what the database raises: where
+    it does, a record that was refused was not to blame."""
+    ensure_partitions(engine)
+    with engine.connect() as connection, connection.begin() as transaction:
+        _take(connection, server_id, boot_id, [(1, _sound_records(boot_id))], partial=True)
+        transaction.rollback()
+
+
+def _take(
+    connection: Connection, server_id: int, boot_id: int, batch: Batch, partial: bool
+) -> IngestResult:
+    records = list(chain.from_iterable(part for _, part in batch))
+    steps = _steps(batch)
+    taken = _lock_watermark(connection, server_id, boot_id)
+    boot_version_id = _boot_version(connection, server_id, boot_id)
+    _start_requests(connection, server_id, boot_id, records)
+    new = _without_stored(connection, steps)
+    clusters = {tally_key(step, step.version_id or boot_version_id) for step in new}
+    tallies = _load_tallies(connection, clusters)
+    domains = _domains(connection, {step.request_id for step in new})
+    minutes, sums = roll_up(new, boot_version_id, domains, tallies)
+    insert_events(connection, new, boot_version_id)
+    _store_tallies(connection, tallies)
+    _store_minutes(connection, server_id, minutes)
+    _count_requests(connection, sums)
+    _finish_requests(connection, records)
+    fresh = chain.from_iterable(part for seq, part in batch if seq > taken)
+    _update_server(connection, server_id, fresh)
+    add_swaps(connection, server_id, (r for r in records if isinstance(r, wire.SwapDone)))
+    last = taken if partial else max([taken, *(seq for seq, _ in batch)])
+    connection.execute(
+        update(SpoolWatermark)
+        .where(SpoolWatermark.server_id == server_id, SpoolWatermark.boot_id == boot_id)
+        .values(last_seq=last, updated_at=utc_now())
+    )
     return IngestResult(len(new), len(steps) - len(new), last)
+
+
+def _steps(batch: Batch) -> list[wire.VerifyStep]:
+    return [one for _, part in batch for one in part if isinstance(one, wire.VerifyStep)]
+
+
+def _sound_records(boot_id: int) -> list[wire.Record]:
+    """One of each kind, of a request whose number no real one has."""
+    request_id, now = boot_id << wire.REQUEST_COUNTER_BITS, wire.now_us()
+    return [
+        wire.Hello(boot_id, 1, {}, 0, 0, 1, {}),
+        wire.RequestStarted(request_id, now, "", 0, "default", "", 1, 0, {}, False, False, True),
+        wire.VerifyStep(
+            request_id, 0, now, 0, 0, False, 1, 1, 1, 2, "greedy", 1, 1, 0, 1, 1, [1], [0], [], [1]
+        ),
+        wire.RequestFinished(request_id, now, "finished", "", 2, 0, 1, 1, 0, 0),
+        wire.SwapDone(boot_id, now, 1, True, "", "", 1.0, 1.0),
+    ]
 
 
 def _lock_watermark(connection: Connection, server_id: int, boot_id: int) -> int:
@@ -109,7 +146,7 @@ def _boot_version(connection: Connection, server_id: int, boot_id: int) -> int:
         select(Server.boot_version_id, Server.boot_id).where(Server.id == server_id)
     ).one_or_none()
     if row is None or row.boot_id != boot_id:
-        raise AuroraError(f"server {server_id} is not registered with boot {boot_id}")
+        raise LostRow(f"server {server_id} is not registered with boot {boot_id}")
     return row.boot_version_id or 0
 
 
@@ -137,7 +174,7 @@ def _start_requests(
             }
         elif isinstance(record, wire.VerifyStep | wire.RequestFinished):
             if record.request_id >> wire.REQUEST_COUNTER_BITS != boot_id:
-                raise AuroraError(
+                raise BadRecord(
                     f"request {record.request_id} is not one of boot {boot_id}; "
                     "the spool belongs to another server"
                 )

@@ -8,16 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import Engine, event
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.connection import connect
 from aurora_sgl.store.connection import session as open_session
-from aurora_sgl.store.schema import upgrade
+from aurora_sgl.store.faults import Kind, fault_of, in_words, is_away
+from aurora_sgl.store.schema import current, head, upgrade
 
 #: Seconds between two tries to do work whose store is away.
 PAUSE_SECONDS = 1.0
@@ -41,7 +42,7 @@ class StoreLink:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._file: tuple[Path, int] | None = None  # SQLite: path and inode
-        self._complained = ""
+        self._complained: dict[int, str] = {}  # by thread: one may fail while another does well
         self.connects = 0  # grows with each new connection: what was cached of the store is old
         self.last_ok = 0.0  # time.monotonic() of the last success; 0: never
 
@@ -67,33 +68,48 @@ class StoreLink:
         if self._file is not None and not self._file[0].exists():
             # Connecting would make an empty database where the old one was.
             self._complain(f"the database file {self._file[0]} is gone")
+        engine = None
         try:
             engine = connect(self._url)
-            upgrade(engine)
+            if current(engine) != head():  # looked at first: it takes no lock
+                upgrade(engine)
         except (AuroraError, SQLAlchemyError, OSError) as error:
-            self._complain(str(error))
+            if engine is not None:
+                engine.dispose()
+            self._complain(in_words(error.__cause__ or error))
         if engine.dialect.name == "sqlite" and engine.url.database:
             path = Path(engine.url.database)
             self._file = (path, path.stat().st_ino)
         self.connects += 1
         return engine
 
-    def _complain(self, why: str) -> None:
+    def _complain(self, why: str) -> NoReturn:
         line = why.splitlines()[0]
-        if line != self._complained:
+        if line != self._complained.get(threading.get_ident()):
             log.warning("the store is away%s: %s", self._meanwhile, line)
-            self._complained = line
+            self._complained[threading.get_ident()] = line
         raise StoreAway(line)
 
     def _ok(self) -> None:
         self.last_ok = time.monotonic()
-        if self._complained:
+        if self._complained.pop(threading.get_ident(), ""):
             log.info("the store is back")
-            self._complained = ""
+
+    def away(self, error: Exception) -> NoReturn:
+        """Raises :class:`StoreAway` with what is wrong in words. What somebody has to mend shows
+        on a new connection only (rights, read-only, another file), so the next try makes one."""
+        found = fault_of(error)
+        if found is None or found.kind is not Kind.BUSY:
+            with self._lock:
+                if self._engine is not None:
+                    self._engine.dispose()
+                    self._engine = None
+        self._complain(in_words(error))
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[Engine]:
-        """An engine; lost connections become :class:`StoreAway`, other errors pass through."""
+        """An engine; errors of the store become :class:`StoreAway`, those of the data (see
+        ``store.faults``) and of the program pass through."""
         with self._guarded(lambda: True) as engine:
             yield engine
 
@@ -105,7 +121,7 @@ class StoreLink:
         except Exception as error:
             if not is_away(error):
                 raise
-            self._complain(str(getattr(error, "orig", None) or error))
+            self.away(error)
         else:
             if was_asked():
                 self._ok()
@@ -143,18 +159,6 @@ def patiently(work: Callable[[], T], seconds: float) -> T:
             if not is_away(error) or time.monotonic() + PAUSE_SECONDS > deadline:
                 raise
             if not complained:
-                why = str(getattr(error, "orig", None) or error).splitlines()[0]
-                log.warning("the store is away, waiting: %s", why)
+                log.warning("the store is away, waiting: %s", in_words(error))
             complained = True
             time.sleep(PAUSE_SECONDS)
-
-
-def is_away(error: Exception) -> bool:
-    """Whether trying the same again later can help: locked, full, restarting, unreachable.
-
-    By name, because a COPY raises the driver's own errors, not SQLAlchemy's.
-    """
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
-        return True
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return not names.isdisjoint({"OperationalError", "InterfaceError"})
