@@ -22,7 +22,7 @@ class Alert:
 
 def alerts(group: Group, look: status.GroupStatus) -> list[Alert]:
     """The worst first."""
-    found = [*_servers(look), *_watch(look), *_drift(group), *_drops(group)]
+    found = [*_servers(look), *_notices(look), *_watch(look), *_drift(group), *_drops(group)]
     found += _learning(group, look)
     return sorted(found, key=lambda alert: not alert.severe)
 
@@ -48,6 +48,15 @@ def _servers(look: status.GroupStatus) -> list[Alert]:
     if not look.servers:
         found.append(Alert("No server of this group is running; nothing is served.", False))
     return found
+
+
+def _notices(look: status.GroupStatus) -> list[Alert]:
+    """What servers say about themselves."""
+    return [
+        Alert(f"Server {server.name}: {notice}", False)
+        for server in look.servers
+        for notice in server.notices
+    ]
 
 
 def _watch(look: status.GroupStatus) -> list[Alert]:

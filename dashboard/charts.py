@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
-from html import escape
+from datetime import UTC, datetime, timedelta
+from html import escape, unescape
 from itertools import pairwise
 from textwrap import wrap
 from typing import Any
@@ -27,6 +27,8 @@ BAND = 0.22
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
 Series = Mapping[str, Sequence[tuple[datetime, Served]]]
+MILLISECOND = timedelta(milliseconds=1)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def show(figure: go.Figure, key: str, alt: str) -> None:
@@ -40,7 +42,7 @@ def _rgba(colour: str, opacity: float) -> str:
 
 #: Room for labels of numbers and for two lines of a date. A margin that the browser works out by
 #: itself makes it draw the picture twice.
-FIXED = {"l": 48, "r": 12, "t": 36, "b": 48}
+FIXED = {"l": 48, "r": 20, "t": 36, "b": 48}
 
 
 def _laid_out(
@@ -50,15 +52,25 @@ def _laid_out(
     if fixed:
         figure.update_xaxes(automargin=False, tickangle=0)
         figure.update_yaxes(automargin=False)
+    names = [trace.name for trace in figure.data if trace.name and trace.showlegend is not False]
     figure.update_layout(
-        height=height,
-        margin=FIXED if fixed else {"l": 8, "r": 8, "t": 36, "b": 8},
+        height=max(height, 2 * _legend_height(names) if more.get("showlegend") else 0),
+        margin=FIXED if fixed else {"l": 8, "r": 24, "t": 36, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         yaxis_title=y,
         hovermode="closest",
         **more,
     )
     return figure
+
+
+def _legend_height(names: Sequence[str]) -> int:
+    """Pixels of a legend on a telephone. A browser shows no more of it than half of the picture's
+    height and lets people scroll the rest (plotly.js, legend/draw.js)."""
+    lines = [name.split("<br>") for name in names] or [[""]]
+    wide = 50 + 6.5 * max(len(unescape(line)) for of in lines for line in of)
+    rows = -(-len(names) // max(1, int(258 // wide)))
+    return rows * (12 + 16 * max(map(len, lines)))
 
 
 #: Symbols of a line with many points: enough to tell it from others, fewer for a browser to draw.
@@ -77,35 +89,69 @@ def trend(
 
     ``width`` is that of a bucket; points more than two of them apart are not joined.
     """
-    figure = go.Figure()
-    top = 1.0
+    figure, rows = go.Figure(), list(deployments)
+    values: list[float] = [] if break_even is None else [break_even]
     for index, (name, points) in enumerate(series.items()):
-        colour, symbol = COLOURS[index % 8], SYMBOLS[index % 8]
+        colour, symbol, shown = COLOURS[index % 8], SYMBOLS[index % 8], label(name)
         x, y, low, high, hover = _columns(points, width)
-        top = max([top, *(value for value in high if value is not None)])
+        values += [value for value in (*low, *high) if value is not None]
         for lower, upper, times in _bands(x, low, high):
             figure.add_scatter(
-                x=[*times, *times[::-1]], y=[*upper, *lower[::-1]], fill="toself",
+                x=[*times, *times[::-1]], y=[*upper, *lower[::-1]], fill="toself", mode="lines",
                 fillcolor=_rgba(colour, BAND), line={"width": 0}, hoverinfo="skip",
-                showlegend=False, legendgroup=escape(name),
+                showlegend=False, legendgroup=shown,
             )  # fmt: skip
         figure.add_scatter(
-            x=x, y=y, name=escape(name), legendgroup=escape(name), mode="lines+markers", text=hover,
+            x=x, y=y, name=shown, legendgroup=shown, mode="lines+markers", text=hover,
             hovertemplate="%{text}", connectgaps=False,
             line={"color": colour, "width": 2, "dash": DASHES[index % 8]},
             marker={"symbol": symbol, "size": 6, "color": colour,
                     "maxdisplayed": MOST_SYMBOLS if len(x) > 2 * MOST_SYMBOLS else 0},
         )  # fmt: skip
-    moments = [points[i][0] for points in series.values() if points for i in (0, -1)]
-    span = max(moments) - min(moments) if moments else width
-    _mark_deployments(figure, list(deployments), top, span / 25)
+    begin, end = _across(series, rows, width)
+    bottom, marks, top = _up(values, bool(rows))
+    _mark_deployments(figure, rows, bottom, marks, (end - begin) / NARROWEST)
     if break_even is not None:
         figure.add_hline(
             y=break_even, line={"dash": "dot", "width": 1, "color": "#7F7F7F"},
             annotation={"text": f"drafts pay above {break_even:.2f}", "font": {"size": 11}},
-            annotation_position="bottom right",
+            annotation_position="top right" if break_even == min(values) else "bottom right",
         )  # fmt: skip
+    figure.update_xaxes(range=[local(begin), local(end)], tickformatstops=DATES)
+    figure.update_yaxes(range=[bottom, top])
     return _laid_out(figure, height, "", fixed=True, showlegend=True)
+
+
+#: Labels of times: as short as they can be, the day below the hour and the year below the day
+#: where they change (plotly writes what is behind a line's end only there).
+DATES = [
+    {"dtickrange": [None, 59_999], "value": "%H:%M:%S\n%-d %b"},
+    {"dtickrange": [60_000, 86_399_999], "value": "%H:%M\n%-d %b"},
+    {"dtickrange": [86_400_000, "M1"], "value": "%-d %b\n%Y"},
+    {"dtickrange": ["M1", None], "value": "%b\n%Y"},
+]
+#: Shares of the values' range: below it, above it, and from it to the signs of deployments.
+BELOW, ABOVE, MARKS = 0.08, 0.25, 0.07
+#: Labels of deployments that a picture on a telephone has room for; its share on either side.
+NARROWEST, BESIDE = 14, 0.05
+
+
+def _across(
+    series: Series, deployments: Iterable[Deployment], width: timedelta
+) -> tuple[datetime, datetime]:
+    """Begin and end of the axis: all that is drawn, and some room on both sides."""
+    moments = [points[i][0] for points in series.values() if points for i in (0, -1)]
+    moments += [row.created_at for row in deployments]
+    begin, end = min(moments, default=EPOCH), max(moments, default=EPOCH)
+    room = max(BESIDE * (end - begin), width / 2)
+    return begin - room, end + room
+
+
+def _up(values: Sequence[float], marked: bool) -> tuple[float, float, float]:
+    """The axis' lower end, the height of deployments' signs, and its upper end."""
+    low, high = min(values, default=1.0), max(values, default=2.0)
+    room = max(high - low, 0.1)
+    return low - BELOW * room, high + MARKS * room, high + (ABOVE if marked else BELOW) * room
 
 
 def _columns(points: Sequence[tuple[datetime, Served]], width: timedelta) -> tuple[list[Any], ...]:
@@ -150,12 +196,12 @@ MOST_LABELS = 12
 
 
 def _mark_deployments(
-    figure: go.Figure, deployments: list[Deployment], top: float, apart: timedelta
+    figure: go.Figure, deployments: list[Deployment], bottom: float, y: float, apart: timedelta
 ) -> None:
-    """A label closer than ``apart`` to the one after it is left to the pointer."""
+    """A line from ``bottom`` to a sign at ``y`` for each. A label closer than ``apart`` to the one
+    after it is left to the pointer."""
     moments = sorted(row.created_at for row in deployments)
     crowded = {one for one, after in pairwise(moments) if after - one < apart}
-    name = "version" if len(deployments) <= MOST_LABELS // 2 else ""
     for action, symbol in (("promote", "triangle-up"), ("rollback", "triangle-down")):
         rows = [row for row in deployments if row.action == action]
         if not rows:
@@ -163,10 +209,11 @@ def _mark_deployments(
         named = len(deployments) <= MOST_LABELS
         figure.add_scatter(
             x=[local(row.created_at) for row in rows],
-            y=[top + 0.04 * (top - 1)] * len(rows),
+            y=[y] * len(rows),
             mode="markers+text" if named else "markers",
-            text=["" if row.created_at in crowded else f"{name} {row.version_id}" for row in rows],
-            textposition="middle right",
+            text=["" if row.created_at in crowded else f"v{row.version_id}" for row in rows],
+            textposition="top center",
+            cliponaxis=False,
             customdata=[
                 f"{action} of version {row.version_id} by {escape(row.actor)}<br>"
                 f"{_wrapped(row.reason)}<br>"
@@ -179,13 +226,21 @@ def _mark_deployments(
         )
     if len(deployments) <= 4 * MOST_LABELS:
         for row in deployments:
-            figure.add_vline(
-                x=local(row.created_at), line={"width": 1, "dash": "dot", "color": "#7F7F7F"}
-            )
+            at = local(row.created_at)
+            figure.add_shape(
+                type="line", x0=at, x1=at, y0=bottom, y1=y,
+                line={"width": 1, "dash": "dot", "color": "#7F7F7F"},
+            )  # fmt: skip
 
 
-def _wrapped(text: str, width: int = 60) -> str:
-    return "<br>".join(escape(line) for line in wrap(text, width)[:4])
+def label(text: str, width: int = 30) -> str:
+    """A name that others chose, whole, in lines that a telephone has room for: plotly cuts what is
+    wider than the picture."""
+    return "<br>".join(escape(line) for line in wrap(text, width)) or escape(text)
+
+
+def _wrapped(text: str) -> str:
+    return "<br>".join(escape(line) for line in wrap(text, 60, max_lines=4, placeholder=" ..."))
 
 
 def positions(reached: Mapping[str, Sequence[int]], steps: Mapping[str, int]) -> go.Figure:
@@ -196,7 +251,7 @@ def positions(reached: Mapping[str, Sequence[int]], steps: Mapping[str, int]) ->
         figure.add_bar(
             x=[f"depth {i}" for i in range(1, len(counts) + 1)],
             y=[count / total for count in counts],
-            name=escape(name),
+            name=label(name),
             marker={"color": COLOURS[index % 8], "pattern": {"shape": PATTERNS[index % 8]}},
             hovertemplate="%{x}: %{y:.1%} of the steps<extra>" + escape(name) + "</extra>",
         )
@@ -213,7 +268,7 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
             x=[f"{i} accepted" for i in range(len(column))],
             y=[count / total for count in column],
             customdata=list(column),
-            name=escape(name),
+            name=label(name),
             marker={"color": COLOURS[index % 8], "pattern": {"shape": PATTERNS[index % 8]}},
             hovertemplate="%{x}: %{customdata:,} steps, %{y:.1%}"
             f"<extra>{escape(name)}</extra>",
@@ -223,16 +278,18 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
     return _laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
 
 
-def heat(rows: Sequence[str], columns: Sequence[str], cells: Mapping[Any, Served]) -> go.Figure:
-    """Accept length by domain and hour; a cell says its number."""
+def heat(
+    rows: Sequence[str], columns: Sequence[datetime | str], cells: Mapping[Any, Served]
+) -> go.Figure:
+    """Accept length by domain and hour, which is a name or a time of the wall's clock; a cell says
+    its number."""
     values = [[_length(cells.get((row, column))) for column in columns] for row in rows]
     told = [[_told(row, column, cells.get((row, column))) for column in columns] for row in rows]
     numbers = [["" if value is None else f"{value:.2f}" for value in line] for line in values]
-    few = len(columns) <= 30
+    few, names = len(columns) <= 30, [label(row, 14) for row in rows]
     figure = go.Figure(
         go.Heatmap(
-            x=list(columns),
-            y=[escape(row) for row in rows],
+            y=names,
             z=values,
             text=numbers,
             customdata=told,
@@ -245,16 +302,30 @@ def heat(rows: Sequence[str], columns: Sequence[str], cells: Mapping[Any, Served
             ygap=1,
         )
     )
-    figure.update_xaxes(type="category", side="bottom")
+    _put_hours(figure, columns)
     figure.update_yaxes(type="category", autorange="reversed")
-    return _laid_out(figure, max(180, 90 + 34 * len(rows)), "", showlegend=False)
+    lines = max((name.count("<br>") + 1 for name in names), default=1)
+    return _laid_out(figure, max(180, 90 + (18 + 16 * lines) * len(rows)), "", showlegend=False)
+
+
+def _put_hours(figure: go.Figure, columns: Sequence[datetime | str]) -> None:
+    """Names below their cells; times below where their cells begin."""
+    hour, begin = timedelta(hours=1), columns[0]
+    if isinstance(begin, datetime):
+        figure.update_traces(x0=begin + hour / 2, dx=hour / MILLISECOND)
+        end = begin + len(columns) * hour
+        figure.update_xaxes(range=[begin, end], tickformatstops=DATES, tickangle=0)
+    else:
+        figure.update_traces(x=list(columns))
+        figure.update_xaxes(type="category", side="bottom")
 
 
 def _length(served: Served | None) -> float | None:
     return served.accept_length if served else None
 
 
-def _told(row: str, column: str, served: Served | None) -> str:
+def _told(row: str, column: datetime | str, served: Served | None) -> str:
+    column = f"{column:%-d %b %Hh}" if isinstance(column, datetime) else column
     if served is None:
         return f"{escape(row)}, {column}: nothing served"
     told = words.length(served.accept_length, served.interval)
@@ -278,34 +349,63 @@ def lineage(
         x=x, y=y, mode="lines", line={"color": "#7F7F7F", "width": 1}, hoverinfo="skip",
         name="parent to child", showlegend=False,
     )  # fmt: skip
+    drawn = [node for node in nodes if node[3] is not None]
+    side = _sides([(node[0], node[2], node[3]) for node in drawn if node[3] is not None])
     looks = {"live": ("star", "#009E73", 16), "previous": ("diamond", "#0072B2", 12),
              "candidate": ("triangle-up", "#E69F00", 12), "": ("circle", "#56B4E9", 8)}  # fmt: skip
     for role, (symbol, colour, size) in looks.items():
-        here = [node for node in nodes if node[4] == role and node[3] is not None]
+        here = [node for node in drawn if node[4] == role]
         if here:
             few = len(nodes) <= 40 or role
             figure.add_scatter(
                 x=[place[node[0]][0] for node in here], y=[node[3] for node in here],
-                mode="markers+text" if few else "markers", text=[str(node[0]) for node in here],
-                textposition="top center", cliponaxis=False, name=role or "other versions",
+                mode="markers+text" if few else "markers",
+                text=[str(node[0]) if node[0] in side else "" for node in here],
+                textposition=[side.get(node[0], "top center") for node in here],
+                cliponaxis=False, name=role or "other versions",
                 marker={"symbol": symbol, "size": size, "color": colour,
                         "line": {"width": [3 if node[0] == chosen else 0 for node in here]}},
                 customdata=[node[5] for node in here],
                 hovertemplate="%{customdata}<extra></extra>",
             )  # fmt: skip
+    figure.update_xaxes(tickformatstops=DATES)
     return _laid_out(figure, 320, "accept length", showlegend=True)
 
 
+#: Share of the picture's height that two labels need to lie below each other.
+HIGH = 0.12
+
+
+def _sides(points: Sequence[tuple[int, datetime, float]]) -> dict[int, str]:
+    """Where the number of each version stands, the newest first; a number that would lie on
+    another one is left to the pointer."""
+    if not points:
+        return {}
+    moments, lengths = [point[1] for point in points], [point[2] for point in points]
+    apart = (max(moments) - min(moments)) / NARROWEST
+    high = HIGH * max(max(lengths) - min(lengths), 1e-9)
+    found: dict[int, str] = {}
+    taken: dict[str, list[tuple[datetime, float]]] = {"top center": [], "bottom center": []}
+    for version, at, length in sorted(points, reverse=True):
+        for side, others in taken.items():
+            if all(abs(at - other) >= apart or abs(length - y) >= high for other, y in others):
+                found[version] = side
+                others.append((at, length))
+                break
+    return found
+
+
 def plain(x: Sequence[Any], y: Sequence[Any], across: str, up: str, kind: str) -> go.Figure:
-    """One column against another one; ``kind``: bars, line or points."""
+    """One column against another one; ``kind``: bars, line or points. Text in them is literal."""
     figure = go.Figure()
+    x = [escape(value) if isinstance(value, str) else value for value in x]
     if kind == "bars":
-        figure.add_bar(x=list(x), y=list(y), marker={"color": COLOURS[0]})
+        figure.add_bar(x=x, y=list(y), marker={"color": COLOURS[0]})
     else:
         mode = "lines+markers" if kind == "line" else "markers"
-        figure.add_scatter(x=list(x), y=list(y), mode=mode, line={"color": COLOURS[0]})
-    figure.update_xaxes(title=across)
-    return _laid_out(figure, 380, up, showlegend=False)
+        figure.add_scatter(x=x, y=list(y), mode=mode, line={"color": COLOURS[0]})
+    figure.update_xaxes(title=label(across))
+    return _laid_out(figure, 380, label(up), showlegend=False)
 
 
 def curves(columns: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> go.Figure:
@@ -313,7 +413,8 @@ def curves(columns: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str)
     figure = go.Figure()
     for index, (name, points) in enumerate(columns.items()):
         figure.add_scatter(
-            x=[p[0] for p in points], y=[p[1] for p in points], name=name, mode="lines+markers",
+            x=[p[0] for p in points], y=[p[1] for p in points], name=label(name),
+            mode="lines+markers",
             line={"color": COLOURS[index % 8], "dash": DASHES[index % 8]},
             marker={"symbol": SYMBOLS[index % 8], "size": 6},
         )  # fmt: skip

@@ -88,6 +88,24 @@ def warm() -> None:
         served_by_version(group.url, tuple(version.id for version in versions(group)))
 
 
+def extents(url: str, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
+    """The first and the last step of a bucket; of one that is over for long they are kept."""
+    over = wanted.until is not None and utc_now() - wanted.until > LATE
+    return (_past_extents if over else _recent_extents)(url, wanted)
+
+
+@st.cache_data(ttl=PAST, max_entries=400, show_spinner=False)
+def _past_extents(url: str, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
+    with store.session(engine_of(url), write=False) as s:
+        return trends.extents(s, wanted)
+
+
+@st.cache_data(ttl=FRESH, max_entries=100, show_spinner=False)
+def _recent_extents(url: str, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
+    with store.session(engine_of(url), write=False) as s:
+        return trends.extents(s, wanted)
+
+
 @st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)
 def domains(url: str, group_id: int, since: datetime | None) -> list[str]:
     with store.session(engine_of(url), write=False) as s:

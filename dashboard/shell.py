@@ -23,6 +23,13 @@ STYLE = """<style>
 [data-testid=stMainBlockContainer] h1 {padding-top:0}
 [data-testid=stButtonGroup] [role=radiogroup] {flex-wrap:wrap}
 [data-testid=stAlertContainer] ul {margin:0 0 1rem; padding-left:.3rem}
+/* On a tablet numbers stand in two rows, and tables below charts. */
+@media (min-width: 641px) and (max-width: 1000px) {
+  [data-testid=stHorizontalBlock]:has(> [data-testid=stColumn] [data-testid=stMetric]),
+  [data-testid=stHorizontalBlock]:has(> [data-testid=stColumn] .aurora-table) {flex-wrap:wrap}
+  [data-testid=stColumn]:has([data-testid=stMetric]) {min-width:13rem}
+  [data-testid=stColumn]:has(.aurora-table) {min-width:100%}
+}
 </style>"""
 #: Pixels; Streamlit's own 300 leave a laptop little room for the pages.
 SIDEBAR = 240

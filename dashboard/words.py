@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 import streamlit as st
@@ -23,8 +24,20 @@ def literal(text: object) -> str:
     return re.sub(r"([\\`*\[\]<~$])", r"\\\1", " ".join(str(text).split()))
 
 
-class Html(str):
-    """Text that is markup already."""
+@dataclass(frozen=True)
+class Html:
+    """Markup. No string, so that it is never cut, escaped or searched as one; where text is wanted
+    it is its text. ``joined`` puts pieces together."""
+
+    markup: str
+
+    def __str__(self) -> str:
+        return unescape(re.sub(r"<[^>]*>", "", self.markup))
+
+
+def joined(*parts: object) -> Html:
+    """Pieces of text, times and markup as one piece of markup."""
+    return Html("".join(cell(part) for part in parts))
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -66,6 +79,11 @@ def ago(moment: datetime | None) -> str:
     return f"{span(seconds)} ago" if seconds >= 0 else f"in {span(-seconds)}"
 
 
+def age(moment: datetime) -> str:
+    """How long ago, without the word: ``71 s``."""
+    return span(max(0.0, (now() - moment).total_seconds()))
+
+
 def utc(moment: datetime) -> str:
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
@@ -93,7 +111,16 @@ def since(moment: datetime | None) -> Html:
     """How long ago, UTC on hover."""
     if moment is None:
         return Html("never")
-    return Html(f'<time title="{utc(moment)}" tabindex="0">{escape(ago(moment))}</time>')
+    return _hoverable(moment, ago(moment))
+
+
+def lasting(moment: datetime) -> Html:
+    """For how long by now, UTC of its begin on hover."""
+    return _hoverable(moment, age(moment))
+
+
+def _hoverable(moment: datetime, text: str) -> Html:
+    return Html(f'<time title="{utc(moment)}" tabindex="0">{escape(text)}</time>')
 
 
 def both(moment: datetime) -> str:
@@ -106,12 +133,12 @@ def server_state(server: ServerStatus) -> Html:
     if server.converged:
         return Html("✔ as wanted")
     if server.silent:
-        return Html(f"✖ not heard of since {time(server.last_seen_at)}")
-    return Html(f"✖ {escape(server.reason)}")
+        return joined("✖ not heard of since ", server.last_seen_at)
+    return joined("✖ ", server.reason)
 
 
 def between(begin: datetime | None, end: datetime | None) -> Html:
-    return Html(f"{time(begin)} to {time(end)}") if begin and end else Html(NONE)
+    return joined(begin, " to ", end) if begin and end else Html(NONE)
 
 
 def zone_help() -> str:
@@ -126,19 +153,20 @@ def zone_help() -> str:
     return f"In your time zone, {name}: {hours}:{rest:02} h {sign} UTC"
 
 
-def time_column(label: str | None = None, *, only_time: bool = False) -> Any:
+def time_column(label: str | None = None, *, only_time: bool = False, help: str = "") -> Any:
     """For ``st.dataframe``: the viewer's zone; the heading says on hover how far UTC is off."""
     return st.column_config.DatetimeColumn(
         label, format="HH:mm:ss.SSS" if only_time else "D MMM, HH:mm:ss",
-        timezone=zone().key, help=zone_help(), width=104 if only_time else 136,
+        timezone=zone().key, help=f"{help}. {zone_help()}" if help else zone_help(),
+        width=104 if only_time else 136,
     )  # fmt: skip
 
 
 def cell(value: object) -> str:
     if isinstance(value, Html):
-        return str(value)
+        return value.markup
     if isinstance(value, datetime):
-        return str(time(value))
+        return time(value).markup
     return escape(NONE if value is None or value == "" else str(value))
 
 
@@ -215,4 +243,4 @@ def facts(caption: str, rows: Mapping[str, object]) -> None:
 def say(*parts: object, small: bool = False) -> None:
     """A line of text and times."""
     css = "aurora-say aurora-small" if small else "aurora-say"
-    st.html(f'<p class="{css}">{"".join(cell(part) for part in parts)}</p>')
+    st.html(f'<p class="{css}">{joined(*parts).markup}</p>')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from datetime import time as day_time
@@ -14,15 +14,14 @@ from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.lengths import difference_interval
 from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
 
-from .. import charts, data, words
+from .. import buckets, charts, data, words
+from ..buckets import Namer, Period, Series, coarser, floor, period
 from ..context import Group, group, local, now, zone
 from ..parts import refreshing
 
 SECONDS = 10.0
 #: Lines of a picture; what is beyond them is drawn as one.
 MOST = 7
-#: Points of all lines together: a browser needs a second for a thousand with their bands.
-MOST_POINTS = 250
 PERIODS = {
     "1 hour": timedelta(hours=1),
     "6 hours": timedelta(hours=6),
@@ -35,23 +34,15 @@ ALL, BY_VERSION, BY_DOMAIN = "all together", "by version", "by domain"
 
 
 @dataclass(frozen=True)
-class Period:
-    """``bucket``: what is read; ``width``: what is drawn, a multiple of it."""
-
-    since: datetime
-    until: datetime
-    bucket: str
-    width: timedelta
-
-
-@dataclass(frozen=True)
 class Choice:
-    """``narrowed``: less than all that was served in the period."""
+    """``period``: the part of the chosen one that has data; ``servers``: empty for all of them;
+    ``narrowed``: less than all that was served in the period."""
 
     period: Period
     split: str
     points: list[TrendPoint]
     narrowed: bool
+    servers: tuple[int, ...] = ()
 
 
 def show() -> None:
@@ -80,7 +71,7 @@ def _page() -> None:
     name = _namer(points, choice, data.aliases(here).get("live"))
     choice = replace(choice, period=coarser(choice.period, points, name))
     series = _series(points, choice, name)
-    _trend(here, choice, series)
+    _trend(here, choice, series, name)
     _tabs(Shown(here, choice, points, name, series))
 
 
@@ -120,9 +111,7 @@ def _choose(here: Group) -> Choice | None:
     )
     chosen = tuple(id for id, name in sorted(named.items()) if name in servers)
     wanted = Filter(here.id, period.since, period.until, chosen)
-    # What is older than an hour is read every ten minutes only.
-    cut = _floor(now() - timedelta(hours=1), timedelta(hours=1))
-    points = data.long_trend(here.url, wanted, period.bucket, cut)
+    points = _read(here, wanted, period.bucket)
     domains = columns[1].multiselect(
         "Domain", sorted({point.domain for point in points}), placeholder="all", key="domains"
     )
@@ -130,13 +119,37 @@ def _choose(here: Group) -> Choice | None:
         "Version", sorted({point.version_id for point in points}, reverse=True),
         placeholder="all", key="versions",
     )  # fmt: skip
-    kept = [
-        point
-        for point in points
-        if (not domains or point.domain in domains)
-        and (not versions or point.version_id in versions)
-    ]
-    return Choice(period, str(split), kept, narrowed=len(kept) < len(points) or bool(servers))
+    asked = Kept(frozenset(domains), frozenset(versions))
+    kept = asked.of(points)
+    narrowed = len(kept) < len(points) or bool(servers)
+    fitted = buckets.fitted(period, kept)
+    if fitted.bucket != period.bucket:
+        part = replace(wanted, since=fitted.since, until=fitted.until)
+        kept = asked.of(_read(here, part, fitted.bucket))
+        fitted = buckets.fitted(fitted, kept)
+    return Choice(fitted, str(split), kept, narrowed, chosen)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The chosen domains and versions; empty for all of them."""
+
+    domains: frozenset[str]
+    versions: frozenset[int]
+
+    def of(self, points: Iterable[TrendPoint]) -> list[TrendPoint]:
+        return [
+            point
+            for point in points
+            if (not self.domains or point.domain in self.domains)
+            and (not self.versions or point.version_id in self.versions)
+        ]
+
+
+def _read(here: Group, wanted: Filter, bucket: str) -> Sequence[TrendPoint]:
+    """What is older than an hour is read every ten minutes only."""
+    cut = floor(now() - timedelta(hours=1), timedelta(hours=1))
+    return data.long_trend(here.url, wanted, bucket, cut)
 
 
 def _period(name: str) -> Period | None:
@@ -155,32 +168,6 @@ def _period(name: str) -> Period | None:
     return period(begin, min(end + timedelta(days=1), now()))
 
 
-def period(since: datetime, until: datetime) -> Period:
-    """With buckets that make a picture of at most some two hundred points."""
-    span = until - since
-    if span <= timedelta(hours=2):
-        bucket, width = "minute", timedelta(minutes=1)
-    elif span <= timedelta(hours=30):
-        bucket, width = "10 minutes", timedelta(minutes=10)
-    else:
-        bucket = "hour"
-        width = timedelta(hours=max(1, -(-int(span.total_seconds()) // (3600 * 180))))
-    return Period(_floor(since, width), _floor(until, timedelta(minutes=1)) + timedelta(minutes=1),
-                  bucket, width)  # fmt: skip
-
-
-def coarser(period: Period, points: Sequence[TrendPoint], name: Namer) -> Period:
-    """The same period with buckets so wide that all lines together keep to ``MOST_POINTS``."""
-    at = {point.bucket: _floor(point.bucket, period.width) for point in points}
-    drawn = len({(name(point), at[point.bucket]) for point in points})
-    return replace(period, width=period.width * max(1, -(-drawn // MOST_POINTS)))
-
-
-def _floor(moment: datetime, width: timedelta) -> datetime:
-    seconds = width.total_seconds()
-    return datetime.fromtimestamp(moment.timestamp() // seconds * seconds, tz=now().tzinfo)
-
-
 def _nothing(choice: Choice, last: datetime) -> None:
     if choice.narrowed:
         st.info("Nothing was served that fits all of these. Take one of them away.")
@@ -192,9 +179,6 @@ def _nothing(choice: Choice, last: datetime) -> None:
 
 
 # -- lines --------------------------------------------------------------------------------------
-
-Series = dict[str, list[tuple[datetime, Served]]]
-Namer = Callable[[TrendPoint], str]
 
 
 @dataclass(frozen=True)
@@ -210,7 +194,7 @@ class Shown:
 
 def _series(points: Sequence[TrendPoint], choice: Choice, name: Namer) -> Series:
     width = choice.period.width
-    at = {point.bucket: _floor(point.bucket, width) for point in points}
+    at = {point.bucket: floor(point.bucket, width) for point in points}
     sums = trends.by(points, lambda p: (name(p), at[p.bucket]))
     found: Series = {}
     for (line, moment), served in sorted(sums.items(), key=lambda item: item[0]):
@@ -237,15 +221,18 @@ def _namer(points: Sequence[TrendPoint], choice: Choice, live: int | None) -> Na
     return lambda point: names[point.version_id]
 
 
-def _trend(here: Group, choice: Choice, series: Series) -> None:
+def _trend(here: Group, choice: Choice, series: Series, name: Namer) -> None:
     st.subheader("Accept length")
-    period = choice.period
-    recent = [
-        row for row in data.deployments(here) if period.since <= row.created_at < period.until
-    ]
-    figure = charts.trend(series, period.width, recent, break_even=data.break_even(here))
+    period, servers = choice.period, Filter(here.id, server_ids=choice.servers)
+    ends = buckets.ends(here.url, servers, period.bucket, choice.points, name)
+    drawn = buckets.placed(series, period.width, ends)
+    beside = buckets.near(data.deployments(here), drawn, period.width)
+    figure = charts.trend(drawn, period.width, beside, break_even=data.break_even(here))
     charts.show(figure, "trend", "accept length over time, with 95% bands and promotions")
-    told = f"Points of {words.span(period.width.total_seconds())}; bands: 95%, over requests."
+    told = (
+        f"Points of {words.span(period.width.total_seconds())}, over the part of the period in "
+        "which drafts were served; bands: 95%, over requests."
+    )
     if "other versions" in series:
         told += f" The newest {MOST} versions and the live one have lines of their own."
     st.caption(told)
@@ -282,6 +269,7 @@ def _reached(column: list[int]) -> list[int]:
 # -- domain by hour, and versions at equal depth ------------------------------------------------
 
 MOST_DOMAINS = 12
+INSTANT = timedelta(microseconds=1)
 
 
 def _heat(shown: Shown) -> None:
@@ -289,23 +277,18 @@ def _heat(shown: Shown) -> None:
     steps = trends.by(points, lambda p: p.domain)
     domains = sorted(sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST_DOMAINS])
     one_day = choice.period.until - choice.period.since <= timedelta(hours=30)
+    hours: Sequence[datetime | str]
     if one_day:
-        begin = _hour(choice.period.since)
-        span = choice.period.until - begin
-        named = {
-            begin + timedelta(hours=i): "" for i in range(-(-int(span.total_seconds()) // 3600))
-        }
-        for hour in named:
-            day = f"<br>{hour:%d %b}" if hour == begin or not hour.hour else ""
-            # An hour of two days is told apart by a blank that nobody sees.
-            blank = " " * ((hour - begin).days)
-            named[hour] = f"{hour:%H:%M}{blank}{day}"
-        hours = list(named.values())
-        cells = trends.by(points, lambda p: (p.domain, named[_hour(p.bucket)]))
+        begin, end = (_hour(at) for at in (choice.period.since, choice.period.until - INSTANT))
+        hours = [begin + timedelta(hours=i) for i in range((end - begin) // timedelta(hours=1) + 1)]
     else:
-        here = zone()
-        cells = trends.by(points, lambda p: (p.domain, f"{p.bucket.astimezone(here):%H}h"))
         hours = [f"{hour:02}h" for hour in range(24)]
+
+    def cell(point: TrendPoint) -> tuple[str, datetime | str]:
+        hour = _hour(point.bucket)
+        return point.domain, hour if one_day else f"{hour:%H}h"
+
+    cells = trends.by(points, cell)
     charts.show(charts.heat(domains, hours, cells), "heat", "accept length by domain and hour")
     told = "Hours of your time zone." if one_day else "Hours of the day, in your time zone."
     if len(steps) > MOST_DOMAINS:
@@ -314,7 +297,9 @@ def _heat(shown: Shown) -> None:
 
 
 def _hour(moment: datetime) -> datetime:
-    return local(moment).replace(minute=0, second=0, microsecond=0)
+    """As a clock on the viewer's wall shows it, without a zone: on the days when clocks are turned
+    an hour is missing, or two are one."""
+    return local(moment).replace(minute=0, second=0, microsecond=0, tzinfo=None)
 
 
 def _equal_depth(shown: Shown) -> None:
@@ -393,7 +378,8 @@ def _table(shown: Shown) -> None:
         alt="accept length by time and line",
         placeholder=words.NONE,
         column_config={
-            "time": words.time_column(), "accept length": number, "95% from": number, "to": number
+            "time": words.time_column(help="Begin of the bucket"), "accept length": number,
+            "95% from": number, "to": number,
         },
     )  # fmt: skip
     times = "%Y-%m-%dT%H:%M:%SZ"

@@ -12,12 +12,13 @@ from aurora_sgl.rollout import status
 from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, Served
 
-from .. import charts, data, words
+from .. import buckets, charts, data, words
 from ..alerts import Alert, alerts
 from ..context import Group, group, local, now
 from ..parts import refreshing
 
 SECONDS = 5.0
+ALL = "all domains"
 
 
 @dataclass(frozen=True)
@@ -226,16 +227,19 @@ def _alerts(found: list[Alert]) -> None:
 def _trend(here: Group, moment: Moment) -> None:
     st.subheader("Accept length, 24 hours")
     until = moment.window.until
-    since = until - timedelta(hours=24)
-    points = data.trend(here.url, Filter(here.id, since, until), "10 minutes")
+    fitted, points = buckets.fit(
+        buckets.period(until - timedelta(hours=24), until),
+        lambda since, until, bucket: data.trend(here.url, Filter(here.id, since, until), bucket),
+    )
     if not points:
         st.caption("No step with drafts in these 24 hours.")
         return
-    by_bucket = trends.by(points, lambda p: p.bucket)
-    recent = [row for row in data.deployments(here, 40) if since <= row.created_at < until]
+    series = {ALL: list(trends.by(points, lambda p: p.bucket).items())}
+    ends = buckets.ends(here.url, Filter(here.id), fitted.bucket, points, lambda p: ALL)
+    drawn = buckets.placed(series, fitted.width, ends)
+    beside = buckets.near(data.deployments(here, 40), drawn, fitted.width)
     figure = charts.trend(
-        {"all domains": list(by_bucket.items())}, timedelta(minutes=10), recent,
-        break_even=moment.break_even, height=300,
+        drawn, fitted.width, beside, break_even=moment.break_even, height=300
     )  # fmt: skip
     charts.show(figure, "now trend", "accept length of the last 24 hours with promotions")
 
@@ -299,7 +303,7 @@ def _next(look: status.GroupStatus) -> None:
     }  # fmt: skip
     if scheduler.alive and scheduler.next_action:
         when = words.since(scheduler.next_at) if scheduler.next_at else "when it is due"
-        said["next"] = words.Html(f"{words.cell(scheduler.next_action)}, {when}")
+        said["next"] = words.joined(scheduler.next_action, ", ", when)
     if look.trial is not None and look.trial_id is not None:
         trial = look.trial.trial
         said["trial"] = (

@@ -13,11 +13,10 @@ from aurora_sgl.config import get_settings
 from aurora_sgl.store.models import Request
 from aurora_sgl.store.queries.explorer import FoundRequest
 
-from .. import data, login, tokens, words
+from .. import data, login, sampling, tokens, words
 from ..context import Group, group, now
 from ..parts import refreshing
 from ..steps import StepTold, tell
-from ..words import Html
 
 PERIODS = {
     "15 minutes": timedelta(minutes=15),
@@ -169,16 +168,13 @@ def _one(here: Group, request_id: int | None) -> None:
 
 def _facts(request: Request) -> dict[str, object]:
     seconds = (request.finished_at or now()) - request.admitted_at
-    sampling = ", ".join(f"{name} {value}" for name, value in sorted(request.sampling.items()))
     return {
-        "admitted": Html(
-            f"{words.time(request.admitted_at)}, took {seconds.total_seconds():.2f} s"
-        ),
+        "admitted": words.joined(request.admitted_at, f", took {seconds.total_seconds():.2f} s"),
         "tokens": f"{request.prompt_tokens:,} of the prompt ({request.cached_tokens:,} cached), "
         f"{request.completion_tokens:,} of the answer",
         "steps": f"{request.verify_steps:,} verify steps, {request.accepted:,} of "
         f"{request.proposed:,} proposals accepted",
-        "sampling": sampling or "the server's default",
+        "sampling": sampling.told(request.sampling) or "the server's default",
         "ended": f"{request.status}, {request.finish_reason or 'no reason given'}",
         "may be learnt from": "yes" if request.may_train else "no",
     }

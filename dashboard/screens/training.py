@@ -112,7 +112,7 @@ def _going_on(here: Group) -> None:
     if running:
         run = running[0]
         words.say(
-            f"Run {run.id} ({run.trigger}) goes on since ", words.since(run.started_at)[:-4],
+            f"Run {run.id} ({run.trigger}) goes on for ", words.lasting(run.started_at),
             f", from {words.version(run.base_version_id)}.",
         )  # fmt: skip
     elif started_here:

@@ -12,7 +12,7 @@ from aurora_sgl.rollout import status
 from aurora_sgl.store.models import DrafterVersion, Evaluation
 from aurora_sgl.store.queries.trends import Served
 
-from .. import charts, data, dialogs, login, version_questions, words
+from .. import charts, data, dialogs, login, verdicts, version_questions, words
 from ..context import Group, group, now
 from ..parts import refreshing
 
@@ -111,6 +111,7 @@ def _table(
                 "95%": _interval(sums.interval),
                 "requests": sums.requests,
                 "note": version.note,
+                "why not": verdicts.why_not(evaluation),
             }
         )
     frame = pd.DataFrame(rows).astype({"from": str})
@@ -137,6 +138,7 @@ def _table(
                 format="%.3f", help="Accept length of all requests that it alone served"
             ),
             "requests": st.column_config.NumberColumn(format="localized"),
+            "why not": st.column_config.TextColumn(help="Why its newest replay did not pass"),
         },
     )  # fmt: skip
 
@@ -276,11 +278,13 @@ def _judged(evaluations: Sequence[Evaluation], live: int) -> None:
     words.table("evaluations", rows, numbers=("requests",),
                 empty="It was never compared with another version.")  # fmt: skip
     for row in rows_of_all[:1]:
+        for line in verdicts.told(row):
+            words.say(line, small=True)
         said = version_questions.by_domain(row)
         if said:
             words.table("by domain", said, numbers=("requests",), empty="")
         if now() - row.created_at > version_questions.OLD:
-            st.caption(f"The newest of these is {words.ago(row.created_at)[:-4]} old.")
+            st.caption(f"The newest of these is {words.age(row.created_at)} old.")
 
 
 def _history(here: Group, version: DrafterVersion) -> None:

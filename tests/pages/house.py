@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -103,6 +103,7 @@ class House:
         steps: int = 12,
         quality: float = 0.6,
         may_train: bool = True,
+        sampling: dict[str, Any] | None = None,
         rng: random.Random,
     ) -> int:
         """One request, recorded as the engine does; its id."""
@@ -111,7 +112,7 @@ class House:
         us = int(at.timestamp() * 1e6)
         records: list[wire.Record] = [
             wire.RequestStarted(request_id, us, f"r{number}", 0, domain, "", 24, 0,
-                                {"temperature": 0.0}, may_train, False, True)
+                                sampling or {"temperature": 0.0}, may_train, False, True)
         ]  # fmt: skip
         made, position = [], 25
         for step in range(steps):
@@ -194,12 +195,14 @@ def empty(home: Path) -> House:
     return House(home, engine, group.id, [])
 
 
-def add_servers(house: House) -> None:
+def add_servers(
+    house: House, servers: Mapping[int, str] = SERVERS, notices: dict[str, str] | None = None
+) -> None:
     with store.session(house.engine) as s:
-        for boot, name in SERVERS.items():
+        for boot, name in servers.items():
             said = {"name": name, "dtype": "float32", "sglang_version": "0.5.21"}
             counters = {"queue": 0.0, "step_ms_plain": 20.0, "step_ms_spec": 26.0}
-            hello = wire.Hello(boot, 1, said, 0, 0, 0, counters)
+            hello = wire.Hello(boot, 1, said, 0, 0, 0, counters, notices or {})
             house.servers[boot] = queries.register_server(s, house.group_id, hello).id
 
 
@@ -306,6 +309,52 @@ def fill(home: Path, *, requests: int = 300, now: datetime | None = None) -> Hou
             steps=rng.randrange(8, 26), quality=QUALITY[which] + DOMAINS[domain],
             may_train=index % 7 != 3, rng=rng,
         )  # fmt: skip
+    house.servers_follow()
+    return house
+
+
+#: How old the server of a first hour is, and when after its start versions 2 and 3 went live.
+YOUNG = timedelta(minutes=8)
+PROMOTED = (timedelta(minutes=3, seconds=17), timedelta(minutes=5, seconds=49))
+#: What a request without limits leaves in the store: SGLang 0.5.21 writes "all" as 2**30.
+UNLIMITED = {"temperature": 0.7, "top_p": 1.0, "top_k": 1 << 30, "min_p": 0.0,
+             "max_new_tokens": 64}  # fmt: skip
+#: What is wrong with that server, in words that a page has to take literally.
+NOTICE = "The headers of clients are lost: <b>nothing</b> of this server is learnt from."
+#: A domain as long as it may be, with what a browser would take for markup.
+LONG = "<b>a customer</b> whose name is as long as a domain name may be"
+#: Why its newest version was not judged.
+UNJUDGED = "no verdict from 9 held-out requests: 40 are needed"
+
+
+def first_hour(home: Path, now: datetime | None = None) -> House:
+    """A demo's store after some minutes: one server, two promotions, and a run that goes on."""
+    now = (now or datetime.now(UTC)).replace(microsecond=0)
+    begin, rng = now - YOUNG, random.Random(0)
+    house = empty(home)
+    with clock_at(begin):
+        add_servers(house, {77: "127.0.0.1:30000"}, {"consent": NOTICE})
+        first = add_version(house)
+        rollout.promote(house.engine, first, actor="system", reason="first version of the group")
+    times = [begin, *(begin + after for after in PROMOTED)]
+    for at in times[1:]:
+        made = _next(house, house.versions[-1], at)
+        with clock_at(at):
+            rollout.promote(house.engine, made, actor="demo", reason="replay on held-out requests",
+                            evaluation_id=_newest(house, made))  # fmt: skip
+    at = begin + timedelta(seconds=50)
+    while at < now - timedelta(seconds=10):
+        which = sum(at >= moment for moment in times) - 1
+        house.serve(at, house.versions[which], domain=rng.choice([*DOMAINS, LONG]),
+                    quality=QUALITY[which] + 0.1, sampling=UNLIMITED, rng=rng)  # fmt: skip
+        at += timedelta(seconds=4.3)
+    _next(house, house.versions[-1], now - timedelta(seconds=80), verdict="inconclusive")
+    with store.session(house.engine) as s:
+        row = next(e for e in queries.evaluations(s, house.versions[-1]) if not e.domain)
+        judged = {"requests": 9, "left_out": {"rejection_sampling": 3}}
+        row.details = {**row.details, "reason": UNJUDGED, "judged": judged}
+    with clock_at(now - timedelta(seconds=71)), store.session(house.engine) as s:
+        queries.start_run(s, house.group_id, trigger="requests", base_version_id=3)
     house.servers_follow()
     return house
 

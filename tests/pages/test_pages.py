@@ -15,7 +15,7 @@ from aurora_sgl import rollout, store
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
 from aurora_sgl.store.queries.trends import Served, TrendPoint
-from dashboard import dialogs, version_questions
+from dashboard import buckets, dialogs, version_questions
 from dashboard.context import Group
 from dashboard.screens import acceptance, training
 from tests.pages import browser
@@ -262,7 +262,7 @@ def test_many_lines_are_drawn_with_fewer_points_each(domains: int, factor: int) 
     drawn = acceptance._series(
         points, acceptance.Choice(wider, acceptance.BY_DOMAIN, points, False), lambda p: p.domain
     )
-    assert sum(map(len, drawn.values())) <= acceptance.MOST_POINTS + domains
+    assert sum(map(len, drawn.values())) <= buckets.MOST_POINTS + domains
     assert sum(served.requests for line in drawn.values() for _, served in line) == len(points)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from operator import add
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP
 from sqlalchemy.orm import Session
 
 from aurora_sgl.store.connection import is_sqlite
-from aurora_sgl.store.models import AcceptanceMinute, RequestTally, Server
+from aurora_sgl.store.models import AcceptanceEvent, AcceptanceMinute, Request, RequestTally, Server
 from aurora_sgl.store.queries.lengths import ratio_interval
 
 K = TypeVar("K", bound=Hashable)
@@ -33,6 +33,7 @@ S = TypeVar("S", bound=Select[Any])
 SUMS = 8  # numbers of a ``Served``
 #: Width of a bucket, and how many characters of SQLite's text of a time name it.
 BUCKETS = {"minute": 16, "10 minutes": 15, "hour": 13, "day": 10}
+MINUTE = timedelta(minutes=1)  # of a roll-up
 _REST = "1970-01-01 00:00:00"
 
 
@@ -147,6 +148,52 @@ def histograms(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> 
         for i, count in enumerate(point.histogram):
             sums[i] += count
     return found
+
+
+def extents(s: Session, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
+    """The first and the last verify step of a span of time, by version and domain; where events
+    are gone already, the minutes in which they lay. For a bucket's span: it reads each of its
+    roll-ups, and the events of single minutes."""
+    m = AcceptanceMinute
+    keys = (m.drafter_version_id, m.domain)
+    ends: list[ColumnElement[Any]] = [func.min(m.bucket_start), func.max(m.bucket_start)]
+    query = _where(select(*keys, *ends), wanted)
+    found, minutes = {}, set[datetime]()
+    for version_id, domain, first, last in s.execute(query.group_by(*keys)):
+        found[version_id, domain] = (first, last + MINUTE)
+        minutes |= {first, last}
+    exact: dict[tuple[int, str], list[datetime]] = {}
+    for minute in sorted(minutes):
+        for key, first, last in _steps_of(s, wanted, minute):
+            exact.setdefault(key, []).extend((first, last))
+    return {key: _within(extent, exact.get(key, [])) for key, extent in found.items()}
+
+
+def _within(
+    extent: tuple[datetime, datetime], steps: Sequence[datetime]
+) -> tuple[datetime, datetime]:
+    """Each end as its minute's events say, if they are there still."""
+    begin, end = extent
+    early = [at for at in steps if at < begin + MINUTE]
+    late = [at for at in steps if at >= end - MINUTE]
+    return min(early, default=begin), max(late, default=end)
+
+
+def _steps_of(
+    s: Session, wanted: Filter, minute: datetime
+) -> Iterator[tuple[tuple[int, str], datetime, datetime]]:
+    """The first and the last step with drafts of a minute, by version and domain."""
+    e, r = AcceptanceEvent, Request
+    servers = select(Server.id).where(Server.group_id == wanted.group_id)
+    query = (
+        select(e.drafter_version_id, r.domain, func.min(e.at), func.max(e.at))
+        .join(r, r.id == e.request_id)
+        .where(e.at >= minute, e.at < minute + MINUTE, e.depth > 0, ~e.mixed)
+        .where(r.server_id.in_(wanted.server_ids or servers))
+        .group_by(e.drafter_version_id, r.domain)
+    )
+    for version_id, domain, first, last in s.execute(query):
+        yield (version_id, domain), first, last
 
 
 def served_by_version(s: Session, version_ids: Sequence[int]) -> dict[int, Served]:

@@ -1,0 +1,138 @@
+"""Buckets of time that fit what was served, and where their points lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from aurora_sgl.store.models import Deployment
+from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
+
+from . import data
+
+MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
+#: What can be read: buckets of these lengths.
+LENGTHS = {"minute": MINUTE, "10 minutes": 10 * MINUTE, "hour": HOUR}
+#: Points of all lines together: a browser needs a second for a thousand with their bands.
+MOST_POINTS = 250
+
+Series = dict[str, list[tuple[datetime, Served]]]
+Namer = Callable[[TrendPoint], str]
+
+
+@dataclass(frozen=True)
+class Period:
+    """``bucket``: what is read; ``width``: what is drawn, a multiple of it."""
+
+    since: datetime
+    until: datetime
+    bucket: str
+    width: timedelta
+
+
+def period(since: datetime, until: datetime) -> Period:
+    """With buckets that make a picture of at most some two hundred points."""
+    bucket, width = _buckets(until - since)
+    return Period(floor(since, width), floor(until, MINUTE) + MINUTE, bucket, width)
+
+
+def _buckets(span: timedelta) -> tuple[str, timedelta]:
+    if span <= 2 * HOUR:
+        return "minute", MINUTE
+    if span <= 30 * HOUR:
+        return "10 minutes", 10 * MINUTE
+    return "hour", HOUR * max(1, -(-int(span.total_seconds()) // (3600 * 180)))
+
+
+def fitted(whole: Period, points: Sequence[TrendPoint]) -> Period:
+    """The part of a period that has data, with buckets as short as its length allows. Where
+    ``bucket`` changed they are to be read again."""
+    if not points:
+        return whole
+    since = min(point.bucket for point in points)
+    until = max(point.bucket for point in points) + LENGTHS[whole.bucket]
+    return Period(since, until, *min(_buckets(until - since), (whole.bucket, whole.width),
+                                     key=lambda buckets: buckets[1]))  # fmt: skip
+
+
+def fit(
+    whole: Period, read: Callable[[datetime, datetime, str], Sequence[TrendPoint]]
+) -> tuple[Period, Sequence[TrendPoint]]:
+    """Points of a period in buckets that fit them, and the part of it that they fill. ``read``
+    takes begin, end and the length of a bucket."""
+    points = read(whole.since, whole.until, whole.bucket)
+    part = fitted(whole, points)
+    if part.bucket != whole.bucket:
+        points = read(part.since, part.until, part.bucket)
+        part = fitted(part, points)
+    return part, points
+
+
+def coarser(period: Period, points: Sequence[TrendPoint], name: Namer) -> Period:
+    """The same period with buckets so wide that all lines together keep to ``MOST_POINTS``."""
+    at = {point.bucket: floor(point.bucket, period.width) for point in points}
+    drawn = len({(name(point), at[point.bucket]) for point in points})
+    return replace(period, width=period.width * max(1, -(-drawn // MOST_POINTS)))
+
+
+def floor(moment: datetime, width: timedelta) -> datetime:
+    seconds = width.total_seconds()
+    return datetime.fromtimestamp(moment.timestamp() // seconds * seconds, tz=UTC)
+
+
+def placed(
+    series: Series, width: timedelta, ends: Mapping[str, tuple[datetime, datetime]]
+) -> Series:
+    """Points in the middle of their buckets, at the ends of a line in the middle of what lies
+    between its first and its last step: never outside of what was served.
+
+    ``series`` has the begin of each bucket, ``ends`` the first and the last step of each line."""
+    found: Series = {}
+    for name, points in series.items():
+        first, last = ends[name]
+        spans = [(max(begin, first), min(begin + width, last)) for begin, _ in points]
+        found[name] = [
+            (begin + (end - begin) / 2, served)
+            for (begin, end), (_, served) in zip(spans, points, strict=True)
+        ]
+    return found
+
+
+def ends(
+    url: str, wanted: Filter, bucket: str, points: Iterable[TrendPoint], name: Namer
+) -> dict[str, tuple[datetime, datetime]]:
+    """The first and the last step of each line. ``wanted``: group and servers."""
+    lines: dict[str, dict[datetime, set[tuple[int, str]]]] = {}
+    for point in points:
+        keys = lines.setdefault(name(point), {}).setdefault(point.bucket, set())
+        keys.add((point.version_id, point.domain))
+    return {
+        line: (_end(url, wanted, bucket, min(of.items()))[0],
+               _end(url, wanted, bucket, max(of.items()))[1])
+        for line, of in lines.items()
+    }  # fmt: skip
+
+
+def _end(
+    url: str, wanted: Filter, bucket: str, at: tuple[datetime, set[tuple[int, str]]]
+) -> tuple[datetime, datetime]:
+    """The first and the last step in one bucket of what a line is made of."""
+    begin, keys = at
+    span = replace(wanted, since=begin, until=begin + LENGTHS[bucket])
+    found = data.extents(url, span)
+    some = [found[key] for key in keys if key in found]
+    return (
+        min((first for first, _ in some), default=begin),
+        max((last for _, last in some), default=begin + LENGTHS[bucket]),
+    )
+
+
+def near(deployments: Iterable[Deployment], series: Series, width: timedelta) -> list[Deployment]:
+    """Those beside what is drawn; others would push it into a corner."""
+    moments = [moment for points in series.values() for moment, _ in points]
+    if not moments:
+        return []
+    first, last = min(moments), max(moments)
+    room = max(2 * width, (last - first) / 4)
+    return [row for row in deployments if first - room <= row.created_at <= last + room]
