@@ -2,7 +2,7 @@
 
 It owns the channel to the sidecar, the recorder, the capture, the speculation policy and the
 swapper. Everything here runs in the scheduler's only thread, except staging and reading back.
-Whatever goes wrong here is logged once and switched off: serving goes on.
+Whatever goes wrong here, serving goes on: see ``parts``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ import torch
 from aurora_sgl import wire
 from aurora_sgl.config import get_settings
 from aurora_sgl.drafter.checkpoint import WEIGHTS
-from aurora_sgl.engine import labels, ladder
+from aurora_sgl.engine import clean, labels, ladder
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.companion import ENDPOINT_VARIABLE
+from aurora_sgl.engine.draft_kv import DraftKV
+from aurora_sgl.engine.parts import Parts
+from aurora_sgl.engine.plan import Plan, Plans, put, requests
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
 from aurora_sgl.engine.recorder import (
     Recorder,
     RequestState,
+    StepRows,
     VerifyObservation,
     new_boot_id,
     to_host,
@@ -44,7 +49,9 @@ Prefill = tuple[
 ]
 
 _HELLO_SECONDS = 2.0
-_MOST_KEEPING = 4096  # requests that were aborted before their prefill stay in the set
+_LONGEST_PATH = 4096
+_TRACED = "|aurora:traced"  # behind the client's own key of the prefix cache
+_A_REQUEST = "recording a request"
 
 
 class Agent:
@@ -85,8 +92,9 @@ class Agent:
             explore_share=settings.explore_share,
             rungs=ladder.rungs(shape.depth, topk, shape.nodes) if may_shrink else (shape,),
         )
-        self._keeping: dict[str, float] = {}  # id of a request, until prefilled -> steps
         self.can_skip = can_skip
+        self.plans = Plans(Plan(speculates=not can_skip))
+        self.draft_kv = DraftKV(_places(worker), worker.device)
         target_model = worker.target_worker.model_runner.model
         self.capture = Capture(self.channel, self.boot_id) if self.channel else None
         self.last_hidden = (
@@ -114,23 +122,30 @@ class Agent:
         self.prefill: Prefill | None = None
         self.queue = 0  # requests that wait to be prefilled
         self.notices: dict[str, str] = {}  # see wire.Hello
+        self.parts = Parts(self.notices)
         self._said_hello = 0.0
-        self._failed_parts: set[str] = set()
         drafter = Path(str(description.get("drafter_path") or "."))
         if self.channel is not None and (drafter / WEIGHTS).exists():
             description["live_sha256"] = self.swaps.read_back_at_start(drafter)
 
     # -- safety ------------------------------------------------------------------------------
 
-    def guard(self, part: str, work: Callable[[], None]) -> None:
-        """Run our own work; on an error log it once and never run that part again."""
-        if part in self._failed_parts:
-            return
-        try:
+    def guard(self, part: str, work: Callable[[], None], *, always: bool = False) -> bool:
+        """Run our own work; false when it failed, or is left alone after a failure."""
+
+        def done() -> bool:
             work()
-        except Exception:
-            self._failed_parts.add(part)
-            logger.exception("aurora: %s failed and is switched off; serving goes on", part)
+            return True
+
+        return self.parts.attempt(part, done, False, always=always)
+
+    def let_go(self, states: Iterable[RequestState | None]) -> None:
+        """Record these requests no further: something of theirs was missed."""
+        lost = [self.recorder.let_go(state) for state in states if state is not None]
+        self._done += [record for record in lost if record is not None]
+
+    def let_go_of(self, batch: Any) -> None:
+        self.let_go(getattr(req, "_aurora", None) for req in batch.reqs)
 
     # -- the step ----------------------------------------------------------------------------
 
@@ -155,49 +170,80 @@ class Agent:
         self.policy.swapped(self.recorder.live.swap_count)
         self.policy.account(rung=rung, batch_size=batch_size, seconds=seconds)
 
-    def observe_prefill(self, batch: Any, aux: torch.Tensor | None) -> None:
-        """After the target's prefill, on every rank: admit requests; on the leading one also take
-        references to hidden states."""
+    def begin(self, batch: Any) -> list[Any]:
+        """At the target's prefill, on every rank: what was chosen for the batch's new requests
+        takes effect. Returns those."""
+        new = [req for req in batch.reqs if not hasattr(req, "_aurora")]
+        for req in new:
+            self.recorder.begin(req, self.plans.pop(req.rid), follow=self.leads)
+        return new
+
+    def observe_prefill(self, batch: Any, new: list[Any], aux: torch.Tensor | None) -> None:
+        """After that, on the leading rank: record new requests, take references to hidden
+        states."""
         total = sum(batch.extend_lens)
         last = self.last_hidden.take(total) if self.last_hidden and aux is not None else None
         if self.capture and aux is not None:
             self.capture.learn_layout(aux, last)
+        self._follow(partial(self._follow_prefill, batch))
+        records = [record for req in new for record in self._started(req)]
+        if records and self.channel:
+            self.channel.put(records)
         pieces = []
-        records: list[wire.Record] = []
         at = 0
         for row, req in enumerate(batch.reqs):
             rows = batch.extend_lens[row]
-            if not hasattr(req, "_aurora"):
-                chosen = str(getattr(req, "extra_key", None) or "")  # see _admit
-                admitted = self.recorder.admit(
-                    req,
-                    speculates=_DRAFTS in chosen,
-                    traced=self.capture is not None and chosen.endswith(_TRACED),
-                    follow=self.leads,
-                    keeps=self._keeping.pop(req.rid, 0.0),
-                )
-                if admitted is not None:
-                    records.append(admitted[1])
-                    if admitted[0].traced and self.capture:
-                        self.capture.begin(req, admitted[0])
             state: RequestState | None = req._aurora
-            if state is not None and state.traced:
+            if state is not None and state.traced and not state.trace_broken:
                 pieces.append((req, state, batch.prefix_lens[row], at, rows))
             at += rows
-        if records and self.channel:
-            self.channel.put(records)
         if pieces and aux is not None and aux.shape[0] == total:
             self.prefill = (pieces, to_host(aux), to_host(last) if last is not None else None)
 
-    def _admit(self, recv_req: Any, batch_size: int) -> None:
-        """Before a request is queued: choose what is done with it, and its cache namespace.
+    def _started(self, req: Any) -> list[wire.Record]:
+        state: RequestState | None = req._aurora
+        if state is None:
+            return []
+        try:
+            record = self.recorder.started(req, state)
+            state.recorded = True
+            if state.traced and self.capture:
+                self.capture.begin(req, state)
+        except Exception as error:
+            self.parts.failed(_A_REQUEST, error)
+            self.let_go([state])
+            return []
+        return [record]
 
-        The choice travels in the namespace, so that all ranks make the same one.
+    def _follow(self, work: Callable[[], None]) -> None:
+        """Mark who made draft KV; what was missed makes all that was marked uncertain."""
+        if not self.guard("following draft KV", work):
+            self.draft_kv.doubt()
 
-        Draft KV in the prefix cache was made by the drafter of its time. A namespace per live
-        version keeps every request's draft KV of one version. Requests that are served without
-        drafts, whose answers have no draft KV, leave nothing that a drafting one would reuse; and
-        what a traced request finds in the cache was traced too, so that no prefix is unknown.
+    def _follow_prefill(self, batch: Any) -> None:
+        maker = self.recorder.live.maker
+        for row, req in enumerate(batch.reqs):
+            state: RequestState | None = req._aurora
+            cached = batch.prefix_lens[row]
+            if state is not None and cached:
+                places = req.prefix_indices[:cached]
+                state.strangers = to_host(self.draft_kv.strangers(places, maker))
+        self.draft_kv.mark(batch.out_cache_loc, maker)
+
+    def choose(self, recv_reqs: list[Any] | None) -> None:
+        """On the leading rank, before what was received goes to all ranks: choose what is done
+        with new requests."""
+        size = self.recorder.running + self.queue
+        for more, received in enumerate(requests(recv_reqs or ()), 1):
+            self.guard("choosing drafts", partial(self._choose, received, size + more))
+
+    def _choose(self, recv_req: Any, batch_size: int) -> None:
+        """Choose what is done with a request, before it is queued.
+
+        The prefix cache is one for all drafters, and for requests with drafts and without: a place
+        whose draft KV is of another drafter, or missing, costs acceptance only, and the record
+        says so (see ``draft_kv``). Captured requests have a part of their own, so that what they
+        find there was captured too, and no prefix is unknown to training.
         """
         said = labels.read(recv_req.sampling_params)
         wish = said.speculate if self.can_skip else True
@@ -206,13 +252,12 @@ class Agent:
             speculates = admission is not Admission.PLAIN
             keeps = float(TRY_STEPS) if admission is Admission.TRIES else 0.0
         else:
-            speculates, keeps = wish, math.inf
-        if speculates and keeps and len(self._keeping) < _MOST_KEEPING:
-            self._keeping[recv_req.rid] = keeps
-        traced = self.capture is not None and self.recorder.choose_to_trace(said)
-        key = f"aurora:{self.recorder.live.swap_count}"
-        key += f"{_DRAFTS if speculates else ''}{_TRACED if traced else ''}"
-        recv_req.extra_key = f"{recv_req.extra_key or ''}{key}"
+            speculates, keeps = wish, math.inf if wish else 0.0
+        session = getattr(recv_req, "session_id", None)
+        traced = self.capture is not None and self.recorder.choose_to_trace(said, session)
+        put(recv_req, Plan(speculates, keeps, traced))
+        if traced:
+            recv_req.extra_key = f"{recv_req.extra_key or ''}{_TRACED}"
 
     def observe_verify(self, batch: Any, result: Any) -> None:
         """After the verify forward: take references to what records need."""
@@ -221,6 +266,8 @@ class Agent:
         if accept_index is None or not batch.reqs:
             return
         nodes = int(verify_input.draft_token_num)
+        maker = self.recorder.live.maker if nodes > 1 else None
+        self._follow(partial(self.draft_kv.mark, batch.out_cache_loc, maker))
         size = len(batch.reqs)
         traced = self.capture is not None and any(
             getattr(req, "_aurora", None) is not None and req._aurora.traced for req in batch.reqs
@@ -254,33 +301,51 @@ class Agent:
         tracked = []
         for row, req in enumerate(batch.reqs):
             state = getattr(req, "_aurora", None)
-            if state is not None and not req.finished() and not req.is_retracted:
+            if state is not None and state.recorded and not req.finished() and not req.is_retracted:
                 tracked.append((row, req, state, len(req.output_ids)))
         return tracked
 
     def after_decode_results(
         self, batch: Any, result: Any, tracked: list[tuple[int, Any, RequestState, int]]
     ) -> None:
-        seen: VerifyObservation | None = getattr(result, "aurora_verify", None)
-        if seen is None or not tracked:
+        if not tracked:
             return
-        accept_lens = result.accept_lens.tolist()
-        records = self.recorder.verify_steps(batch, seen, accept_lens, tracked)
+        seen: VerifyObservation | None = getattr(result, "aurora_verify", None)
+        if seen is None:  # the step was not observed, so that their records would have a hole
+            self.let_go(state for _, _, state, _ in tracked)
+            return
+        step = StepRows(seen, result.accept_lens.tolist(), len(batch.reqs))
         if seen.depth > 0:
             whole = [
-                accept_lens[row] - 1
+                step.accept_lens[row] - 1
                 for row, _, state, _ in tracked
                 if not state.holes and state.swap_count == seen.swap_count
             ]
             rung = ladder.Rung(seen.depth, seen.nodes)
             self.policy.observe(seen.swap_count, rung, len(whole), sum(whole))
-        for row, req, state, before in tracked:
-            if state.traced and self.capture and seen.aux is not None:
-                self.capture.verify_rows(req, state, row, before, accept_lens[row], seen)
-            if req.finished():
-                records.append(self._finish(req, state))
+        records = [
+            record
+            for row, req, state, before in tracked
+            for record in self._stepped(step, req, state, row, before)
+        ]
         if self.channel:
             self.channel.put(records)
+
+    def _stepped(
+        self, step: StepRows, req: Any, state: RequestState, row: int, before: int
+    ) -> list[wire.Record]:
+        """The records of one request of a step. If they fail, those of the others don't."""
+        try:
+            records = [self.recorder.verify_step(step, req, state, row, before)]
+            if state.traced and self.capture and step.seen.aux is not None:
+                self.capture.verify_rows(req, state, row, before, step.accept_lens[row], step.seen)
+            if req.finished():
+                records.append(self._finish(req, state))
+        except Exception as error:
+            self.parts.failed(_A_REQUEST, error)
+            self.let_go([state])
+            return []
+        return records
 
     def after_prefill_results(self, batch: Any, result: Any) -> None:
         observed: Prefill = getattr(result, "aurora_prefill", None) or ([], None, None)
@@ -292,14 +357,25 @@ class Agent:
                     req, state, start, aux[part], last[part] if last is not None else None
                 )
         finished = [
-            self._finish(req, req._aurora)
+            record
             for req in batch.reqs
-            if getattr(req, "_aurora", None) is not None
-            and req.finished()
-            and req.inflight_middle_chunks <= 0
+            if req.finished() and req.inflight_middle_chunks <= 0
+            for record in self._ended(req)
         ]
         if finished and self.channel:
             self.channel.put(finished)
+
+    def _ended(self, req: Any) -> list[wire.Record]:
+        """The last record of a request that ended at its first token."""
+        state: RequestState | None = getattr(req, "_aurora", None)
+        if state is None or not state.recorded:
+            return []
+        try:
+            return [self._finish(req, state)]
+        except Exception as error:
+            self.parts.failed(_A_REQUEST, error)
+            self.let_go([state])
+            return []
 
     def _finish(self, req: Any, state: RequestState) -> wire.Record:
         if state.traced and self.capture:
@@ -311,18 +387,7 @@ class Agent:
     # -- the sidecar -------------------------------------------------------------------------
 
     def poll(self, recv_reqs: list[Any] | None) -> None:
-        """Between two steps, on the leading rank, before what was received goes to all ranks:
-        choose what is done with new requests, send what waits, take commands."""
-        size = self.recorder.running + self.queue
-        for received in recv_reqs or ():
-            name = type(received).__name__
-            if name == "TokenizedGenerateReqInput":
-                size += 1
-                self._admit(received, size)
-            elif name == "BatchTokenizedGenerateReqInput":
-                for one in received:
-                    size += 1
-                    self._admit(one, size)
+        """Between two steps, on the leading rank: send what waits, take commands."""
         if self.channel is None:
             return
         now = time.monotonic()
@@ -343,10 +408,14 @@ class Agent:
 
     def hello(self) -> wire.Hello:
         assert self.channel is not None
+        self.parts.forget_old()
         counters = {
             "running_requests": float(self.recorder.running),
             "waiting_records": float(self.channel.waiting_records),
             "dropped_traces": float(self.channel.dropped_traces),
+            "dropped_odd": float(self.channel.dropped_odd),
+            "failures": float(self.parts.failures),
+            "parts_down": float(self.parts.down),
             "speculation_share": self.policy.share,
             "capture_share": self.recorder.capture_share,
             "queue": float(self.queue),
@@ -356,7 +425,10 @@ class Agent:
         return wire.Hello(
             boot_id=self.boot_id,
             pid=os.getpid(),
-            server=self.description,
+            server={
+                name: clean.text(value, _LONGEST_PATH) if isinstance(value, str) else value
+                for name, value in self.description.items()
+            },
             live_version_id=self.recorder.live.version_id,
             swap_count=self.recorder.live.swap_count,
             dropped=self.channel.dropped_records,
@@ -366,8 +438,7 @@ class Agent:
 
     def _obey(self, command: wire.Command) -> None:
         if isinstance(command, wire.Identify):
-            if self.recorder.live.swap_count == 0:
-                self.recorder.live.version_id = command.version_id
+            self.recorder.live.identified(command.version_id)
         elif isinstance(command, wire.SetPhase):
             if self.can_skip:
                 self.policy.swapped(self.recorder.live.swap_count)
@@ -379,5 +450,9 @@ class Agent:
             self.swaps.ask(command)
 
 
-_DRAFTS = ":drafts"
-_TRACED = ":traced"
+def _places(worker: Any) -> int:
+    """How many places the KV cache has, with those that SGLang keeps free."""
+    runner = worker.target_worker.model_runner
+    pool = getattr(runner, "token_to_kv_pool_allocator", None)
+    size = max(int(runner.max_total_num_tokens), int(getattr(pool, "size", 0) or 0))
+    return size + int(getattr(pool, "page_size", 1) or 1) + 1

@@ -1,17 +1,22 @@
 """The scheduler's end of the sockets to the sidecar. No call here ever waits.
 
 Records are queued in a bounded buffer and sent as far as the socket takes them; what does not fit
-is dropped and counted. ZeroMQ moves the bytes in a thread of its own, outside the interpreter lock.
+is dropped and counted, and so is a record that cannot be encoded, it alone. ZeroMQ moves the bytes
+in a thread of its own, outside the interpreter lock.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from aurora_sgl import wire
+
+logger = logging.getLogger("aurora_sgl")
 
 _TRACE_BACKLOG = 512  # messages of about 32 rows each
 
@@ -27,6 +32,8 @@ class Channel:
         self._seq = 0
         self.dropped_records = 0
         self.dropped_traces = 0
+        self.dropped_odd = 0  # of the dropped records those that could not be sent
+        self.unread_commands = 0
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._records = context.socket(zmq.PUSH)
         self._records.set_hwm(1000)
@@ -62,14 +69,41 @@ class Channel:
         """Send queued records until the socket would wait."""
         while self._waiting:
             records = self._waiting[0]
-            envelope = wire.Envelope(self._boot_id, self._seq + 1, records)
             try:
-                self._records.send(wire.encode(envelope), zmq.NOBLOCK)
+                data = self._encoded(records)
+                if data is not None:
+                    self._records.send(data, zmq.NOBLOCK)
+                    self._seq += 1
             except zmq.Again:
                 return
-            self._seq += 1
+            except zmq.ZMQError as error:
+                self._drop(len(records), error)
             self._waiting_records -= len(records)
             self._waiting.popleft()
+
+    def _encoded(self, records: list[wire.Record]) -> bytes | None:
+        """The next envelope, without the records that cannot be encoded; None: nothing is left."""
+        try:
+            return wire.encode(wire.Envelope(self._boot_id, self._seq + 1, records))
+        except Exception:  # a text that is no UTF-8, a number too large, an object of another kind
+            sound = [record for record in records if self._can_encode(record)]
+        self._waiting_records -= len(records) - len(sound)
+        records[:] = sound  # so that the odd one is counted once, however often this is tried
+        return wire.encode(wire.Envelope(self._boot_id, self._seq + 1, sound)) if sound else None
+
+    def _can_encode(self, record: wire.Record) -> bool:
+        try:
+            wire.encode(wire.Envelope(self._boot_id, 0, [record]))
+        except Exception as error:
+            self._drop(1, error)
+            return False
+        return True
+
+    def _drop(self, count: int, error: Exception) -> None:
+        if self.dropped_odd == 0:
+            logger.error("aurora: a record cannot be sent and is dropped", exc_info=error)
+        self.dropped_odd += count
+        self.dropped_records += count
 
     def send_trace(self, header: wire.TraceHeader, aux: bytes, last: bytes) -> bool:
         """Send rows of hidden states, or drop and count them when the sidecar is behind."""
@@ -78,12 +112,24 @@ class Channel:
         except zmq.Again:
             self.dropped_traces += 1
             return False
+        except Exception as error:
+            if self.dropped_traces == 0:
+                logger.error("aurora: a trace cannot be sent and is dropped", exc_info=error)
+            self.dropped_traces += 1
+            return False
         return True
 
     def receive(self) -> wire.Command | None:
-        """The next command, or None."""
-        try:
-            data = self._commands.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        return wire.decode_command(data)
+        """The next command, or None. One that cannot be read, of another release of the sidecar,
+        is counted and left."""
+        while True:
+            try:
+                data = self._commands.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            try:
+                return wire.decode_command(data)
+            except msgspec.MsgspecError as error:
+                if self.unread_commands == 0:
+                    logger.error("aurora: a command cannot be read and is left", exc_info=error)
+                self.unread_commands += 1

@@ -240,12 +240,14 @@ def _forward_batch_generation(
         result = original(worker, batch, *args, **kw)
         result.aurora_prefill, agent.prefill = agent.prefill, None
         return result
-    rung = agent.step_rung(batch)
+    choose = partial(agent.step_rung, batch)
+    rung = agent.parts.attempt("choosing a step's drafts", choose, agent.ladder.whole)
     size = len(batch.reqs)
     begun = time.perf_counter()
     with agent.ladder.at(rung):
         result = original(worker, batch, *args, **kw)
-    agent.account_step(size, rung=rung, seconds=time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    agent.guard("timing steps", lambda: agent.account_step(size, rung=rung, seconds=seconds))
     return result
 
 
@@ -261,9 +263,15 @@ def _draft_extend_for_prefill(
     target's left in memory that they share."""
     agent = _agent
     if agent is not None and batch.reqs:
-        agent.guard(
-            "recording prefills", lambda: agent.observe_prefill(batch, target_hidden_states)
-        )
+        # On every rank and whatever failed before: what the ranks do in a step follows from it.
+        none: list[Any] = []
+        begin = partial(agent.begin, batch)
+        new = agent.parts.attempt("beginning requests", begin, none, always=True)
+        if agent.leads and not agent.guard(
+            "recording prefills", lambda: agent.observe_prefill(batch, new, target_hidden_states)
+        ):
+            agent.prefill = None
+            agent.let_go_of(batch)
     return original(drafter, batch, target_hidden_states, *args, **kw)
 
 
@@ -312,9 +320,15 @@ def _process_batch_result_decode(
     agent = _agent
     if agent is None or not agent.leads:
         return original(processor, batch, result, *args, **kw)
-    tracked = agent.before_decode_results(batch)
+    states = [getattr(req, "_aurora", None) for req in batch.reqs]
+    tracked = agent.parts.attempt(
+        "recording results", lambda: agent.before_decode_results(batch), None
+    )
     out = original(processor, batch, result, *args, **kw)
-    agent.guard("recording results", lambda: agent.after_decode_results(batch, result, tracked))
+    if tracked is None or not agent.guard(
+        "recording results", lambda: agent.after_decode_results(batch, result, tracked)
+    ):
+        agent.let_go(states)
     return out
 
 
@@ -323,8 +337,14 @@ def _process_batch_result_prefill(
 ) -> Any:
     out = original(processor, batch, result, *args, **kw)
     agent = _agent
-    if agent is not None and agent.leads:
-        agent.guard("recording prefill results", lambda: agent.after_prefill_results(batch, result))
+    if (
+        agent is not None
+        and agent.leads
+        and not agent.guard(
+            "recording prefill results", lambda: agent.after_prefill_results(batch, result)
+        )
+    ):
+        agent.let_go_of(batch)
     return out
 
 
@@ -332,6 +352,7 @@ def _pull_raw_reqs(original: Callable[..., Any], receiver: Any) -> Any:
     recv_reqs = original(receiver)
     agent = _agent
     if agent is not None and agent.leads:
+        agent.guard("choosing drafts", lambda: agent.choose(recv_reqs))
         agent.guard("talking to the sidecar", lambda: agent.poll(recv_reqs))
     return recv_reqs
 
@@ -339,20 +360,24 @@ def _pull_raw_reqs(original: Callable[..., Any], receiver: Any) -> Any:
 def _process_input_requests(
     original: Callable[..., Any], scheduler: Any, recv_reqs: list[Any]
 ) -> Any:
-    agent = _agent
-    if agent is None:
-        _agent_of_scheduler(scheduler)
-        return original(scheduler, recv_reqs)
-    from aurora_sgl.engine.swap_driver import ApplySwap, StageSwap
+    from aurora_sgl.engine import plan, swap_driver
 
+    agent = _agent
+    for request in plan.requests(recv_reqs):
+        chosen = plan.take(request)  # without an agent too: SGLang must not meet it
+        if agent is not None and chosen is not None:
+            agent.plans.keep(request.rid, chosen)
+    ours = [one for one in recv_reqs if isinstance(one, swap_driver.COMMANDS)]
+    rest = [one for one in recv_reqs if not isinstance(one, swap_driver.COMMANDS)]
+    if agent is None:
+        for command in ours:  # on a rank where we could not start; the others wait for its word
+            swap_driver.abstain(command)
+        _agent_of_scheduler(scheduler)
+        return original(scheduler, rest)
     agent.swaps.forward_stream = getattr(scheduler, "forward_stream", None)
     agent.queue = len(getattr(scheduler, "waiting_queue", ()))
-    rest = []
-    for request in recv_reqs:
-        if isinstance(request, StageSwap | ApplySwap):
-            agent.guard("swapping", partial(agent.swaps.obey, request))
-        else:
-            rest.append(request)
+    for command in ours:
+        agent.guard("swapping", partial(agent.swaps.obey, command), always=True)
     return original(scheduler, rest)
 
 

@@ -1,31 +1,25 @@
 """From a verify step to a record: what was proposed, what the target said, what was kept.
 
-:func:`observe_verify` runs right after the verify forward and only takes references (on a GPU it
-starts copies into pinned memory); :class:`Recorder` builds the records when the accept lengths have
-reached the CPU anyway, so that nothing here waits for a device.
+:class:`VerifyObservation` is made right after the verify forward and only holds references (on a
+GPU, copies into pinned memory on their way); :class:`Recorder` builds the records when the accept
+lengths have reached the CPU anyway, so that nothing here waits for a device.
 """
 
 from __future__ import annotations
 
 import secrets
 import weakref
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from aurora_sgl import wire
-from aurora_sgl.engine import labels
+from aurora_sgl.engine import clean, labels
+from aurora_sgl.engine.draft_kv import Live
+from aurora_sgl.engine.plan import Plan
 from aurora_sgl.hashing import sha256_ints
-
-
-@dataclass(slots=True)
-class Live:
-    """What the drafter is at this moment, as far as records need it."""
-
-    version_id: int = 0
-    swap_count: int = 0
-    steps_since_swap: int = 0
 
 
 @dataclass(slots=True)
@@ -43,6 +37,9 @@ class RequestState:
     proposed: int = 0
     accepted: int = 0
     holes: bool = False  # a plain step left holes in the draft KV
+    recorded: bool = False  # its first record was made, and none is missing since
+    #: [1] cached places whose draft KV is of others, on the CPU or on its way there
+    strangers: torch.Tensor | None = None
     trace_rows: list[tuple[int, list[int], torch.Tensor, torch.Tensor | None]] = field(
         default_factory=list
     )
@@ -69,6 +66,39 @@ class VerifyObservation:
     rejection_sampling: bool
     aux: torch.Tensor | None = None  # [batch * nodes, width], accepted path in front
     last: torch.Tensor | None = None  # [batch * nodes, hidden], node order
+
+
+@dataclass(slots=True)
+class StepRows:
+    """One verify step as lists, a row for each request of the batch."""
+
+    seen: VerifyObservation
+    accept_lens: list[int]
+    batch_size: int
+    at_us: int = field(default_factory=wire.now_us)
+    draft_token: list[list[int]] = field(init=False)
+    first_child: list[list[int]] = field(init=False)
+    next_sibling: list[list[int]] = field(init=False)
+    paths: list[list[int]] = field(init=False)
+    target_predict: list[list[int]] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        seen = self.seen
+        self.draft_token = seen.draft_token.tolist()
+        self.first_child, self.next_sibling = seen.first_child.tolist(), seen.next_sibling.tolist()
+        self.paths = seen.accept_index.tolist()
+        self.target_predict = (
+            seen.target_predict.tolist() if seen.target_predict is not None else None
+        )
+
+
+def is_mixed(state: RequestState, seen: VerifyObservation) -> bool:
+    """Whether the drafts of this step were made from draft KV of more than the live version."""
+    if state.swap_count != seen.swap_count:
+        return True
+    if seen.depth == 0:
+        return False
+    return state.holes or (state.strangers is not None and int(state.strangers) > 0)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,19 +130,14 @@ def describe_sampling(req: Any) -> dict[str, Any]:
     """The sampling parameters that matter for learning and replay."""
     params = req.sampling_params
     described: dict[str, Any] = {
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "max_new_tokens": params.max_new_tokens,
+        name: clean.value(getattr(params, name))
+        for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
     }
-    for name in ("frequency_penalty", "presence_penalty"):
-        if value := getattr(params, name, 0.0):
-            described[name] = value
-    if getattr(params, "repetition_penalty", 1.0) != 1.0:
-        described["repetition_penalty"] = params.repetition_penalty
-    if getattr(params, "min_new_tokens", 0):
-        described["min_new_tokens"] = params.min_new_tokens
+    for name in ("frequency_penalty", "presence_penalty", "min_new_tokens"):
+        if found := getattr(params, name, 0):
+            described[name] = clean.value(found)
+    if (penalty := getattr(params, "repetition_penalty", 1.0)) != 1.0:
+        described["repetition_penalty"] = clean.value(penalty)
     if getattr(params, "logit_bias", None):
         described["logit_bias"] = True
     if any(
@@ -152,162 +177,163 @@ class Recorder:
         """Whether a request may be learnt from: its own word, else the server's setting."""
         return self._train_by_default if said.may_train is None else said.may_train
 
-    def choose_to_trace(self, said: labels.Labels) -> bool:
-        """Whether the hidden states of a request that comes in now are captured."""
-        if said.warmup or not self.may_train(said):
+    def choose_to_trace(self, said: labels.Labels, session: object = None) -> bool:
+        """Whether the hidden states of a request that comes in now are captured.
+
+        All requests of a conversation are or none, so that what one of them finds in the cache was
+        captured too; without a word about conversations, each request is chosen by itself.
+        """
+        if said.warmup or self.capture_share <= 0 or not self.may_train(said):
             return False
+        if conversation := said.conversation or session:
+            return zlib.crc32(clean.text(conversation).encode()) < self.capture_share * 2**32
         self._capture_credit = min(self._capture_credit + self.capture_share, 1.0)
-        if self.capture_share <= 0 or self._capture_credit < 1.0:
+        if self._capture_credit < 1.0:
             return False
         self._capture_credit -= 1.0
         return True
 
-    def admit(
-        self, req: Any, *, speculates: bool, traced: bool, follow: bool, keeps: float = 0.0
-    ) -> tuple[RequestState, wire.Record] | None:
+    def begin(self, req: Any, plan: Plan, *, follow: bool) -> RequestState | None:
         """Register a request at its first prefill; None for warm-ups and health checks.
 
-        ``follow``: whether this rank records it to its end; ``keeps``: see ``RequestState``.
+        On every rank, and without a look at anything that a client can set but its labels: what
+        the ranks do in a step follows from it. ``follow``: whether this rank records the request.
         """
         said = labels.read(req.sampling_params)
         if said.warmup or str(req.rid).startswith("HEALTH_CHECK"):
             req._aurora = None
             return None
         self._counter += 1
-        may_train = self.may_train(said)
         state = RequestState(
             request_id=wire.request_id(self.boot_id, self._counter),
-            traced=traced,
-            speculates=speculates,
+            traced=plan.traced,
+            speculates=plan.speculates,
             greedy=is_greedy(req.sampling_params),
             swap_count=self.live.swap_count,
-            keeps=keeps,
+            keeps=plan.keeps,
             whole=said.whole,
         )
         req._aurora = state
         if follow:
             self._running[state.request_id] = (weakref.ref(req), state)
+        return state
+
+    def started(self, req: Any, state: RequestState) -> wire.Record:
+        """The first record of a request."""
+        said = labels.read(req.sampling_params)
         conversation = said.conversation or getattr(req, "session_id", None)
         prompt = list(req.origin_input_ids)
-        started = wire.RequestStarted(
+        return wire.RequestStarted(
             request_id=state.request_id,
             at_us=wire.now_us(),
-            rid=str(req.rid)[:128],
+            rid=clean.text(req.rid),
             dp_rank=self._dp_rank,
-            domain=said.domain,
-            conversation_hash=sha256_ints(list(str(conversation).encode()))
+            domain=clean.text(said.domain, labels.MAX_LABEL),
+            conversation_hash=sha256_ints(list(clean.text(conversation).encode()))
             if conversation
             else sha256_ints(prompt),
             prompt_tokens=len(prompt),
-            cached_tokens=int(getattr(req, "cached_tokens", 0) or 0),
+            cached_tokens=clean.integer(getattr(req, "cached_tokens", 0)),
             sampling=describe_sampling(req),
-            may_train=may_train,
-            traced=traced,
-            speculates=speculates,
+            may_train=self.may_train(said),
+            traced=state.traced,
+            speculates=state.speculates,
         )
-        return state, started
 
-    def verify_steps(
-        self,
-        batch: Any,
-        observation: VerifyObservation,
-        accept_lens: list[int],
-        tracked: list[tuple[int, Any, RequestState, int]],
-    ) -> list[wire.Record]:
-        """One record per request of a decode batch.
+    def let_go(self, state: RequestState) -> wire.Record | None:
+        """Record a request no further, since a part of us failed. It goes on being served, and is
+        neither finished nor aborted as far as the store knows: its end is not known."""
+        state.trace_broken = True
+        state.trace_rows.clear()
+        if not state.recorded:
+            return None
+        state.recorded = False
+        return self._end(state, "lost", "not recorded to its end", 0, 0, 0)
 
-        ``tracked`` holds (row in the batch, request, state, output tokens before the step).
-        """
-        seen = observation
-        drafted = seen.draft_token.tolist()
-        first, sibling = seen.first_child.tolist(), seen.next_sibling.tolist()
-        path_rows = seen.accept_index.tolist()
-        wanted = seen.target_predict.tolist() if seen.target_predict is not None else None
-        at_us, size = wire.now_us(), len(batch.reqs)
-        records: list[wire.Record] = []
-        for row, req, state, before in tracked:
-            accepted = accept_lens[row] - 1
-            path = [r - row * seen.nodes for r in path_rows[row][1 : accepted + 1]]
-            parents = parents_from_links(first[row], sibling[row])
-            tip = path[-1] if path else 0
-            has_children = first[row][tip] != -1
-            if wanted is not None:
-                target_tokens = wanted[row]
-            else:
-                # Sampled: the tokens along the accepted path; a stop may have cut the output, but
-                # SGLang keeps the whole run in output_ids.
-                target_tokens = list(req.output_ids[before : before + accept_lens[row]])
-            state.holes |= seen.depth == 0
-            records.append(
-                wire.VerifyStep(
-                    request_id=state.request_id,
-                    step=state.steps,
-                    at_us=at_us,
-                    version_id=seen.version_id,
-                    swap_age=seen.swap_age,
-                    mixed=state.swap_count != seen.swap_count or (state.holes and seen.depth > 0),
-                    position=len(req.origin_input_ids) + before,
-                    depth=seen.depth,
-                    topk=seen.topk,
-                    nodes=seen.nodes,
-                    accept_rule="greedy"
-                    if state.greedy
-                    else ("rejection_sampling" if seen.rejection_sampling else "target_sampling"),
-                    batch_size=size,
-                    proposed=seen.nodes - 1,
-                    accepted=accepted,
-                    kept=visible_length(req) - before,
-                    first_rejected_at=accepted + 1 if has_children else 0,
-                    draft_tokens=drafted[row][1:],
-                    draft_parents=parents,
-                    accepted_nodes=path,
-                    target_tokens=target_tokens,
-                )
-            )
-            state.steps += 1
-            state.proposed += seen.nodes - 1
-            state.accepted += accepted
-        return records
+    def verify_step(
+        self, step: StepRows, req: Any, state: RequestState, row: int, before: int
+    ) -> wire.Record:
+        """The record of one request of a decode batch; ``before``: its output tokens until then."""
+        seen = step.seen
+        accept_len = step.accept_lens[row]
+        accepted = accept_len - 1
+        path = [r - row * seen.nodes for r in step.paths[row][1 : accepted + 1]]
+        tip = path[-1] if path else 0
+        has_children = step.first_child[row][tip] != -1
+        if step.target_predict is not None:
+            target_tokens = step.target_predict[row]
+        else:
+            # Sampled: the tokens along the accepted path; a stop may have cut the output, but
+            # SGLang keeps the whole run in output_ids.
+            target_tokens = list(req.output_ids[before : before + accept_len])
+        state.holes |= seen.depth == 0
+        record = wire.VerifyStep(
+            request_id=state.request_id,
+            step=state.steps,
+            at_us=step.at_us,
+            version_id=seen.version_id,
+            swap_age=seen.swap_age,
+            mixed=is_mixed(state, seen),
+            position=len(req.origin_input_ids) + before,
+            depth=seen.depth,
+            topk=seen.topk,
+            nodes=seen.nodes,
+            accept_rule="greedy"
+            if state.greedy
+            else ("rejection_sampling" if seen.rejection_sampling else "target_sampling"),
+            batch_size=step.batch_size,
+            proposed=seen.nodes - 1,
+            accepted=accepted,
+            kept=visible_length(req) - before,
+            first_rejected_at=accepted + 1 if has_children else 0,
+            draft_tokens=step.draft_token[row][1:],
+            draft_parents=parents_from_links(step.first_child[row], step.next_sibling[row]),
+            accepted_nodes=path,
+            target_tokens=target_tokens,
+        )
+        state.steps += 1
+        state.proposed += seen.nodes - 1
+        state.accepted += accepted
+        return record
 
     def finish(self, req: Any, state: RequestState) -> wire.Record:
         """The last record of a request."""
         self._running.pop(state.request_id, None)
         reason = req.finished_reason
-        kind = str((reason.to_json() or {}).get("type", "")) if reason is not None else ""
-        return wire.RequestFinished(
-            request_id=state.request_id,
-            at_us=wire.now_us(),
-            status="aborted" if kind == "abort" else "finished",
-            finish_reason=kind,
-            completion_tokens=visible_length(req),
-            cached_tokens=int(getattr(req, "cached_tokens", 0) or 0),
-            verify_steps=state.steps,
-            proposed=state.proposed,
-            accepted=state.accepted,
-            retractions=int(getattr(req, "retraction_count", 0)),
+        kind = clean.text((reason.to_json() or {}).get("type", "")) if reason is not None else ""
+        return self._end(
+            state,
+            "aborted" if kind == "abort" else "finished",
+            kind,
+            visible_length(req),
+            clean.integer(getattr(req, "cached_tokens", 0)),
+            clean.integer(getattr(req, "retraction_count", 0)),
         )
 
     def vanished(self) -> list[wire.Record]:
         """Requests that SGLang forgot without finishing them, such as aborts in the queue."""
         gone = [state for ref, state in self._running.values() if ref() is None]
-        records: list[wire.Record] = []
         for state in gone:
             del self._running[state.request_id]
-            records.append(
-                wire.RequestFinished(
-                    request_id=state.request_id,
-                    at_us=wire.now_us(),
-                    status="aborted",
-                    finish_reason="abort",
-                    completion_tokens=0,
-                    cached_tokens=0,
-                    verify_steps=state.steps,
-                    proposed=state.proposed,
-                    accepted=state.accepted,
-                    retractions=0,
-                )
-            )
-        return records
+        return [self._end(state, "aborted", "abort", 0, 0, 0) for state in gone if state.recorded]
+
+    def _end(
+        self, state: RequestState, status: str, reason: str, *counts: int
+    ) -> wire.RequestFinished:
+        """``counts``: tokens of the answer, cached tokens, retractions."""
+        completion_tokens, cached_tokens, retractions = counts
+        return wire.RequestFinished(
+            request_id=state.request_id,
+            at_us=wire.now_us(),
+            status=status,
+            finish_reason=reason,
+            completion_tokens=completion_tokens,
+            cached_tokens=cached_tokens,
+            verify_steps=state.steps,
+            proposed=state.proposed,
+            accepted=state.accepted,
+            retractions=retractions,
+        )
 
 
 def new_boot_id() -> int:

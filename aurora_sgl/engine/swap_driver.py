@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from aurora_sgl import wire
-from aurora_sgl.engine.recorder import Live
+from aurora_sgl.engine.draft_kv import Live
 from aurora_sgl.engine.swap import Staged, Swapper, yield_to_the_step
 
 logger = logging.getLogger("aurora_sgl")
@@ -41,6 +41,29 @@ class ApplySwap:
     """To every rank: if all have staged the version, copy it in, all at this step."""
 
     version_id: int
+
+
+COMMANDS = (StageSwap, ApplySwap)
+
+
+def abstain(command: StageSwap | ApplySwap) -> None:
+    """On a rank that takes no part in swaps: say so where the others wait for its word."""
+    if isinstance(command, ApplySwap):
+        from sglang.srt.distributed.parallel_state import get_tp_group
+
+        _worst_of_all_ranks(_FAILED, get_tp_group().world_size)
+
+
+def _worst_of_all_ranks(mine: int, tp_size: int) -> int:
+    if tp_size == 1:
+        return mine
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    agreed = torch.tensor([mine])
+    torch.distributed.all_reduce(
+        agreed, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
+    )
+    return int(agreed[0])
 
 
 class SwapDriver:
@@ -85,16 +108,13 @@ class SwapDriver:
     def obey(self, command: StageSwap | ApplySwap) -> None:
         """On every rank, at the same place in the request stream."""
         if isinstance(command, StageSwap):
-            path = Path(command.path)
-            self._swapper.begin_staging(command.version_id, path, command.weights_sha256)
+            self._stage(command)
             return
         staged = self._swapper.staged
-        mine = staged is not None and staged.version_id == command.version_id
         late = 0 < self._deadline_us < wire.now_us()
-        if late or (not mine and not self._swapper.busy):
-            worst = self._worst_of_all_ranks(_FAILED)
-        else:
-            worst = self._worst_of_all_ranks(_READY if mine else _BUSY)
+        mine = _FAILED if late else self._stands(command)
+        # Whatever went wrong on this rank, the others wait for its word here.
+        worst = _worst_of_all_ranks(mine, self._tp_size)
         if worst == _BUSY:
             return  # the leading rank asks again
         failure = self._swapper.failure
@@ -107,16 +127,19 @@ class SwapDriver:
             reason = failure[1] if failure else "another rank could not stage the weights"
             self._refuse(command.version_id, reason)
 
-    def _worst_of_all_ranks(self, mine: int) -> int:
-        if self._tp_size == 1:
-            return mine
-        from sglang.srt.distributed.parallel_state import get_tp_group
+    def _stage(self, command: StageSwap) -> None:
+        try:
+            path = Path(command.path)
+            self._swapper.begin_staging(command.version_id, path, command.weights_sha256)
+        except Exception as error:  # such as no room for a thread: said where the ranks agree
+            self._swapper.failure = (command.version_id, f"{type(error).__name__}: {error}")
 
-        agreed = torch.tensor([mine])
-        torch.distributed.all_reduce(
-            agreed, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
-        )
-        return int(agreed[0])
+    def _stands(self, command: ApplySwap) -> int:
+        """How far this rank is with the version."""
+        staged = self._swapper.staged
+        if staged is not None and staged.version_id == command.version_id:
+            return _READY
+        return _BUSY if self._swapper.busy else _FAILED
 
     def _refuse(self, version_id: int, reason: str) -> None:
         if self._report is not None:
@@ -126,10 +149,12 @@ class SwapDriver:
         return wire.SwapDone(self._boot_id, wire.now_us(), version_id, ok, *rest)
 
     def _go_live(self, staged: Staged) -> None:
-        apply_ms = self._swapper.apply(staged, self.forward_stream)
-        self._live.version_id = staged.version_id
-        self._live.swap_count += 1
-        self._live.steps_since_swap = 0
+        try:
+            apply_ms = self._swapper.apply(staged, self.forward_stream)
+        except Exception as error:
+            self._refuse(staged.version_id, f"copying failed: {type(error).__name__}: {error}")
+            raise
+        self._live.swapped(staged.version_id)
         logger.info("aurora: drafter version %d is live (%.1f ms)", staged.version_id, apply_ms)
         report = self._report
         if report is None:

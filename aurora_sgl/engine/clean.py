@@ -1,0 +1,63 @@
+"""What a client can set, made safe where it enters our records.
+
+A client can send half of a surrogate pair, NUL, a text of megabytes, NaN or a number of hundreds of
+digits. None of it fits every encoding on the way (msgpack, JSON, both databases), and none of it is
+worth a record.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+MAX_TEXT = 128  # characters
+_MAX_ITEMS = 64
+_MAX_DEPTH = 4
+_LARGEST = (1 << 63) - 1  # what msgpack and both databases hold
+_REPLACEMENT = "\ufffd"
+#: Control characters, lone surrogates, and separators that end a line.
+_ODD = frozenset(("Cc", "Cs", "Zl", "Zp"))
+
+
+def text(value: object, most: int = MAX_TEXT) -> str:
+    """The first ``most`` characters of a text, those replaced that cannot be stored or printed."""
+    found = (value if isinstance(value, str) else _words(value))[:most]
+    if found.isprintable():  # nearly always; what is printable has none of the odd ones
+        return found
+    return "".join(_REPLACEMENT if unicodedata.category(c) in _ODD else c for c in found)
+
+
+def integer(value: object) -> int:
+    """A whole number that every store holds; 0 for what is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return 0
+    try:
+        found = int(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return max(-_LARGEST, min(int(found), _LARGEST))
+
+
+def value(found: Any, depth: int = 0) -> Any:
+    """Anything as what JSON knows, without numbers that are not finite, short and not deep."""
+    if found is None or isinstance(found, bool):
+        return found
+    if isinstance(found, int):
+        return integer(found)
+    if isinstance(found, float):
+        return found if math.isfinite(found) else None
+    if depth < _MAX_DEPTH and isinstance(found, Mapping):
+        items = list(found.items())[:_MAX_ITEMS]
+        return {text(name): value(item, depth + 1) for name, item in items}
+    if depth < _MAX_DEPTH and isinstance(found, list | tuple):
+        return [value(item, depth + 1) for item in found[:_MAX_ITEMS]]
+    return text(found)
+
+
+def _words(found: object) -> str:
+    try:
+        return str(found)
+    except Exception:  # such as an integer of more digits than Python prints
+        return f"a {type(found).__name__} that cannot be printed"

@@ -1,0 +1,71 @@
+"""What the leading rank chose for a request, carried on the request itself to every rank.
+
+Between the ranks SGLang pickles requests, so that one field of theirs can hold an object. No client
+can send one: what comes over HTTP is text and numbers. Each rank takes it off again before SGLang
+reads the request.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_MOST_WAITING = 65_536  # requests that were aborted before their prefill stay until others follow
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is done with one request."""
+
+    speculates: bool
+    keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
+    traced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    plan: Plan
+    custom_params: Any  # what stood in the field
+
+
+def requests(received: Iterable[Any]) -> Iterator[Any]:
+    """The generation requests among what a scheduler received, those of batches one by one."""
+    for one in received:
+        name = type(one).__name__
+        if name == "TokenizedGenerateReqInput":
+            yield one
+        elif name == "BatchTokenizedGenerateReqInput":
+            yield from one
+
+
+def put(request: Any, plan: Plan) -> None:
+    params = request.sampling_params
+    params.custom_params = _Carried(plan, params.custom_params)
+
+
+def take(request: Any) -> Plan | None:
+    """The plan that :func:`put` put there, which leaves the request as it was."""
+    params: Any = getattr(request, "sampling_params", None)
+    carried = getattr(params, "custom_params", None)
+    if not isinstance(carried, _Carried):
+        return None
+    params.custom_params = carried.custom_params
+    return carried.plan
+
+
+class Plans:
+    """Plans of requests that wait for their prefill, on each rank."""
+
+    def __init__(self, without: Plan) -> None:
+        self._without = without  # for a request for which nothing was chosen
+        self._waiting: OrderedDict[int, Plan] = OrderedDict()  # a client's rid can be megabytes
+
+    def keep(self, rid: object, plan: Plan) -> None:
+        self._waiting[hash(rid)] = plan
+        if len(self._waiting) > _MOST_WAITING:
+            self._waiting.popitem(last=False)
+
+    def pop(self, rid: object) -> Plan:
+        return self._waiting.pop(hash(rid), self._without)
