@@ -45,7 +45,7 @@ def _rgba(colour: str, opacity: float) -> str:
 FIXED = {"l": 48, "r": 20, "t": 36, "b": 48}
 
 
-def _laid_out(
+def laid_out(
     figure: go.Figure, height: int, y: str, *, fixed: bool = False, **more: Any
 ) -> go.Figure:
     """``fixed``: the labels of both axes are short, see ``FIXED``."""
@@ -119,7 +119,7 @@ def trend(
         )  # fmt: skip
     figure.update_xaxes(range=[local(begin), local(end)], tickformatstops=DATES)
     figure.update_yaxes(range=[bottom, top])
-    return _laid_out(figure, height, "", fixed=True, showlegend=True)
+    return laid_out(figure, height, "", fixed=True, showlegend=True)
 
 
 #: Labels of times: as short as they can be, the day below the hour and the year below the day
@@ -256,7 +256,7 @@ def positions(reached: Mapping[str, Sequence[int]], steps: Mapping[str, int]) ->
             hovertemplate="%{x}: %{y:.1%} of the steps<extra>" + escape(name) + "</extra>",
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return _laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
+    return laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
 
 
 def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
@@ -275,7 +275,7 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_xaxes(type="category")
-    return _laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
+    return laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
 
 
 def heat(
@@ -305,7 +305,7 @@ def heat(
     _put_hours(figure, columns)
     figure.update_yaxes(type="category", autorange="reversed")
     lines = max((name.count("<br>") + 1 for name in names), default=1)
-    return _laid_out(figure, max(180, 90 + (18 + 16 * lines) * len(rows)), "", showlegend=False)
+    return laid_out(figure, max(180, 90 + (18 + 16 * lines) * len(rows)), "", showlegend=False)
 
 
 def _put_hours(figure: go.Figure, columns: Sequence[datetime | str]) -> None:
@@ -332,69 +332,6 @@ def _told(row: str, column: datetime | str, served: Served | None) -> str:
     return f"{escape(row)}, {column}: {told}, {served.requests:,} requests"
 
 
-def lineage(
-    nodes: Sequence[tuple[int, int | None, datetime, float | None, str, str]],
-    chosen: int | None,
-) -> go.Figure:
-    """(version, parent, made at, accept length, role, hover): lines lead from parent to child."""
-    figure, here_is = go.Figure(), zone()
-    place = {node[0]: (node[2].astimezone(here_is), node[3]) for node in nodes}
-    x: list[Any] = []
-    y: list[Any] = []
-    for version, parent, *_ in nodes:
-        if parent in place and place[version][1] is not None and place[parent][1] is not None:
-            x += [place[parent][0], place[version][0], None]
-            y += [place[parent][1], place[version][1], None]
-    figure.add_scatter(
-        x=x, y=y, mode="lines", line={"color": "#7F7F7F", "width": 1}, hoverinfo="skip",
-        name="parent to child", showlegend=False,
-    )  # fmt: skip
-    drawn = [node for node in nodes if node[3] is not None]
-    side = _sides([(node[0], node[2], node[3]) for node in drawn if node[3] is not None])
-    looks = {"live": ("star", "#009E73", 16), "previous": ("diamond", "#0072B2", 12),
-             "candidate": ("triangle-up", "#E69F00", 12), "": ("circle", "#56B4E9", 8)}  # fmt: skip
-    for role, (symbol, colour, size) in looks.items():
-        here = [node for node in drawn if node[4] == role]
-        if here:
-            few = len(nodes) <= 40 or role
-            figure.add_scatter(
-                x=[place[node[0]][0] for node in here], y=[node[3] for node in here],
-                mode="markers+text" if few else "markers",
-                text=[str(node[0]) if node[0] in side else "" for node in here],
-                textposition=[side.get(node[0], "top center") for node in here],
-                cliponaxis=False, name=role or "other versions",
-                marker={"symbol": symbol, "size": size, "color": colour,
-                        "line": {"width": [3 if node[0] == chosen else 0 for node in here]}},
-                customdata=[node[5] for node in here],
-                hovertemplate="%{customdata}<extra></extra>",
-            )  # fmt: skip
-    figure.update_xaxes(tickformatstops=DATES)
-    return _laid_out(figure, 320, "accept length", showlegend=True)
-
-
-#: Share of the picture's height that two labels need to lie below each other.
-HIGH = 0.12
-
-
-def _sides(points: Sequence[tuple[int, datetime, float]]) -> dict[int, str]:
-    """Where the number of each version stands, the newest first; a number that would lie on
-    another one is left to the pointer."""
-    if not points:
-        return {}
-    moments, lengths = [point[1] for point in points], [point[2] for point in points]
-    apart = (max(moments) - min(moments)) / NARROWEST
-    high = HIGH * max(max(lengths) - min(lengths), 1e-9)
-    found: dict[int, str] = {}
-    taken: dict[str, list[tuple[datetime, float]]] = {"top center": [], "bottom center": []}
-    for version, at, length in sorted(points, reverse=True):
-        for side, others in taken.items():
-            if all(abs(at - other) >= apart or abs(length - y) >= high for other, y in others):
-                found[version] = side
-                others.append((at, length))
-                break
-    return found
-
-
 def plain(x: Sequence[Any], y: Sequence[Any], across: str, up: str, kind: str) -> go.Figure:
     """One column against another one; ``kind``: bars, line or points. Text in them is literal."""
     figure = go.Figure()
@@ -405,7 +342,7 @@ def plain(x: Sequence[Any], y: Sequence[Any], across: str, up: str, kind: str) -
         mode = "lines+markers" if kind == "line" else "markers"
         figure.add_scatter(x=x, y=list(y), mode=mode, line={"color": COLOURS[0]})
     figure.update_xaxes(title=label(across))
-    return _laid_out(figure, 380, label(up), showlegend=False)
+    return laid_out(figure, 380, label(up), showlegend=False)
 
 
 def curves(columns: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> go.Figure:
@@ -419,4 +356,4 @@ def curves(columns: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str)
             marker={"symbol": SYMBOLS[index % 8], "size": 6},
         )  # fmt: skip
     figure.update_xaxes(title=x)
-    return _laid_out(figure, 280, y, showlegend=True)
+    return laid_out(figure, 280, y, showlegend=True)

@@ -86,6 +86,7 @@ def warm() -> None:
         month = Filter(group.id, hour - 30 * DAY, now)
         long_trend(group.url, month, "hour", hour - timedelta(hours=1))
         served_by_version(group.url, tuple(version.id for version in versions(group)))
+        held_out(group.url, group.name)
 
 
 def extents(url: str, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
@@ -180,6 +181,12 @@ def versions(group: Group) -> Sequence[DrafterVersion]:
 def served_by_version(url: str, version_ids: tuple[int, ...]) -> dict[int, Served]:
     with store.session(engine_of(url), write=False) as s:
         return trends.served_by_version(s, version_ids)
+
+
+@st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)
+def held_out(url: str, name: str) -> str:
+    """How many held-out requests of a group can be judged, and why others can't: a sentence."""
+    return status.held_out(engine_of(url), name).sentence
 
 
 def evaluations(group: Group, version_id: int) -> Sequence[Evaluation]:

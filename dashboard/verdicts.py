@@ -19,19 +19,21 @@ def why_not(evaluation: Evaluation | None) -> str:
 
 
 def told(evaluation: Evaluation) -> list[str]:
-    """Sentences under a comparison."""
-    lines = []
-    if reason := why_not(evaluation):
-        lines.append(f"{HEADS.get(evaluation.verdict, 'Why it did not pass')}: {reason}")
-    if judged := evaluation.details.get("judged"):
+    """Sentences under a comparison; requests are counted once, there or in the reason."""
+    lines, reason = [], why_not(evaluation)
+    if reason:
+        lines.append(f"{HEADS.get(evaluation.verdict, 'Why it did not pass')}: {reason}.")
+    judged = evaluation.details.get("judged")
+    if judged and "can be judged" not in reason:
         lines.append(_judged(judged))
     return lines
 
 
 def _judged(judged: Mapping[str, Any]) -> str:
-    """``9 held-out requests could be judged; left out: 3 rejection sampling``."""
+    """``It rests on 40 held-out requests; left out: 3 rejection sampling.``"""
+    requests = int(judged.get("requests") or 0)
+    said = f"It rests on {requests:,} held-out request{'' if requests == 1 else 's'}"
     lost = {name: count for name, count in dict(judged.get("left_out") or {}).items() if count}
-    said = f"{judged.get('requests', 0):,} held-out requests could be judged"
     if lost:
         listed = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in sorted(lost.items()))
         said += f"; left out: {listed}"

@@ -12,7 +12,7 @@ from aurora_sgl.rollout import status
 from aurora_sgl.store.models import DrafterVersion, Evaluation
 from aurora_sgl.store.queries.trends import Served
 
-from .. import charts, data, dialogs, login, verdicts, version_questions, words
+from .. import charts, data, dialogs, lineage, login, verdicts, version_questions, words
 from ..context import Group, group, now
 from ..parts import refreshing
 
@@ -39,13 +39,13 @@ def show() -> None:
     judged = data.evaluations_of(here, ids)
     served = data.served_by_version(here.url, tuple(ids))
     # Only the open tab is drawn; what is chosen, with its buttons, stays near the top.
-    table, lineage = st.tabs(["All versions", "Lineage"], key="shown", on_change="rerun",
+    table, tree = st.tabs(["All versions", "Lineage"], key="shown", on_change="rerun",
                              bind="query-params")  # fmt: skip
     if table.open:
         with table:
             _table(versions, aliases, judged, served)
-    if lineage.open:
-        with lineage:
+    if tree.open:
+        with tree:
             _lineage(versions, aliases, judged, served)
     chosen = _choose(ids, aliases)
     version = next(row for row in versions if row.id == chosen)
@@ -176,7 +176,7 @@ def _lineage(
     if not any(node[3] is not None for node in nodes):
         st.caption("Drawn once a version was replayed or has served requests.")
         return
-    figure = charts.lineage(nodes, st.session_state.get(CHOSEN))
+    figure = lineage.figure_of(nodes, st.session_state.get(CHOSEN))
     charts.show(figure, "lineage", "versions by time and accept length, joined to their parents")
 
 
@@ -198,7 +198,7 @@ def _one(
     with left:
         _facts(here, version, served)
     with right:
-        _judged(evaluations, live)
+        _judged(here, evaluations, live)
         _history(here, version)
 
 
@@ -258,7 +258,7 @@ def _facts(here: Group, version: DrafterVersion, served: Served | None) -> None:
     words.facts(f"version {version.id}", facts)
 
 
-def _judged(evaluations: Sequence[Evaluation], live: int) -> None:
+def _judged(here: Group, evaluations: Sequence[Evaluation], live: int) -> None:
     st.markdown("**How it was judged**")
     rows_of_all = [row for row in evaluations if not row.domain]
     rows = [
@@ -285,6 +285,7 @@ def _judged(evaluations: Sequence[Evaluation], live: int) -> None:
             words.table("by domain", said, numbers=("requests",), empty="")
         if now() - row.created_at > version_questions.OLD:
             st.caption(f"The newest of these is {words.age(row.created_at)} old.")
+    st.caption(words.literal(f"Now {data.held_out(here.url, here.name)}."))
 
 
 def _history(here: Group, version: DrafterVersion) -> None:

@@ -324,7 +324,7 @@ NOTICE = "The headers of clients are lost: <b>nothing</b> of this server is lear
 #: A domain as long as it may be, with what a browser would take for markup.
 LONG = "<b>a customer</b> whose name is as long as a domain name may be"
 #: Why its newest version was not judged.
-UNJUDGED = "no verdict from 9 held-out requests: 40 are needed"
+UNJUDGED = "9 held-out requests can be judged, at least 12 needed (3 sampled by rejection left out)"
 
 
 def first_hour(home: Path, now: datetime | None = None) -> House:
