@@ -1,8 +1,8 @@
 """Moves what the spool holds into the store, in batches, at least once.
 
-Order of one batch: rows of each boot, then counts of what was lost, then trace rows, then the
-cursor. A kill in between sends some of it again, which changes nothing: rows have keys, and
-counts are absolute per boot.
+Order of one batch: rows of each boot, then counts of what was lost, then trace rows, then the file
+of what was refused, then the cursor. A kill in between sends some of it again, which changes
+nothing: rows have keys, and counts are absolute per boot.
 """
 
 from __future__ import annotations
@@ -10,38 +10,43 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 
 import msgspec
 
 from aurora_sgl import wire
 from aurora_sgl.sidecar.cursor import Boot, Cursor
-from aurora_sgl.sidecar.servers import Known, Registry
-from aurora_sgl.sidecar.spool import Frame, Spool
+from aurora_sgl.sidecar.frames import ENVELOPE, LOSS, TRACE, Loss, open_envelope
+from aurora_sgl.sidecar.refused import Refused, RefusedFile
+from aurora_sgl.sidecar.servers import Registry
+from aurora_sgl.sidecar.sift import Sift
+from aurora_sgl.sidecar.spool import Frame, Position, Spool
 from aurora_sgl.sidecar.trace_files import TraceRow
 from aurora_sgl.sidecar.trace_store import TraceStore
 from aurora_sgl.store import queries
-from aurora_sgl.store.ingest import ingest
+from aurora_sgl.store.faults import Kind, fault_of, in_words
 from aurora_sgl.store.link import StoreAway, StoreLink
-
-#: Kinds of spool frames.
-ENVELOPE, TRACE, LOSS = b"E", b"T", b"L"
 
 #: Seconds in which a batch gathers after its first frame.
 GATHER_SECONDS = 0.25
 RETRY_SECONDS = (0.5, 5.0)
 BATCH_FRAMES = 2000
+NEVER_SAID = "its server never said who it is"
 
 Batch = list[tuple[int, list[wire.Record]]]
 
 log = logging.getLogger(__name__)
 
 
-class Loss(msgspec.Struct, array_like=True, frozen=True):
-    """Envelopes that the full spool refused, noted when it had room again."""
+@dataclass
+class Load:
+    """What a run of frames holds, by boot."""
 
-    boot_id: int
-    envelopes: int
-    records: int
+    batches: dict[int, Batch] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[int, list[Loss]] = field(default_factory=lambda: defaultdict(list))
+    traces: list[TraceRow] = field(default_factory=list)
+    unreadable: list[tuple[bytes, str]] = field(default_factory=list)  # bytes, and why
+    end: Position | None = None  # None: not even the first frame may be stored yet
 
 
 class Intake:
@@ -57,7 +62,7 @@ class Intake:
     def take(self, data: bytes) -> list[wire.Record]:
         """Spool one message; the records that it holds (none for bytes that are no envelope)."""
         try:
-            envelope = wire.decode_envelope(data)
+            envelope, _ = open_envelope(data)
         except msgspec.DecodeError as error:
             self.malformed += 1
             log.warning("a message that is no envelope was dropped: %s", error)
@@ -94,8 +99,9 @@ class Batcher:
         self._link = link
         self._registry = registry
         self._traces = traces
+        self._refused = RefusedFile(spool.folder)
         self._stop = threading.Event()
-        self._orphans: set[int] = set()
+        self.trouble = ""  # why records wait, in words; "" when the last ones were stored
         self.counts: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -107,8 +113,10 @@ class Batcher:
             self._stop.wait(GATHER_SECONDS)
             try:
                 progress = self.drain()
-            except Exception:
-                log.exception("the batcher failed; trying again")
+            except Exception as error:
+                if self.trouble != in_words(error):
+                    log.exception("the batcher failed; trying again")
+                self.trouble = in_words(error)
                 progress = False
             pause = RETRY_SECONDS[0] if progress else min(2 * pause, RETRY_SECONDS[1])
             if not progress:
@@ -117,45 +125,46 @@ class Batcher:
     def stop(self) -> None:
         self._stop.set()
 
+    @property
+    def oldest_seconds(self) -> float:
+        """Age of the oldest record that is not in the store yet; 0 when all are."""
+        return self._spool.age(self._cursor.position)
+
     def drain(self) -> bool:
         """Store all that the spool holds now. False when something of it has to wait."""
         while frames := self._spool.read(self._cursor.position, BATCH_FRAMES):
             try:
                 if not self._store(frames):
                     return False
-            except StoreAway:
+            except StoreAway as away:
+                self.trouble = str(away)
                 return False
+            except Exception as error:
+                fault = fault_of(error)
+                if fault is None or fault.kind is not Kind.LOST_ROW:
+                    raise
+                log.warning("%s; making the servers' rows again", in_words(error))
+                self.trouble = in_words(error)
+                self._registry.forget()
+                return False
+            self.trouble = ""
         return True
 
     def _store(self, frames: list[Frame]) -> bool:
-        batches: dict[int, Batch] = defaultdict(list)
-        notes: dict[int, list[Loss]] = defaultdict(list)
-        rows: list[TraceRow] = []
-        end = None
-        for frame in frames:
-            if frame.kind == ENVELOPE:
-                envelope = wire.decode_envelope(frame.payload)
-                for record in envelope.records:
-                    if isinstance(record, wire.Hello):
-                        self._registry.learn(record)
-                if not self._may_store(envelope.boot_id):
-                    break
-                batches[envelope.boot_id].append((envelope.seq, envelope.records))
-            elif frame.kind == LOSS:
-                loss = msgspec.msgpack.decode(frame.payload, type=Loss)
-                notes[loss.boot_id].append(loss)
-            elif frame.kind == TRACE:
-                rows.append(msgspec.msgpack.decode(frame.payload, type=TraceRow))
-            end = frame.end
-        if end is None:
+        load = self._gather(frames)
+        if load.end is None:
             return False
         boots = {}
-        for boot_id in [*batches, *(b for b in notes if b not in batches)]:
+        refused: list[Refused] = []
+        for boot_id in [*load.batches, *(b for b in load.notes if b not in load.batches)]:
             boots[boot_id] = msgspec.structs.replace(self._cursor.boot(boot_id))
-            self._store_boot(boot_id, boots[boot_id], batches[boot_id], notes[boot_id])
-        self._traces.add(rows)
+            refused += self._store_boot(
+                boot_id, boots[boot_id], load.batches[boot_id], load.notes[boot_id]
+            )
+        self._traces.add(load.traces)
+        self._set_aside(refused, load.unreadable)
         self._cursor.boots.update(boots)
-        self._cursor.position = end
+        self._cursor.position = load.end
         try:
             self._cursor.save()
         except OSError as error:  # a full disk: a restart would send some of it again
@@ -163,47 +172,57 @@ class Batcher:
                 log.error("the cursor of the spool can't be written: %s", error)
             self.counts["cursor_failures"] += 1
         else:
-            self._spool.release(end)
+            self._spool.release(load.end)
         return True
 
-    def _may_store(self, boot_id: int) -> bool:
-        known = self._registry.known(boot_id)
-        hello = self._registry.hello(boot_id)
-        if known is None or hello is None:
-            # Its Hello was lost. While that boot may still speak, its records wait.
-            if self._registry.current in (0, boot_id):
-                return False
-            if boot_id not in self._orphans:
-                self._orphans.add(boot_id)
-                log.error("records of boot %d are dropped: it never said who it is", boot_id)
-            return True
-        return known.ready(hello)
+    def _gather(self, frames: list[Frame]) -> Load:
+        """What of the frames may be stored now: all up to the first that has to wait."""
+        load = Load()
+        for frame in frames:
+            try:
+                if not self._add(load, frame):
+                    break
+            except msgspec.DecodeError as error:
+                load.unreadable.append((frame.payload, str(error)))
+            load.end = frame.end
+        return load
 
-    def _store_boot(self, boot_id: int, boot: Boot, batch: Batch, notes: list[Loss]) -> None:
-        known = self._registry.known(boot_id)
-        records = sum(len(records) for _, records in batch)
-        if known is None:
-            self.counts["orphaned"] += records
-            return
-        for loss in notes:
-            boot.spool_full += loss.records
-            boot.explained += loss.envelopes
-        for seq, found in batch:
-            gap = seq - boot.last_seq - 1
-            if gap > 0:
-                explained = min(gap, boot.explained)
-                boot.explained -= explained
-                boot.transport += gap - explained
-            boot.last_seq = max(boot.last_seq, seq)
-            for record in found:
+    def _add(self, load: Load, frame: Frame) -> bool:
+        if frame.kind == ENVELOPE:
+            envelope, unreadable = open_envelope(frame.payload)
+            for record in envelope.records:
                 if isinstance(record, wire.Hello):
-                    boot.hello = record
-                    boot.dropped = max(boot.dropped, record.dropped)
+                    self._registry.learn(record)
+            if why := self._registry.unsettled(envelope.boot_id):
+                self.trouble = why
+                return False
+            load.batches[envelope.boot_id].append((envelope.seq, envelope.records))
+            load.unreadable += [(one, "this release can't read it") for one in unreadable]
+        elif frame.kind == LOSS:
+            loss = msgspec.msgpack.decode(frame.payload, type=Loss)
+            load.notes[loss.boot_id].append(loss)
+        elif frame.kind == TRACE:
+            load.traces.append(msgspec.msgpack.decode(frame.payload, type=TraceRow))
+        return True
+
+    def _store_boot(
+        self, boot_id: int, boot: Boot, batch: Batch, notes: list[Loss]
+    ) -> list[Refused]:
+        """Store what one boot sent; the records that will never be stored."""
+        known = self._registry.known(boot_id)
+        if known is None:
+            return _all(boot_id, batch, NEVER_SAID)
+        _account(boot, batch, notes)
         if known.refused:
-            boot.rejected += records
+            refused = _all(boot_id, batch, known.refused)
         else:
-            boot.rejected += self._ingest(known, boot_id, batch) if batch else 0
-            self.counts["records"] += records
+            sift = Sift(self._link, known.server_id, boot_id)
+            if batch:
+                sift.store(batch)
+            refused = sift.refused
+            self.counts["events"] += sift.events
+            self.counts["records"] += sum(len(records) for _, records in batch) - len(refused)
+        boot.rejected += len(refused)
         lost = {
             "engine": boot.dropped,
             "transport": boot.transport,
@@ -213,21 +232,39 @@ class Batcher:
         with self._link.session() as s:
             for place, count in lost.items():
                 queries.set_drops(s, known.server_id, place, count)
+        return refused
 
-    def _ingest(self, known: Known, boot_id: int, batch: Batch) -> int:
-        """Store a batch; the number of records that the store refuses for good."""
+    def _set_aside(self, refused: list[Refused], unreadable: list[tuple[bytes, str]]) -> None:
+        """Raises ``StoreAway`` when the file can't be written: then they wait."""
         try:
-            with self._link.guard() as engine:
-                self.counts["events"] += ingest(
-                    engine, known.server_id, boot_id, batch
-                ).inserted_events
-            return 0
-        except StoreAway:
-            raise
-        except Exception as error:
-            if len(batch) > 1:
-                half = len(batch) // 2
-                first = self._ingest(known, boot_id, batch[:half])
-                return first + self._ingest(known, boot_id, batch[half:])
-            log.error("the store refuses an envelope: %s", str(error).splitlines()[0])
-            return len(batch[0][1])
+            self._refused.keep(refused)
+            for data, why in unreadable:
+                self._refused.keep_bytes(data, why)
+        except OSError as error:
+            raise StoreAway(f"{self._refused.path} can't be written: {error.strerror}") from error
+        self.counts["set_aside"] += len(refused) + len(unreadable)
+        reasons = Counter([*(one.why for one in refused), *(why for _, why in unreadable)])
+        for why, count in reasons.items():
+            log.error("%d records are set aside in %s: %s", count, self._refused.path, why)
+
+
+def _account(boot: Boot, batch: Batch, notes: list[Loss]) -> None:
+    """Count what the numbers of the envelopes say is missing."""
+    for loss in notes:
+        boot.spool_full += loss.records
+        boot.explained += loss.envelopes
+    for seq, found in batch:
+        gap = seq - boot.last_seq - 1
+        if gap > 0:
+            explained = min(gap, boot.explained)
+            boot.explained -= explained
+            boot.transport += gap - explained
+        boot.last_seq = max(boot.last_seq, seq)
+        for record in found:
+            if isinstance(record, wire.Hello):
+                boot.hello = record
+                boot.dropped = max(boot.dropped, record.dropped)
+
+
+def _all(boot_id: int, batch: Batch, why: str) -> list[Refused]:
+    return [Refused(boot_id, seq, record, why) for seq, records in batch for record in records]

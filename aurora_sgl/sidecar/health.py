@@ -28,11 +28,13 @@ class Status:
     lost: dict[str, float] = field(default_factory=dict)  # by place
     served: dict[tuple[int, str], Sums] = field(default_factory=dict)  # by version and domain
     notices: dict[str, str] = field(default_factory=dict)  # see wire.Hello
+    oldest_unstored_seconds: float = 0.0  # age of the oldest record that the store has not
 
 
 def health(now: Status) -> dict[str, Any]:
     names = ("ready", "reason", "live_version_id", "live_sha256", "phase", "notices")
-    return {name: getattr(now, name) for name in names}
+    age = round(now.oldest_unstored_seconds, 1)
+    return {name: getattr(now, name) for name in names} | {"oldest_unstored_seconds": age}
 
 
 def samples(now: Status) -> Iterator[Sample]:
@@ -41,6 +43,7 @@ def samples(now: Status) -> Iterator[Sample]:
         "ready": float(now.ready),
         "live_version": now.live_version_id,
         "speculation_share": now.speculation_share,
+        "oldest_unstored_seconds": now.oldest_unstored_seconds,
     }
     for kind, values in (("gauge", gauges), ("counter", now.counters)):
         for name, value in values.items():

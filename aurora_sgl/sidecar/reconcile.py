@@ -77,6 +77,11 @@ class Reconciler:
         self.desired = 0
         self.boot_version_id = 0  # of the boot that is there now; 0: not known yet
 
+    @property
+    def error(self) -> str:
+        """What stands in the way of the version that should be live; "" when nothing does."""
+        return self._error
+
     def run(self) -> None:
         while not self._stop.is_set():
             self._registry.news.wait(TICK_SECONDS)  # what went live is reported at once

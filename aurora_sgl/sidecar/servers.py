@@ -21,6 +21,15 @@ from aurora_sgl.sidecar.cursor import Cursor
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreLink
 
+#: Seconds without a Hello (there is one every two) after which a boot is over, once another one
+#: has spoken.
+SILENT_SECONDS = 15.0
+#: Seconds in which records of a boot that is over wait for the drafter of the next one: it is
+#: often the same.
+GRACE_SECONDS = 15.0
+
+NOT_IDENTIFIED = "the drafter that the server was started with is not known yet"
+
 log = logging.getLogger(__name__)
 
 
@@ -32,10 +41,12 @@ class Known:
     group_id: int
     boot_version_id: int | None
     refused: str = ""  # why its records must not be stored
+    unknown_drafter: bool = False  # nobody will know any more: its version is 0
 
     def ready(self, hello: wire.Hello) -> bool:
         """Whether its records may be stored: which version 0 is must be known first."""
-        return bool(self.refused) or self.boot_version_id is not None or not drafter_path(hello)
+        settled = self.boot_version_id is not None or self.unknown_drafter
+        return bool(self.refused) or settled or not drafter_path(hello)
 
 
 def drafter_path(hello: wire.Hello) -> str:
@@ -48,7 +59,8 @@ class Live:
 
     version_id: int = 0  # 0: the one that it was started with
     sha256: str = ""  # read back from the model
-    heard_at: float = 0.0  # time.monotonic()
+    since: float = 0.0  # time.monotonic() of the first Hello here; 0: none yet
+    heard_at: float = 0.0  # and of the last
     hellos: int = 0
 
 
@@ -79,6 +91,7 @@ class Registry:
                 if not record.swap_count:  # afterwards SwapDone says it
                     live.sha256 = str(record.server.get("live_sha256") or live.sha256)
                 live.heard_at = time.monotonic()
+                live.since = live.since or live.heard_at
                 live.hellos += 1
         elif isinstance(record, wire.SwapDone):
             with self._lock:
@@ -124,21 +137,71 @@ class Registry:
         with self._lock:
             return self._known.setdefault(boot_id, known)
 
+    def forget(self) -> None:
+        """Rows of servers are gone from the store: each is made again when it is asked for."""
+        with self._lock:
+            self._known.clear()
+
+    def unsettled(self, boot_id: int) -> str:
+        """Why records of a boot can't be stored yet; "" when they can. A boot that is over waits
+        for nobody, so that it does not hold up the next. Raises ``StoreAway``."""
+        known, hello = self.known(boot_id), self.hello(boot_id)
+        if known is None or hello is None:
+            return "" if self._over(boot_id) else "the server has not said yet who it is"
+        if known.ready(hello):
+            return ""
+        if not self._over(boot_id):
+            return NOT_IDENTIFIED
+        return self._settle(boot_id, known, hello)
+
+    def _over(self, boot_id: int) -> bool:
+        with self._lock:
+            heard = self._live[boot_id].heard_at if boot_id in self._live else 0.0
+            silent = not heard or time.monotonic() - heard > SILENT_SECONDS
+            return self.current not in (0, boot_id) and silent
+
+    def _settle(self, boot_id: int, known: Known, hello: wire.Hello) -> str:
+        """Find the drafter of a boot that is over among the versions; without it its records are
+        stored as those of a drafter that is not in the store."""
+        sha256 = str(hello.server.get("live_sha256") or "")
+        with self._link.session() as s:
+            version = queries.version_by_sha256(s, known.group_id, sha256) if sha256 else None
+            if version is not None:
+                queries.touch_server(s, known.server_id, boot_version_id=version.id)
+                known.boot_version_id = version.id
+                return ""
+        if self._next_is_new():
+            return "an earlier start's drafter may be the one that is being imported"
+        known.unknown_drafter = True
+        log.warning("the drafter of boot %d is not known: its records name version 0", boot_id)
+        return ""
+
+    def _next_is_new(self) -> bool:
+        """Whether the boot that is there now was just heard and has no version yet."""
+        with self._lock:
+            known, hello = self._known.get(self.current), self._hellos.get(self.current)
+            since = self._live[self.current].since
+        if time.monotonic() - since > GRACE_SECONDS:
+            return False
+        return known is None or hello is None or not known.ready(hello)
+
     def _register(self, hello: wire.Hello) -> Known:
         said: dict[str, Any] = hello.server
         refused = ""
         with self._link.session() as s:
+            # A boot stays in its group, also when this sidecar was started with another one.
+            name = queries.group_of_boot(s, hello.boot_id) or self._group
             try:
                 group = queries.ensure_group(
                     s,
-                    self._group,
+                    name,
                     str(said.get("target_model", "")),
                     str(said.get("target_revision", "")),
                     str(said.get("draft_architecture", "")),
                 )
             except AuroraError as error:
                 refused = str(error)
-                group = queries.group_by_name(s, self._group)
+                group = queries.group_by_name(s, name)
                 log.error("this server is not recorded: %s", refused)
             server = queries.register_server(s, group.id, hello)
             if refused:

@@ -21,13 +21,14 @@ from aurora_sgl import wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sidecar.batcher import TRACE, Batcher, Intake
+from aurora_sgl.sidecar.batcher import Batcher, Intake
 from aurora_sgl.sidecar.cursor import Cursor
 from aurora_sgl.sidecar.endpoint import Endpoint
+from aurora_sgl.sidecar.frames import TRACE
 from aurora_sgl.sidecar.health import Status, open_health
 from aurora_sgl.sidecar.reconcile import Reconciler
 from aurora_sgl.sidecar.served import Served, Sums
-from aurora_sgl.sidecar.servers import Registry
+from aurora_sgl.sidecar.servers import NOT_IDENTIFIED, Live, Registry
 from aurora_sgl.sidecar.spools import adopt, open_spool
 from aurora_sgl.sidecar.staging import Stager
 from aurora_sgl.sidecar.trace_files import TraceWriter
@@ -43,6 +44,8 @@ DRAIN_SECONDS = 5.0
 QUIET_SECONDS = 0.3
 #: Seconds after which a silent store or engine makes the sidecar unready.
 FRESH_SECONDS = 20.0
+#: The same for a record that the store doesn't take: after this when the reason is known.
+LATE_SECONDS = 5.0
 #: Traces that wait for the disk; more stay with the assembler, whose memory is bounded.
 TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
 
@@ -227,19 +230,16 @@ class Service:
 
     def status(self) -> Status:
         """What ``/health`` and ``/metrics`` show."""
-        now = time.monotonic()
         live = self._registry.live(self._registry.current)
         hello = self._registry.hello(self._registry.current)
-        reason = ""
-        if now - self._link.last_ok > FRESH_SECONDS or not self._link.last_ok:
-            reason = "the store is away"
-        elif not live.heard_at or now - live.heard_at > FRESH_SECONDS:
-            reason = "the engine is silent"
-        elif not self._reconciler.agrees:
-            reason = f"version {self._reconciler.desired} should be live"
+        age = self._batcher.oldest_seconds
+        reason = self._reason(live, age)
         swaps, counts = self._reconciler.swaps, self._batcher.counts
         boot = self._cursor.boots.get(self._registry.current)
-        lost = {"trace": float(self._traces_lost())}
+        lost = {
+            "trace": float(self._traces_lost()),
+            "malformed": float(self._intake.malformed),
+        }
         if boot is not None:
             lost |= {
                 "engine": boot.dropped,
@@ -258,6 +258,7 @@ class Service:
                 "envelopes": self._intake.envelopes,
                 "verify_steps": counts["events"],
                 "records": counts["records"],
+                "records_set_aside": counts["set_aside"],
                 "traces_written": self._writer.written,
                 "swaps_applied": swaps.applied,
                 "swaps_refused": swaps.refused,
@@ -278,7 +279,25 @@ class Service:
             lost=lost,
             served=self._by_version(),
             notices=dict(hello.notices) if hello else {},
+            oldest_unstored_seconds=age,
         )
+
+    def _reason(self, live: Live, age: float) -> str:
+        """Why the sidecar is not ready, in words; "" when it is."""
+        now, trouble = time.monotonic(), self._batcher.trouble
+        if age > (LATE_SECONDS if trouble else FRESH_SECONDS):
+            return f"records wait, the oldest for {age:.0f} s: {trouble or 'the store is slow'}"
+        if now - self._link.last_ok > FRESH_SECONDS or not self._link.last_ok:
+            return "the store is away"
+        if not live.heard_at or now - live.heard_at > FRESH_SECONDS:
+            return "the engine is silent"
+        if self._reconciler.agrees:
+            return ""
+        if self._reconciler.error:
+            return self._reconciler.error
+        if not self._reconciler.desired:
+            return NOT_IDENTIFIED
+        return f"version {self._reconciler.desired} should be live"
 
     def _by_version(self) -> dict[tuple[int, str], Sums]:
         """What was served, with the version that the server was started with by its name."""

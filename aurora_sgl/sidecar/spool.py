@@ -15,7 +15,9 @@ import logging
 import os
 import struct
 import threading
+import time
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +27,8 @@ from aurora_sgl.sidecar.files import FolderLock
 MAGIC = b"AURSPL1\n"
 SEGMENT_BYTES = 8 << 20
 MAX_FRAME = 64 << 20
+#: Seconds between two notes of when something arrived, and how many are kept at most.
+MARK_SECONDS, MAX_MARKS = 1.0, 4096
 _HEADER = struct.Struct("<II")
 
 log = logging.getLogger(__name__)
@@ -85,7 +89,18 @@ class Spool:
             for number in segments
             if _path(folder, number).exists()
         }
+        self._marks = self._found_marks()
         self._open_tail(segments[-1])
+
+    def _found_marks(self) -> deque[tuple[Position, float]]:
+        """When what lies here already came, roughly: by the times of the files."""
+        now, marks = time.time(), deque[tuple[Position, float]]()
+        for number in self._sizes:
+            before = number - 1 if number - 1 in self._sizes else number
+            written = min(now, _path(self.folder, before).stat().st_mtime)
+            place = Position(number, len(MAGIC))
+            marks.append((place, time.monotonic() - (now - written)))
+        return marks
 
     def _open_tail(self, number: int) -> None:
         path = _path(self.folder, number)
@@ -143,11 +158,29 @@ class Spool:
                     log.error("the spool %s can't be written: %s", self.folder, error.strerror)
                 self.dropped += 1
                 return False
+            self._mark()
             self._tail = Position(self._tail.segment, self._tail.offset + len(frame))
             self._sizes[self._tail.segment] = self._tail.offset
             self._dirty = True
             self._grown.notify_all()
             return True
+
+    def _mark(self) -> None:
+        """Note that the frame at the tail came now."""
+        now = time.monotonic()
+        if not self._marks or now - self._marks[-1][1] >= MARK_SECONDS:
+            self._marks.append((self._tail, now))
+        if len(self._marks) > MAX_MARKS:
+            self._marks = deque(list(self._marks)[::2])
+
+    def age(self, position: Position) -> float:
+        """Seconds since the frame after ``position`` came, give or take one; 0 at the tail."""
+        with self._lock:
+            if position >= self._tail:
+                return 0.0
+            while len(self._marks) > 1 and self._marks[1][0] <= position:
+                self._marks.popleft()
+            return time.monotonic() - self._marks[0][1] if self._marks else 0.0
 
     def _rotate(self) -> None:
         if self._tail.offset <= len(MAGIC):

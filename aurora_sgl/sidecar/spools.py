@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.cursor import Cursor
+from aurora_sgl.sidecar.refused import RefusedFile
 from aurora_sgl.sidecar.spool import Spool
 
 MAX_SLOTS = 64
@@ -59,6 +60,7 @@ def adopt(home: Path, spool: Spool, cursor: Cursor) -> int:
                     cursor.boots[boot_id] = boot
             spool.sync()
             cursor.save()
+            RefusedFile(spool.folder).take_over(folder)
             shutil.rmtree(folder, ignore_errors=True)
         other.close()
     if taken:

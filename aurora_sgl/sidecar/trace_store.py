@@ -6,13 +6,13 @@ import logging
 from collections import Counter
 
 import msgspec
-from sqlalchemy.exc import IntegrityError
 
 from aurora_sgl import clock
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.trace_files import TraceRow
 from aurora_sgl.store import queries
+from aurora_sgl.store.faults import Kind, fault_of, in_words
 from aurora_sgl.store.link import StoreLink
 
 #: Files that go in one round when the budget is passed.
@@ -34,16 +34,29 @@ class TraceStore:
         """Insert rows, then delete the oldest files over the budget. Raises ``StoreAway``."""
         if not rows:
             return
-        try:
-            self._insert(rows)
-        except IntegrityError:  # the record of a request was lost on the way
+        if self._refusal(rows) is not None:
             for row in rows:
-                try:
-                    self._insert([row])
-                except IntegrityError:
+                kind = self._refusal([row])
+                if kind is Kind.LOST_ROW:  # the record of its request was lost on the way
                     self.counts["without_request"] += 1
+                elif kind is Kind.DATA:
+                    self.counts["refused"] += 1
+                if kind is not None:
                     self._delete(row.uri)
         self.enforce()
+
+    def _refusal(self, rows: list[TraceRow]) -> Kind | None:
+        """Insert all the rows or none; whose fault it is when the store takes none."""
+        try:
+            self._insert(rows)
+        except Exception as error:
+            fault = fault_of(error)
+            if fault is None or fault.kind not in (Kind.DATA, Kind.LOST_ROW):
+                raise
+            if len(rows) == 1:
+                log.warning("the trace %s is not kept: %s", rows[0].uri, in_words(error))
+            return fault.kind
+        return None
 
     def _insert(self, rows: list[TraceRow]) -> None:
         with self._link.session() as s:

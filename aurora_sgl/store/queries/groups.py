@@ -12,7 +12,14 @@ from sqlalchemy.orm import Session
 from aurora_sgl import wire
 from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.store.models import Alias, DeploymentGroup, DrafterVersion, Request, Server
+from aurora_sgl.store.models import (
+    Alias,
+    DeploymentGroup,
+    DrafterVersion,
+    Request,
+    Server,
+    SpoolWatermark,
+)
 from aurora_sgl.store.upsert import insert_missing, storable
 
 
@@ -24,9 +31,9 @@ def ensure_group(
     Raises ``AuroraError`` when it exists for another target, revision or draft architecture.
     """
     wanted = {
-        "target_model": target_model,
-        "target_revision": target_revision,
-        "draft_architecture": draft_architecture,
+        "target_model": storable(target_model),
+        "target_revision": storable(target_revision),
+        "draft_architecture": storable(draft_architecture),
     }
     row = {"name": name, **wanted, "generation": 0, "created_at": utc_now()}
     insert_missing(s.connection(), DeploymentGroup, [row], ["name"])
@@ -55,6 +62,15 @@ def group(s: Session, group_id: int) -> DeploymentGroup:
     if found is None:
         raise AuroraError(f"there is no deployment group with id {group_id}")
     return found
+
+
+def group_of_boot(s: Session, boot_id: int) -> str | None:
+    """The name of the group that this boot of a server is in; ``None`` for a boot without row."""
+    return s.scalar(
+        select(DeploymentGroup.name)
+        .join(Server, Server.group_id == DeploymentGroup.id)
+        .where(Server.boot_id == boot_id)
+    )
 
 
 def groups(s: Session) -> Sequence[DeploymentGroup]:
@@ -89,15 +105,15 @@ def desired_version(s: Session, group_id: int) -> tuple[int, int] | None:
 def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
     """The row of this boot, made or refreshed from what the engine says of itself."""
     said = hello.server
-    row = {
+    row: dict[str, Any] = {
         "group_id": group_id,
-        "name": str(said.get("name", "")),
         "boot_id": hello.boot_id,
         "started_at": utc_now(),
         "last_seen_at": utc_now(),
-        "sglang_version": str(said.get("sglang_version", "")),
-        "dtype": str(said.get("dtype", "")),
+        **{name: storable(str(said.get(name, ""))) for name in ("name", "sglang_version", "dtype")},
     }
+    if (left := _left_behind(s, hello.boot_id)) is not None:
+        row["id"] = left
     insert_missing(s.connection(), Server, [row], ["boot_id"])
     server = s.scalars(select(Server).where(Server.boot_id == hello.boot_id)).one()
     if server.group_id != group_id:
@@ -110,6 +126,16 @@ def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
         server.live_version_id = s.scalar(select(known_version(hello.live_version_id)))
     s.flush()
     return server
+
+
+def _left_behind(s: Session, boot_id: int) -> int | None:
+    """The id of the boot's row when it was deleted and rows that name it stayed, which SQLite lets
+    anybody do; else ``None``. The next server would get it otherwise, and those rows with it."""
+    return s.scalar(
+        select(SpoolWatermark.server_id)
+        .outerjoin(Server, Server.id == SpoolWatermark.server_id)
+        .where(SpoolWatermark.boot_id == boot_id, Server.id.is_(None))
+    )
 
 
 def known_version(version_id: int) -> ScalarSelect[int]:
