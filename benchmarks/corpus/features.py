@@ -36,6 +36,8 @@ from benchmarks.corpus.shards import DATA, Answered, read_shard, shards
 DEVICE = device_of(TrainSettings())  # where the trainer computes too
 CACHE = Path(os.environ.get("AURORA_CORPUS_CACHE", "~/.cache/aurora-sgl/corpus")).expanduser()
 DOMAINS = ("narrow", "code", "chat")
+#: What the static drafter was not trained on (see mature_drafter.py).
+NEW_DOMAIN = "extraction"
 _SHORTEST = 8  # answer tokens
 
 
@@ -113,7 +115,8 @@ def corpus(domain: str, *, data: Path = DATA) -> CorpusSet:
 
 def identity(answered: Answered) -> int:
     """A number of its own for every answer of the corpus."""
-    return (DOMAINS.index(answered.domain) + 1) * 1_000_000 + answered.number
+    place = (*DOMAINS, NEW_DOMAIN).index(answered.domain)
+    return (place + 1) * 1_000_000 + answered.number
 
 
 def _usable(shard: Path) -> list[Answered]:

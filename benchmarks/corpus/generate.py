@@ -43,7 +43,7 @@ def main() -> None:
 
     torch.set_num_threads(given.threads)
     prompts = corpus_prompts(given.prompts_file)
-    target = _Target(demo_model(Path(os.environ.get("AURORA_HOME", "aurora-data"))))
+    target = Target(demo_model(Path(os.environ.get("AURORA_HOME", "aurora-data"))))
     wanted = {domain: min(getattr(given, domain), len(prompts[domain])) for domain in DOMAINS}
     begun, made = time.monotonic(), 0
     for first in range(0, max(wanted.values()) // SHARD, TOGETHER):
@@ -69,7 +69,7 @@ def main() -> None:
         print(f"{domain}: {len(rows)} requests, {answer} answer tokens")
 
 
-class _Target:
+class Target:
     def __init__(self, folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
