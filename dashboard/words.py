@@ -185,7 +185,8 @@ STYLE = """<style>
 .aurora-small {font-size:.875rem}
 /* On a telephone a table of many columns stands as names and values below each other. */
 @media (max-width: 640px) {
-  .aurora-wide thead {position:absolute; clip-path:inset(50%)}
+  .aurora-wide thead {position:absolute; clip-path:inset(50%); width:1px; height:1px;
+    overflow:hidden}
   .aurora-wide tr {display:block; padding:.4rem 0;
     border-bottom:1px solid color-mix(in srgb, currentColor 18%, transparent)}
   .aurora-wide td, .aurora-wide td.number {display:block; position:relative; text-align:left;

@@ -40,7 +40,7 @@ def show() -> None:
     served = data.served_by_version(here.url, tuple(ids))
     # Only the open tab is drawn; what is chosen, with its buttons, stays near the top.
     table, tree = st.tabs(["All versions", "Lineage"], key="shown", on_change="rerun",
-                             bind="query-params")  # fmt: skip
+                          bind="query-params")  # fmt: skip
     if table.open:
         with table:
             _table(versions, aliases, judged, served)

@@ -50,6 +50,7 @@ class House:
     servers: dict[int, int] = field(default_factory=dict)  # boot -> server id
     seqs: dict[int, int] = field(default_factory=dict)
     numbers: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, list[wire.Record]] | None = None  # boot -> records that wait, see together
 
     @property
     def url(self) -> str:
@@ -124,7 +125,21 @@ class House:
         self.take_in(boot, records)
         return request_id
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is served meanwhile is taken in at the end, in one batch a server."""
+        self.kept = {}
+        try:
+            yield
+        finally:
+            kept, self.kept = self.kept, None
+        for boot, records in kept.items():
+            self.take_in(boot, records)
+
     def take_in(self, boot: int, records: list[wire.Record]) -> None:
+        if self.kept is not None:
+            self.kept.setdefault(boot, []).extend(records)
+            return
         self.seqs[boot] = self.seqs.get(boot, 0) + 1
         ingest(self.engine, self.servers[boot], boot, [(self.seqs[boot], records)])
 
@@ -237,7 +252,8 @@ def judge(
             s, candidate_id=candidate, baseline_id=baseline, kind="replay", requests=60,
             verdict=verdict, candidate_accept_length=after, baseline_accept_length=before,
             difference=gain, ci_low=gain - 0.05, ci_high=gain + 0.05, depth=DEPTH, topk=TOPK,
-            nodes=NODES, details={"by_domain": told, "reason": "60 requests"},
+            nodes=NODES, details={"by_domain": told, "reason": "60 requests", "judged": {
+                "requests": 60, "left_out": {"rejection_sampling": 3}}},
         )  # fmt: skip
         for domain, said in told.items():
             queries.add_evaluation(
@@ -300,15 +316,16 @@ def fill(home: Path, *, requests: int = 300, now: datetime | None = None) -> Hou
         rollout.pin(house.engine, first, actor="ada", reason="the one to fall back on")
         turn = rollout.switches.turn
         turn(house.engine, "default", "auto_promote", False, actor="ada", reason="release week")
-    for index in range(requests):
-        at = begin + (now - begin - timedelta(minutes=1)) * (index / requests)
-        which = sum(at >= moment for moment in times) - 1
-        domain = rng.choices(list(DOMAINS), [5, 3, 2])[0]
-        house.serve(
-            at, house.versions[which], boot=rng.choice(list(SERVERS)), domain=domain,
-            steps=rng.randrange(8, 26), quality=QUALITY[which] + DOMAINS[domain],
-            may_train=index % 7 != 3, rng=rng,
-        )  # fmt: skip
+    with house.together():
+        for index in range(requests):
+            at = begin + (now - begin - timedelta(minutes=1)) * (index / requests)
+            which = sum(at >= moment for moment in times) - 1
+            domain = rng.choices(list(DOMAINS), [5, 3, 2])[0]
+            house.serve(
+                at, house.versions[which], boot=rng.choice(list(SERVERS)), domain=domain,
+                steps=rng.randrange(8, 26), quality=QUALITY[which] + DOMAINS[domain],
+                may_train=index % 7 != 3, rng=rng,
+            )  # fmt: skip
     house.servers_follow()
     return house
 
@@ -342,12 +359,13 @@ def first_hour(home: Path, now: datetime | None = None) -> House:
         with clock_at(at):
             rollout.promote(house.engine, made, actor="demo", reason="replay on held-out requests",
                             evaluation_id=_newest(house, made))  # fmt: skip
-    at = begin + timedelta(seconds=50)
-    while at < now - timedelta(seconds=10):
-        which = sum(at >= moment for moment in times) - 1
-        house.serve(at, house.versions[which], domain=rng.choice([*DOMAINS, LONG]),
-                    quality=QUALITY[which] + 0.1, sampling=UNLIMITED, rng=rng)  # fmt: skip
-        at += timedelta(seconds=4.3)
+    with house.together():
+        at = begin + timedelta(seconds=50)
+        while at < now - timedelta(seconds=10):
+            which = sum(at >= moment for moment in times) - 1
+            house.serve(at, house.versions[which], domain=rng.choice([*DOMAINS, LONG]),
+                        quality=QUALITY[which] + 0.1, sampling=UNLIMITED, rng=rng)  # fmt: skip
+            at += timedelta(seconds=4.3)
     _next(house, house.versions[-1], now - timedelta(seconds=80), verdict="inconclusive")
     with store.session(house.engine) as s:
         row = next(e for e in queries.evaluations(s, house.versions[-1]) if not e.domain)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from tests.pages import labels
 from tests.pages.browser import PAGES, Viewer
 from tests.pages.house import House
 
@@ -42,26 +43,32 @@ TABS = ("By position", "Per step", "Domain by hour", "Versions at equal depth", 
 
 def shoot(viewer: Viewer, folder: Path, name: str) -> None:
     page = viewer.page
-    page.set_viewport_size({"width": 1440, "height": 900})
+    page.set_viewport_size({"width": 1400, "height": 900})
     height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
-    page.set_viewport_size({"width": 1440, "height": max(900, height + 10)})
+    page.set_viewport_size({"width": 1400, "height": max(900, height + 10)})
     for theme in ("light", "dark"):
         page.emulate_media(color_scheme="dark" if theme == "dark" else "light")
         page.wait_for_function(THEME, arg=theme)
         viewer.settled()
         page.screenshot(path=folder / f"{name}-{theme}.png")
-    page.set_viewport_size({"width": 1440, "height": 900})
+    page.set_viewport_size({"width": 1400, "height": 900})
 
 
 def whole(viewer: Viewer) -> None:
     """Fails with what is cut. While a part is drawn anew it may be wider for a moment."""
     for _ in range(20):
         viewer.settled()
-        cut = viewer.page.evaluate(CUT)
+        cut = viewer.page.evaluate(CUT) + labels.cut(viewer.page)
         if not cut:
             return
         viewer.page.wait_for_timeout(500)
     assert cut == []
+
+
+def whole_everywhere(viewer: Viewer) -> None:
+    for width in labels.WIDTHS:
+        viewer.page.set_viewport_size({"width": width, "height": 900})
+        whole(viewer)
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +97,18 @@ def test_a_page_is_drawn_whole_in_both_themes(
     expect(page.get_by_test_id("stException")).to_have_count(0)
     if name != "Training":  # there a failed run is told in red
         expect(page.get_by_test_id("stAlertContentError")).to_have_count(0)
-    for width in (420, 1280, 1440):  # a telephone, a laptop, a desk
-        page.set_viewport_size({"width": width, "height": 800})
-        whole(viewer)
+    whole_everywhere(viewer)
     shoot(viewer, folder, name.lower())
     if name == "Acceptance":
         for number, tab in enumerate(TABS[1:], 2):
             page.get_by_role("tab", name=tab).click()
             expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
-            whole(viewer)
+            whole_everywhere(viewer)
             shoot(viewer, folder, f"acceptance-{number}")
     if name == "Versions":
         page.get_by_role("tab", name="Lineage").click()
         expect(page.locator(".js-plotly-plot")).to_be_visible()
-        whole(viewer)
+        whole_everywhere(viewer)
         shoot(viewer, folder, "lineage")
         page.get_by_role("button", name="Promote", exact=True).click()
         page.get_by_role("dialog").get_by_role("textbox", name="Reason").wait_for()
