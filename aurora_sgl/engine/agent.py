@@ -22,10 +22,10 @@ from aurora_sgl import wire
 from aurora_sgl.config import get_settings
 from aurora_sgl.drafter.checkpoint import WEIGHTS
 from aurora_sgl.engine import clean, labels, ladder
+from aurora_sgl.engine.cached_kv import CachedKV
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.companion import ENDPOINT_VARIABLE
-from aurora_sgl.engine.draft_kv import DraftKV
 from aurora_sgl.engine.parts import Parts
 from aurora_sgl.engine.plan import Plan, Plans, put, requests
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
@@ -94,7 +94,6 @@ class Agent:
         )
         self.can_skip = can_skip
         self.plans = Plans(Plan(speculates=not can_skip))
-        self.draft_kv = DraftKV(_places(worker), worker.device)
         target_model = worker.target_worker.model_runner.model
         self.capture = Capture(self.channel, self.boot_id) if self.channel else None
         self.last_hidden = (
@@ -123,6 +122,7 @@ class Agent:
         self.queue = 0  # requests that wait to be prefilled
         self.notices: dict[str, str] = {}  # see wire.Hello
         self.parts = Parts(self.notices)
+        self.cached_kv = CachedKV(worker, self.recorder.live, self.parts)
         self._said_hello = 0.0
         drafter = Path(str(description.get("drafter_path") or "."))
         if self.channel is not None and (drafter / WEIGHTS).exists():
@@ -185,7 +185,7 @@ class Agent:
         last = self.last_hidden.take(total) if self.last_hidden and aux is not None else None
         if self.capture and aux is not None:
             self.capture.learn_layout(aux, last)
-        self._follow(partial(self._follow_prefill, batch))
+        self.cached_kv.before_prefill(batch)
         records = [record for req in new for record in self._started(req)]
         if records and self.channel:
             self.channel.put(records)
@@ -215,21 +215,6 @@ class Agent:
             return []
         return [record]
 
-    def _follow(self, work: Callable[[], None]) -> None:
-        """Mark who made draft KV; what was missed makes all that was marked uncertain."""
-        if not self.guard("following draft KV", work):
-            self.draft_kv.doubt()
-
-    def _follow_prefill(self, batch: Any) -> None:
-        maker = self.recorder.live.maker
-        for row, req in enumerate(batch.reqs):
-            state: RequestState | None = req._aurora
-            cached = batch.prefix_lens[row]
-            if state is not None and cached:
-                places = req.prefix_indices[:cached]
-                state.strangers = to_host(self.draft_kv.strangers(places, maker))
-        self.draft_kv.mark(batch.out_cache_loc, maker)
-
     def choose(self, recv_reqs: list[Any] | None) -> None:
         """On the leading rank, before what was received goes to all ranks: choose what is done
         with new requests."""
@@ -255,9 +240,9 @@ class Agent:
             speculates, keeps = wish, math.inf if wish else 0.0
         session = getattr(recv_req, "session_id", None)
         traced = self.capture is not None and self.recorder.choose_to_trace(said, session)
-        put(recv_req, Plan(speculates, keeps, traced))
         if traced:
             recv_req.extra_key = f"{recv_req.extra_key or ''}{_TRACED}"
+        put(recv_req, Plan(speculates, keeps, traced, self.cached_kv.renews(recv_req)))
 
     def observe_verify(self, batch: Any, result: Any) -> None:
         """After the verify forward: take references to what records need."""
@@ -266,8 +251,7 @@ class Agent:
         if accept_index is None or not batch.reqs:
             return
         nodes = int(verify_input.draft_token_num)
-        maker = self.recorder.live.maker if nodes > 1 else None
-        self._follow(partial(self.draft_kv.mark, batch.out_cache_loc, maker))
+        self.cached_kv.after_step(batch.out_cache_loc, plain=nodes == 1)
         size = len(batch.reqs)
         traced = self.capture is not None and any(
             getattr(req, "_aurora", None) is not None and req._aurora.traced for req in batch.reqs
@@ -356,12 +340,11 @@ class Agent:
                 self.capture.prompt_rows(
                     req, state, start, aux[part], last[part] if last is not None else None
                 )
-        finished = [
-            record
-            for req in batch.reqs
-            if req.finished() and req.inflight_middle_chunks <= 0
-            for record in self._ended(req)
-        ]
+        through = [req for req in batch.reqs if req.inflight_middle_chunks <= 0]
+        for req in through:
+            if begun := getattr(req, "_aurora", None):
+                self.cached_kv.met(req, begun)
+        finished = [record for req in through if req.finished() for record in self._ended(req)]
         if finished and self.channel:
             self.channel.put(finished)
 
@@ -448,11 +431,3 @@ class Agent:
             self.recorder.capture_share = command.share
         else:
             self.swaps.ask(command)
-
-
-def _places(worker: Any) -> int:
-    """How many places the KV cache has, with those that SGLang keeps free."""
-    runner = worker.target_worker.model_runner
-    pool = getattr(runner, "token_to_kv_pool_allocator", None)
-    size = max(int(runner.max_total_num_tokens), int(getattr(pool, "size", 0) or 0))
-    return size + int(getattr(pool, "page_size", 1) or 1) + 1

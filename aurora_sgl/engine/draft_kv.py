@@ -51,10 +51,12 @@ class DraftKV:
         self._settle()
         self._maker[self._inside(places)] = _NOBODY if maker is None else maker
 
-    def strangers(self, places: torch.Tensor, maker: int) -> torch.Tensor:  # [1] int64
-        """How many of these places hold draft KV of another maker, or none."""
+    def strangers(self, places: torch.Tensor, head: int, maker: int) -> torch.Tensor:  # [2] int64
+        """How many of these places, and of the first ``head`` of them, hold draft KV of another
+        maker, or none."""
         self._settle()
-        return (self._maker[self._inside(places)] != maker).sum().reshape(1)
+        other = self._maker[self._inside(places)] != maker
+        return torch.stack([other.sum(), other[:head].sum()])
 
     def doubt(self) -> None:
         """A step was not marked: what was made before is of nobody known."""

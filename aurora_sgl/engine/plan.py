@@ -22,6 +22,7 @@ class Plan:
     speculates: bool
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     traced: bool = False
+    renews: bool = False  # it uses no cached prefix: see ``renewal``
 
 
 @dataclass(frozen=True, slots=True)

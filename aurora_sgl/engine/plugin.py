@@ -83,6 +83,10 @@ LEANED_ON = (
     f"{_MANAGERS}tokenizer_manager.ServerStatus",
     f"{_MANAGERS}utils.GenerationBatchResult.accept_lens",
     f"{_MANAGERS}schedule_batch.Req",
+    f"{_MANAGERS}schedule_batch.Req._compute_max_prefix_len",
+    "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams",
+    "sglang.srt.mem_cache.radix_cache.RadixKey",
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.move_kv_cache",
     f"{_MANAGERS}io_struct.TokenizedGenerateReqInput",
     f"{_MANAGERS}io_struct.BatchTokenizedGenerateReqInput",
     "sglang.srt.runtime_context.get_parallel",
@@ -272,7 +276,11 @@ def _draft_extend_for_prefill(
         ):
             agent.prefill = None
             agent.let_go_of(batch)
-    return original(drafter, batch, target_hidden_states, *args, **kw)
+    places = batch.out_cache_loc
+    result = original(drafter, batch, target_hidden_states, *args, **kw)
+    if agent is not None:
+        agent.cached_kv.after_prefill(batch, places)
+    return result
 
 
 def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any) -> Any:
@@ -363,10 +371,13 @@ def _process_input_requests(
     from aurora_sgl.engine import plan, swap_driver
 
     agent = _agent
+    renewing: set[str] = set()
     for request in plan.requests(recv_reqs):
         chosen = plan.take(request)  # without an agent too: SGLang must not meet it
         if agent is not None and chosen is not None:
             agent.plans.keep(request.rid, chosen)
+            if chosen.renews:
+                renewing.add(request.rid)
     ours = [one for one in recv_reqs if isinstance(one, swap_driver.COMMANDS)]
     rest = [one for one in recv_reqs if not isinstance(one, swap_driver.COMMANDS)]
     if agent is None:
@@ -378,7 +389,11 @@ def _process_input_requests(
     agent.queue = len(getattr(scheduler, "waiting_queue", ()))
     for command in ours:
         agent.guard("swapping", partial(agent.swaps.obey, command), always=True)
-    return original(scheduler, rest)
+    out = original(scheduler, rest)
+    if renewing:
+        take_out = partial(agent.cached_kv.take_out, scheduler, renewing)
+        agent.guard("renewing draft KV", take_out, always=True)
+    return out
 
 
 def _agent_of_scheduler(scheduler: Any) -> None:

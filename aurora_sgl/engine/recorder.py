@@ -38,7 +38,8 @@ class RequestState:
     accepted: int = 0
     holes: bool = False  # a plain step left holes in the draft KV
     recorded: bool = False  # its first record was made, and none is missing since
-    #: [1] cached places whose draft KV is of others, on the CPU or on its way there
+    #: [2] cached places whose draft KV is of others, all and of the head, on the CPU or on its
+    #: way there
     strangers: torch.Tensor | None = None
     trace_rows: list[tuple[int, list[int], torch.Tensor, torch.Tensor | None]] = field(
         default_factory=list
@@ -98,7 +99,7 @@ def is_mixed(state: RequestState, seen: VerifyObservation) -> bool:
         return True
     if seen.depth == 0:
         return False
-    return state.holes or (state.strangers is not None and int(state.strangers) > 0)
+    return state.holes or (state.strangers is not None and int(state.strangers[0]) > 0)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

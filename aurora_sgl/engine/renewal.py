@@ -1,0 +1,120 @@
+"""Draft KV of heads that many requests share, made again by the drafter that is live.
+
+After a swap the prefix cache still holds the old drafter's draft KV. A conversation leaves it
+behind; a system prompt never does, since it is met again and again and so never leaves the cache:
+all requests behind it would draft a little worse, and none would say something about the new
+drafter alone. So of the requests that meet such a head one computes it again as if it were not
+cached, and what its drafter makes is copied to where the cache has that head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aurora_sgl.engine.draft_kv import DraftKV
+
+#: Tokens by which a head is known, the more of it are cached the more.
+_LEVELS = (1024, 256, 64, 16)
+_HITS_EACH = 64  # tokens of a head for each request that has to meet it first
+_MOST_HEADS = 1024
+#: The request that computes a head again may be so much longer than what others found cached.
+_TIMES, _MORE = 2, 256
+
+
+@dataclass(slots=True)
+class _Head:
+    hits: int
+    shortest: int  # tokens found in the cache
+
+
+Key = tuple[str, int, int]
+
+
+class StaleHeads:
+    """Heads in the prefix cache that requests met since the swap, with draft KV of others."""
+
+    def __init__(self) -> None:
+        self._heads: dict[Key, _Head] = {}
+        self._swap_count = 0
+
+    @staticmethod
+    def level(cached: int) -> int:
+        """How many tokens a head is known by of which so many are cached; 0: too few."""
+        return next((level for level in _LEVELS if level <= cached), 0)
+
+    def met(self, swap_count: int, namespace: str, prompt: Sequence[int], cached: int) -> None:
+        """A request found a head whose first ``level(cached)`` places are of others."""
+        self._since(swap_count)
+        level = self.level(cached)
+        head = self._heads.setdefault(_key(namespace, prompt, level), _Head(0, cached))
+        head.hits += 1
+        head.shortest = min(head.shortest, cached)
+        if len(self._heads) > _MOST_HEADS:
+            del self._heads[next(iter(self._heads))]
+
+    def renews(self, swap_count: int, namespace: str, prompt: Sequence[int]) -> bool:
+        """Whether this request is the one that computes its head again."""
+        self._since(swap_count)
+        if not self._heads:
+            return False
+        for level in _LEVELS:
+            key = _key(namespace, prompt, level) if level < len(prompt) else None
+            head = self._heads.get(key) if key is not None else None
+            if head is None or head.hits < level // _HITS_EACH:
+                continue
+            if len(prompt) <= _TIMES * head.shortest + _MORE:
+                del self._heads[key]  # type: ignore[arg-type]
+                return True
+        return False
+
+    def _since(self, swap_count: int) -> None:
+        if swap_count != self._swap_count:
+            self._swap_count = swap_count
+            self._heads.clear()
+
+
+def _key(namespace: str, prompt: Sequence[int], level: int) -> Key:
+    return namespace, level, hash(tuple(prompt[:level]))
+
+
+def leave_cache(req: Any) -> None:
+    """Let SGLang look for nothing of this waiting request in the prefix cache."""
+    req._compute_max_prefix_len = lambda _: 0
+    req._aurora_renews = True
+
+
+def use_cache(req: Any) -> None:
+    """After its prefill a request is like any other again, if it is retracted for example."""
+    del req._compute_max_prefix_len
+    del req._aurora_renews
+
+
+def renew(
+    batch: Any, places: torch.Tensor, tree: Any, pool: Any, marks: DraftKV, maker: int
+) -> None:
+    """After the drafter's prefill of a batch that wrote to ``places``: copy what it made of heads
+    that are computed again to where ``tree`` has them in the drafter's ``pool``."""
+    at = 0
+    for row, req in enumerate(batch.reqs):
+        begin, rows = batch.prefix_lens[row], batch.extend_lens[row]
+        if getattr(req, "_aurora_renews", False):
+            cached = _cached(tree, req)[begin : begin + rows]
+            pool.move_kv_cache(cached, places[at : at + len(cached)])
+            marks.mark(cached, maker)
+            if begin + rows >= len(req.origin_input_ids):
+                use_cache(req)
+        at += rows
+
+
+def _cached(tree: Any, req: Any) -> torch.Tensor:
+    """Where the prefix cache has the start of a request's prompt at this moment."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    key = RadixKey(req.origin_input_ids, extra_key=req.extra_key, cache_salt=req.cache_salt)
+    found: torch.Tensor = tree.match_prefix(MatchPrefixParams(key=key)).device_indices
+    return found
