@@ -48,6 +48,8 @@ FRESH_SECONDS = 20.0
 LATE_SECONDS = 5.0
 #: Traces that wait for the disk; more stay with the assembler, whose memory is bounded.
 TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
+#: Counters of the engine's heartbeat that the metrics show.
+_ENGINE = ("queue", "running_requests", "step_ms", "failures", "parts_down", "dropped_odd")
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +275,7 @@ class Service:
                 "swap_longest_stall_milliseconds": self._served.longest_stall_ms,
                 **{
                     f"engine_{name}": float((hello.counters if hello else {}).get(name, 0.0))
-                    for name in ("queue", "running_requests", "step_ms")
+                    for name in _ENGINE
                 },
             },
             lost=lost,
