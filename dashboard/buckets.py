@@ -128,11 +128,14 @@ def _end(
     )
 
 
-def near(deployments: Iterable[Deployment], series: Series, width: timedelta) -> list[Deployment]:
-    """Those beside what is drawn; others would push it into a corner."""
+def near(
+    deployments: Iterable[Deployment], series: Series, width: timedelta, asked: Period
+) -> list[Deployment]:
+    """Those of the period beside what is drawn; others would push it into a corner."""
     moments = [moment for points in series.values() for moment, _ in points]
     if not moments:
         return []
     first, last = min(moments), max(moments)
     room = max(2 * width, (last - first) / 4)
-    return [row for row in deployments if first - room <= row.created_at <= last + room]
+    begin, end = max(first - room, asked.since), min(last + room, asked.until)
+    return [row for row in deployments if begin <= row.created_at <= end]

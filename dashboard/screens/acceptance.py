@@ -35,14 +35,15 @@ ALL, BY_VERSION, BY_DOMAIN = "all together", "by version", "by domain"
 
 @dataclass(frozen=True)
 class Choice:
-    """``period``: the part of the chosen one that has data; ``servers``: empty for all of them;
-    ``narrowed``: less than all that was served in the period."""
+    """``period``: the part with data of the one that was ``asked`` for; ``servers``: empty for all
+    of them; ``narrowed``: less than all that was served in the period."""
 
     period: Period
     split: str
     points: list[TrendPoint]
     narrowed: bool
     servers: tuple[int, ...] = ()
+    asked: Period | None = None
 
 
 def show() -> None:
@@ -127,7 +128,7 @@ def _choose(here: Group) -> Choice | None:
         part = replace(wanted, since=fitted.since, until=fitted.until)
         kept = asked.of(_read(here, part, fitted.bucket))
         fitted = buckets.fitted(fitted, kept)
-    return Choice(fitted, str(split), kept, narrowed, chosen)
+    return Choice(fitted, str(split), kept, narrowed, chosen, period)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ def _trend(here: Group, choice: Choice, series: Series, name: Namer) -> None:
     period, servers = choice.period, Filter(here.id, server_ids=choice.servers)
     ends = buckets.ends(here.url, servers, period.bucket, choice.points, name)
     drawn = buckets.placed(series, period.width, ends)
-    beside = buckets.near(data.deployments(here), drawn, period.width)
+    asked = choice.asked or period
+    beside = buckets.near(data.deployments(here), drawn, period.width, asked)
     figure = charts.trend(drawn, period.width, beside, break_even=data.break_even(here))
     charts.show(figure, "trend", "accept length over time, with 95% bands and promotions")
     told = (

@@ -227,8 +227,9 @@ def _alerts(found: list[Alert]) -> None:
 def _trend(here: Group, moment: Moment) -> None:
     st.subheader("Accept length, 24 hours")
     until = moment.window.until
+    day = buckets.period(until - timedelta(hours=24), until)
     fitted, points = buckets.fit(
-        buckets.period(until - timedelta(hours=24), until),
+        day,
         lambda since, until, bucket: data.trend(here.url, Filter(here.id, since, until), bucket),
     )
     if not points:
@@ -237,7 +238,7 @@ def _trend(here: Group, moment: Moment) -> None:
     series = {ALL: list(trends.by(points, lambda p: p.bucket).items())}
     ends = buckets.ends(here.url, Filter(here.id), fitted.bucket, points, lambda p: ALL)
     drawn = buckets.placed(series, fitted.width, ends)
-    beside = buckets.near(data.deployments(here, 40), drawn, fitted.width)
+    beside = buckets.near(data.deployments(here, 40), drawn, fitted.width, day)
     figure = charts.trend(
         drawn, fitted.width, beside, break_even=moment.break_even, height=300
     )  # fmt: skip

@@ -181,7 +181,7 @@ class Viewer:
         charts and tables are drawn, fonts are there, and nothing moved for a while."""
         self.ready()
         self.page.wait_for_function(WHOLE)
-        self.page.wait_for_function(STILL, polling=150)
+        self.page.wait_for_function(STILL, polling=100)
 
     def keeps_login(self, kept: bool = True) -> None:
         """Wait until the browser keeps the login in a cookie, or has forgotten it."""

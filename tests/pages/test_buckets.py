@@ -76,5 +76,7 @@ def test_deployments_far_from_all_that_was_served_do_not_push_it_into_a_corner()
     series = {"all": [(NOW - i * MINUTE, Served(1, 10)) for i in range(9)]}
     ages = [-3 * DAY, -20 * MINUTE, -9 * MINUTE, -5 * MINUTE, MINUTE, HOUR]
     rows = [Deployment(version_id=i, created_at=NOW + age) for i, age in enumerate(ages)]
-    assert [row.version_id for row in buckets.near(rows, series, MINUTE)] == [2, 3, 4]
-    assert buckets.near(rows, {}, MINUTE) == []
+    day, part = buckets.period(NOW - DAY, NOW), buckets.period(NOW - 8 * MINUTE, NOW)
+    assert [row.version_id for row in buckets.near(rows, series, MINUTE, day)] == [2, 3]
+    assert [row.version_id for row in buckets.near(rows, series, MINUTE, part)] == [3]
+    assert buckets.near(rows, {}, MINUTE, day) == []

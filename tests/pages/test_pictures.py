@@ -93,11 +93,10 @@ def test_a_page_is_drawn_whole_in_both_themes(
     elif name == "Versions":
         page.goto(f"{viewer.url}/versions?version=4")
         page.get_by_role("heading", name="Version 4").wait_for()
-    viewer.settled()
+    whole_everywhere(viewer)
     expect(page.get_by_test_id("stException")).to_have_count(0)
     if name != "Training":  # there a failed run is told in red
         expect(page.get_by_test_id("stAlertContentError")).to_have_count(0)
-    whole_everywhere(viewer)
     shoot(viewer, folder, name.lower())
     if name == "Acceptance":
         for number, tab in enumerate(TABS[1:], 2):
