@@ -23,6 +23,7 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.engine.process import ServerProcess, free_port
 from aurora_sgl.store import queries
+from tests.e2e import breaking
 from tests.sidecar_engine import wait_until as until
 
 ROOT = Path(__file__).parents[2]
@@ -277,6 +278,7 @@ def server(
             *("--chunked-prefill-size", "64", "--max-total-tokens", "768"),
             *("--schedule-conservativeness", "0.05"),
         ),
+        environment=breaking.installed(tmp_path_factory.mktemp("plugin")),
     )
     yield running
     running.process.stop()
