@@ -21,11 +21,12 @@ import torch
 from aurora_sgl import wire
 from aurora_sgl.config import get_settings
 from aurora_sgl.drafter.checkpoint import WEIGHTS
-from aurora_sgl.engine import clean, labels, ladder
+from aurora_sgl.engine import clean, ladder
 from aurora_sgl.engine.cached_kv import CachedKV
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.companion import ENDPOINT_VARIABLE
+from aurora_sgl.engine.consent import Consent
 from aurora_sgl.engine.parts import Parts
 from aurora_sgl.engine.plan import Plan, Plans, put, requests
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
@@ -122,6 +123,7 @@ class Agent:
         self.queue = 0  # requests that wait to be prefilled
         self.notices: dict[str, str] = {}  # see wire.Hello
         self.parts = Parts(self.notices)
+        self.consent = Consent(self.notices)
         self.cached_kv = CachedKV(worker, self.recorder.live, self.parts)
         self._said_hello = 0.0
         drafter = Path(str(description.get("drafter_path") or "."))
@@ -230,7 +232,7 @@ class Agent:
         says so (see ``draft_kv``). Captured requests have a part of their own, so that what they
         find there was captured too, and no prefix is unknown to training.
         """
-        said = labels.read(recv_req.sampling_params)
+        said = self.consent.take(recv_req)
         wish = said.speculate if self.can_skip else True
         if wish is None:
             admission = self.policy.admit(batch_size)
@@ -242,7 +244,8 @@ class Agent:
         traced = self.capture is not None and self.recorder.choose_to_trace(said, session)
         if traced:
             recv_req.extra_key = f"{recv_req.extra_key or ''}{_TRACED}"
-        put(recv_req, Plan(speculates, keeps, traced, self.cached_kv.renews(recv_req)))
+        renews = self.cached_kv.renews(recv_req)
+        put(recv_req, Plan(speculates, keeps, traced, renews, said))
 
     def observe_verify(self, batch: Any, result: Any) -> None:
         """After the verify forward: take references to what records need."""
@@ -392,6 +395,7 @@ class Agent:
     def hello(self) -> wire.Hello:
         assert self.channel is not None
         self.parts.forget_old()
+        self.consent.forget_old()
         counters = {
             "running_requests": float(self.recorder.running),
             "waiting_records": float(self.channel.waiting_records),
@@ -399,6 +403,7 @@ class Agent:
             "dropped_odd": float(self.channel.dropped_odd),
             "failures": float(self.parts.failures),
             "parts_down": float(self.parts.down),
+            "unstamped": float(self.consent.unstamped),
             "speculation_share": self.policy.share,
             "capture_share": self.recorder.capture_share,
             "queue": float(self.queue),

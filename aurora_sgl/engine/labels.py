@@ -2,22 +2,35 @@
 
 Headers do not reach the scheduler by themselves. An ASGI middleware keeps them in a context
 variable; when the tokenizer manager builds the tokenized request, which happens in the same
-task, they are put into ``sampling_params.custom_params``, which survives the journey and which
-SGLang reads only for custom logit processors.
+task, they are put into ``sampling_params.custom_params``, which survives the journey. The
+scheduler takes them out again before SGLang reads the request.
+
+A stamp says that the middleware saw the request: a random token of this start, which processes
+inherit and clients don't know. What comes without it, because its front end has no middleware or
+because a client wrote labels by itself, is not learnt from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 KEY = "aurora"
 DEFAULT_DOMAIN = "default"
-MAX_LABEL = 64
+MAX_LABEL = 64  # characters
+STAMP_VARIABLE = "AURORA_STAMP"
+WARM_UP = "x-aurora-warmup"  # with the stamp: a warm-up of SGLang's, not a client's request
 
-_headers: ContextVar[dict[str, str] | None] = ContextVar("aurora_headers", default=None)
+_YES = frozenset(("yes", "true", "1", "on"))
+_NO = frozenset(("no", "false", "0", "off"))
+_WHOLE = "whole"
+_PREFIX = b"x-aurora-"
+
+_said: ContextVar[dict[str, Any] | None] = ContextVar("aurora_said", default=None)
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[..., Awaitable[Any]], Callable[..., Awaitable[None]]], Any]
@@ -33,10 +46,15 @@ class Labels:
     speculate: bool | None = None  # None: the server's phase decides
     whole: bool = False  # with drafts of the whole shape in every step
     warmup: bool = False
+    stamped: bool = True  # a middleware of ours saw its headers
+
+
+#: Of a request whose headers nobody saw.
+UNKNOWN = Labels(may_train=False, stamped=False)
 
 
 class HeaderMiddleware:
-    """Pure ASGI: remembers the ``x-aurora-*`` headers of the request that is being served."""
+    """Pure ASGI: remembers what the ``x-aurora-*`` headers of the request being served say."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -47,40 +65,79 @@ class HeaderMiddleware:
         receive: Callable[..., Awaitable[Any]],
         send: Callable[..., Awaitable[None]],
     ) -> None:
-        if scope["type"] == "http":
-            found = {
-                name.decode("latin-1"): value.decode("latin-1").strip()[:MAX_LABEL]
-                for name, value in scope["headers"]
-                if name.startswith(b"x-aurora-")
-            }
-            _headers.set(found)
+        if scope["type"] in ("http", "websocket"):
+            _said.set(parse(scope["headers"]))
         await self.app(scope, receive, send)
 
 
+def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
+    """What a request's headers say, as JSON values."""
+    ours: dict[str, list[bytes]] = {}
+    for header, value in headers:
+        if header.lower().startswith(_PREFIX):
+            name = header.lower().removeprefix(_PREFIX).decode("latin-1")
+            ours.setdefault(name, []).append(value)
+    said: dict[str, Any] = {}
+    for label in ("domain", "conversation"):
+        if text := next(filter(None, map(_text, ours.get(label, ()))), ""):
+            said[label] = text
+    if "train" in ours:
+        said["train"] = _is_yes(ours["train"])
+    wish = _text(ours["speculate"][0]).lower() if "speculate" in ours else ""
+    if wish == _WHOLE or wish in _YES or wish in _NO:
+        said["speculate"] = wish not in _NO
+    said["whole"] = wish == _WHOLE
+    said["warmup"] = any(_is_stamp(value) for value in ours.get("warmup", ()))
+    return said
+
+
+def _is_yes(values: list[bytes]) -> bool:
+    """Whether every value of every copy of the header is a clear yes."""
+    words = [word for value in values for word in value.split(b",")]
+    return all(word.strip().lower().decode("latin-1") in _YES for word in words)
+
+
+def _text(value: bytes) -> str:
+    """UTF-8 as browsers and most clients send it, else Latin-1, the old rule of HTTP."""
+    try:
+        found = value.decode()
+    except UnicodeDecodeError:
+        found = value.decode("latin-1")
+    return found.strip()[:MAX_LABEL].rstrip()
+
+
+def new_stamp() -> None:
+    """A stamp for the server that starts now, and for all processes that it will start."""
+    os.environ[STAMP_VARIABLE] = secrets.token_urlsafe(24)
+
+
 def attach(sampling_params: Any, *, warmup: bool) -> None:
-    """Put the labels of the current HTTP request into ``sampling_params.custom_params``."""
-    headers = _headers.get() or {}
-    if not headers and not warmup:
+    """Put what the current HTTP request says into ``sampling_params.custom_params``."""
+    said, stamp = _said.get(), os.environ.get(STAMP_VARIABLE)
+    if not stamp or (said is None and not warmup):
         return
-    labels: dict[str, Any] = {"warmup": True} if warmup else {}
-    if domain := headers.get("x-aurora-domain"):
-        labels["domain"] = domain
-    if conversation := headers.get("x-aurora-conversation"):
-        labels["conversation"] = conversation
-    for name in ("train", "speculate"):
-        if said := headers.get(f"x-aurora-{name}"):
-            labels[name] = said.lower() not in ("no", "false", "0", "off")
-    labels["whole"] = headers.get("x-aurora-speculate", "").lower() == "whole"
     params = sampling_params.custom_params
-    sampling_params.custom_params = {**(params if isinstance(params, dict) else {}), KEY: labels}
+    own = params if isinstance(params, dict) else None
+    labels = {**(said or {}), "stamp": stamp, "alone": own is None}
+    labels["warmup"] = warmup or labels.get("warmup") is True
+    sampling_params.custom_params = {**(own or {}), KEY: labels}
 
 
-def read(sampling_params: Any) -> Labels:
-    """The labels that :func:`attach` put there; defaults when there are none."""
+def take(sampling_params: Any) -> Labels:
+    """What :func:`attach` put there, which leaves the parameters as the client sent them.
+
+    ``UNKNOWN`` for whatever has no valid stamp.
+    """
     params = getattr(sampling_params, "custom_params", None)
-    found = params.get(KEY) if isinstance(params, dict) else None
-    if not isinstance(found, dict):
-        return Labels()
+    if not isinstance(params, dict):
+        return UNKNOWN
+    found = params.get(KEY)
+    if not isinstance(found, dict) or not _is_stamp(
+        str(found.get("stamp")).encode("utf-8", "replace")
+    ):
+        return UNKNOWN
+    rest = {name: value for name, value in params.items() if name != KEY}
+    sampling_params.custom_params = None if found.get("alone") is True else rest
     train, speculate = found.get("train"), found.get("speculate")
     return Labels(
         domain=str(found.get("domain") or DEFAULT_DOMAIN)[:MAX_LABEL],
@@ -88,5 +145,10 @@ def read(sampling_params: Any) -> Labels:
         may_train=train if isinstance(train, bool) else None,
         speculate=speculate if isinstance(speculate, bool) else None,
         whole=found.get("whole") is True,
-        warmup=bool(found.get("warmup")),
+        warmup=found.get("warmup") is True,
     )
+
+
+def _is_stamp(value: bytes) -> bool:
+    stamp = os.environ.get(STAMP_VARIABLE)
+    return bool(stamp) and secrets.compare_digest(value, str(stamp).encode())

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from aurora_sgl.engine.labels import UNKNOWN, Labels
 
 _MOST_WAITING = 65_536  # requests that were aborted before their prefill stay until others follow
 
@@ -23,6 +25,7 @@ class Plan:
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     traced: bool = False
     renews: bool = False  # it uses no cached prefix: see ``renewal``
+    said: Labels = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,11 @@ class Plans:
         self._waiting[hash(rid)] = plan
         if len(self._waiting) > _MOST_WAITING:
             self._waiting.popitem(last=False)
+
+    def keep_unchosen(self, rid: object, said: Labels) -> None:
+        """For a request for which the leading rank chose nothing. Ranks may read other labels:
+        nothing of what they do in a step follows from these."""
+        self.keep(rid, replace(self._without, said=replace(said, whole=False, warmup=False)))
 
     def pop(self, rid: object) -> Plan:
         return self._waiting.pop(hash(rid), self._without)

@@ -25,7 +25,7 @@ logger = logging.getLogger("aurora_sgl")
 _SPECULATIVE = "sglang.srt.speculative."
 _MANAGERS = "sglang.srt.managers."
 
-#: Hooked in the process that takes HTTP requests.
+#: Hooked in the process that takes HTTP requests, with ``uvicorn.run``, which starts more of them.
 MAIN_HOOKS = (
     "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
     f"{_MANAGERS}tokenizer_manager.TokenizerManager._create_tokenized_object",
@@ -112,9 +112,12 @@ def register() -> None:
 
     around = HookType.AROUND
     if multiprocessing.parent_process() is None:
+        from aurora_sgl.engine import front, workers
+
         launch, tokenize = MAIN_HOOKS
         HookRegistry.register(launch, _launch_subprocesses, around)
-        HookRegistry.register(tokenize, _create_tokenized_object, HookType.AFTER)
+        HookRegistry.register(tokenize, front.create_tokenized_object, around)
+        HookRegistry.register("uvicorn.run", workers.run_uvicorn, around)
         return
     hooks: dict[str, Callable[..., Any]] = dict(
         zip(
@@ -193,25 +196,14 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
     )
     algorithm = str(getattr(server_args, "speculative_algorithm", "") or "").upper()
     if algorithm in ("EAGLE", "EAGLE3"):
-        from aurora_sgl.engine import companion
+        from aurora_sgl.engine import companion, labels
 
         companion.start(int(getattr(server_args, "dp_size", 1) or 1))
+        labels.new_stamp()
         http_server = sys.modules.get("sglang.srt.entrypoints.http_server")
         if http_server is not None:
-            from aurora_sgl.engine.labels import HeaderMiddleware
-
-            http_server.app.add_middleware(HeaderMiddleware)
+            http_server.app.add_middleware(labels.HeaderMiddleware)
     return original(*args, **kw)
-
-
-def _create_tokenized_object(result: Any, manager: Any, *args: Any, **kw: Any) -> None:
-    from sglang.srt.managers.tokenizer_manager import ServerStatus
-
-    from aurora_sgl.engine.labels import attach
-
-    params = getattr(result, "sampling_params", None)
-    if params is not None and hasattr(params, "custom_params"):
-        attach(params, warmup=manager.server_status == ServerStatus.Starting)
 
 
 # -- the scheduler process -----------------------------------------------------------------------
@@ -368,16 +360,10 @@ def _pull_raw_reqs(original: Callable[..., Any], receiver: Any) -> Any:
 def _process_input_requests(
     original: Callable[..., Any], scheduler: Any, recv_reqs: list[Any]
 ) -> Any:
-    from aurora_sgl.engine import plan, swap_driver
+    from aurora_sgl.engine import swap_driver
 
     agent = _agent
-    renewing: set[str] = set()
-    for request in plan.requests(recv_reqs):
-        chosen = plan.take(request)  # without an agent too: SGLang must not meet it
-        if agent is not None and chosen is not None:
-            agent.plans.keep(request.rid, chosen)
-            if chosen.renews:
-                renewing.add(request.rid)
+    renewing = _take_plans(agent, recv_reqs)
     ours = [one for one in recv_reqs if isinstance(one, swap_driver.COMMANDS)]
     rest = [one for one in recv_reqs if not isinstance(one, swap_driver.COMMANDS)]
     if agent is None:
@@ -394,6 +380,26 @@ def _process_input_requests(
         take_out = partial(agent.cached_kv.take_out, scheduler, renewing)
         agent.guard("renewing draft KV", take_out, always=True)
     return out
+
+
+def _take_plans(agent: Agent | None, recv_reqs: list[Any]) -> set[str]:
+    """Keep what was chosen for new requests, and what they say. Returns those that renew their
+    head of the cache."""
+    from aurora_sgl.engine import labels, plan
+
+    renewing: set[str] = set()
+    for request in plan.requests(recv_reqs):
+        # Without an agent too: SGLang must not meet what we put there.
+        chosen, said = plan.take(request), labels.take(request.sampling_params)
+        if agent is None:
+            continue
+        if chosen is None:
+            agent.plans.keep_unchosen(request.rid, said)
+            continue
+        agent.plans.keep(request.rid, chosen)
+        if chosen.renews:
+            renewing.add(request.rid)
+    return renewing
 
 
 def _agent_of_scheduler(scheduler: Any) -> None:

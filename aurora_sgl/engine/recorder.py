@@ -33,6 +33,7 @@ class RequestState:
     swap_count: int  # of the server when the request was first prefilled
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     whole: bool = False  # its steps carry the whole draft shape, whatever pays
+    said: labels.Labels = labels.UNKNOWN
     steps: int = 0
     proposed: int = 0
     accepted: int = 0
@@ -200,7 +201,7 @@ class Recorder:
         On every rank, and without a look at anything that a client can set but its labels: what
         the ranks do in a step follows from it. ``follow``: whether this rank records the request.
         """
-        said = labels.read(req.sampling_params)
+        said = plan.said
         if said.warmup or str(req.rid).startswith("HEALTH_CHECK"):
             req._aurora = None
             return None
@@ -213,6 +214,7 @@ class Recorder:
             swap_count=self.live.swap_count,
             keeps=plan.keeps,
             whole=said.whole,
+            said=said,
         )
         req._aurora = state
         if follow:
@@ -221,7 +223,7 @@ class Recorder:
 
     def started(self, req: Any, state: RequestState) -> wire.Record:
         """The first record of a request."""
-        said = labels.read(req.sampling_params)
+        said = state.said
         conversation = said.conversation or getattr(req, "session_id", None)
         prompt = list(req.origin_input_ids)
         return wire.RequestStarted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from array import array
 from typing import Any
 
@@ -23,6 +24,8 @@ from aurora_sgl import wire  # noqa: E402
 from aurora_sgl.engine import clean, labels  # noqa: E402
 from aurora_sgl.engine.plan import Plan  # noqa: E402
 from aurora_sgl.engine.recorder import Recorder  # noqa: E402
+
+labels.new_stamp()
 
 #: Any code point, lone surrogates and control characters among them.
 texts = st.text(st.characters(codec=None), max_size=300) | st.sampled_from(
@@ -46,7 +49,8 @@ SAMPLING = (
 
 def request(rid: Any, label: Any, session: Any, sampling: dict[str, Any]) -> Req:
     """SGLang's own request, with values that its checks may let through one day."""
-    params = SamplingParams(custom_params={labels.KEY: {"domain": label, "conversation": label}})
+    said = {"domain": label, "conversation": label, "stamp": os.environ[labels.STAMP_VARIABLE]}
+    params = SamplingParams(custom_params={labels.KEY: said})
     for name, value in sampling.items():
         setattr(params, name, value)
     made = Req("rid", "", array("q", [1, 2, 3]), params)
@@ -57,8 +61,10 @@ def request(rid: Any, label: Any, session: Any, sampling: dict[str, Any]) -> Req
 def records(req: Req) -> tuple[wire.RequestStarted, wire.RequestFinished]:
     """The request's records as the sidecar reads them."""
     recorder = Recorder(9, train_by_default=True, capture_share=1.0, dp_rank=0)
-    recorder.choose_to_trace(labels.read(req.sampling_params), req.session_id)
-    state = recorder.begin(req, Plan(True), follow=True)
+    said = labels.take(req.sampling_params)
+    assert said.stamped
+    recorder.choose_to_trace(said, req.session_id)
+    state = recorder.begin(req, Plan(True, said=said), follow=True)
     assert state is not None
     made = [recorder.started(req, state), recorder.finish(req, state)]
     started, finished = wire.decode_envelope(wire.encode(wire.Envelope(9, 1, made))).records
@@ -127,7 +133,8 @@ def test_text_keeps_its_characters_but_for_those_that_cannot_be_stored(
 def test_ordinary_sampling_values_are_recorded_as_they_are() -> None:
     given_values = {"temperature": 0.7, "top_k": 1 << 30, "frequency_penalty": 0.5}
     req = request("mine", "support", None, given_values)
-    assert {name: records(req)[0].sampling[name] for name in given_values} == given_values
+    sampling = records(req)[0].sampling
+    assert {name: sampling[name] for name in given_values} == given_values
 
 
 @given(anything | numbers)

@@ -1,11 +1,9 @@
-"""The share of steps with drafts stays within its bound, and labels reach the scheduler."""
+"""The share of steps with drafts stays within its bound."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aurora_sgl.engine import labels
 from aurora_sgl.engine.ladder import PLAIN, Ladder, Rung, rungs
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy, in_shape
 
@@ -295,49 +292,3 @@ def test_an_expectation_of_another_version_is_forgotten_with_it() -> None:
     policy.hoped = 1.9
     policy.observe(1, ONE, 10, 0)
     assert policy.accept_length() == 1.9
-
-
-def serve_with_headers(headers: dict[str, str], params: SimpleNamespace, warmup: bool) -> None:
-    async def app(scope, receive, send) -> None:
-        labels.attach(params, warmup=warmup)
-
-    scope = {
-        "type": "http",
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-    }
-    # In a thread of its own: a browser that other tests drive keeps a loop in this one.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, labels.HeaderMiddleware(app)(scope, None, None)).result()
-
-
-def test_headers_become_labels_beside_the_clients_own_parameters() -> None:
-    params = SimpleNamespace(custom_params={"mine": 1})
-    headers = {
-        "x-aurora-domain": "code",
-        "x-aurora-train": "No",
-        "x-aurora-speculate": "yes",
-        "x-aurora-conversation": "abc",
-        "content-type": "text/plain",
-    }
-    serve_with_headers(headers, params, warmup=False)
-    assert params.custom_params["mine"] == 1
-    assert labels.read(params) == labels.Labels("code", "abc", False, True, False)
-
-
-def test_without_headers_nothing_is_attached_and_defaults_are_read() -> None:
-    params = SimpleNamespace(custom_params=None)
-    serve_with_headers({}, params, warmup=False)
-    assert params.custom_params is None
-    assert labels.read(params) == labels.Labels()
-
-
-def test_warm_ups_are_marked() -> None:
-    params = SimpleNamespace(custom_params=None)
-    serve_with_headers({}, params, warmup=True)
-    assert labels.read(params).warmup
-
-
-def test_labels_that_a_client_forges_in_its_parameters_are_bounded() -> None:
-    params = SimpleNamespace(custom_params={"aurora": {"domain": "x" * 500, "train": "maybe"}})
-    said = labels.read(params)
-    assert len(said.domain) == 64 and said.may_train is None

@@ -1,0 +1,64 @@
+"""What we do in the processes that take requests, before SGLang's scheduler sees one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from aurora_sgl.engine import labels
+
+
+def create_tokenized_object(
+    original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kw: Any
+) -> Any:
+    """Around ``TokenizerManager._create_tokenized_object``: refuse what would end the server, and
+    send along what the client says.
+
+    Raises ``ValueError``, which SGLang answers with 400.
+    """
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    ids = kw.get("input_ids", args[1] if len(args) > 1 else None)
+    images = kw.get("mm_inputs", args[3] if len(args) > 3 else None)
+    if ids is not None and images is None and not getattr(obj, "lora_path", None):
+        # Beside images, and with an adapter, there are ids that the vocabulary does not have.
+        check_ids(ids, int(manager.model_config.vocab_size))
+    result = original(manager, obj, *args, **kw)
+    params = getattr(result, "sampling_params", None)
+    if params is not None and hasattr(params, "custom_params"):
+        labels.attach(params, warmup=manager.server_status == ServerStatus.Starting)
+    return result
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ``ValueError`` with one line for a token that the target's embedding does not have:
+    SGLang's scheduler would end at it (0.5.21 to 0.5.23)."""
+    if not ids:
+        return
+    try:
+        wrong = next((one for one in (min(ids), max(ids)) if not 0 <= one < vocab_size), None)
+    except TypeError:
+        raise ValueError("The prompt has a token id that is not a whole number.") from None
+    if wrong is not None:
+        raise ValueError(
+            f"The prompt has the token id {wrong}; this model knows 0 to {vocab_size - 1}."
+        )
+
+
+class WarmUpRequests:
+    """The module ``requests`` for SGLang's warm-up, whose posts say that they are one.
+
+    With several HTTP workers the warm-up of one can reach another that is through with its own.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        import requests
+
+        return getattr(requests, name)
+
+    def post(self, url: str, headers: Mapping[str, str] | None = None, **kw: Any) -> Any:
+        import requests
+
+        stamp = os.environ.get(labels.STAMP_VARIABLE, "")
+        return requests.post(url, headers={**(headers or {}), labels.WARM_UP: stamp}, **kw)
