@@ -86,6 +86,30 @@ class Release:
                 return self._resolve(".".join(parts[:cut]), parts[cut:], depth=0)
         return False
 
+    def parameters(self, name: str) -> ast.arguments | None:
+        """Of the function or method that a dotted name leads to; None where it can't be read."""
+        parts = name.split(".")
+        for cut in range(len(parts) - 1, 0, -1):
+            module = ".".join(parts[:cut])
+            if self.tree(module) is not None:
+                return self._parameters(module, parts[cut:])
+        return None
+
+    def _parameters(self, module: str, path: list[str]) -> ast.arguments | None:
+        found = self._find(module, path[0], 0)
+        if found is None:
+            return None
+        home, node = found
+        for member in path[1:]:
+            if not isinstance(node, ast.ClassDef):
+                return None
+            inside = next((each for name, each in bindings(node.body) if name == member), None)
+            if inside is None:  # of a base class
+                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+                return next((f for b in bases if (f := self._parameters(home, [b, member]))), None)
+            node = inside
+        return node.args if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else None
+
     def missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not self.has(name)]
 

@@ -119,34 +119,44 @@ def register() -> None:
         HookRegistry.register(tokenize, front.create_tokenized_object, around)
         HookRegistry.register("uvicorn.run", workers.run_uvicorn, around)
         return
-    hooks: dict[str, Callable[..., Any]] = dict(
-        zip(
-            SCHEDULER_HOOKS,
-            (
-                _forward_batch_generation,
-                _draft_extend_for_prefill,
-                _verify,
-                _eagle_sample,
-                _verify_tree_greedy_func,
-                _process_logits,
-                _process_input_requests,
-                _pull_raw_reqs,
-                _process_batch_result_decode,
-                _process_batch_result_prefill,
-            ),
-            strict=True,
-        )
-    )
-    for name, hook in hooks.items():
+    for name, hook in scheduler_hooks().items():
         HookRegistry.register(name, hook, around)
     if _on_cpu():
         _register_on_cpu(HookRegistry, HookType)
 
 
+def scheduler_hooks() -> dict[str, Callable[..., Any]]:
+    """Around what of every scheduler process: ``hook(original, *arguments of it)``."""
+    hooks = (
+        _forward_batch_generation,
+        _draft_extend_for_prefill,
+        _verify,
+        _eagle_sample,
+        _verify_tree_greedy_func,
+        _process_logits,
+        _process_input_requests,
+        _pull_raw_reqs,
+        _process_batch_result_decode,
+        _process_batch_result_prefill,
+    )
+    return dict(zip(SCHEDULER_HOOKS, hooks, strict=True))
+
+
+def compiled_hooks() -> dict[str, Callable[..., Any]]:
+    """The same of what our compiled kernels stand for."""
+    from aurora_sgl.engine.cpu import drafting, fused, layer, layers
+
+    hooks = (
+        fused.rms_norm, fused.silu_and_mul, fused.rotary,
+        layer.target_layer, layer.drafter_layer, layers.target_body, drafting.forward,
+    )  # fmt: skip
+    return dict(zip(COMPILED_HOOKS, hooks, strict=True))
+
+
 def _register_on_cpu(registry: Any, kinds: Any) -> None:
     import torch
 
-    from aurora_sgl.engine.cpu import drafting, fused, layer, layers, linear, native
+    from aurora_sgl.engine.cpu import layer, layers, linear, native
     from aurora_sgl.engine.cpu.attention import begin_forward
 
     if not torch.cuda.is_available():
@@ -174,11 +184,7 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
     for name in metadata:
         registry.register(name, lambda *args, **kw: begin_forward(), kinds.BEFORE)
     if native.library() is not None:
-        compiled = (
-            fused.rms_norm, fused.silu_and_mul, fused.rotary,
-            layer.target_layer, layer.drafter_layer, layers.target_body, drafting.forward,
-        )  # fmt: skip
-        for name, hook in zip(COMPILED_HOOKS, compiled, strict=True):
+        for name, hook in compiled_hooks().items():
             registry.register(name, hook, kinds.AROUND)
 
 
@@ -412,7 +418,7 @@ def _agent_of_scheduler(scheduler: Any) -> None:
 
 
 def _verify_uses_greedy(
-    *, is_all_greedy: bool, is_cpu: bool, is_hip: bool, is_xpu: bool, use_rejection_sampling: bool
+    *, is_all_greedy: bool, is_xpu: bool, is_hip: bool, use_rejection_sampling: bool, **rest: Any
 ) -> bool:
     """SGLang answers every request greedily on CPU; with our sampling kernels it need not."""
     return is_all_greedy or is_xpu or (is_hip and not use_rejection_sampling)

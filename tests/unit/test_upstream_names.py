@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 from aurora_sgl.doctor import SGLANG_FIRST, SGLANG_LAST, SGLANG_TESTED, is_supported
+from aurora_sgl.engine import plugin
 from aurora_sgl.engine.plugin import UPSTREAM
 from tools.upstream_names import RELEASES, Release, wheel_of
 
@@ -51,6 +55,62 @@ def test_one_range_of_releases_stands_everywhere() -> None:
     assert f"sglang=={SGLANG_TESTED}" in (ROOT / "requirements" / "cpu.lock").read_text()
     assert f"sglang=={SGLANG_TESTED}" in (ROOT / "tools" / "setup_env.py").read_text()
     assert not is_supported("0.5.9") and not is_supported("unknown")
+
+
+def original(*args: object, **kw: object) -> None:
+    """Stands where a hook is given the function that it goes around."""
+
+
+def refused(hook: Callable[..., object], arguments: ast.arguments) -> str:
+    """Why a hook can't be called as SGLang calls what it goes around, with every argument by its
+    place, and with every one but ``self`` by its name; empty: it can."""
+    positional = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
+    by_name = {each.arg: None for each in arguments.kwonlyargs}
+    own = positional[:1] if positional[:1] == ["self"] else []
+    named = {name: None for name in positional[len(own) :]} | by_name
+    try:
+        inspect.signature(hook).bind(original, *[None] * len(positional), **by_name)
+        inspect.signature(hook).bind(original, *[None] * len(own), **named)
+    except TypeError as error:
+        return f"({', '.join([*positional, *by_name])}): {error}"
+    return ""
+
+
+def misfits(release: Release) -> dict[str, str]:
+    """Hooked functions whose arguments our hooks don't take, and why."""
+    hooks = {**plugin.scheduler_hooks(), **plugin.compiled_hooks()}
+    found = {}
+    for name, hook in hooks.items():
+        arguments = release.parameters(name)
+        if arguments is not None and (why := refused(hook, arguments)):
+            found[name] = why
+    return found
+
+
+def test_our_hooks_take_the_arguments_of_what_they_go_around() -> None:
+    release = Release.installed()
+    hooks = {**plugin.scheduler_hooks(), **plugin.compiled_hooks()}
+    assert [name for name in hooks if release.parameters(name) is None] == []
+    assert misfits(release) == {}
+
+
+def test_an_argument_that_a_hook_does_not_take_is_seen() -> None:
+    def hook(original: object, layer: object, positions: object) -> None: ...
+
+    grown = ast.parse("def forward(self, positions, capture_output=None): ...").body[0]
+    renamed = ast.parse("def forward(self, places): ...").body[0]
+    same = ast.parse("def forward(self, positions): ...").body[0]
+    assert isinstance(grown, ast.FunctionDef) and isinstance(renamed, ast.FunctionDef)
+    assert isinstance(same, ast.FunctionDef)
+    assert "too many" in refused(hook, grown.args) and "places" in refused(hook, renamed.args)
+    assert refused(hook, same.args) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("release", [r for r in RELEASES if is_supported(r)])
+def test_our_hooks_take_the_arguments_of_every_supported_release(release: str) -> None:
+    assert misfits(Release.of_wheel(wheel_of(release))) == {}
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from aurora_sgl.engine.cpu import fused, layer
+from aurora_sgl.engine.cpu import fused, layer, upstream
 from aurora_sgl.engine.cpu.compiled_attention import LONGEST, ForwardPlan
 
 _known: dict[int, tuple[Any, bool]] = {}  # id of the model -> itself, whether it is covered
@@ -67,8 +67,8 @@ def _plain(runner: Any) -> bool:
         and body.input_norm is None
         and body.fc_norm is None
         and not body.is_mrope_enabled
-        and body.embed_tokens.tp_size == 1
-        and model.lm_head.tp_size == 1
+        and upstream.processes(body.embed_tokens) == 1
+        and upstream.processes(model.lm_head) == 1
         and layer.plain_norm(body.norm)
         and not head.do_tensor_parallel_all_gather
         and not head.do_tensor_parallel_all_gather_dp_attn

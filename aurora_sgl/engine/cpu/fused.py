@@ -138,10 +138,12 @@ def rms_norm(
     return original(layer, x, residual, post_residual_addition, *args, **kw)
 
 
-def silu_and_mul(original: Callable[..., Any], layer: Any, x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(
+    original: Callable[..., Any], layer: Any, x: torch.Tensor, *args: Any, **kw: Any
+) -> torch.Tensor:
     """Around ``SiluAndMul.forward_native``."""
-    out = silu_times(x)
-    return original(layer, x) if out is None else out
+    out = silu_times(x) if not args and not kw else None
+    return original(layer, x, *args, **kw) if out is None else out
 
 
 def rotary(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from aurora_sgl.engine.cpu import attention, fused, linear, native
+from aurora_sgl.engine.cpu import attention, fused, linear, native, upstream
 from aurora_sgl.engine.cpu.compiled_attention import LONGEST, ForwardPlan
 
 BACKEND = "IntelAMXAttnBackend"  # of the forwards that are compiled
@@ -47,7 +47,7 @@ class CompiledLayer:
                 type(part.quant_method).__name__ == "UnquantizedLinearMethod",
                 f"{name} is quantised",
             )
-            _need(part.tp_size == 1, "its weights are shared among processes")
+            _need(upstream.processes(part) == 1, "its weights are shared among processes")
         radix = attend.attn
         _need(type(mlp.act_fn).__name__ == "SiluAndMul", "another activation")
         _need(
@@ -272,7 +272,18 @@ def run(
 # -- hooks -----------------------------------------------------------------------------------------
 
 
-def target_layer(
+def target_layer(original: Callable[..., Any], layer: Any, *args: Any, **kw: Any) -> Any:
+    """Around ``llama.LlamaDecoderLayer.forward``.
+
+    Until SGLang 0.5.21 the residual is handed from layer to layer; later ones keep it in the batch,
+    and only all layers together are compiled (``layers.target_body``).
+    """
+    if not upstream.takes(original, "positions", "hidden_states", "forward_batch", "residual"):
+        return original(layer, *args, **kw)
+    return _target_layer(original, layer, *args, **kw)
+
+
+def _target_layer(
     original: Callable[..., Any],
     layer: Any,
     positions: torch.Tensor,
@@ -280,14 +291,21 @@ def target_layer(
     forward_batch: Any,
     residual: torch.Tensor | None,
 ) -> Any:
-    """Around ``llama.LlamaDecoderLayer.forward``."""
     done = _run(layer, positions, forward_batch, hidden_states, residual, None)
     if done is None:
         return original(layer, positions, hidden_states, forward_batch, residual)
     return done
 
 
-def drafter_layer(
+def drafter_layer(original: Callable[..., Any], layer: Any, *args: Any, **kw: Any) -> Any:
+    """Around ``llama_eagle3.LlamaDecoderLayer.forward``: its first layer only."""
+    names = ("positions", "embeds", "hidden_states", "forward_batch", "residual")
+    if not upstream.takes(original, *names):
+        return original(layer, *args, **kw)
+    return _drafter_layer(original, layer, *args, **kw)
+
+
+def _drafter_layer(
     original: Callable[..., Any],
     layer: Any,
     positions: torch.Tensor,
@@ -296,7 +314,6 @@ def drafter_layer(
     forward_batch: Any,
     residual: torch.Tensor | None,
 ) -> Any:
-    """Around ``llama_eagle3.LlamaDecoderLayer.forward``: its first layer only."""
     if layer.is_input_layer and residual is None:
         done = _run(layer, positions, forward_batch, hidden_states, None, embeds)
         if done is not None:

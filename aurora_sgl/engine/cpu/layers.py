@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aurora_sgl.engine.cpu import fused, layer, native
+from aurora_sgl.engine.cpu import fused, layer, native, upstream
 from aurora_sgl.engine.cpu.layer import CompiledLayer
 
 
@@ -68,7 +68,15 @@ def _plain(model: Any) -> bool:
     )
 
 
-def target_body(
+def target_body(original: Callable[..., Any], model: Any, *args: Any, **kw: Any) -> Any:
+    """Around ``llama.LlamaModel.forward``."""
+    names = ("input_ids", "positions", "forward_batch", "input_embeds", "pp_proxy_tensors")
+    if not upstream.takes(original, *names):
+        return original(model, *args, **kw)
+    return _target_body(original, model, *args, **kw)
+
+
+def _target_body(
     original: Callable[..., Any],
     model: Any,
     input_ids: torch.Tensor,
@@ -77,7 +85,6 @@ def target_body(
     input_embeds: torch.Tensor | None = None,
     pp_proxy_tensors: Any = None,
 ) -> Any:
-    """Around ``llama.LlamaModel.forward``."""
     if pp_proxy_tensors is None:
         if input_embeds is None:
             input_embeds = model.embed_tokens(input_ids)
