@@ -22,8 +22,11 @@ from aurora_sgl.engine.cpu.compiled_attention import LONGEST, ForwardPlan
 _known: dict[int, tuple[Any, bool]] = {}  # id of the model -> itself, whether it is covered
 
 
-def forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+def forward(
+    original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kw: Any
+) -> Any:
     """Around ``ModelRunner.forward``."""
+    batch = forward_batch
     if runner.is_draft_worker and not args and not kw and _covered(runner, batch):
         mode = batch.forward_mode
         done = None
