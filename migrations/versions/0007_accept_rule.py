@@ -1,5 +1,5 @@
-"""The accept rule of a request beside the request, so that whether it can be judged is known without
-its verify steps. Requests whose trace is still there get it from the first of theirs."""
+"""The accept rule of a request beside it, so that whether it can be judged is known without its
+verify steps. Requests whose trace is still there get it from the first of theirs."""
 
 from __future__ import annotations
 
