@@ -183,7 +183,9 @@ class Registry:
             since = self._live[self.current].since
         if time.monotonic() - since > GRACE_SECONDS:
             return False
-        return known is None or hello is None or not known.ready(hello)
+        if hello is None or not drafter_path(hello):
+            return False
+        return known is None or not known.ready(hello)
 
     def _register(self, hello: wire.Hello) -> Known:
         said: dict[str, Any] = hello.server
