@@ -50,12 +50,22 @@ def go_live(server: Running, version_id: int, reason: str = "a test", **kw: Any)
     until(lambda: server.live_version() == version_id, 30, f"version {version_id} to be live")
 
 
+def flush(server: Running) -> None:
+    """Empty the prefix cache; SGLang refuses while a request runs."""
+    until(
+        lambda: httpx.post(f"{server.url}/flush_cache", timeout=30).status_code == 200,
+        30,
+        "an empty prefix cache",
+    )
+
+
 def test_a_swap_in_mid_request_changes_no_token_and_the_server_reports_what_is_live(
     server: Running, trained: Path, prompts: list[list[int]], hugging_face: Any, tmp_path: Path
 ) -> None:
     before = server.live_version()
     assert before is not None
     target = target_checksum(server.url)
+    flush(server)
     other = a_relative(server, trained, tmp_path / "other", 0.97)
     rid, body = uuid.uuid4().hex, {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
     answer: dict[str, Any] = {}
@@ -87,7 +97,9 @@ def test_a_swap_in_mid_request_changes_no_token_and_the_server_reports_what_is_l
     assert all(step["mixed"] for step in steps[first:])
     _, _, after = serve(server, prompts[0], max_new_tokens=8)
     assert {step["drafter_version_id"] for step in after} == {other}
-    assert not any(step["mixed"] for step in after)  # prefilled after the swap, its own cache
+    assert all(step["mixed"] for step in after)  # its prompt was cached before the swap
+    _, row, fresh = serve(server, [*prompts[0][26:], *prompts[1][26:]], max_new_tokens=8)
+    assert row.cached_tokens == 0 and not any(step["mixed"] for step in fresh)
     rollback(server.engine, server_group(server), actor="test", reason="back to where it was")
     until(lambda: server.live_version() == before, 30, "the rollback")
 
@@ -95,6 +107,115 @@ def test_a_swap_in_mid_request_changes_no_token_and_the_server_reports_what_is_l
 def server_group(server: Running) -> str:
     with store.session(server.engine, write=False) as s:
         return queries.group(s, server.group_id).name
+
+
+def is_mixed(steps: list[dict[str, Any]]) -> bool:
+    """Whether a request's steps are mixed; all of them are alike."""
+    (mixed,) = {bool(step["mixed"]) for step in steps}
+    return mixed
+
+
+def test_a_promotion_and_a_rollback_leave_every_cached_prefix_usable(
+    server: Running, trained: Path, prompts: list[list[int]], hugging_face: Any, tmp_path: Path
+) -> None:
+    """A prompt of some hundred tokens, in several chunks."""
+    before = server.live_version()
+    other = a_relative(server, trained, tmp_path / "other", 0.96)
+    long = [token for prompt in prompts[:8] for token in prompt][:260]
+    new = [token for prompt in prompts[8:14] for token in prompt[26:]]
+    flush(server)
+
+    def ask(ids: list[int]) -> tuple[list[int], int, bool]:
+        answer, row, steps = serve(server, ids, max_new_tokens=12, ignore_eos=True)
+        assert answer["meta_info"]["cached_tokens"] == row.cached_tokens
+        assert {step["depth"] for step in steps} == {3}
+        return answer["output_ids"], row.cached_tokens, is_mixed(steps)
+
+    tokens, cached, mixed = ask(long)
+    assert (cached, mixed) == (0, False)
+    assert_greedy(hugging_face, long, tokens)
+    _, cached, _ = ask(long)
+    assert cached >= len(long) - 2
+    assert ask(long) == (tokens, cached, False)
+    go_live(server, other)
+    try:
+        assert ask(long) == (tokens, cached, True)  # draft KV of the version before
+        tokens_of_new, nothing, mixed = ask(new)
+        assert (nothing, mixed) == (0, False)
+    finally:
+        rollback(server.engine, server_group(server), actor="test", reason="undo")
+        until(lambda: server.live_version() == before, 30, "the rollback")
+    assert ask(long) == (tokens, cached, False)  # made by the version that is back
+    again, cached, mixed = ask(new)
+    assert again == tokens_of_new and cached >= len(new) - 2 and mixed
+
+
+@pytest.mark.parametrize("shared", [26, 150])
+def test_a_head_that_many_requests_share_gets_the_new_drafters_kv_once(
+    shared: int,
+    server: Running,
+    trained: Path,
+    prompts: list[list[int]],
+    hugging_face: Any,
+    tmp_path: Path,
+) -> None:
+    """Otherwise no request behind a system prompt would ever tell about a new version."""
+    before = server.live_version()
+    head = [token for prompt in prompts for token in prompt][:shared]
+    asked = [head + prompt[26:] for prompt in prompts[:6]]
+    flush(server)
+    serve(server, asked[0], max_new_tokens=4)
+    go_live(server, a_relative(server, trained, tmp_path / "other", 1.0 + shared / 10_000))
+    try:
+        found = []
+        for ids in asked[1:]:
+            answer, row, steps = serve(server, ids, max_new_tokens=6, ignore_eos=True)
+            found.append((row.cached_tokens >= shared - 8, is_mixed(steps)))
+        # The first one meets it, the next one computes it again, all others find it renewed.
+        assert found == [(True, True), (False, False), *3 * [(True, False)]]
+        assert_greedy(hugging_face, asked[-1], answer["output_ids"])
+    finally:
+        rollback(server.engine, server_group(server), actor="test", reason="undo")
+        until(lambda: server.live_version() == before, 30, "the rollback")
+
+
+def test_what_a_request_without_drafts_leaves_in_the_cache_is_used_and_told(
+    server: Running, prompts: list[list[int]], hugging_face: Any
+) -> None:
+    flush(server)
+    for wish in ("no", "yes"):
+        headers, prompt = {"x-aurora-speculate": wish}, prompts[14 + len(wish)]
+        sampling = {"max_new_tokens": 16, "ignore_eos": True}
+        answer, _, steps = serve(server, prompt, headers, **sampling)
+        assert {step["depth"] for step in steps} == ({0} if wish == "no" else {3})
+        turn = [*prompt, *answer["output_ids"], *prompts[18][26:]]
+        answer, row, steps = serve(server, turn, {"x-aurora-speculate": "yes"}, **sampling)
+        assert row.cached_tokens >= len(prompt) + 14
+        assert {step["depth"] for step in steps} == {3}
+        assert is_mixed(steps) == (wish == "no")  # the plain answer has no draft KV
+        assert_greedy(hugging_face, turn, answer["output_ids"])
+
+
+def test_a_clients_cache_key_keeps_its_meaning_and_decides_nothing_else(
+    server: Running, prompts: list[list[int]]
+) -> None:
+    def ask(key: str) -> tuple[int, set[int], bool]:
+        rid = uuid.uuid4().hex
+        body = {
+            "input_ids": prompts[19],
+            "rid": rid,
+            "extra_key": key,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True},
+        }
+        headers = {"x-aurora-speculate": "no", "x-aurora-train": "no"}
+        httpx.post(f"{server.url}/generate", json=body, headers=headers, timeout=60)
+        row = server.request(rid)
+        return row.cached_tokens, {s["depth"] for s in server.events(row.id)}, row.traced
+
+    flush(server)
+    for key in ("mine:drafts", "mine:traced", "aurora:0:drafts:traced", "mine|aurora:traced"):
+        assert ask(key) == (0, {0}, False)
+        assert ask(key)[0] >= len(prompts[19]) - 2
 
 
 def test_the_weights_that_are_read_back_are_those_of_the_version(server: Running) -> None:
