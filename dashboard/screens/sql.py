@@ -72,7 +72,8 @@ def _page() -> None:
             "Examples", list(examples), index=None, placeholder="Choose one to start from",
             key="example", on_change=_take, args=(examples,),
         )  # fmt: skip
-        with st.form("sql", border=False):
+        # The button's shortcut submits already; the form's own Ctrl+Enter would run it twice.
+        with st.form("sql", border=False, enter_to_submit=False):
             typed = st.text_area(
                 "Statement", key=STATEMENT, height=190,
                 placeholder="SELECT ... FROM v_accept_length_by_version",

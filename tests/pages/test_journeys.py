@@ -227,6 +227,29 @@ def test_the_sql_page_reads_and_refuses_to_write(house: House, look: Look) -> No
     expect(page.get_by_text("these are the first 1,000")).to_be_visible()
 
 
+def test_a_statement_is_run_once_by_the_keyboard_and_by_the_button(
+    house: House, look: Look
+) -> None:
+    viewer = look("ada", "sql")
+    page, sent = viewer.page, list[bytes | str]()
+    page.on(
+        "websocket", lambda socket: socket.on("framesent", lambda frame: sent.append(frame))
+    )  # playwright marks handlers: no built-in
+    page.reload()
+    viewer.ready()
+    for number, how in enumerate(("keyboard", "button")):
+        statement = f"SELECT 41 + {number} AS n"
+        if how == "keyboard":
+            run(page, statement)
+        else:
+            page.get_by_role("textbox", name="Statement").fill(statement)
+            page.get_by_role("button", name="Run").click()
+        expect(page.get_by_text("1 row in")).to_be_visible()
+        page.wait_for_timeout(300)
+        asked = [frame for frame in sent if statement in str(frame)]
+        assert len(asked) == 1, how
+
+
 def test_tokens_of_a_request_are_coloured_by_what_they_were(house: House, look: Look) -> None:
     page = look("ada", "requests").page
     name = page.get_by_role("heading", name=re.compile("^Request "), level=3).inner_text()
