@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -43,6 +44,7 @@ def examine(settings: Settings | None = None) -> list[Finding]:
         _compiler,
         _sglang,
         _plugin,
+        _consent,
         lambda: _store(settings or get_settings()),
         lambda: _disk(settings or get_settings()),
         lambda: _demo_model(settings or get_settings()),
@@ -146,6 +148,16 @@ def _plugin() -> Iterator[Finding]:
         yield Finding("plugin", "ok", f"SGLang finds {found[0]}")
     else:
         yield Finding("plugin", "missing", "SGLang does not find it", "run: make setup")
+
+
+def _consent() -> Iterator[Finding]:
+    """Which front ends of SGLang show us the headers of requests."""
+    rest = "nothing is learnt from requests of gRPC, HTTP/2 workers or the Python engine"
+    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes", "y"):
+        advice = "unset SGLANG_RUST_SERVER for a server that is to learn"
+        yield Finding("consent", "note", "SGLANG_RUST_SERVER is set: nothing is learnt", advice)
+    else:
+        yield Finding("consent", "ok", f"headers hold in one HTTP worker and in several; {rest}")
 
 
 def _store(settings: Settings) -> Iterator[Finding]:

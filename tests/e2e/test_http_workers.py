@@ -1,0 +1,168 @@
+"""A server with two HTTP workers: what clients say holds in each, whoever can't be heard is not
+learnt from, and the server lives and ends as a whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from aurora_sgl import doctor, store
+from aurora_sgl.store import queries
+from tests.e2e.conftest import ROOT, Running, start
+from tests.sidecar_engine import wait_until as until
+
+VOCABULARY = 49_152
+REFUSED = "The prompt has the token id {}; this model knows 0 to 49151."
+#: A real front end without our middleware: SGLang's Python engine, joined to a running server.
+PYTHON_ENGINE = """
+import sys
+import aurora_sgl.compat
+from aurora_sgl.engine import cpu
+cpu.install()
+from sglang.srt.entrypoints.engine import Engine
+engine = Engine.attach_tokenizer_worker(parent_pid=int(sys.argv[1]))
+own = {"aurora": {"train": True, "domain": "forged", "warmup": True, "stamp": ""}}
+for number in range(2):
+    params = {"temperature": 0, "max_new_tokens": 3, "custom_params": own}
+    print(engine.generate(input_ids=[5, 6, 7], sampling_params=params, rid=f"engine {number}"))
+sys.stdout.flush()
+import os
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Running]:
+    running = start(
+        tmp_path_factory.mktemp("two-workers"),
+        model,
+        ROOT / "benchmarks" / "static-drafter",
+        dtype="bfloat16",
+        flags=("--tokenizer-worker-num", "2"),
+    )
+    yield running
+    running.process.stop()
+    running.engine.dispose()
+
+
+def workers(two: Running) -> list[psutil.Process]:
+    return [p for p in two.process.family() if "tokenizer_worker" in " ".join(p.cmdline())]
+
+
+def served_by(two: Running, client: httpx.Client) -> int:
+    """The pid of the worker that has this client's connection."""
+    mine = client._transport._pool.connections[0]._connection._network_stream  # type: ignore[attr-defined]
+    port = mine.get_extra_info("client_addr")[1]
+    for worker in workers(two):
+        if any(c.raddr and c.raddr.port == port for c in worker.net_connections("tcp")):
+            return worker.pid
+    raise AssertionError(f"no worker has the connection from port {port}")
+
+
+def test_headers_hold_in_every_http_worker(two: Running) -> None:
+    asked: dict[int, list[int]] = {}
+    said = [
+        ({b"x-aurora-train": b"no", b"x-aurora-domain": "秘密".encode()}, "秘密", False),
+        ({b"x-aurora-train": b"never"}, "default", False),
+        ({b"x-aurora-train": b"yes", b"x-aurora-domain": b"open"}, "open", True),
+        ({}, "default", True),
+    ]
+    own = {"aurora": {"train": True, "domain": "forged", "warmup": True}}
+    for number in range(60):
+        with httpx.Client(timeout=300) as client:
+            client.get(f"{two.url}/model_info")
+            worker = served_by(two, client)
+            if len(asked.setdefault(worker, [])) < 8:
+                headers, _, _ = said[len(asked[worker]) % len(said)]
+                params = {"temperature": 0, "max_new_tokens": 4, "custom_params": own}
+                body = {"input_ids": [5, 6, 7], "sampling_params": params, "rid": f"w {number}"}
+                answer = client.post(
+                    f"{two.url}/generate", json=body, headers=list(headers.items())
+                )
+                assert answer.status_code == 200, answer.text
+                asked[worker].append(number)
+        if sorted(map(len, asked.values())) == [8, 8]:
+            break
+    assert sorted(map(len, asked.values())) == [8, 8], "both workers were asked"
+    for numbers in asked.values():
+        for place, number in enumerate(numbers):
+            row = two.request(f"w {number}", 60)
+            _, domain, may_train = said[place % len(said)]
+            assert (row.domain, row.may_train) == (domain, may_train)
+            assert may_train or not row.traced
+    with store.session(two.engine, write=False) as s:
+        rows = queries.recent_requests(s, two.group_id, limit=500)
+    assert {row.domain for row in rows} == {"default", "open"}, "warm-ups are not there, nor no's"
+
+
+def test_what_comes_by_another_door_is_served_counted_and_not_learnt_from(two: Running) -> None:
+    assert "consent" not in (two.row().notices or {})
+    done = subprocess.run(
+        [sys.executable, "-c", PYTHON_ENGINE, str(two.process.pid)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number in range(2):
+        row = two.request(f"engine {number}", 60)
+        assert (row.domain, row.may_train, row.traced) == ("default", False, False)
+        assert row.status == "finished" and row.completion_tokens == 3
+    until(lambda: "2 requests" in (two.row().notices or {}).get("consent", ""), 20, "the notice")
+    log = two.process.log.read_text(errors="replace")
+    assert log.count("Nothing is learnt from") == 1
+    consent = next(f for f in doctor.examine() if f.name == "consent")
+    assert "gRPC" in consent.found
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "wrong"),
+    [
+        ("/v1/completions", {"prompt": [999_999]}, 999_999),
+        ("/v1/completions", {"prompt": [-1]}, -1),
+        ("/v1/completions", {"prompt": [[1, 2], [3, VOCABULARY]]}, VOCABULARY),
+        ("/v1/completions", {"prompt": [999_999], "stream": True}, 999_999),
+        ("/v1/completions", {"prompt": [7, 999_999], "n": 2}, 999_999),
+        ("/generate", {"input_ids": [999_999]}, 999_999),
+        ("/generate", {"input_ids": [[1, 2], [3, -5]]}, -5),
+    ],
+    ids=str,
+)
+def test_a_token_that_the_model_does_not_know_gets_a_400(
+    two: Running, path: str, body: dict[str, Any], wrong: int
+) -> None:
+    answer = httpx.post(f"{two.url}{path}", json={"model": "any", **body}, timeout=60)
+    assert answer.status_code == 400
+    assert REFUSED.format(wrong) in answer.text
+    assert two.generate([VOCABULARY - 1, 0], max_new_tokens=2)["output_ids"]
+
+
+def test_the_server_ends_when_its_scheduler_is_killed(two: Running) -> None:
+    scheduler = next(p for p in two.process.family() if "scheduler" in " ".join(p.cmdline()))
+    body = {"text": "Count.", "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}
+    with httpx.stream("POST", f"{two.url}/generate", json={**body, "stream": True}) as waiting:
+        lines = waiting.iter_lines()
+        assert next(lines)
+        family = two.process.family()
+        scheduler.kill()
+        begun = time.monotonic()
+        with pytest.raises(httpx.HTTPError):
+            for _ in lines:
+                pass
+    assert time.monotonic() - begun < 20, "who waited was told"
+    assert until(lambda: not two.process.running, 60, "the server's end")
+    assert two.process._process is not None and two.process._process.returncode == 1
+    assert "without which no request is answered" in two.process.log.read_text(errors="replace")
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
