@@ -83,9 +83,17 @@ class CachedKV:
             # A request that was retracted finds another prefix than at first; what a later part of
             # a prompt finds is what the parts before it have put there.
             if state is not None and cached and (state.strangers is None or state.steps):
-                places, head = req.prefix_indices[:cached], StaleHeads.level(cached)
+                places, head = _prefix(batch, row, cached), StaleHeads.level(cached)
                 state.strangers = to_host(self._marks.strangers(places, head, self._live.maker))
         self._marks.mark(batch.out_cache_loc, self._live.maker)
+
+
+def _prefix(batch: Any, row: int, cached: int) -> torch.Tensor:
+    """Places of what a request of a prefill found in the cache. SGLang 0.5.22 no longer keeps them
+    with the request; the table that its attention reads has them in every release."""
+    at = batch.req_pool_indices[row : row + 1]  # a slice: a number would wait for the device
+    places: torch.Tensor = batch.req_to_token_pool.req_to_token[at, :cached][0]
+    return places
 
 
 def _places(worker: Any) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aurora_sgl.engine.agent import Agent
+    from aurora_sgl.engine.cpu.upstream import Beside
 
 logger = logging.getLogger("aurora_sgl")
 
@@ -142,21 +143,27 @@ def scheduler_hooks() -> dict[str, Callable[..., Any]]:
     return dict(zip(SCHEDULER_HOOKS, hooks, strict=True))
 
 
-def compiled_hooks() -> dict[str, Callable[..., Any]]:
+def compiled_hooks() -> dict[str, Beside]:
     """The same of what our compiled kernels stand for."""
     from aurora_sgl.engine.cpu import drafting, fused, layer, layers
+    from aurora_sgl.engine.cpu.upstream import Beside
 
     hooks = (
-        fused.rms_norm, fused.silu_and_mul, fused.rotary,
-        layer.target_layer, layer.drafter_layer, layers.target_body, drafting.forward,
-    )  # fmt: skip
+        Beside(fused.rms_norm),
+        Beside(fused.silu_and_mul),
+        Beside(fused.rotary),
+        Beside(layer.target_layer, spare=True),
+        Beside(layer.drafter_layer, spare=True),
+        Beside(layers.target_body),
+        Beside(drafting.forward),
+    )
     return dict(zip(COMPILED_HOOKS, hooks, strict=True))
 
 
 def _register_on_cpu(registry: Any, kinds: Any) -> None:
     import torch
 
-    from aurora_sgl.engine.cpu import layer, layers, linear, native
+    from aurora_sgl.engine.cpu import layer, layers, linear, native, sampling
     from aurora_sgl.engine.cpu.attention import begin_forward
 
     if not torch.cuda.is_available():
@@ -164,6 +171,7 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
         torch.cuda.synchronize = lambda device=None: None
     uses_greedy, linear_loaded, embedding_made, drafter_made, *updates_and_metadata = CPU_HOOKS
     weights_load, weights_end, *metadata = updates_and_metadata
+    sampling.provide()
     registry.register(uses_greedy, _verify_uses_greedy, kinds.REPLACE)
     # SGLang sets its loggers up later.
     print(f"aurora-sgl: bfloat16 layers: {linear.choose().reason}", file=sys.stderr, flush=True)
@@ -200,6 +208,8 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
     server_args = kw.get("server_args") or next(
         (a for a in args if hasattr(a, "speculative_algorithm")), None
     )
+    if "cpu" in (getattr(server_args, "device", ""), _engine_of_sglang()):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see ``engine.launch``
     algorithm = str(getattr(server_args, "speculative_algorithm", "") or "").upper()
     if algorithm in ("EAGLE", "EAGLE3"):
         from aurora_sgl.engine import companion, labels
@@ -210,6 +220,10 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
         if http_server is not None:
             http_server.app.add_middleware(labels.HeaderMiddleware)
     return original(*args, **kw)
+
+
+def _engine_of_sglang() -> str:
+    return "cpu" if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else ""
 
 
 # -- the scheduler process -----------------------------------------------------------------------
@@ -225,6 +239,10 @@ def _agent_of(worker: Any) -> Agent | None:
 
             description, leads = describe_worker(worker)
             _agent = Agent(worker, description, leads=leads)
+            if _on_cpu():
+                from aurora_sgl.engine.cpu import upstream
+
+                upstream.tell(_agent.notices)
         except Exception:
             worker._aurora_off = True
             logger.exception("aurora: could not start in this scheduler; serving goes on without")

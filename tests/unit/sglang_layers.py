@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import aurora_sgl.compat  # noqa: F401  (torchvision must import before transformers asks for it)
@@ -15,10 +16,13 @@ from sglang.srt.layers.layernorm import RMSNorm  # noqa: E402
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding  # noqa: E402
 
 from aurora_sgl.engine.cpu import fused  # noqa: E402
+from aurora_sgl.engine.cpu.upstream import Beside  # noqa: E402
 
 handed_back = 0
+norm, activation, rotation = map(Beside, (fused.rms_norm, fused.silu_and_mul, fused.rotary))
 
 
+@functools.wraps(RMSNorm.forward_native)
 def native_norm(*args, **kw):
     global handed_back
     handed_back += 1
@@ -41,16 +45,16 @@ for dtype, rows in itertools.product([torch.float32, torch.bfloat16], [1, 6]):
         layer = RMSNorm(96, eps=1e-5, **options).to(dtype)
         layer.weight.data.normal_()
         before = handed_back
-        same([fused.rms_norm(native_norm, layer, x)], [RMSNorm.forward_native(layer, x)], dtype)
+        same([norm(native_norm, layer, x)], [RMSNorm.forward_native(layer, x)], dtype)
         same(
-            fused.rms_norm(native_norm, layer, x.clone(), residual.clone()),
+            norm(native_norm, layer, x.clone(), residual.clone()),
             RMSNorm.forward_native(layer, x, residual),
             dtype,
         )
         assert handed_back - before == (2 if options else 0), (options, handed_back)
     gate_up = torch.randn(rows, 128).to(dtype)
     same(
-        [fused.silu_and_mul(SiluAndMul.forward_native, SiluAndMul(), gate_up)],
+        [activation(SiluAndMul.forward_native, SiluAndMul(), gate_up)],
         [SiluAndMul.forward_native(SiluAndMul(), gate_up)],
         dtype,
     )
@@ -59,5 +63,5 @@ for dtype, rows in itertools.product([torch.float32, torch.bfloat16], [1, 6]):
         q, k, _ = torch.randn(rows, 128).to(dtype).split([80, 32, 16], -1)
         positions = torch.arange(rows) * 7
         wanted = RotaryEmbedding.forward_native(rotary, positions, q, k)
-        same(fused.rotary(RotaryEmbedding.forward_native, rotary, positions, q, k), wanted, dtype)
+        same(rotation(RotaryEmbedding.forward_native, rotary, positions, q, k), wanted, dtype)
 print("all equal")

@@ -72,9 +72,8 @@ def test_one_call_is_its_layers_one_by_one(monkeypatch, captured, dtype):
     model, pool = _model(dtype, captured), _cache(dtype)
     given = _setting(monkeypatch, pool)
     batch = SimpleNamespace(out_cache_loc=given.slots)
-    got = layers.target_body(
-        lambda *args: pytest.fail("not covered"), model, given.ids, given.positions, batch
-    )
+    got = layers.target_body(model, given.ids, given.positions, batch)
+    assert got is not None, "not covered"
     pools = [pool.get_key_buffer(at).clone() for at in range(MANY)]
     x, residual, states = model.embed_tokens(given.ids), None, []
     for at, one in enumerate(model.layers):
@@ -98,9 +97,7 @@ def test_what_is_captured_may_change_and_weights_may_move(monkeypatch):
     batch = SimpleNamespace(out_cache_loc=given.slots)
 
     def run() -> Any:
-        return layers.target_body(
-            lambda *args: "SGLang's way", model, given.ids, given.positions, batch
-        )
+        return layers.target_body(model, given.ids, given.positions, batch)
 
     before = run()
     model.layers_to_capture = [2]
@@ -122,5 +119,5 @@ def test_a_model_that_is_not_plain_goes_sglangs_way(monkeypatch, change):
     else:
         model.layers[3].self_attn.attn.sliding_window_size = 16
     batch = SimpleNamespace(out_cache_loc=given.slots)
-    got = layers.target_body(lambda *args: "SGLang's way", model, given.ids, given.positions, batch)
-    assert got == "SGLang's way"
+    for _ in range(2):  # the second time it is known
+        assert layers.target_body(model, given.ids, given.positions, batch) is None

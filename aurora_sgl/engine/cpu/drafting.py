@@ -9,7 +9,6 @@ them. All the rest stays SGLang's; so does every forward that is not covered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -22,24 +21,24 @@ from aurora_sgl.engine.cpu.compiled_attention import LONGEST, ForwardPlan
 _known: dict[int, tuple[Any, bool]] = {}  # id of the model -> itself, whether it is covered
 
 
-def forward(
-    original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kw: Any
-) -> Any:
-    """Around ``ModelRunner.forward``."""
-    batch = forward_batch
-    if runner.is_draft_worker and not args and not kw and _covered(runner, batch):
-        mode = batch.forward_mode
-        done = None
-        if mode.is_decode():
-            done = _step(runner, batch)
-        elif mode.is_draft_extend_v2():
-            done = _extend(runner, batch)
-        if done is not None:
-            runner.forward_pass_id += 1
-            output, logits_output = _outputs()
-            made = logits_output(next_token_logits=done[0], hidden_states=done[1])
-            return output(logits_output=made, can_run_graph=False)
-    return original(runner, batch, *args, **kw)
+def forward(runner: Any, forward_batch: Any) -> Any:
+    """``ModelRunner.forward`` of a drafter: see ``upstream.Beside``."""
+    if not runner.is_draft_worker or not _covered(runner, forward_batch):
+        return None
+    mode, done = forward_batch.forward_mode, None
+    if mode.is_decode():
+        done = _step(runner, forward_batch)
+    elif mode.is_draft_extend_v2():
+        done = _extend(runner, forward_batch)
+    if done is None:
+        return None
+    output, logits_output = _outputs()
+    made = output(
+        logits_output=logits_output(next_token_logits=done[0], hidden_states=done[1]),
+        can_run_graph=False,
+    )
+    runner.forward_pass_id += 1
+    return made
 
 
 def _covered(runner: Any, batch: Any) -> bool:

@@ -8,7 +8,6 @@ compiled kernels do not cover; the hooks then go on with SGLang's native ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,7 +107,7 @@ def rotate(
     return True
 
 
-# -- hooks around the native functions of SGLang's layers ------------------------------------------
+# -- hooks: see upstream.Beside -------------------------------------------------------------------
 
 
 def plain_norm(layer: Any) -> bool:
@@ -122,50 +121,41 @@ def plain_norm(layer: Any) -> bool:
 
 
 def rms_norm(
-    original: Callable[..., Any],
     layer: Any,
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
     post_residual_addition: torch.Tensor | None = None,
-    *args: Any,
-    **kw: Any,
-) -> Any:
-    """Around ``RMSNorm.forward_native``."""
-    if post_residual_addition is None and plain_norm(layer):
-        out = norm(x, residual, layer.weight, layer.variance_epsilon)
-        if out is not None:
-            return out if residual is None else (out, residual)
-    return original(layer, x, residual, post_residual_addition, *args, **kw)
+    quant_linear: Any = None,  # SGLang's native function does nothing with it
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+    """``RMSNorm.forward_native``."""
+    if post_residual_addition is not None or not plain_norm(layer):
+        return None
+    out = norm(x, residual, layer.weight, layer.variance_epsilon)
+    return out if out is None or residual is None else (out, residual)
 
 
-def silu_and_mul(
-    original: Callable[..., Any], layer: Any, x: torch.Tensor, *args: Any, **kw: Any
-) -> torch.Tensor:
-    """Around ``SiluAndMul.forward_native``."""
-    out = silu_times(x) if not args and not kw else None
-    return original(layer, x, *args, **kw) if out is None else out
+def silu_and_mul(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """``SiluAndMul.forward_native``."""
+    return silu_times(x)
 
 
 def rotary(
-    original: Callable[..., Any],
     layer: Any,
     positions: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     offsets: torch.Tensor | None = None,
-    *args: Any,
-    **kw: Any,
-) -> Any:
-    """Around ``RotaryEmbedding.forward_native``."""
+    fused_set_kv_buffer_arg: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``RotaryEmbedding.forward_native``."""
     if (
-        offsets is None
-        and not args
-        and not any(kw.values())
-        and not hasattr(layer, "sin_cos_cache")
-        and rotate(
-            positions, query, key, layer.cos_sin_cache, layer.head_size, layer.rotary_dim,
-            layer.is_neox_style,
-        )
-    ):  # fmt: skip
-        return query, key
-    return original(layer, positions, query, key, offsets, *args, **kw)
+        offsets is not None
+        or fused_set_kv_buffer_arg is not None
+        or hasattr(layer, "sin_cos_cache")
+    ):
+        return None
+    done = rotate(
+        positions, query, key, layer.cos_sin_cache, layer.head_size, layer.rotary_dim,
+        layer.is_neox_style,
+    )  # fmt: skip
+    return (query, key) if done else None

@@ -269,53 +269,30 @@ def run(
     return out, residual
 
 
-# -- hooks -----------------------------------------------------------------------------------------
+# -- hooks: see upstream.Beside -------------------------------------------------------------------
 
 
-def target_layer(original: Callable[..., Any], layer: Any, *args: Any, **kw: Any) -> Any:
-    """Around ``llama.LlamaDecoderLayer.forward``.
-
-    Until SGLang 0.5.21 the residual is handed from layer to layer; later ones keep it in the batch,
-    and only all layers together are compiled (``layers.target_body``).
-    """
-    if not upstream.takes(original, "positions", "hidden_states", "forward_batch", "residual"):
-        return original(layer, *args, **kw)
-    return _target_layer(original, layer, *args, **kw)
-
-
-def _target_layer(
-    original: Callable[..., Any],
+def target_layer(
     layer: Any,
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     forward_batch: Any,
     residual: torch.Tensor | None,
-) -> Any:
-    done = _run(layer, positions, forward_batch, hidden_states, residual, None)
-    if done is None:
-        return original(layer, positions, hidden_states, forward_batch, residual)
-    return done
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``llama.LlamaDecoderLayer.forward`` until SGLang 0.5.21. Later ones keep the residual in the
+    batch, and only all layers together are compiled (``layers.target_body``)."""
+    return _run(layer, positions, forward_batch, hidden_states, residual, None)
 
 
-def drafter_layer(original: Callable[..., Any], layer: Any, *args: Any, **kw: Any) -> Any:
-    """Around ``llama_eagle3.LlamaDecoderLayer.forward``: its first layer only."""
-    names = ("positions", "embeds", "hidden_states", "forward_batch", "residual")
-    if not upstream.takes(original, *names):
-        return original(layer, *args, **kw)
-    return _drafter_layer(original, layer, *args, **kw)
-
-
-def _drafter_layer(
-    original: Callable[..., Any],
+def drafter_layer(
     layer: Any,
     positions: torch.Tensor,
     embeds: torch.Tensor,
     hidden_states: torch.Tensor,
     forward_batch: Any,
     residual: torch.Tensor | None,
-) -> Any:
-    if layer.is_input_layer and residual is None:
-        done = _run(layer, positions, forward_batch, hidden_states, None, embeds)
-        if done is not None:
-            return done
-    return original(layer, positions, embeds, hidden_states, forward_batch, residual)
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``llama_eagle3.LlamaDecoderLayer.forward`` of the first layer."""
+    if not layer.is_input_layer or residual is not None:
+        return None
+    return _run(layer, positions, forward_batch, hidden_states, None, embeds)

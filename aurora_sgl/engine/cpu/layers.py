@@ -7,13 +7,12 @@ tenth of a millisecond, which thirty layers of a small model make a tenth of a d
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from aurora_sgl.engine.cpu import fused, layer, native, upstream
+from aurora_sgl.engine.cpu import fused, layer, native
 from aurora_sgl.engine.cpu.layer import CompiledLayer
 
 
@@ -68,16 +67,7 @@ def _plain(model: Any) -> bool:
     )
 
 
-def target_body(original: Callable[..., Any], model: Any, *args: Any, **kw: Any) -> Any:
-    """Around ``llama.LlamaModel.forward``."""
-    names = ("input_ids", "positions", "forward_batch", "input_embeds", "pp_proxy_tensors")
-    if not upstream.takes(original, *names):
-        return original(model, *args, **kw)
-    return _target_body(original, model, *args, **kw)
-
-
-def _target_body(
-    original: Callable[..., Any],
+def target_body(
     model: Any,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
@@ -85,13 +75,13 @@ def _target_body(
     input_embeds: torch.Tensor | None = None,
     pp_proxy_tensors: Any = None,
 ) -> Any:
-    if pp_proxy_tensors is None:
-        if input_embeds is None:
-            input_embeds = model.embed_tokens(input_ids)
-        done = _run(model, positions, forward_batch, input_embeds)
-        if done is not None:
-            return done
-    return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+    """``llama.LlamaModel.forward``: see ``upstream.Beside``."""
+    known = _bodies.get(id(model))
+    if pp_proxy_tensors is not None or (known is not None and known[1] is None):
+        return None
+    if input_embeds is None:
+        input_embeds = model.embed_tokens(input_ids)
+    return _run(model, positions, forward_batch, input_embeds)
 
 
 def _run(

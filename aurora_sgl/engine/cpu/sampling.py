@@ -1,10 +1,12 @@
 """Sampled verification on CPU: the target's distribution, exactly.
 
-SGLang 0.5.21 answers greedily on CPU whatever the temperature. These are the kernels that its CUDA
+SGLang answers greedily on CPU whatever the temperature. These are the kernels that its CUDA
 path uses for sampled requests; with them the plugin sends such requests down the sampling path.
 """
 
 from __future__ import annotations
+
+import importlib
 
 import torch
 
@@ -13,6 +15,26 @@ KERNELS = (
     "top_p_renorm_prob",
     "tree_speculative_sampling_target_only",
 )
+
+
+#: Where SGLang 0.5.22 and later have these names, None on a CPU; the last takes them over.
+_PLACES = (
+    "sglang.kernels.ops.sampling.renorm",
+    "sglang.kernels.ops.speculative.verify_sampling",
+    "sglang.srt.speculative.eagle_utils",
+)
+
+
+def provide() -> None:
+    """Put our kernels where SGLang has none; until 0.5.21 it asks ``sgl_kernel`` for them."""
+    for place in _PLACES:
+        try:
+            module = importlib.import_module(place)
+        except ImportError:
+            continue
+        for name in KERNELS:
+            if getattr(module, name, name) is None:
+                setattr(module, name, globals()[name])
 
 
 def top_k_renorm_prob(
