@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -11,12 +12,13 @@ from pathlib import Path
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from aurora_sgl import store
+from aurora_sgl import memory, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.config import read_config
 from aurora_sgl.drafter.target import TargetInfo, read_target
+from aurora_sgl.engine import pool
 from aurora_sgl.engine.launch import Replayed, server_flags, value_of
 from aurora_sgl.engine.process import port_is_free
 from aurora_sgl.errors import AuroraError
@@ -26,6 +28,7 @@ from aurora_sgl.store import queries
 
 SCRATCH = "scratch"
 _DEFAULT_PORT = 30000
+GIB = 1024**3
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Plan:
     environment: dict[str, str]
     drafter: Path
     note: str  # one line for people: which drafter, and why
+    room: str = ""  # the same about the memory of the KV cache; empty: SGLang or the user decides
 
 
 def runs_on_cpu(args: list[str]) -> bool:
@@ -82,10 +86,21 @@ def plan(
     flags = server_flags(
         model, str(folder), algorithm, sglang_args, on_cpu=on_cpu, replayed=replayed
     )
+    room = ""
+    if on_cpu and (kv := _pool(target, folder, flags)) is not None:
+        flags += ["--max-total-tokens", str(kv.tokens)]
+        room = f"KV cache: {kv.tokens:,} tokens, {kv.bytes / GIB:.1f} GiB"
     environment = _environment(settings, on_cpu)
     if folder.name.startswith(SCRATCH):
         environment["AURORA_DRAFTER_SOURCE"] = SCRATCH
-    return Plan(flags, environment, folder, note)
+    return Plan(flags, environment, folder, note, room)
+
+
+def _pool(target: TargetInfo, drafter: Path, flags: list[str]) -> pool.Pool | None:
+    """The KV pool of a server on CPU; None when the user's flags say how large it is."""
+    of_drafter = json.loads((drafter / "config.json").read_text())
+    dtype = value_of(flags, "--dtype") or "bfloat16"
+    return pool.choose([target.raw, of_drafter], flags, memory.available(), dtype=dtype)
 
 
 def _environment(settings: Settings, on_cpu: bool) -> dict[str, str]:
@@ -162,7 +177,9 @@ def _untrained(
 def serve(model: str, drafter: str | None, sglang_args: list[str], settings: Settings) -> None:
     """Become the server: replaces this process. Raises ``AuroraError`` before that."""
     made = plan(model, drafter, sglang_args, settings)
-    print(f"aurora-sgl: {made.note}; store: {_shown(settings)}", file=sys.stderr, flush=True)
+    for line in (f"{made.note}; store: {_shown(settings)}", made.room):
+        if line:
+            print(f"aurora-sgl: {line}", file=sys.stderr, flush=True)
     os.environ.update(made.environment)
     os.execv(sys.executable, [sys.executable, "-m", "aurora_sgl.engine.launch", *made.flags])
 

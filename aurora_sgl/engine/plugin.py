@@ -208,7 +208,8 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
     server_args = kw.get("server_args") or next(
         (a for a in args if hasattr(a, "speculative_algorithm")), None
     )
-    if "cpu" in (getattr(server_args, "device", ""), _engine_of_sglang()):
+    asked = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+    if asked or getattr(server_args, "device", "") == "cpu":
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see ``engine.launch``
     algorithm = str(getattr(server_args, "speculative_algorithm", "") or "").upper()
     if algorithm in ("EAGLE", "EAGLE3"):
