@@ -223,10 +223,6 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
     return original(*args, **kw)
 
 
-def _engine_of_sglang() -> str:
-    return "cpu" if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else ""
-
-
 # -- the scheduler process -----------------------------------------------------------------------
 
 
