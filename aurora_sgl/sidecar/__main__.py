@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # two lines a look at the revision
     step_back(NICENESS)
     try:
         service = Service(

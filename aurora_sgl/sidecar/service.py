@@ -45,7 +45,7 @@ QUIET_SECONDS = 0.3
 #: Seconds after which a silent store or engine makes the sidecar unready.
 FRESH_SECONDS = 20.0
 #: The same for a record that the store doesn't take: after this when the reason is known.
-LATE_SECONDS = 5.0
+LATE_SECONDS = 3.0
 #: Traces that wait for the disk; more stay with the assembler, whose memory is bounded.
 TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
 #: Counters of the engine's heartbeat that the metrics show.
