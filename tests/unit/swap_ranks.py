@@ -1,0 +1,79 @@
+"""Run by test_engine_swap_ranks: one rank of two that swap, with SGLang's own process groups."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import aurora_sgl.compat  # noqa: F401  (torchvision must import before transformers asks for it)
+from aurora_sgl.engine import cpu
+
+cpu.install()
+
+import torch  # noqa: E402
+
+from aurora_sgl import wire  # noqa: E402
+from aurora_sgl.engine import swap_driver  # noqa: E402
+from aurora_sgl.engine.draft_kv import Live  # noqa: E402
+from aurora_sgl.engine.parts import Parts  # noqa: E402
+from aurora_sgl.engine.swap import Swapper  # noqa: E402
+
+
+def join(root: Path, rank: int) -> None:
+    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path=str(root), device="cpu", skip_tokenizer_init=True, tp_size=2)
+    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank))
+    init_distributed_environment(
+        world_size=2,
+        rank=rank,
+        local_rank=rank,
+        backend="gloo",
+        distributed_init_method=f"file://{root / 'rendezvous'}",
+    )
+    initialize_model_parallel()
+
+
+def main() -> None:
+    root, rank = Path(sys.argv[1]), int(sys.argv[2])
+    join(root, rank)
+    drafter = torch.nn.Module()
+    drafter.fc = torch.nn.Linear(4, 4)
+    swapper = Swapper(drafter, torch.nn.Linear(2, 2), None, 40)
+    said: list[wire.SwapDone] = []
+    driver = swap_driver.SwapDriver(swapper, Live(), 7, tp_size=2, report=said.append)
+    parts = Parts({})
+
+    def obey(command: swap_driver.StageSwap | swap_driver.ApplySwap) -> None:
+        parts.attempt("swapping", lambda: driver.obey(command), None, always=True)
+
+    versions = {}
+    for number, (case, sha) in enumerate(json.loads((root / "cases.json").read_text()), 1):
+        path = str(root / "weights.safetensors")
+        if rank == 1 and case == "no file":
+            path = str(root / "nowhere")
+        if rank == 1 and case == "no text":
+            path = None  # type: ignore[assignment]
+        stage, apply = swap_driver.StageSwap(number, path, sha), swap_driver.ApplySwap(number)
+        if rank == 1 and case == "no agent":
+            swap_driver.abstain(stage)
+            swap_driver.abstain(apply)
+        else:
+            obey(stage)
+            while swapper.busy:
+                time.sleep(0.01)
+            if rank == 1 and case == "apply fails":
+                swapper.staged.shadows["fc.weight"] = None  # type: ignore[union-attr,assignment]
+            obey(apply)
+        while rank == 0 and len(said) < number:
+            time.sleep(0.01)
+        versions[case] = driver._live.version_id
+    print(json.dumps({"live": versions, "ok": [done.ok for done in said][: len(versions)]}))
+
+
+if __name__ == "__main__":
+    main()
