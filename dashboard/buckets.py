@@ -103,29 +103,27 @@ def ends(
     url: str, wanted: Filter, bucket: str, points: Iterable[TrendPoint], name: Namer
 ) -> dict[str, tuple[datetime, datetime]]:
     """The first and the last step of each line. ``wanted``: group and servers."""
-    lines: dict[str, dict[datetime, set[tuple[int, str]]]] = {}
+    lines: dict[str, dict[datetime, list[TrendPoint]]] = {}
     for point in points:
-        keys = lines.setdefault(name(point), {}).setdefault(point.bucket, set())
-        keys.add((point.version_id, point.domain))
-    return {
-        line: (_end(url, wanted, bucket, min(of.items()))[0],
-               _end(url, wanted, bucket, max(of.items()))[1])
-        for line, of in lines.items()
-    }  # fmt: skip
+        lines.setdefault(name(point), {}).setdefault(point.bucket, []).append(point)
+    found = {}
+    for line, of in lines.items():
+        first, last = (
+            _extent(url, wanted, bucket, begin, of[begin]) for begin in (min(of), max(of))
+        )
+        found[line] = first[0], last[1]
+    return found
 
 
-def _end(
-    url: str, wanted: Filter, bucket: str, at: tuple[datetime, set[tuple[int, str]]]
+def _extent(
+    url: str, wanted: Filter, bucket: str, begin: datetime, of: Sequence[TrendPoint]
 ) -> tuple[datetime, datetime]:
-    """The first and the last step in one bucket of what a line is made of."""
-    begin, keys = at
-    span = replace(wanted, since=begin, until=begin + LENGTHS[bucket])
-    found = data.extents(url, span)
-    some = [found[key] for key in keys if key in found]
-    return (
-        min((first for first, _ in some), default=begin),
-        max((last for _, last in some), default=begin + LENGTHS[bucket]),
-    )
+    """The first and the last step in one bucket of what a line is made of there."""
+    end = begin + LENGTHS[bucket]
+    versions = tuple(sorted({point.version_id for point in of}))
+    domains = tuple(sorted({point.domain for point in of}))
+    part = replace(wanted, since=begin, until=end, version_ids=versions, domains=domains)
+    return data.extent(url, part) or (begin, end)
 
 
 def near(

@@ -89,22 +89,22 @@ def warm() -> None:
         held_out(group.url, group.name)
 
 
-def extents(url: str, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
-    """The first and the last step of a bucket; of one that is over for long they are kept."""
+def extent(url: str, wanted: Filter) -> tuple[datetime, datetime] | None:
+    """The first and the last step in a bucket; of one that is over for long they are kept."""
     over = wanted.until is not None and utc_now() - wanted.until > LATE
-    return (_past_extents if over else _recent_extents)(url, wanted)
+    return (_past_extent if over else _recent_extent)(url, wanted)
 
 
 @st.cache_data(ttl=PAST, max_entries=400, show_spinner=False)
-def _past_extents(url: str, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
+def _past_extent(url: str, wanted: Filter) -> tuple[datetime, datetime] | None:
     with store.session(engine_of(url), write=False) as s:
-        return trends.extents(s, wanted)
+        return trends.extent(s, wanted)
 
 
 @st.cache_data(ttl=FRESH, max_entries=100, show_spinner=False)
-def _recent_extents(url: str, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
+def _recent_extent(url: str, wanted: Filter) -> tuple[datetime, datetime] | None:
     with store.session(engine_of(url), write=False) as s:
-        return trends.extents(s, wanted)
+        return trends.extent(s, wanted)
 
 
 @st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)

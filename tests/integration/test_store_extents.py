@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import store_samples as samples
@@ -38,30 +39,35 @@ def serve(engine: Engine) -> tuple[int, int]:
     return group, server
 
 
-def test_the_first_and_the_last_step_of_each_domain_are_told_to_the_moment(
-    engine: Engine,
-) -> None:
+def test_the_first_and_the_last_step_are_told_to_the_moment(engine: Engine) -> None:
     group, server = serve(engine)
+    whole = Filter(group, BEGIN, BEGIN + timedelta(minutes=10))
+    second = replace(whole, since=BEGIN + 60 * SECOND, until=BEGIN + 120 * SECOND)
     with store.session(engine, write=False) as s:
-        whole = trends.extents(s, Filter(group, BEGIN, BEGIN + timedelta(minutes=10)))
-        assert whole == {
-            (0, domain): (BEGIN + at[0] * SECOND, BEGIN + at[-1] * SECOND)
-            for domain, at in STEPS.items()
-        }
-        second = Filter(group, BEGIN + 60 * SECOND, BEGIN + 120 * SECOND, (server,))
-        assert trends.extents(s, second) == {
-            (0, "chat"): (BEGIN + 75 * SECOND, BEGIN + 75 * SECOND),
-            (0, "code"): (BEGIN + 64 * SECOND, BEGIN + 71 * SECOND),
-        }
-        assert trends.extents(s, Filter(group, BEGIN - timedelta(hours=1), BEGIN)) == {}
-        assert trends.extents(s, Filter(group + 1, BEGIN, BEGIN + timedelta(minutes=10))) == {}
+        for wanted, first, last in (
+            (whole, 12, 191),
+            (replace(whole, server_ids=(server,), version_ids=(0,)), 12, 191),
+            (replace(whole, domains=("code",)), 64, 71),
+            (second, 64, 75),
+            (replace(second, domains=("chat", "other")), 75, 75),
+        ):
+            expected = (BEGIN + first * SECOND, BEGIN + last * SECOND)
+            assert trends.extent(s, wanted) == expected, wanted
+        for nothing in (
+            Filter(group, BEGIN - timedelta(hours=1), BEGIN),
+            replace(whole, group_id=group + 1),
+            replace(whole, version_ids=(7,)),
+        ):
+            assert trends.extent(s, nothing) is None
 
 
 def test_when_retention_took_the_events_the_minutes_are_told(engine: Engine) -> None:
     group, _ = serve(engine)
     with store.session(engine) as s:
         s.execute(delete(AcceptanceEvent))
+    whole = Filter(group, BEGIN, BEGIN + timedelta(minutes=10))
+    minute = timedelta(minutes=1)
     with store.session(engine, write=False) as s:
-        found = trends.extents(s, Filter(group, BEGIN, BEGIN + timedelta(minutes=10)))
-    assert found[0, "chat"] == (BEGIN, BEGIN + timedelta(minutes=4))
-    assert found[0, "code"] == (BEGIN + timedelta(minutes=1), BEGIN + timedelta(minutes=2))
+        assert trends.extent(s, whole) == (BEGIN, BEGIN + 4 * minute)
+        code = replace(whole, domains=("code",))
+        assert trends.extent(s, code) == (BEGIN + minute, BEGIN + 2 * minute)

@@ -67,6 +67,22 @@ def test_a_server_that_runs_something_else_or_is_silent_is_told_with_the_reason(
     assert "UTC" in said(app).split("not heard of since")[1][:120]  # on hover
 
 
+def test_each_thing_that_a_server_says_is_wrong_is_an_alert_until_it_says_otherwise(
+    small: House,
+) -> None:
+    touch(small, 77, notices={"consent": "headers are lost", "capture": f"off\nsince {PICTURE}"})
+    touch(small, 78, notices={"consent": "<b>headers</b> are *lost*"})
+    (told,) = [element.value for element in draw(small.home, "Now").warning]
+    assert told.splitlines() == [
+        f"- Server gpu-1:30000: off since {ESCAPED}",
+        "- Server gpu-1:30000: headers are lost",
+        r"- Server gpu-2:30000: \<b>headers\</b> are \*lost\*",
+    ]
+    for boot in (77, 78):
+        touch(small, boot, notices={})
+    assert not draw(small.home, "Now").warning
+
+
 def test_losses_drift_switches_failed_runs_and_failed_watches_are_told(small: House) -> None:
     with store.session(small.engine) as s:
         queries.add_drops(s, small.servers[77], "spool", 1234)

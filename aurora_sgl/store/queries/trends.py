@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from operator import add
@@ -150,50 +150,35 @@ def histograms(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> 
     return found
 
 
-def extents(s: Session, wanted: Filter) -> dict[tuple[int, str], tuple[datetime, datetime]]:
-    """The first and the last verify step of a span of time, by version and domain; where events
-    are gone already, the minutes in which they lay. For a bucket's span: it reads each of its
-    roll-ups, and the events of single minutes."""
+def extent(s: Session, wanted: Filter) -> tuple[datetime, datetime] | None:
+    """The first and the last verify step with drafts, for a bucket's span; to the minute where
+    events are gone already. ``None``: there was none."""
     m = AcceptanceMinute
-    keys = (m.drafter_version_id, m.domain)
     ends: list[ColumnElement[Any]] = [func.min(m.bucket_start), func.max(m.bucket_start)]
-    query = _where(select(*keys, *ends), wanted)
-    found, minutes = {}, set[datetime]()
-    for version_id, domain, first, last in s.execute(query.group_by(*keys)):
-        found[version_id, domain] = (first, last + MINUTE)
-        minutes |= {first, last}
-    exact: dict[tuple[int, str], list[datetime]] = {}
-    for minute in sorted(minutes):
-        for key, first, last in _steps_of(s, wanted, minute):
-            exact.setdefault(key, []).extend((first, last))
-    return {key: _within(extent, exact.get(key, [])) for key, extent in found.items()}
+    begin, end = s.execute(_where(select(*ends), wanted)).one()
+    if begin is None:
+        return None
+    first, last = (_steps_of_minute(s, wanted, minute) for minute in (begin, end))
+    return first[0] or begin, last[1] or end + MINUTE
 
 
-def _within(
-    extent: tuple[datetime, datetime], steps: Sequence[datetime]
-) -> tuple[datetime, datetime]:
-    """Each end as its minute's events say, if they are there still."""
-    begin, end = extent
-    early = [at for at in steps if at < begin + MINUTE]
-    late = [at for at in steps if at >= end - MINUTE]
-    return min(early, default=begin), max(late, default=end)
-
-
-def _steps_of(
+def _steps_of_minute(
     s: Session, wanted: Filter, minute: datetime
-) -> Iterator[tuple[tuple[int, str], datetime, datetime]]:
-    """The first and the last step with drafts of a minute, by version and domain."""
+) -> tuple[datetime | None, datetime | None]:
     e, r = AcceptanceEvent, Request
     servers = select(Server.id).where(Server.group_id == wanted.group_id)
     query = (
-        select(e.drafter_version_id, r.domain, func.min(e.at), func.max(e.at))
+        select(func.min(e.at), func.max(e.at))
         .join(r, r.id == e.request_id)
         .where(e.at >= minute, e.at < minute + MINUTE, e.depth > 0, ~e.mixed)
         .where(r.server_id.in_(wanted.server_ids or servers))
-        .group_by(e.drafter_version_id, r.domain)
     )
-    for version_id, domain, first, last in s.execute(query):
-        yield (version_id, domain), first, last
+    if wanted.version_ids:
+        query = query.where(e.drafter_version_id.in_(wanted.version_ids))
+    if wanted.domains:
+        query = query.where(r.domain.in_(wanted.domains))
+    row = s.execute(query).one()
+    return row[0], row[1]
 
 
 def served_by_version(s: Session, version_ids: Sequence[int]) -> dict[int, Served]:
