@@ -269,6 +269,7 @@ def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_sw
     world: World,
 ) -> None:
     boot, new = world.server()["boot_version_id"], world.add(1)
+    world.engine.counters |= {"failures": 3.0, "parts_down": 1.0}
     world.engine.send(samples.started(1, boot_id=BOOT, domain="code"))
     at = wire.now_us()
     for step, accepted in enumerate((2, 1)):
@@ -286,11 +287,12 @@ def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_sw
     def text() -> str:
         found = world.sidecar.get("/metrics")[1]
         done = f'version="{new}"' in found and "swap_apply_milliseconds 1.0" in found
-        return found if done else ""
+        return found if done and "engine_failures 3.0" in found else ""
 
     told = wait_until(text)
     assert f'aurora_sidecar_accept_length{{domain="code",version="{boot}"}} 2.5' in told
     assert f'aurora_sidecar_draft_steps_total{{domain="code",version="{new}"}} 1.0' in told
+    assert "aurora_sidecar_engine_parts_down 1.0" in told
     assert "aurora_sidecar_swap_longest_stall_milliseconds 70.0" in told
     assert world.sidecar.get("/health")[0] == world.sidecar.get("/healthz")[0]
     (swap,) = wait_until(lambda: world.rows("SELECT * FROM swap WHERE longest_stall_ms > 0"))
