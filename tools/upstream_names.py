@@ -91,24 +91,16 @@ class Release:
         parts = name.split(".")
         for cut in range(len(parts) - 1, 0, -1):
             module = ".".join(parts[:cut])
-            if self.tree(module) is not None:
-                return self._parameters(module, parts[cut:])
+            if self.tree(module) is None:
+                continue
+            found = self._find(module, parts[cut], 0)
+            for member in parts[cut + 1 :]:
+                home, node = found or (module, None)
+                inside = isinstance(node, ast.ClassDef)
+                found = self._member(home, node, member, 0) if inside else None
+            node = found[1] if found else None
+            return node.args if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else None
         return None
-
-    def _parameters(self, module: str, path: list[str]) -> ast.arguments | None:
-        found = self._find(module, path[0], 0)
-        if found is None:
-            return None
-        home, node = found
-        for member in path[1:]:
-            if not isinstance(node, ast.ClassDef):
-                return None
-            inside = next((each for name, each in bindings(node.body) if name == member), None)
-            if inside is None:  # of a base class
-                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-                return next((f for b in bases if (f := self._parameters(home, [b, member]))), None)
-            node = inside
-        return node.args if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else None
 
     def missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not self.has(name)]
@@ -124,30 +116,38 @@ class Release:
             return True
         if len(path) > 2 or not isinstance(node, ast.ClassDef):
             return False
-        return self._has_member(home, node, path[1], depth)
+        return self._member(home, node, path[1], depth) is not None
 
-    def _has_member(self, module: str, node: ast.ClassDef, member: str, depth: int) -> bool:
+    def _member(
+        self, module: str, node: ast.ClassDef, member: str, depth: int
+    ) -> tuple[str, ast.AST] | None:
+        """Where a class has a member: in itself, as a field that its methods set, or in a base."""
         if depth > 8:
-            return False
-        if any(member == name for name, _ in bindings(node.body)) or member in set_on_self(node):
-            return True
+            return None
+        own = [each for name, each in bindings(node.body) if name == member]
+        if own or member in set_on_self(node):
+            return module, (own[-1] if own else node)
         for base in node.bases:
             name = base.id if isinstance(base, ast.Name) else getattr(base, "attr", "")
-            found = self._find(module, name, depth + 1)
+            found = self._find(module, name, depth + 1, but=node)
             if found is None or not isinstance(found[1], ast.ClassDef):
                 continue
-            if self._has_member(found[0], found[1], member, depth + 1):
-                return True
-        return False
+            inherited = self._member(found[0], found[1], member, depth + 1)
+            if inherited is not None:
+                return inherited
+        return None
 
-    def _find(self, module: str, name: str, depth: int) -> tuple[str, ast.AST] | None:
-        """Where a name of a module is defined: follows ``from sglang.x import y``."""
+    def _find(
+        self, module: str, name: str, depth: int, but: ast.AST | None = None
+    ) -> tuple[str, ast.AST] | None:
+        """Where a name of a module is defined: follows ``from sglang.x import y``. A definition
+        goes before an import of the same name; ``but`` is a class whose base may have its name."""
         tree = self.tree(module)
         if tree is None or depth > 8:
             return None
-        for bound, node in bindings(tree.body):
-            if bound != name:
-                continue
+        bound = [node for other, node in bindings(tree.body) if other == name and node is not but]
+        bound.sort(key=lambda node: isinstance(node, ast.ImportFrom))
+        for node in bound:
             if not isinstance(node, ast.ImportFrom):
                 return module, node
             if (node.module or "").startswith("sglang"):

@@ -160,40 +160,58 @@ def compiled_hooks() -> dict[str, Beside]:
     return dict(zip(COMPILED_HOOKS, hooks, strict=True))
 
 
-def _register_on_cpu(registry: Any, kinds: Any) -> None:
-    import torch
-
-    from aurora_sgl.engine.cpu import layer, layers, linear, native, sampling
+def cpu_hooks() -> dict[str, tuple[str, Callable[..., Any]]]:
+    """Of every scheduler process without a GPU: when (the value of a ``HookType``), and what."""
+    from aurora_sgl.engine.cpu import layer, layers, linear
     from aurora_sgl.engine.cpu.attention import begin_forward
 
-    if not torch.cuda.is_available():
-        # SGLang's checksum of the weights (0.5.21) waits for a device that is not there.
-        torch.cuda.synchronize = lambda device=None: None
-    uses_greedy, linear_loaded, embedding_made, drafter_made, *updates_and_metadata = CPU_HOOKS
-    weights_load, weights_end, *metadata = updates_and_metadata
-    sampling.provide()
-    registry.register(uses_greedy, _verify_uses_greedy, kinds.REPLACE)
-    # SGLang sets its loggers up later.
-    print(f"aurora-sgl: bfloat16 layers: {linear.choose().reason}", file=sys.stderr, flush=True)
-    registry.register(linear_loaded, lambda result, method, of: linear.mark(of), kinds.AFTER)
-    registry.register(embedding_made, lambda result, of, *args, **kw: linear.mark(of), kinds.AFTER)
-    registry.register(
-        drafter_made, lambda result, of, *args, **kw: linear.route(of.fc), kinds.AFTER
-    )
+    def linear_loaded(result: Any, method: Any, layer: Any, *args: Any, **kw: Any) -> None:
+        linear.mark(layer)
 
-    def forget(*args: Any, **kw: Any) -> None:
+    def embedding_made(result: Any, embedding: Any, *args: Any, **kw: Any) -> None:
+        linear.mark(embedding)
+
+    def drafter_made(result: Any, model: Any, *args: Any, **kw: Any) -> None:
+        linear.route(model.fc)
+
+    def weights_changed(*args: Any, **kw: Any) -> None:
+        # SGLang's own weight updates change values in place: what was packed is then stale.
         linear.forget()
         layer.forget()
         layers.forget()
 
-    # SGLang's own weight updates change values in place: what was packed is then stale.
-    for name in (weights_load, weights_end):
-        registry.register(name, forget, kinds.BEFORE)
-    for name in metadata:
-        registry.register(name, lambda *args, **kw: begin_forward(), kinds.BEFORE)
+    def forward_begins(*args: Any, **kw: Any) -> None:
+        begin_forward()
+
+    hooks = (
+        ("replace", _verify_uses_greedy),
+        ("after", linear_loaded),
+        ("after", embedding_made),
+        ("after", drafter_made),
+        ("before", weights_changed),
+        ("before", weights_changed),
+        ("before", forward_begins),
+        ("before", forward_begins),
+    )
+    return dict(zip(CPU_HOOKS, hooks, strict=True))
+
+
+def _register_on_cpu(registry: Any, kinds: Any) -> None:
+    import torch
+
+    from aurora_sgl.engine.cpu import linear, native, sampling
+
+    if not torch.cuda.is_available():
+        # SGLang's checksum of the weights (0.5.21) waits for a device that is not there.
+        torch.cuda.synchronize = lambda device=None: None
+    # SGLang sets its loggers up later.
+    print(f"aurora-sgl: bfloat16 layers: {linear.choose().reason}", file=sys.stderr, flush=True)
+    sampling.provide()
+    for name, (when, hook) in cpu_hooks().items():
+        registry.register(name, hook, kinds(when))
     if native.library() is not None:
-        for name, hook in compiled_hooks().items():
-            registry.register(name, hook, kinds.AROUND)
+        for name, compiled in compiled_hooks().items():
+            registry.register(name, compiled, kinds.AROUND)
 
 
 def _on_cpu() -> bool:
@@ -369,8 +387,8 @@ def _process_batch_result_prefill(
     return out
 
 
-def _pull_raw_reqs(original: Callable[..., Any], receiver: Any) -> Any:
-    recv_reqs = original(receiver)
+def _pull_raw_reqs(original: Callable[..., Any], receiver: Any, *args: Any, **kw: Any) -> Any:
+    recv_reqs = original(receiver, *args, **kw)
     agent = _agent
     if agent is not None and agent.leads:
         agent.guard("choosing drafts", lambda: agent.choose(recv_reqs))
@@ -379,7 +397,7 @@ def _pull_raw_reqs(original: Callable[..., Any], receiver: Any) -> Any:
 
 
 def _process_input_requests(
-    original: Callable[..., Any], scheduler: Any, recv_reqs: list[Any]
+    original: Callable[..., Any], scheduler: Any, recv_reqs: list[Any], *args: Any, **kw: Any
 ) -> Any:
     from aurora_sgl.engine import swap_driver
 
@@ -391,12 +409,12 @@ def _process_input_requests(
         for command in ours:  # on a rank where we could not start; the others wait for its word
             swap_driver.abstain(command)
         _agent_of_scheduler(scheduler)
-        return original(scheduler, rest)
+        return original(scheduler, rest, *args, **kw)
     agent.swaps.forward_stream = getattr(scheduler, "forward_stream", None)
     agent.queue = len(getattr(scheduler, "waiting_queue", ()))
     for command in ours:
         agent.guard("swapping", partial(agent.swaps.obey, command), always=True)
-    out = original(scheduler, rest)
+    out = original(scheduler, rest, *args, **kw)
     if renewing:
         take_out = partial(agent.cached_kv.take_out, scheduler, renewing)
         agent.guard("renewing draft KV", take_out, always=True)
