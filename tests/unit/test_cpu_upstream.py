@@ -152,7 +152,7 @@ def test_sampling_kernels_stand_wherever_sglang_has_none(
     (tmp_path / "aurora_place_with.py").write_text(f"{first} = 'SGLang has one'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     places = ("aurora_place_without", "aurora_place_with", "aurora_place_that_is_not_there")
-    monkeypatch.setattr(sampling, "_PLACES", places)
+    monkeypatch.setattr(sampling, "PLACES", places)
     sampling.provide()
     import aurora_place_with
     import aurora_place_without

@@ -29,6 +29,22 @@ def test_an_environment_made_by_setup_lacks_nothing(settings: Settings) -> None:
     assert not settings.home.exists(), "doctor changes nothing"
 
 
+@pytest.mark.parametrize(
+    ("release", "state", "says"),
+    [
+        (doctor.SGLANG_TESTED, "ok", "the tested release"),
+        *((r, "ok", "run on CPU") for r in doctor.SGLANG_RUN if r != doctor.SGLANG_TESTED),
+        ("0.5.22.post1", "note", "never run"),
+        ("0.5.23.post2", "note", "never run"),
+    ],
+)
+def test_a_supported_sglang_says_whether_it_was_run(release: str, state: str, says: str) -> None:
+    assert doctor.is_supported(release)
+    finding = doctor.sglang_finding(release)
+    assert finding.state == state and finding.found.startswith(release) and says in finding.found
+    assert bool(finding.advice) == (state != "ok")
+
+
 def test_a_store_that_was_not_upgraded_is_missing_and_says_how_to_mend_it(
     settings: Settings,
 ) -> None:

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from aurora_sgl.doctor import SGLANG_FIRST, SGLANG_LAST, SGLANG_TESTED, is_supported
+from aurora_sgl.doctor import (
+    SGLANG_FIRST,
+    SGLANG_LAST,
+    SGLANG_RUN,
+    SGLANG_TESTED,
+    is_supported,
+)
 from aurora_sgl.engine import plugin
 from aurora_sgl.engine.plugin import UPSTREAM
 from tools.upstream_names import RELEASES, Release, wheel_of
@@ -53,6 +59,7 @@ def test_one_range_of_releases_stands_everywhere() -> None:
     for release in RELEASES:
         assert sglang.specifier.contains(release) == is_supported(release), release
     assert is_supported(SGLANG_FIRST) and is_supported(SGLANG_LAST)
+    assert SGLANG_TESTED in SGLANG_RUN and all(map(is_supported, SGLANG_RUN))
     assert f"sglang=={SGLANG_TESTED}" in (ROOT / "requirements" / "cpu.lock").read_text()
     assert f"sglang=={SGLANG_TESTED}" in (ROOT / "tools" / "setup_env.py").read_text()
     assert not is_supported("0.5.9") and not is_supported("unknown")

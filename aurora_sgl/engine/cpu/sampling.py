@@ -18,7 +18,7 @@ KERNELS = (
 
 
 #: Where SGLang 0.5.22 and later have these names, None on a CPU; the last takes them over.
-_PLACES = (
+PLACES = (
     "sglang.kernels.ops.sampling.renorm",
     "sglang.kernels.ops.speculative.verify_sampling",
     "sglang.srt.speculative.eagle_utils",
@@ -27,7 +27,7 @@ _PLACES = (
 
 def provide() -> None:
     """Put our kernels where SGLang has none; until 0.5.21 it asks ``sgl_kernel`` for them."""
-    for place in _PLACES:
+    for place in PLACES:
         try:
             module = importlib.import_module(place)
         except ImportError:
