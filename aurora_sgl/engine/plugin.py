@@ -74,6 +74,12 @@ COMPILED_HOOKS = (
     "sglang.srt.model_executor.model_runner.ModelRunner.forward",
 )
 
+#: What processes run that load plugins too, from SGLang 0.5.22 on, and have no model.
+WITHOUT_A_MODEL = (
+    f"{_MANAGERS}detokenizer_manager.run_detokenizer_process",
+    f"{_MANAGERS}data_parallel_controller.run_data_parallel_controller_process",
+)
+
 #: Read or called, not hooked.
 LEANED_ON = (
     "sglang.srt.plugins.hook_registry.HookRegistry",
@@ -100,7 +106,10 @@ LEANED_ON = (
     "sglang.srt.models.llama_eagle.LlamaForCausalLMEagle",
 )
 
-UPSTREAM = (*MAIN_HOOKS, *SCHEDULER_HOOKS, *CPU_HOOKS, *COMPILED_HOOKS, *LEANED_ON)
+UPSTREAM = (
+    *(*MAIN_HOOKS, *SCHEDULER_HOOKS, *CPU_HOOKS, *COMPILED_HOOKS),
+    *(*WITHOUT_A_MODEL, *LEANED_ON),
+)
 
 _agent: Agent | None = None
 
@@ -120,10 +129,19 @@ def register() -> None:
         HookRegistry.register(tokenize, front.create_tokenized_object, around)
         HookRegistry.register("uvicorn.run", workers.run_uvicorn, around)
         return
+    if runs_one_of(WITHOUT_A_MODEL):
+        return
     for name, hook in scheduler_hooks().items():
         HookRegistry.register(name, hook, around)
     if _on_cpu():
         _register_on_cpu(HookRegistry, HookType)
+
+
+def runs_one_of(functions: tuple[str, ...]) -> bool:
+    """Whether this process was started to run one of these, given by their dotted names."""
+    target = getattr(multiprocessing.current_process(), "_target", None)
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    return name in functions
 
 
 def scheduler_hooks() -> dict[str, Callable[..., Any]]:
@@ -302,6 +320,8 @@ def _draft_extend_for_prefill(
         none: list[Any] = []
         begin = partial(agent.begin, batch)
         new = agent.parts.attempt("beginning requests", begin, none, always=True)
+        if agent.leads:
+            agent.cached_kv.before_prefill(batch)
         if agent.leads and not agent.guard(
             "recording prefills", lambda: agent.observe_prefill(batch, new, target_hidden_states)
         ):
@@ -319,6 +339,8 @@ def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, *
     result = original(worker, batch, *args, **kw)
     agent = _agent
     if agent is not None and agent.leads and not batch.forward_mode.is_idle():
+        plain = int(verify_input.draft_token_num) == 1
+        agent.cached_kv.after_step(batch.out_cache_loc, plain=plain)
         batch_spec_info, batch.spec_info = batch.spec_info, verify_input
         agent.guard("recording verify steps", lambda: agent.observe_verify(batch, result))
         batch.spec_info = batch_spec_info
