@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,8 @@ class Agent:
     def let_go(self, states: Iterable[RequestState | None]) -> None:
         """Record these requests no further: something of theirs was missed."""
         lost = [self.recorder.let_go(state) for state in states if state is not None]
-        self._done += [record for record in lost if record is not None]
+        if self.channel is not None:
+            self._done += [record for record in lost if record is not None]
 
     def let_go_of(self, batch: Any) -> None:
         self.let_go(getattr(req, "_aurora", None) for req in batch.reqs)
@@ -177,7 +177,11 @@ class Agent:
         takes effect. Returns those."""
         new = [req for req in batch.reqs if not hasattr(req, "_aurora")]
         for req in new:
-            self.recorder.begin(req, self.plans.pop(req.rid), follow=self.leads)
+            req._aurora = None
+            try:
+                self.recorder.begin(req, self.plans.pop(req.rid), follow=self.leads)
+            except Exception as error:
+                self.parts.failed(_A_REQUEST, error)
         return new
 
     def observe_prefill(self, batch: Any, new: list[Any], aux: torch.Tensor | None) -> None:
@@ -187,7 +191,6 @@ class Agent:
         last = self.last_hidden.take(total) if self.last_hidden and aux is not None else None
         if self.capture and aux is not None:
             self.capture.learn_layout(aux, last)
-        self.cached_kv.before_prefill(batch)
         records = [record for req in new for record in self._started(req)]
         if records and self.channel:
             self.channel.put(records)
@@ -222,7 +225,10 @@ class Agent:
         with new requests."""
         size = self.recorder.running + self.queue
         for more, received in enumerate(requests(recv_reqs or ()), 1):
-            self.guard("choosing drafts", partial(self._choose, received, size + more))
+            try:
+                self._choose(received, size + more)
+            except Exception as error:  # this one is served without drafts, the others as ever
+                self.parts.failed("choosing drafts", error)
 
     def _choose(self, recv_req: Any, batch_size: int) -> None:
         """Choose what is done with a request, before it is queued.
@@ -254,7 +260,6 @@ class Agent:
         if accept_index is None or not batch.reqs:
             return
         nodes = int(verify_input.draft_token_num)
-        self.cached_kv.after_step(batch.out_cache_loc, plain=nodes == 1)
         size = len(batch.reqs)
         traced = self.capture is not None and any(
             getattr(req, "_aurora", None) is not None and req._aurora.traced for req in batch.reqs
@@ -395,6 +400,15 @@ class Agent:
     def hello(self) -> wire.Hello:
         assert self.channel is not None
         self.parts.forget_old()
+        if odd := self.channel.dropped_odd:
+            self.notices["dropped: odd records"] = (
+                f"{odd} records could not be encoded or sent and are missing in the store; the "
+                "server's log has the first of them."
+            )
+        if unread := self.channel.unread_commands:
+            self.notices["unread commands"] = (
+                f"{unread} commands of the sidecar could not be read; are both of one release?"
+            )
         self.consent.forget_old()
         counters = {
             "running_requests": float(self.recorder.running),

@@ -32,7 +32,8 @@ class CachedKV:
         self._tree: Any = None  # SGLang's prefix cache
 
     def before_prefill(self, batch: Any) -> None:
-        """Look up what the requests of a prefill found, and mark what it writes."""
+        """On the leading rank, whatever else of ours is left alone: look up what the requests of
+        a prefill found, and mark what it writes."""
         self._follow(partial(self._look, batch))
 
     def after_step(self, places: torch.Tensor, *, plain: bool) -> None:
@@ -48,11 +49,14 @@ class CachedKV:
             self._parts.attempt(_RENEWING, work, None)
 
     def met(self, req: Any, state: RequestState) -> None:
-        """A request's prefill is over: remember its head if that is another drafter's."""
-        if state.strangers is None or state.steps or not int(state.strangers[1]):
+        """A request's prefill is over: remember what it found of another drafter."""
+        if state.strangers is None or state.steps:
             return
-        namespace, cached = req.extra_key or "", int(req.cached_tokens)
-        self._heads.met(self._live.swap_count, namespace, req.origin_input_ids, cached)
+        _, others, in_head = map(int, state.strangers)
+        if others:
+            namespace, cached = req.extra_key or "", int(req.cached_tokens)
+            prompt, swaps = req.origin_input_ids, self._live.swap_count
+            self._heads.met(swaps, namespace, prompt, cached, in_head=bool(in_head))
 
     def renews(self, received: Any) -> bool:
         """Whether a request that comes in is the one to compute its head again."""
@@ -78,7 +82,7 @@ class CachedKV:
 
     def _look(self, batch: Any) -> None:
         for row, req in enumerate(batch.reqs):
-            state: RequestState | None = req._aurora
+            state: RequestState | None = getattr(req, "_aurora", None)
             cached = batch.prefix_lens[row]
             # A request that was retracted finds another prefix than at first; what a later part of
             # a prompt finds is what the parts before it have put there.

@@ -51,12 +51,14 @@ class DraftKV:
         self._settle()
         self._maker[self._inside(places)] = _NOBODY if maker is None else maker
 
-    def strangers(self, places: torch.Tensor, head: int, maker: int) -> torch.Tensor:  # [2] int64
-        """How many of these places, and of the first ``head`` of them, hold draft KV of another
-        maker, or none."""
+    def strangers(self, places: torch.Tensor, head: int, maker: int) -> torch.Tensor:  # [3] int64
+        """How many of these places hold no draft KV of this maker; how many hold another's; and
+        how many of the first ``head`` do."""
         self._settle()
-        other = self._maker[self._inside(places)] != maker
-        return torch.stack([other.sum(), other[:head].sum()])
+        found = self._maker[self._inside(places)]
+        not_mine = found != maker
+        others = not_mine & (found != _NOBODY)
+        return torch.stack([not_mine.sum(), others.sum(), others[:head].sum()])
 
     def doubt(self) -> None:
         """A step was not marked: what was made before is of nobody known."""

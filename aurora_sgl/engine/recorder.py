@@ -39,8 +39,8 @@ class RequestState:
     accepted: int = 0
     holes: bool = False  # a plain step left holes in the draft KV
     recorded: bool = False  # its first record was made, and none is missing since
-    #: [2] cached places whose draft KV is of others, all and of the head, on the CPU or on its
-    #: way there
+    #: [3] cached places with draft KV of others or none (see ``DraftKV.strangers``), on the CPU or
+    #: on its way there
     strangers: torch.Tensor | None = None
     trace_rows: list[tuple[int, list[int], torch.Tensor, torch.Tensor | None]] = field(
         default_factory=list

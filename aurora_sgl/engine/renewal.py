@@ -4,7 +4,8 @@ After a swap the prefix cache still holds the old drafter's draft KV. A conversa
 behind; a system prompt never does, since it is met again and again and so never leaves the cache:
 all requests behind it would draft a little worse, and none would say something about the new
 drafter alone. So of the requests that meet such a head one computes it again as if it were not
-cached, and what its drafter makes is copied to where the cache has that head.
+cached, and what its drafter makes is copied to where the cache has that head. The same for a whole
+prompt that comes again.
 """
 
 from __future__ import annotations
@@ -46,28 +47,39 @@ class StaleHeads:
         """How many tokens a head is known by of which so many are cached; 0: too few."""
         return next((level for level in _LEVELS if level <= cached), 0)
 
-    def met(self, swap_count: int, namespace: str, prompt: Sequence[int], cached: int) -> None:
-        """A request found a head whose first ``level(cached)`` places are of others."""
+    def met(
+        self,
+        swap_count: int,
+        namespace: str,
+        prompt: Sequence[int],
+        cached: int,
+        *,
+        in_head: bool,
+    ) -> None:
+        """A request found places of others, ``in_head``: in its first ``level(cached)`` too."""
         self._since(swap_count)
-        level = self.level(cached)
-        head = self._heads.setdefault(_key(namespace, prompt, level), _Head(0, cached))
-        head.hits += 1
-        head.shortest = min(head.shortest, cached)
-        if len(self._heads) > _MOST_HEADS:
+        keys = [_key(namespace, prompt, len(prompt))]
+        if in_head and self.level(cached):
+            keys.append(_key(namespace, prompt, self.level(cached)))
+        for key in keys:
+            head = self._heads.setdefault(key, _Head(0, cached))
+            head.hits += 1
+            head.shortest = min(head.shortest, cached)
+        while len(self._heads) > _MOST_HEADS:
             del self._heads[next(iter(self._heads))]
 
     def renews(self, swap_count: int, namespace: str, prompt: Sequence[int]) -> bool:
-        """Whether this request is the one that computes its head again."""
+        """Whether this request is the one that computes what others met again."""
         self._since(swap_count)
         if not self._heads:
             return False
-        for level in _LEVELS:
-            key = _key(namespace, prompt, level) if level < len(prompt) else None
-            head = self._heads.get(key) if key is not None else None
-            if head is None or head.hits < level // _HITS_EACH:
+        for known in (len(prompt), *(level for level in _LEVELS if level < len(prompt))):
+            key = _key(namespace, prompt, known)
+            head = self._heads.get(key)
+            if head is None or head.hits < min(known, head.shortest) // _HITS_EACH:
                 continue
             if len(prompt) <= _TIMES * head.shortest + _MORE:
-                del self._heads[key]  # type: ignore[arg-type]
+                del self._heads[key]
                 return True
         return False
 

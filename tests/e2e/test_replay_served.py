@@ -16,7 +16,7 @@ from aurora_sgl.training.files import TraceFiles
 from aurora_sgl.training.replay import DraftShape, replay_one
 from tests.e2e.conftest import TREE, Running, until
 from tests.e2e.test_records import serve
-from tests.e2e.test_swap import a_relative, artifacts, go_live, server_group
+from tests.e2e.test_swap import a_relative, artifacts, flush, go_live, server_group
 
 
 def replayed_and_served(
@@ -55,6 +55,7 @@ def replayed_and_served(
 
 
 def serve_some(server: Running, prompts: list[list[int]], **sampling: float) -> list[int]:
+    flush(server)  # what earlier tests left there is of their drafters
     ids = [serve(server, prompt, max_new_tokens=28, **sampling)[1].id for prompt in prompts]
 
     def traced() -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from aurora_sgl.engine.draft_kv import DraftKV, Live
+from aurora_sgl.engine.renewal import StaleHeads
 
 
 def places(*numbers: int) -> torch.Tensor:
@@ -71,3 +73,51 @@ def test_a_place_that_does_not_exist_ends_nothing() -> None:
     assert strange(kv, places(3, 9, 12), 5) == 0
     assert strange(kv, places(1, 2), 5) == 2
     assert strange(kv, places(), 5) == 0
+
+
+def test_another_drafters_places_are_told_from_empty_ones_and_from_those_of_the_head() -> None:
+    kv = DraftKV(16, "cpu")
+    kv.mark(places(1, 2, 3), 0)
+    kv.mark(places(4, 5), 1)
+    kv.mark(places(6), None)
+    found = places(1, 4, 2, 5, 6, 7)
+    assert kv.strangers(found, 3, 1).tolist() == [4, 2, 2]
+    assert kv.strangers(found, 0, 0).tolist() == [4, 2, 0]
+
+
+PROMPT = list(range(2000))
+
+
+def test_a_head_is_renewed_once_by_the_next_request_that_is_not_much_longer() -> None:
+    heads = StaleHeads()
+    assert not heads.renews(1, "", PROMPT[:60])
+    heads.met(1, "", [*PROMPT[:40], 7, 8], 40, in_head=True)
+    assert not heads.renews(1, "another", PROMPT[:60])  # the cache has it once for each key
+    assert not heads.renews(1, "", [5, *PROMPT[:60]])
+    assert not heads.renews(1, "", PROMPT)  # a long conversation behind the same head
+    assert heads.renews(1, "", PROMPT[:60])
+    assert not heads.renews(1, "", PROMPT[:60])
+    heads.met(1, "", PROMPT[:40], 40, in_head=True)
+    assert not heads.renews(2, "", PROMPT[:60])  # another swap
+
+
+@pytest.mark.parametrize(("cached", "hits"), [(20, 1), (100, 1), (300, 4), (1500, 16)])
+def test_the_longer_a_head_the_more_requests_have_to_meet_it(cached: int, hits: int) -> None:
+    heads = StaleHeads()
+    for other in range(hits):
+        assert not heads.renews(1, "", [*PROMPT[:cached], 1])
+        heads.met(1, "", [*PROMPT[:cached], -other], cached, in_head=True)
+    assert heads.renews(1, "", [*PROMPT[:cached], 1])
+
+
+def test_a_prompt_that_comes_again_is_renewed_though_its_head_was() -> None:
+    heads = StaleHeads()
+    for prompt in (PROMPT[:50], PROMPT[:90]):
+        heads.met(1, "", prompt, len(prompt) - 1, in_head=False)
+    assert not heads.renews(1, "", PROMPT[:60])
+    assert heads.renews(1, "", PROMPT[:90])
+    assert heads.renews(1, "", PROMPT[:50])
+    assert not heads.renews(1, "", PROMPT[:50])
+    for number in range(3000):  # nor do they pile up
+        heads.met(1, "", [number, *PROMPT[:20]], 20, in_head=False)
+    assert len(heads._heads) <= 1024
