@@ -89,7 +89,7 @@ class VerifyStep(msgspec.Struct, array_like=True, tag="step", frozen=True):
     at_us: int
     version_id: int  # 0: the drafter that the server was started with
     swap_age: int  # verify steps of the server since the last swap
-    mixed: bool  # draft KV of this request was made by more than one version, or has holes
+    mixed: bool  # draft KV (a cached prefix's too) is not all of the live version, or has holes
     position: int  # tokens of the sequence (prompt and output) before this step's first new token
     depth: int  # 0: a plain step without proposals
     topk: int
