@@ -386,7 +386,7 @@ def test_a_store_that_is_away_at_the_end_of_a_run_is_waited_for(
     other.close()
     engine.dispose()
     assert (outcome.status, outcome.verdict) == ("succeeded", "pass")
-    assert "the store is away, waiting: database is locked" in caplog.text
+    assert "the store is away, waiting: the database is busy (database is locked)" in caplog.text
     (run,) = house.runs()
     assert run.status == "succeeded"
     with store.session(house.engine, write=False) as s:
