@@ -128,5 +128,6 @@ def _cached(tree: Any, req: Any) -> torch.Tensor:
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
     key = RadixKey(req.origin_input_ids, extra_key=req.extra_key, cache_salt=req.cache_salt)
-    found: torch.Tensor = tree.match_prefix(MatchPrefixParams(key=key)).device_indices
-    return found
+    match = tree.match_prefix(MatchPrefixParams(key=key))
+    found: torch.Tensor | None = getattr(match, "device_indices", None)  # until SGLang 0.5.21
+    return tree.path_device_indices(match.last_device_node) if found is None else found
