@@ -14,9 +14,9 @@ from typing import NamedTuple
 os.environ.setdefault("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND", "1")
 
 if os.environ.get("AURORA_CPU") == "1":
-    # Else threads that wait for the others of a step spin, and take the processor from whoever
-    # the others wait for: read when OpenMP starts, in each process that is started from here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from aurora_sgl.engine.openmp import wait_politely
+
+    wait_politely()  # before anything loads OpenMP
     from aurora_sgl.engine.cpu import install
 
     install()

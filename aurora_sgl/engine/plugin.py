@@ -246,7 +246,9 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
     )
     asked = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
     if asked or getattr(server_args, "device", "") == "cpu":
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see ``engine.launch``
+        from aurora_sgl.engine.openmp import wait_politely
+
+        wait_politely()
     algorithm = str(getattr(server_args, "speculative_algorithm", "") or "").upper()
     if algorithm in ("EAGLE", "EAGLE3"):
         from aurora_sgl.engine import companion, labels

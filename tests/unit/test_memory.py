@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +107,3 @@ def test_what_is_available_is_less_than_the_machine_has() -> None:
     import psutil
 
     assert 0 < memory.available() <= psutil.virtual_memory().total
-
-
-@pytest.mark.parametrize(("given", "seen"), [(None, "PASSIVE"), ("active", "ACTIVE")])
-def test_threads_of_a_server_on_cpu_wait_without_spinning(given: str | None, seen: str) -> None:
-    """As OpenMP itself says it, in a process that the launcher's environment reaches."""
-    environment = {**os.environ, "AURORA_CPU": "1", "OMP_DISPLAY_ENV": "true"}
-    environment.pop("OMP_WAIT_POLICY", None)
-    if given is not None:
-        environment["OMP_WAIT_POLICY"] = given
-    script = (
-        "import subprocess, sys\n"
-        "import aurora_sgl.engine.launch\n"
-        "subprocess.run([sys.executable, '-c', 'import torch'], check=True)\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
-    )
-    assert f"OMP_WAIT_POLICY = '{seen}'" in run.stderr.split("OPENMP DISPLAY ENVIRONMENT END")[-2]
