@@ -18,7 +18,7 @@ subprocess.run([sys.executable, '-c', 'import torch'], check=True)
 @pytest.mark.parametrize(
     ("said", "spins"),
     [
-        ({}, "1000"),
+        ({}, "2000"),
         ({"OMP_WAIT_POLICY": "passive"}, "0"),
         ({"OMP_WAIT_POLICY": "active"}, "30000000000"),
         ({"GOMP_SPINCOUNT": "77"}, "77"),
