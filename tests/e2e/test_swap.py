@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -317,8 +318,11 @@ def test_a_sidecar_that_is_killed_comes_back_and_recording_goes_on(
 
 
 def sidecars(server: Running) -> list[Any]:
-    return [
-        process
-        for process in server.process.family()
-        if "aurora_sgl.sidecar" in " ".join(process.cmdline())
-    ]
+    return [process for process in server.process.family() if is_sidecar(process)]
+
+
+def is_sidecar(process: Any) -> bool:
+    try:
+        return "aurora_sgl.sidecar" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # ended, and perhaps not waited for yet
+        return False
