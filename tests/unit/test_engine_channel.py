@@ -33,13 +33,13 @@ def finished(number: int, **odd: Any) -> wire.RequestFinished:
 
 
 #: What msgpack has no form for.
-ODD: tuple[dict[str, Any], ...] = (
-    {"finish_reason": "\ud83d"},
-    {"finish_reason": "fine until \udc00"},
-    {"completion_tokens": 1 << 80},
-    {"cached_tokens": -(1 << 70)},
-    {"finish_reason": object()},
-)
+ODD: dict[str, dict[str, Any]] = {
+    "half an emoji": {"finish_reason": "\ud83d"},
+    "half an emoji at the end": {"finish_reason": "fine until \udc00"},
+    "a number of 81 bits": {"completion_tokens": 1 << 80},
+    "a negative one": {"cached_tokens": -(1 << 70)},
+    "an object": {"finish_reason": object()},
+}
 
 
 class Other:
@@ -81,7 +81,7 @@ def channel(tmp_path: Path, other: Other) -> Channel:
     return channel
 
 
-@pytest.mark.parametrize("odd", ODD, ids=str)
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
 def test_a_record_that_cannot_be_encoded_is_dropped_and_counted_its_neighbours_are_not(
     channel: Channel, other: Other, odd: dict[str, Any]
 ) -> None:
