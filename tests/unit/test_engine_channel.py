@@ -98,7 +98,7 @@ def test_a_record_that_cannot_be_encoded_is_dropped_and_counted_its_neighbours_a
 def test_an_odd_record_does_not_wait_at_the_head_while_there_is_no_sidecar(tmp_path: Path) -> None:
     channel = Channel(tmp_path / "nobody", BOOT, 8)
     for number in range(1, 5):
-        channel.put([finished(number, **ODD[0]), finished(number + 10)])
+        channel.put([finished(number, **ODD["half an emoji"]), finished(number + 10)])
     assert (channel.dropped_odd, channel.waiting_records) == (1, 7)  # only the head was tried
     channel.put([finished(20), finished(21)])
     assert channel.dropped_records == 3  # the buffer is full
