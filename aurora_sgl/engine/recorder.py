@@ -189,7 +189,7 @@ class Recorder:
             return False
         if conversation := said.conversation or session:
             return zlib.crc32(clean.text(conversation).encode()) < self.capture_share * 2**32
-        self._capture_credit = min(self._capture_credit + self.capture_share, 1.0)
+        self._capture_credit += self.capture_share
         if self._capture_credit < 1.0:
             return False
         self._capture_credit -= 1.0

@@ -29,7 +29,7 @@ PARAMS: tuple[Any, ...] = (
     {},
     {"processor": [1, 2]},
     {labels.KEY: {"domain": "code"}},
-    {labels.KEY: {"plan": {"speculates": True}}, "plan": "drafts", "speculates": True},
+    {labels.KEY: {"plan": "drafts", "speculates": True}, "plan": "drafts", "speculates": True},
 )
 
 
