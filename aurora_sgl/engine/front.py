@@ -8,6 +8,8 @@ from typing import Any
 
 from aurora_sgl.engine import labels
 
+_LARGEST = 2**31 - 1  # of the int32 tensor that top-k becomes
+
 
 def create_tokenized_object(
     original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kw: Any
@@ -26,6 +28,7 @@ def create_tokenized_object(
         check_ids(ids, int(manager.model_config.vocab_size))
     result = original(manager, obj, *args, **kw)
     params = getattr(result, "sampling_params", None)
+    check_top_k(getattr(params, "top_k", None))
     if params is not None and hasattr(params, "custom_params"):
         labels.attach(params, warmup=manager.server_status == ServerStatus.Starting)
     return result
@@ -44,6 +47,13 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
         raise ValueError(
             f"The prompt has the token id {wrong}; this model knows 0 to {vocab_size - 1}."
         )
+
+
+def check_top_k(top_k: object) -> None:
+    """Raises ``ValueError`` with one line for a number that SGLang's samplers can't hold: its
+    scheduler would end at it (0.5.21)."""
+    if isinstance(top_k, int) and not -_LARGEST - 1 <= top_k <= _LARGEST:
+        raise ValueError(f"top_k must be at most {_LARGEST}; -1 means no limit.")
 
 
 class WarmUpRequests:

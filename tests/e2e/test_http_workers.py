@@ -148,6 +148,13 @@ def test_a_token_that_the_model_does_not_know_gets_a_400(
     assert two.generate([VOCABULARY - 1, 0], max_new_tokens=2)["output_ids"]
 
 
+def test_a_top_k_that_would_end_the_scheduler_gets_a_400(two: Running) -> None:
+    body = {"input_ids": [1, 2], "sampling_params": {"top_k": 1 << 40, "max_new_tokens": 2}}
+    answer = httpx.post(f"{two.url}/generate", json=body, timeout=60)
+    assert answer.status_code == 400 and "top_k must be at most" in answer.text
+    assert two.generate([1, 2], max_new_tokens=2)["output_ids"]
+
+
 def test_the_server_ends_when_its_scheduler_is_killed(two: Running) -> None:
     scheduler = next(p for p in two.process.family() if "scheduler" in " ".join(p.cmdline()))
     body = {"text": "Count.", "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}
