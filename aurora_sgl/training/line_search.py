@@ -10,6 +10,7 @@ take no part in the choice.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,9 +60,14 @@ class LineSearchResult:
             "alpha": self.alpha,
             "dev_requests": self.requests,
             "line_search": [
-                [way.alpha, round(way.accept_length, 4), round(way.worst, 4)] for way in self.tried
+                [way.alpha, _rounded(way.accept_length), _rounded(way.worst)] for way in self.tried
             ],
         }
+
+
+def _rounded(value: float) -> float | None:
+    """NaN, where no request has a determined step, has no place in JSON or SQL."""
+    return None if math.isnan(value) else round(value, 4)
 
 
 def interpolate(start: Drafter, trained: Drafter, alpha: float) -> Drafter:

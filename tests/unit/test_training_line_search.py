@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_too_few_dev_requests_take_the_whole_way(tmp_path: Path) -> None:
     found = search(live, live, trained, requests(head, 3), head, SETTINGS)
     assert (found.alpha, found.requests, found.tried) == (1.0, 3, ())
     assert found.drafter is trained
+
+
+def test_dev_requests_without_a_determined_step_leave_no_number_that_json_lacks(
+    tmp_path: Path,
+) -> None:
+    live, head = world(tmp_path)
+    short = [replace(one, tokens=one.tokens[: one.output_start + 2]) for one in requests(head, 5)]
+    found = search(live, live, noisy(live, 0.1), short, head, SETTINGS)
+    assert found.alpha == 1.0
+    assert json.loads(json.dumps(found.metrics, allow_nan=False))["dev_requests"] == 5
 
 
 def noisy(drafter, scale: float):  # type: ignore[no-untyped-def]
