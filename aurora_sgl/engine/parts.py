@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -118,4 +119,6 @@ class Parts:
                 "aurora: %s failed %d more times (%s); serving goes on", name, since + 1, part.error
             )
         else:
-            logger.error("aurora: %s failed; serving goes on", name, exc_info=error)
+            # What a client sent may stand in it: half an emoji ends a log that is strict UTF-8.
+            told = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
+            logger.error("aurora: %s failed; serving goes on\n%s", name, told.decode())

@@ -123,9 +123,17 @@ def test_one_kind_of_error_is_logged_once_with_its_place_and_then_rarely(
         house.parts.failed(NAME, ValueError("odd"))
         house.now += 0.1
     house.parts.failed(NAME, KeyError("another kind"))
-    lines = [(record.levelname, bool(record.exc_info)) for record in caplog.records]
-    assert lines == [("ERROR", True), ("ERROR", True)]
+    told = [record.getMessage() for record in caplog.records]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    assert "ValueError: odd" in told[0] and "KeyError: 'another kind'" in told[1]
     house.now += 1000.0
     house.parts.failed(NAME, ValueError("odd"))
     assert "failed 200 more times" in caplog.records[-1].getMessage()
-    assert not caplog.records[-1].exc_info
+    assert "\n" not in caplog.records[-1].getMessage()
+
+
+def test_what_is_logged_of_a_failure_is_text_that_every_log_takes(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.parts.failed(NAME, ValueError("half an emoji: \ud83d"))
+    assert b"half an emoji: \\ud83d" in caplog.records[-1].getMessage().encode()
