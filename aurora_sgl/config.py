@@ -1,4 +1,8 @@
-"""Every knob, once. The environment (``AURORA_*``), an ``.env`` file and flags feed this model."""
+"""Every setting, once. The environment (``AURORA_*``), an ``.env`` file and flags feed these models.
+
+``environment`` has the few variables that are read before pydantic is there, and the internal ones;
+they are listed here too. docs/settings.md documents all of them, which a test holds it to.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,14 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from aurora_sgl.environment import ENABLED, INTERNAL
+
+#: What has no field: see ``environment``.
+NOT_FIELDS = (ENABLED, *INTERNAL)
+
 
 class Settings(BaseSettings):
-    """Settings of all rooms. A field ``x`` is read from the variable ``AURORA_X``."""
+    """Settings of all rooms. A field is read from ``AURORA_`` and its name in capitals."""
 
     model_config = SettingsConfigDict(env_prefix="AURORA_", env_file=".env", extra="ignore")
 
@@ -58,11 +67,13 @@ class Settings(BaseSettings):
     """Their port; 0: a free one; -1: none."""
 
     speculation: str = Field(default="auto", pattern="^(auto|on|off)$")
-    """auto: a bounded share of the steps until drafts pay, then as deep as pays at each load; on:
-    whole trees in every step; off."""
+    """auto: until speculation is faster than decoding without it, ``explore_share`` of the steps
+    carry drafts, then the draft shape that is fastest at each load; on: whole shapes in every
+    step; off."""
 
     explore_share: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Share of verify steps that carry drafts while they do not pay yet."""
+    """Exploration share: part of the verify steps that carry drafts until speculation is faster
+    than decoding without it."""
 
     cpu_packed_weights: bool = True
     """On CPU in bfloat16: where a library's packed copy of the weights beside them is the fastest
