@@ -1,4 +1,4 @@
-"""Every setting, once. The environment (``AURORA_*``), an ``.env`` file and flags feed these models.
+"""Every setting, once. The environment (``AURORA_*``), an ``.env`` file and flags feed these.
 
 ``environment`` has the few variables that are read before pydantic is there, and the internal ones;
 they are listed here too. docs/settings.md documents all of them, which a test holds it to.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import Any
 
+from aurora_sgl import environment
 from aurora_sgl.config import get_settings
 
 
@@ -36,7 +36,7 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "target_hidden_size": int(runner.model_config.hidden_size),
         "target_num_layers": int(runner.model_config.num_hidden_layers),
         "aux_layers": _aux_layers(runner.model_config, drafter.model_config),
-        "drafter_source": os.environ.get("AURORA_DRAFTER_SOURCE", ""),
+        "drafter_source": environment.value(environment.DRAFTER_SOURCE),
         "drafter_path": str(_value(args, "speculative_draft_model_path", "") or ""),
         "draft_architecture": type(drafter.model).__name__,
         "algorithm": str(_value(args, "speculative_algorithm", "")),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aurora_sgl import environment
 from aurora_sgl.engine import labels
 
 _LARGEST = 2**31 - 1  # of the int32 tensor that top-k becomes
@@ -70,5 +70,5 @@ class WarmUpRequests:
     def post(self, url: str, headers: Mapping[str, str] | None = None, **kw: Any) -> Any:
         import requests
 
-        stamp = os.environ.get(labels.STAMP_VARIABLE, "")
+        stamp = environment.value(environment.STAMP)
         return requests.post(url, headers={**(headers or {}), labels.WARM_UP: stamp}, **kw)

@@ -19,10 +19,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from aurora_sgl import environment
+
 KEY = "aurora"
 DEFAULT_DOMAIN = "default"
 MAX_LABEL = 64  # characters
-STAMP_VARIABLE = "AURORA_STAMP"
+STAMP_VARIABLE = environment.STAMP
 WARM_UP = "x-aurora-warmup"  # with the stamp: a warm-up of SGLang's, not a client's request
 
 _YES = frozenset(("yes", "true", "1", "on"))
@@ -113,7 +115,7 @@ def new_stamp() -> None:
 
 def attach(sampling_params: Any, *, warmup: bool) -> None:
     """Put what the current HTTP request says into ``sampling_params.custom_params``."""
-    said, stamp = _said.get(), os.environ.get(STAMP_VARIABLE)
+    said, stamp = _said.get(), environment.value(STAMP_VARIABLE)
     if not stamp or (said is None and not warmup):
         return
     params = sampling_params.custom_params
@@ -150,5 +152,5 @@ def take(sampling_params: Any) -> Labels:
 
 
 def _is_stamp(value: bytes) -> bool:
-    stamp = os.environ.get(STAMP_VARIABLE)
+    stamp = environment.value(STAMP_VARIABLE)
     return bool(stamp) and secrets.compare_digest(value, str(stamp).encode())

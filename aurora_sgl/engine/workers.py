@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from aurora_sgl.engine import labels
+from aurora_sgl import environment
 
 logger = logging.getLogger("aurora_sgl")
 
@@ -34,7 +34,7 @@ def run_uvicorn(original: Callable[..., Any], app: Any, *args: Any, **kw: Any) -
         return original(app, *args, **kw)
     watch = Watch(multiprocessing.active_children())
     watch.start()
-    app = OUR_APP if os.environ.get(labels.STAMP_VARIABLE) else app
+    app = OUR_APP if environment.value(environment.STAMP) else app
     try:
         result = original(app, *args, **kw)
     finally:
