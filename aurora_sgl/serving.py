@@ -15,14 +15,16 @@ from sqlalchemy.orm import Session
 from aurora_sgl import memory, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
+from aurora_sgl.draft_shape import DraftShape, ReplayedShape
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.config import read_config
 from aurora_sgl.drafter.target import TargetInfo, read_target
 from aurora_sgl.engine import pool
-from aurora_sgl.engine.launch import Replayed, server_flags, value_of
-from aurora_sgl.engine.process import port_is_free
+from aurora_sgl.engine.flags import server_flags, value_of
+from aurora_sgl.environment import CPU, DRAFTER_SOURCE
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.processes.server import port_is_free
 from aurora_sgl.rollout.versions import fetch_verified
 from aurora_sgl.store import queries
 
@@ -92,7 +94,7 @@ def plan(
         room = f"KV cache: {kv.tokens:,} tokens, {kv.bytes / GIB:.1f} GiB"
     environment = _environment(settings, on_cpu)
     if folder.name.startswith(SCRATCH):
-        environment["AURORA_DRAFTER_SOURCE"] = SCRATCH
+        environment[DRAFTER_SOURCE] = SCRATCH
     return Plan(flags, environment, folder, note, room)
 
 
@@ -106,7 +108,7 @@ def _pool(target: TargetInfo, drafter: Path, flags: list[str]) -> pool.Pool | No
 def _environment(settings: Settings, on_cpu: bool) -> dict[str, str]:
     environment = {"AURORA_HOME": str(settings.home.resolve())}
     if on_cpu:
-        environment["AURORA_CPU"] = "1"
+        environment[CPU] = "1"
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
     return environment
 
@@ -152,14 +154,14 @@ def _live_id(s: Session, settings: Settings) -> int | None:
     return None if desired is None else desired[0]
 
 
-def _replayed(engine: Engine, settings: Settings) -> Replayed | None:
+def _replayed(engine: Engine, settings: Settings) -> ReplayedShape | None:
     """What replay said of the group's live version; None when it was never judged."""
     with store.session(engine, write=False) as s:
         version_id = _live_id(s, settings)
         for one in queries.evaluations(s, version_id) if version_id is not None else ():
             if one.kind == "replay" and one.domain == "" and one.candidate_accept_length:
-                shape = (one.depth or 0, one.topk or 0, one.nodes or 0)
-                return Replayed(*shape, accept_length=one.candidate_accept_length)
+                shape = DraftShape(one.depth or 1, one.topk or 1, one.nodes or 0)
+                return ReplayedShape(shape, one.candidate_accept_length)
     return None
 
 

@@ -4,7 +4,7 @@ Requests are simulated as they are served: a request has a log-normal number of 
 its own acceptance rate, drawn from a beta distribution (requests differ by far more than chance
 within one), and both versions answer the same one, so a request that is easy for one is easy for
 the other. A step accepts a chain of up to ``DEPTH`` proposals. Both versions then go through the
-gate itself, ``rollout.gate.judge``, with its settings.
+gate itself, ``evaluation.gate.judge``, with its settings.
 
 Equal versions: for each live version a candidate is tried up to ``--tries`` times, on fresh
 requests each time, and all tries spend from one allowance, as in the store. An exact binomial test
@@ -29,8 +29,9 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest
 
 from aurora_sgl.config import GateSettings
-from aurora_sgl.rollout.gate import PASS, judge
-from aurora_sgl.training.replay import Replayed
+from aurora_sgl.evaluation.gate import PASS, judge
+from aurora_sgl.evaluation.replay import Replayed
+from aurora_sgl.intervals import AcceptCounts
 from benchmarks.servers import report
 
 DEPTH = 4
@@ -77,18 +78,16 @@ def replay(rng: np.random.Generator, traffic: Traffic, gain: float = 0.0) -> lis
     return found
 
 
-def accept_length(replayed: list[Replayed]) -> float:
-    return 1 + sum(r.accepted for r in replayed) / sum(r.verify_steps for r in replayed)
-
-
 def gain_for(longer: float, seed: int) -> float:
     """The rise of the acceptance rates that makes the accept length longer by that share."""
 
     def excess(gain: float) -> float:
         rng = np.random.default_rng([seed, 1])
         traffic = draw(rng, 2000)
-        before = accept_length(replay(np.random.default_rng([seed, 2]), traffic))
-        after = accept_length(replay(np.random.default_rng([seed, 2]), traffic, gain))
+        before = AcceptCounts.of(replay(np.random.default_rng([seed, 2]), traffic)).accept_length
+        after = AcceptCounts.of(
+            replay(np.random.default_rng([seed, 2]), traffic, gain)
+        ).accept_length
         return after / before - 1 - longer
 
     return float(brentq(excess, 0.0, 0.2, xtol=1e-3))

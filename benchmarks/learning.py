@@ -25,14 +25,14 @@ from aurora_sgl.drafter import scratch, vocabulary
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training import sequence as served_request
+from aurora_sgl.evaluation.replay import proposals_at
+from aurora_sgl.sequences import sequence as served_request
+from aurora_sgl.sequences.sample_weights import by_rejection
+from aurora_sgl.sequences.sequence import LoggedProposal
 from aurora_sgl.training.learner import Learner
-from aurora_sgl.training.proposals import LoggedProposal
-from aurora_sgl.training.replay import proposals_at
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.team import Team
 from aurora_sgl.training.trainer import train
-from aurora_sgl.training.weights import by_rejection
 from benchmarks.corpus.features import CACHE, DEVICE, CorpusSet, target_folder
 from benchmarks.measure import SHAPES
 

@@ -30,10 +30,12 @@ from aurora_sgl.demo.prompts import sample_prompts
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import read_target
-from aurora_sgl.rollout.interval import Difference
-from aurora_sgl.training import gate, line_search
+from aurora_sgl.evaluation.gate import judge
+from aurora_sgl.evaluation.replay import replay_both
+from aurora_sgl.intervals import Difference
+from aurora_sgl.sequences.sequence import readable
+from aurora_sgl.training import line_search
 from aurora_sgl.training.maturity import peak_rate
-from aurora_sgl.training.sequence import readable
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 from benchmarks.corpus.features import DOMAINS, NEW_DOMAIN, CorpusSet, corpus, target_folder
@@ -124,7 +126,8 @@ def run(case: str, name: str, seed: int) -> dict[str, Any]:
         found = line_search.search(static(), static(), trained, seen.dev, head(), settings)
         alpha, chosen = found.alpha, found.drafter
         print(f"{case} {seed}: {found.metrics}", file=sys.stderr, flush=True)
-    judged = gate.evaluate(static(), chosen, readable(seen.held_out), head(), settings).judged
+    replays = replay_both(static(), chosen, readable(seen.held_out), head(), settings)
+    judged = judge(*replays, fewest=settings.min_gate_requests, seed=settings.seed)
     whole = judged.overall
     domains = {domain: found for domain, (found, _) in judged.by_domain.items()}
     olds = {d: found for d, found in domains.items() if d != NEW_DOMAIN}

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from aurora_sgl import intervals
+from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.replay import DraftShape, Replayed, replay_one
-from aurora_sgl.training.sequence import Sequences
-from aurora_sgl.training.statistics import PairedDifference, paired_difference
+from aurora_sgl.evaluation.replay import replay_one
+from aurora_sgl.sequences.sequence import Sequences
 
 SHAPES = {"chain": DraftShape(4), "tree": DraftShape(4, 4, 16)}
 
@@ -40,12 +41,22 @@ def measure(drafter: Drafter, sequences: Sequences, head: TargetHead) -> Measure
 def accept_length(measured: Mapping[str, Any], shape: str) -> float:
     """1 + accepted / verify steps over all requests."""
     sums = measured[shape]
-    return 1 + sum(sums["accepted"]) / max(1, sum(sums["steps"]))
+    return intervals.accept_length(sum(sums["accepted"]), sum(sums["steps"]))
 
 
-def paired(a: Mapping[str, Any], b: Mapping[str, Any], shape: str) -> PairedDifference:
+def paired(a: Mapping[str, Any], b: Mapping[str, Any], shape: str) -> intervals.Difference:
     """b less a on the same requests, with an interval by request."""
-    return paired_difference(_replayed(a[shape]), _replayed(b[shape]))
+    return intervals.paired_difference(
+        list(
+            zip(
+                a[shape]["accepted"],
+                a[shape]["steps"],
+                b[shape]["accepted"],
+                b[shape]["steps"],
+                strict=True,
+            )
+        )
+    )
 
 
 def pooled_by_request(by_domain: Mapping[str, Sequence[Mapping[str, Any]]]) -> Measured:
@@ -65,7 +76,8 @@ def lengths(
 ) -> np.ndarray:  # [draws]
     """Accept lengths of resampled requests."""
     accepted, steps = np.asarray(sums["accepted"]), np.asarray(sums["steps"])
-    return 1 + accepted[picks].sum(1) / np.maximum(1, steps[picks].sum(1))
+    sums_of = accepted[picks].sum(1), np.maximum(1, steps[picks].sum(1))
+    return np.array([intervals.accept_length(y, n) for y, n in zip(*sums_of, strict=True)])
 
 
 def mean(values: Iterable[float]) -> float:
@@ -77,8 +89,3 @@ def spread(values: Iterable[float]) -> float:
     """Standard deviation over seeds; nan for one."""
     found = list(values)
     return float(np.std(found, ddof=1)) if len(found) > 1 else float("nan")
-
-
-def _replayed(sums: Mapping[str, Sequence[int]]) -> list[Replayed]:
-    rows = zip(sums["accepted"], sums["steps"], strict=True)
-    return [Replayed(number, steps, accepted) for number, (accepted, steps) in enumerate(rows)]

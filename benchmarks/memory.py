@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from aurora_sgl.demo.prompts import sample_prompts
-from aurora_sgl.engine.process import ServerProcess
+from aurora_sgl.processes.server import ServerProcess
 from benchmarks.servers import arguments, ask, report, server, target
 
 

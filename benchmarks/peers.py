@@ -38,8 +38,8 @@ import psutil
 
 from aurora_sgl.demo.model import gguf_file
 from aurora_sgl.demo.prompts import Prompt, sample_prompts, to_measure
-from aurora_sgl.engine.process import ServerProcess, free_port
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.processes.server import ServerProcess, free_port
 from benchmarks.servers import arguments, ask, report, server, target
 
 STREAMS = (1, 4, 16)

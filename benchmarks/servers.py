@@ -23,8 +23,8 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.config import Settings
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, sample_prompts
-from aurora_sgl.engine.launch import server_flags
-from aurora_sgl.engine.process import ServerProcess, free_port
+from aurora_sgl.engine.flags import server_flags
+from aurora_sgl.processes.server import ServerProcess, free_port
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.serving import plan, runs_on_cpu
 from aurora_sgl.store import queries

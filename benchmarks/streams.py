@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from aurora_sgl.demo.prompts import sample_prompts
+from aurora_sgl.intervals import accept_length
 from benchmarks.servers import arguments, ask, report, server, sglang_flags, target
 
 
@@ -72,7 +73,7 @@ def main() -> None:
                     "tokens/s without": without,
                     "tokens/s with drafts": with_drafts,
                     "ratio": with_drafts / without,
-                    "accept length": 1 + accepted / max(1, steps),
+                    "accept length": accept_length(accepted, steps),
                 }
             )
     report("tokens/s with drafts and without", rows, as_json=given.json)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from aurora_sgl.training.duplicates import alike
+from aurora_sgl.sequences.near_duplicates import alike
 from benchmarks.corpus.features import DOMAINS, CorpusSet, corpus, identity
 from benchmarks.corpus.shards import DATA
 

@@ -39,7 +39,7 @@ from aurora_sgl.console import print_json, print_table
 from aurora_sgl.drafter import attention, model
 from aurora_sgl.drafter.config import EAGLE3, DrafterConfig
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 

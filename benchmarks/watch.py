@@ -18,7 +18,7 @@ from itertools import count
 import numpy as np
 
 from aurora_sgl.config import WatchSettings
-from aurora_sgl.rollout.served import Stratum, strata
+from aurora_sgl.rollout.live_traffic import Stratum, strata
 from aurora_sgl.rollout.watch import filled, judge
 from aurora_sgl.store.queries import Cluster
 from benchmarks.gate import DEPTH, draw, replay

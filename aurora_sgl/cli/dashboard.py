@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from aurora_sgl import environment
 from aurora_sgl.cli.shared import AsJson, open_store, print_rows
 from aurora_sgl.errors import AuroraError
 
@@ -38,14 +39,12 @@ def dashboard(
     """Start the web page for operators. The first start prints a link that makes an account."""
     if context.invoked_subcommand is not None:
         return
-    import os
-
-    from aurora_sgl.priority import step_back
+    from aurora_sgl.processes.priority import step_back
 
     if nice:
         step_back(nice)
-    if os.environ.get("AURORA_EXIT_WITH_PARENT") == "1":
-        from aurora_sgl.engine.companion import exit_with_parent
+    if environment.is_set(environment.EXIT_WITH_PARENT):
+        from aurora_sgl.engine.sidecars import exit_with_parent
 
         exit_with_parent()
     _pages("server").serve(host, port)

@@ -95,7 +95,7 @@ def replay(
     """The accept length that versions would have had on held-out requests, computed offline."""
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.cli.progress import counted_progress
-    from aurora_sgl.training.offline import replay_versions
+    from aurora_sgl.evaluation.compare import replay_versions
 
     asked = [*(versions or []), *(version or [])]
     if not asked:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from aurora_sgl.engine.process import port_is_free
+from aurora_sgl.environment import EXIT_WITH_PARENT
+from aurora_sgl.processes.server import port_is_free
 
 PORT, NICENESS, STOP_SECONDS = 8501, 15, 10.0
 
@@ -35,7 +36,7 @@ class DashboardProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "AURORA_EXIT_WITH_PARENT": "1", "OMP_NUM_THREADS": "1"},
+                env={**os.environ, EXIT_WITH_PARENT: "1", "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
         threading.Thread(target=self._pass_on, name="aurora-dashboard", daemon=True).start()

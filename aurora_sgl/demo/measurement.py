@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl.demo.prompts import Prompt
 from aurora_sgl.demo.traffic import Sample
-from aurora_sgl.rollout.interval import Difference, paired_difference
+from aurora_sgl.draft_shape import DraftShape
+from aurora_sgl.intervals import Difference, accept_length, or_none, paired_difference
 from aurora_sgl.store import queries
-from aurora_sgl.training.replay import DraftShape
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class WholeDrafts:
 
     @property
     def accept_length(self) -> float | None:
-        steps = sum(count for _, count in self.counts.values())
-        return 1 + sum(accepted for accepted, _ in self.counts.values()) / steps if steps else None
+        accepted = sum(accepted for accepted, _ in self.counts.values())
+        steps = sum(steps for _, steps in self.counts.values())
+        return or_none(accept_length(accepted, steps))
 
     def difference(self, later: WholeDrafts) -> Difference:
         """``later`` less this one, on the prompts that both have, with the gate's interval."""

@@ -23,14 +23,15 @@ from aurora_sgl.demo.prompts import Prompt, load_prompts, sample_prompts, to_mea
 from aurora_sgl.demo.screen import Screen, VersionRow
 from aurora_sgl.demo.traffic import Sample, Sent, measure, send_all
 from aurora_sgl.demo.trainer import BackgroundTrainer
-from aurora_sgl.engine.launch import value_of
-from aurora_sgl.engine.process import ServerProcess, free_port
+from aurora_sgl.draft_shape import DraftShape
+from aurora_sgl.engine.flags import value_of
+from aurora_sgl.environment import EXIT_WITH_PARENT
 from aurora_sgl.errors import AuroraError, Refused
+from aurora_sgl.processes.server import ServerProcess, free_port
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.serving import plan
 from aurora_sgl.sidecar.phase import break_even
 from aurora_sgl.store import queries
-from aurora_sgl.training.replay import DraftShape
 
 TRAIN_EVERY = 40  # served requests between training runs
 MAX_TOKENS = 64  # of one answer: keeps the first improvement within minutes on two cores
@@ -86,7 +87,7 @@ def run(
         environment={
             "OMP_NUM_THREADS": "1",
             **ready.environment,
-            "AURORA_EXIT_WITH_PARENT": "1",
+            EXIT_WITH_PARENT: "1",
         },
     )
     engine = store.connect(settings.store_url)

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from aurora_sgl import wire
+from aurora_sgl import environment, wire
 from aurora_sgl.config import get_settings
+from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.drafter.checkpoint import WEIGHTS
-from aurora_sgl.engine import clean, ladder
+from aurora_sgl.engine import clean
 from aurora_sgl.engine.cached_kv import CachedKV
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
-from aurora_sgl.engine.companion import ENDPOINT_VARIABLE
 from aurora_sgl.engine.consent import Consent
 from aurora_sgl.engine.parts import Parts
 from aurora_sgl.engine.plan import Plan, Plans, put, requests
@@ -37,6 +37,7 @@ from aurora_sgl.engine.recorder import (
     new_boot_id,
     to_host,
 )
+from aurora_sgl.engine.step_shape import StepShape, shapes_within
 from aurora_sgl.engine.swap import Swapper
 from aurora_sgl.engine.swap_driver import SwapDriver
 
@@ -63,7 +64,7 @@ class Agent:
         self.leads = leads  # of a tensor-parallel group one rank records and talks to the sidecar
         self.boot_id = new_boot_id()
         self.description = description
-        endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
+        endpoint = environment.value(environment.ENDPOINT)
         self.channel = (
             Channel(
                 Path(endpoint) / str(description["dp_rank"]), self.boot_id, settings.record_buffer
@@ -82,15 +83,14 @@ class Agent:
         by_size = can_skip and settings.speculation == "auto"
         # What steps take differs by rank, and all ranks must make the same step.
         self.may_drop = by_size and int(description["tp_size"]) == 1
-        shape = ladder.Rung(int(description["depth"]), int(description["nodes"]))
+        whole = DraftShape(*(int(description[name]) for name in ("depth", "topk", "nodes")))
         may_shrink = self.may_drop and str(description["device"]) == "cpu"
-        topk = int(description["topk"])
-        self.ladder = ladder.Ladder(worker, shape)
+        self.step_shape = StepShape(worker, whole)
         self.policy = SpeculationPolicy(
             share if can_skip else 1.0,
             by_size=by_size,
             explore_share=settings.explore_share,
-            rungs=ladder.rungs(shape.depth, topk, shape.nodes) if may_shrink else (shape,),
+            shapes=shapes_within(whole) if may_shrink else (whole,),
         )
         self.can_skip = can_skip
         self.plans = Plans(Plan(speculates=not can_skip))
@@ -151,10 +151,10 @@ class Agent:
 
     # -- the step ----------------------------------------------------------------------------
 
-    def step_rung(self, batch: Any) -> ladder.Rung:
+    def choose_shape(self, batch: Any) -> DraftShape:
         """The shape of this decode step's drafts."""
         if not self.can_skip:
-            return self.ladder.whole
+            return self.step_shape.whole
         size = len(batch.reqs)
         states = [getattr(req, "_aurora", None) for req in batch.reqs]
         drafting = [state for state in states if state is not None and state.speculates]
@@ -164,13 +164,13 @@ class Agent:
                 state.keeps -= 1
             drafting = [state for state in drafting if state.speculates]
         if any(state.whole for state in drafting):
-            return self.ladder.whole
-        return self.policy.rung(size) if drafting else ladder.PLAIN
+            return self.step_shape.whole
+        return self.policy.shape(size) if drafting else NO_DRAFT
 
-    def account_step(self, batch_size: int, *, rung: ladder.Rung, seconds: float) -> None:
+    def account_step(self, batch_size: int, *, shape: DraftShape, seconds: float) -> None:
         self.recorder.live.steps_since_swap += 1
         self.policy.swapped(self.recorder.live.swap_count)
-        self.policy.account(rung=rung, batch_size=batch_size, seconds=seconds)
+        self.policy.account(shape=shape, batch_size=batch_size, seconds=seconds)
 
     def begin(self, batch: Any) -> list[Any]:
         """At the target's prefill, on every rank: what was chosen for the batch's new requests
@@ -313,8 +313,8 @@ class Agent:
                 for row, _, state, _ in tracked
                 if not state.holes and state.swap_count == seen.swap_count
             ]
-            rung = ladder.Rung(seen.depth, seen.nodes)
-            self.policy.observe(seen.swap_count, rung, len(whole), sum(whole))
+            shape = DraftShape(seen.depth, seen.topk, seen.nodes)
+            self.policy.observe(seen.swap_count, shape, len(whole), sum(whole))
         records = [
             record
             for row, req, state, before in tracked
@@ -445,7 +445,7 @@ class Agent:
             if self.can_skip:
                 self.policy.swapped(self.recorder.live.swap_count)
                 self.policy.share = command.share
-                self.policy.hoped = command.accept_length or None
+                self.policy.expected_accept_length = command.accept_length or None
         elif isinstance(command, wire.SetCapture):
             self.recorder.capture_share = command.share
         else:

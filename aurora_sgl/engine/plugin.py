@@ -15,6 +15,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aurora_sgl import environment
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -116,7 +118,7 @@ _agent: Agent | None = None
 
 def register() -> None:
     """Set the hooks of this process. Called by SGLang; ``AURORA_ENABLED=0`` leaves it untouched."""
-    if os.environ.get("AURORA_ENABLED", "1").lower() in ("0", "false", "no", "off"):
+    if not environment.is_enabled():
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -234,7 +236,7 @@ def _register_on_cpu(registry: Any, kinds: Any) -> None:
 
 def _on_cpu() -> bool:
     """Whether our own CPU kernels are in place: see ``engine.launch``."""
-    return os.environ.get("AURORA_CPU") == "1"
+    return environment.is_set(environment.CPU)
 
 
 # -- the process that takes HTTP requests ------------------------------------------------------
@@ -251,9 +253,9 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
         wait_politely()
     algorithm = str(getattr(server_args, "speculative_algorithm", "") or "").upper()
     if algorithm in ("EAGLE", "EAGLE3"):
-        from aurora_sgl.engine import companion, labels
+        from aurora_sgl.engine import labels, sidecars
 
-        companion.start(int(getattr(server_args, "dp_size", 1) or 1))
+        sidecars.start(int(getattr(server_args, "dp_size", 1) or 1))
         labels.new_stamp()
         http_server = sys.modules.get("sglang.srt.entrypoints.http_server")
         if http_server is not None:
@@ -295,14 +297,14 @@ def _forward_batch_generation(
         result = original(worker, batch, *args, **kw)
         result.aurora_prefill, agent.prefill = agent.prefill, None
         return result
-    choose = partial(agent.step_rung, batch)
-    rung = agent.parts.attempt("choosing a step's drafts", choose, agent.ladder.whole)
+    choose = partial(agent.choose_shape, batch)
+    shape = agent.parts.attempt("choosing a step's drafts", choose, agent.step_shape.whole)
     size = len(batch.reqs)
     begun = time.perf_counter()
-    with agent.ladder.at(rung):
+    with agent.step_shape.set_to(shape):
         result = original(worker, batch, *args, **kw)
     seconds = time.perf_counter() - begun
-    agent.guard("timing steps", lambda: agent.account_step(size, rung=rung, seconds=seconds))
+    agent.guard("timing steps", lambda: agent.account_step(size, shape=shape, seconds=seconds))
     return result
 
 

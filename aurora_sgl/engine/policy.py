@@ -18,7 +18,8 @@ from collections import deque
 from enum import Enum
 from statistics import median
 
-from aurora_sgl.engine.ladder import PLAIN, Rung
+from aurora_sgl import intervals
+from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
 #: Steps; bounds what a quiet time saves up, and the debt of requests that asked for drafts.
@@ -51,7 +52,7 @@ def bucket(batch_size: int) -> int:
     return max(1, batch_size).bit_length()
 
 
-def in_shape(accept_length: float, given: Rung, wanted: Rung) -> float:
+def in_shape(accept_length: float, given: DraftShape, wanted: DraftShape) -> float:
     """The accept length of drafts of one shape where those of another have this one.
 
     As if every further token were accepted with the same probability p: 1 + p + ... + p^depth
@@ -67,9 +68,9 @@ def in_shape(accept_length: float, given: Rung, wanted: Rung) -> float:
     return _expected(high, wanted)
 
 
-def _expected(chance: float, rung: Rung) -> float:
-    each = 1.0 - (1.0 - chance) ** rung.width
-    return sum((each**level for level in range(rung.depth + 1)), 0.0)
+def _expected(chance: float, shape: DraftShape) -> float:
+    each = 1.0 - (1.0 - chance) ** shape.width
+    return sum((each**level for level in range(shape.depth + 1)), 0.0)
 
 
 class SpeculationPolicy:
@@ -77,7 +78,7 @@ class SpeculationPolicy:
 
     ``share``: 1 where drafts pay at some batch size, below it the bound of what may try; set by
     the sidecar. ``by_size``: false where everything is to carry drafts as ``share`` says.
-    ``rungs``: the shapes that a step may have, those that take longer last; the last is what the
+    ``shapes``: the shapes that a step may have, those that take longer last; the last is what the
     server was started with.
     """
 
@@ -87,35 +88,35 @@ class SpeculationPolicy:
         *,
         by_size: bool = True,
         explore_share: float = 0.1,
-        rungs: tuple[Rung, ...] = (Rung(1, 2),),
+        shapes: tuple[DraftShape, ...] = (DraftShape(1),),
     ) -> None:
         self.share = share
         self.by_size = by_size
-        self.rungs = rungs
+        self.shapes = shapes
         self.plain_steps = 0
         self.speculative_steps = 0
         self._explore_share = explore_share
         self._credit = 1.0
-        self._durations: dict[tuple[Rung, int], deque[float]] = {}  # by shape and bucket
-        self._medians: dict[tuple[Rung, int], float] = {}  # of those with _KNOWN steps
+        self._durations: dict[tuple[DraftShape, int], deque[float]] = {}  # by shape and bucket
+        self._medians: dict[tuple[DraftShape, int], float] = {}  # of those with _KNOWN steps
         self._recent: deque[float] = deque(maxlen=64)  # of steps of any kind
         self._paying: dict[int, bool] = {}
         self._rounds: dict[int, int] = {}  # steps with drafts by bucket
         self._swap_count = 0
         #: Steps and accepted drafts of the live version by shape, older ones count less.
-        self._seen = dict.fromkeys(rungs, 0.0)
-        self._accepted = dict.fromkeys(rungs, 0.0)
-        self._hoped: float | None = None
-        self._lengths: dict[Rung, float | None] = {}  # known answers of accept_length
+        self._seen = dict.fromkeys(shapes, 0.0)
+        self._accepted = dict.fromkeys(shapes, 0.0)
+        self._expected_length: float | None = None
+        self._lengths: dict[DraftShape, float | None] = {}  # known answers of accept_length
 
     @property
-    def hoped(self) -> float | None:
+    def expected_accept_length(self) -> float | None:
         """Accept length of the live version in the last shape, before it was seen."""
-        return self._hoped
+        return self._expected_length
 
-    @hoped.setter
-    def hoped(self, accept_length: float | None) -> None:
-        self._hoped = accept_length
+    @expected_accept_length.setter
+    def expected_accept_length(self, accept_length: float | None) -> None:
+        self._expected_length = accept_length
         self._lengths.clear()
 
     # -- the choice ------------------------------------------------------------------------------
@@ -138,29 +139,29 @@ class SpeculationPolicy:
         if not self.by_size:
             return True
         at = bucket(batch_size)
-        if all(self._time(rung, at) is None for rung in self.rungs):
+        if all(self._time(shape, at) is None for shape in self.shapes):
             return True
-        return self._time(PLAIN, at) is not None and self.pays(batch_size) is not False
+        return self._time(NO_DRAFT, at) is not None and self.pays(batch_size) is not False
 
-    def rung(self, batch_size: int) -> Rung:
+    def shape(self, batch_size: int) -> DraftShape:
         """The shape of this step's drafts: what pays best, or what has to be timed."""
-        if len(self.rungs) == 1:
-            return self.rungs[0]
+        if len(self.shapes) == 1:
+            return self.shapes[0]
         at = bucket(batch_size)
         best, untimed = self.best(batch_size), self._untimed(at)
         if best is None:
-            return self.rungs[0]
-        if untimed is not None and self._hope(untimed, at) > self._speed(best, at):
+            return self.shapes[0]
+        if untimed is not None and self._best_case(untimed, at) > self._speed(best, at):
             return untimed
         turn = self._rounds.get(at, 0) % _AGAIN // _AGAIN_STEPS
-        near = [one for one in self.rungs if self._speed(one, at) >= _NEAR * self._speed(best, at)]
+        near = [one for one in self.shapes if self._speed(one, at) >= _NEAR * self._speed(best, at)]
         return near[turn] if turn < len(near) else best
 
-    def best(self, batch_size: int) -> Rung | None:
+    def best(self, batch_size: int) -> DraftShape | None:
         """The timed shape that brings most tokens per second at this batch size."""
         at = bucket(batch_size)
-        timed = [rung for rung in self.rungs if self._time(rung, at) is not None]
-        return max(timed, key=lambda rung: self._speed(rung, at), default=None)
+        timed = [shape for shape in self.shapes if self._time(shape, at) is not None]
+        return max(timed, key=lambda shape: self._speed(shape, at), default=None)
 
     def pays(self, batch_size: int) -> bool | None:
         """Whether drafts pay at this batch size; None: not known yet."""
@@ -170,14 +171,14 @@ class SpeculationPolicy:
             return None
         bar = 1.0 if self._paying.get(at, False) else MARGIN
         self._paying[at] = gain > bar
-        untimed, plain = self._untimed(at), self._time(PLAIN, at)
+        untimed, plain = self._untimed(at), self._time(NO_DRAFT, at)
         if self._paying[at] or untimed is None or plain is None:
             return self._paying[at]
-        return None if self._hope(untimed, at) * plain > MARGIN else False
+        return None if self._best_case(untimed, at) * plain > MARGIN else False
 
     def gain(self, batch_size: int) -> float | None:
         """Speed with drafts of the best shape over that without; None until it is known."""
-        best, plain = self.best(batch_size), self._time(PLAIN, bucket(batch_size))
+        best, plain = self.best(batch_size), self._time(NO_DRAFT, bucket(batch_size))
         if best is None or plain is None or self.accept_length(best) is None:
             return None
         return self._speed(best, bucket(batch_size)) * plain
@@ -186,78 +187,78 @@ class SpeculationPolicy:
         """Time of a step with drafts of the best shape over that of a plain one; None until both
         are known."""
         at, best = bucket(batch_size), self.best(batch_size)
-        plain, drafts = self._time(PLAIN, at), self._time(best, at) if best is not None else None
+        plain, drafts = self._time(NO_DRAFT, at), self._time(best, at) if best is not None else None
         return drafts / plain if plain and drafts else None
 
-    def accept_length(self, rung: Rung | None = None) -> float | None:
+    def accept_length(self, shape: DraftShape | None = None) -> float | None:
         """Of the live version in a shape, by default the last: as seen there, as what was seen in
         the shape closest to it says, or as the sidecar expects it."""
-        wanted = self.rungs[-1] if rung is None else rung
+        wanted = self.shapes[-1] if shape is None else shape
         if wanted not in self._lengths:
             self._lengths[wanted] = self._length(wanted)
         return self._lengths[wanted]
 
-    def _length(self, wanted: Rung) -> float | None:
-        place = self.rungs.index
-        seen = [one for one in self.rungs if self._seen[one] >= _LIVE]
+    def _length(self, wanted: DraftShape) -> float | None:
+        place = self.shapes.index
+        seen = [one for one in self.shapes if self._seen[one] >= _LIVE]
         if seen:
             closest = min(seen, key=lambda one: (abs(place(one) - place(wanted)), -place(one)))
-            length = 1.0 + self._accepted[closest] / self._seen[closest]
-        elif self._hoped is not None:
-            closest, length = self.rungs[-1], self._hoped
+            length = intervals.accept_length(self._accepted[closest], self._seen[closest])
+        elif self._expected_length is not None:
+            closest, length = self.shapes[-1], self._expected_length
         else:
             return None
         return length if closest == wanted else in_shape(length, closest, wanted)
 
-    def _speed(self, rung: Rung, at: int) -> float:
+    def _speed(self, shape: DraftShape, at: int) -> float:
         """Tokens of one request per second; 0: not timed."""
-        took = self._time(rung, at)
-        return (self.accept_length(rung) or 1.0) / took if took else 0.0
+        took = self._time(shape, at)
+        return (self.accept_length(shape) or 1.0) / took if took else 0.0
 
-    def _untimed(self, at: int) -> Rung | None:
+    def _untimed(self, at: int) -> DraftShape | None:
         """The first shape of which too few steps were timed at this batch size."""
-        return next((rung for rung in self.rungs if self._time(rung, at) is None), None)
+        return next((shape for shape in self.shapes if self._time(shape, at) is None), None)
 
-    def _hope(self, rung: Rung, at: int) -> float:
+    def _best_case(self, shape: DraftShape, at: int) -> float:
         """What an untimed shape brings at most: it takes no less time than those before it."""
-        before = (PLAIN, *self.rungs[: self.rungs.index(rung)])
+        before = (NO_DRAFT, *self.shapes[: self.shapes.index(shape)])
         least = max(self._time(one, at) or 0.0 for one in before)
-        return (self.accept_length(rung) or 1.0) / least if least else float("inf")
+        return (self.accept_length(shape) or 1.0) / least if least else float("inf")
 
     # -- what it is made from --------------------------------------------------------------------
 
-    def account(self, *, rung: Rung, batch_size: int, seconds: float) -> None:
+    def account(self, *, shape: DraftShape, batch_size: int, seconds: float) -> None:
         """Count one step of the server, with drafts of this shape."""
         at = bucket(batch_size)
         share, losing = self._trying_share(batch_size)
-        credit = self._credit + share - float(rung.depth > 0)
+        credit = self._credit + share - float(shape.depth > 0)
         self._credit = max(-_CREDIT_LIMIT, min(credit, 1.0 if losing else _CREDIT_LIMIT))
-        if rung.depth:
+        if shape.depth:
             self.speculative_steps += 1
             self._rounds[at] = self._rounds.get(at, 0) + 1
         else:
             self.plain_steps += 1
         self._recent.append(seconds)
-        seen = self._durations.setdefault((rung, at), deque(maxlen=64))
+        seen = self._durations.setdefault((shape, at), deque(maxlen=64))
         seen.append(seconds)
         if len(seen) >= _KNOWN:
-            self._medians[rung, at] = median(seen)
+            self._medians[shape, at] = median(seen)
 
-    def observe(self, swap_count: int, rung: Rung, steps: int, accepted: int) -> None:
+    def observe(self, swap_count: int, shape: DraftShape, steps: int, accepted: int) -> None:
         """Count steps of requests with drafts of one version and shape, and what they accepted."""
         self.swapped(swap_count)
         self._lengths.clear()
-        seen = self._seen.get(rung, 0.0)
+        seen = self._seen.get(shape, 0.0)
         keep = min(1.0, (_MEMORY - steps) / seen) if seen > 0 else 1.0
-        self._seen[rung] = seen * keep + steps
-        self._accepted[rung] = self._accepted.get(rung, 0.0) * keep + accepted
+        self._seen[shape] = seen * keep + steps
+        self._accepted[shape] = self._accepted.get(shape, 0.0) * keep + accepted
 
     def swapped(self, swap_count: int) -> None:
         """Forget the old version's accept length if another one is live."""
         if swap_count != self._swap_count:
             self._swap_count = swap_count
-            self._seen = dict.fromkeys(self.rungs, 0.0)
-            self._accepted = dict.fromkeys(self.rungs, 0.0)
+            self._seen = dict.fromkeys(self.shapes, 0.0)
+            self._accepted = dict.fromkeys(self.shapes, 0.0)
             self.hoped = None
 
     def _trying_share(self, batch_size: int) -> tuple[float, bool]:
@@ -274,8 +275,8 @@ class SpeculationPolicy:
         loss = needed / (1.0 + (length - 1.0) / batch_size) - 1.0
         return min(share, LOSS / loss), True
 
-    def _time(self, rung: Rung, at: int) -> float | None:
-        return self._medians.get((rung, at))
+    def _time(self, shape: DraftShape, at: int) -> float | None:
+        return self._medians.get((shape, at))
 
     def counters(self) -> dict[str, float]:
         """Step counts, the median duration of the last steps, and of either kind at the batch size
@@ -289,10 +290,12 @@ class SpeculationPolicy:
         result = {
             "plain_steps": float(self.plain_steps),
             "speculative_steps": float(self.speculative_steps),
-            "hoped_accept_length": self.hoped or 0.0,
+            "hoped_accept_length": self.expected_accept_length or 0.0,
         }
         if sum(self._seen.values()) >= _LIVE:
-            result["accept_length"] = 1.0 + sum(self._accepted.values()) / sum(self._seen.values())
+            result["accept_length"] = intervals.accept_length(
+                sum(self._accepted.values()), sum(self._seen.values())
+            )
         if self._recent:
             result["step_ms"] = 1000 * median(self._recent)
         both = []
@@ -302,13 +305,14 @@ class SpeculationPolicy:
             if needed is None or best is None:
                 continue
             result[f"break_even_{least}"] = needed
-            result[f"depth_{least}"], result[f"nodes_{least}"] = map(float, best)
+            result[f"depth_{least}"] = float(best.depth)
+            result[f"nodes_{least}"] = float(best.nodes)
             if gain is not None:
                 result[f"gain_{least}"] = gain
-            known = min(len(self._durations[PLAIN, at]), len(self._durations[best, at]))
+            known = min(len(self._durations[NO_DRAFT, at]), len(self._durations[best, at]))
             both.append((known, at, best, gain or 0.0))
         if both:
             _, at, best, result["gain"] = max(both)
-            result["step_ms_plain"] = 1000 * median(self._durations[PLAIN, at])
+            result["step_ms_plain"] = 1000 * median(self._durations[NO_DRAFT, at])
             result["step_ms_spec"] = 1000 * median(self._durations[best, at])
         return result

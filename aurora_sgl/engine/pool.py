@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from aurora_sgl.engine.launch import value_of
+from aurora_sgl.engine.flags import value_of
 
 #: Flags by which a user says how large the pool is.
 SIZED_BY = ("--max-total-tokens", "--mem-fraction-static")

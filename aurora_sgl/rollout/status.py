@@ -13,10 +13,10 @@ from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import SchedulerSettings
 from aurora_sgl.rollout import switches, trial, watch
+from aurora_sgl.sequences.held_out import HeldOut, held_out_counts
+from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Audit, Drift
-from aurora_sgl.training.held_out import HeldOut, held_out_counts
-from aurora_sgl.training.splits import GATE_SHARE
 
 #: Seconds without a word after which a server or scheduler counts as silent.
 SILENT_SECONDS = 30.0

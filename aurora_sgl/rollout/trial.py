@@ -23,7 +23,8 @@ from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import TrialSettings
 from aurora_sgl.errors import AuroraError, Refused
-from aurora_sgl.rollout.served import paces, shape_of
+from aurora_sgl.intervals import accept_length, or_none
+from aurora_sgl.rollout.live_traffic import paces, shape_of
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Evaluation, Trial, TrialWindow
 
@@ -209,7 +210,7 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
     window.completion_tokens = sum(step.kept for step in steps)
     window.metrics = {
         "seconds": counted,
-        "accept_length": 1 + window.accepted / len(steps) if steps else None,
+        "accept_length": or_none(accept_length(window.accepted, len(steps))),
         "shapes": shapes,
         "tokens_per_second": window.completion_tokens / counted if counted > 0 else None,
         "stream_tokens_per_second": sum(p.tokens for p in pace) / seconds if seconds else None,
@@ -262,7 +263,7 @@ def _lengths(pair: tuple[TrialWindow, TrialWindow]) -> tuple[float | None, float
     if not total:
         return None, None
     first, second = (
-        1 + sum(count * sums[key][1] / sums[key][0] for key, count in steps.items()) / total
+        sum(count * accept_length(*sums[key][::-1]) for key, count in steps.items()) / total
         for sums in shapes
     )
     return first, second

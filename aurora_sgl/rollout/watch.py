@@ -21,8 +21,8 @@ from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.errors import AuroraError, Refused
-from aurora_sgl.rollout.promote import rollback
-from aurora_sgl.rollout.served import (
+from aurora_sgl.intervals import accept_length, or_none
+from aurora_sgl.rollout.live_traffic import (
     Comparison,
     Pace,
     Stratum,
@@ -33,6 +33,7 @@ from aurora_sgl.rollout.served import (
     strata,
     telling,
 )
+from aurora_sgl.rollout.promote import rollback
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Watch, WatchWindow
 from aurora_sgl.store.queries import Cluster
@@ -291,7 +292,7 @@ def _write(
 ) -> WatchWindow:
     steps = sum(c.verify_steps for c in clusters)
     accepted = sum(c.accepted for c in clusters)
-    alone = 1 + accepted / steps if steps else None  # beside nothing that it could be set against
+    alone = or_none(accept_length(accepted, steps))  # beside nothing that it could be set against
     return queries.add_watch_window(
         s,
         watch_id=watch.id,

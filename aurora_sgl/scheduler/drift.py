@@ -17,6 +17,7 @@ from datetime import datetime
 from statistics import mean, pstdev
 from typing import Any
 
+from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store.models import Drift
 from aurora_sgl.store.queries import Cluster
 
@@ -146,4 +147,4 @@ def _value(request: Cluster) -> float:
 
 
 def _accept_length(requests: Sequence[Cluster]) -> float:
-    return 1 + sum(r.accepted for r in requests) / sum(r.verify_steps for r in requests)
+    return AcceptCounts.of(requests).accept_length

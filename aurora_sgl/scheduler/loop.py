@@ -16,9 +16,9 @@ from typing import Any
 
 from aurora_sgl import store
 from aurora_sgl.config import SchedulerSettings, TrialSettings, WatchSettings
+from aurora_sgl.processes.training import TrainingProcess
 from aurora_sgl.rollout import trial, watch
 from aurora_sgl.scheduler import candidate, load, policy
-from aurora_sgl.scheduler.child import TrainingProcess
 from aurora_sgl.scheduler.drift import DriftDetector, was_told
 from aurora_sgl.scheduler.elapsed import Elapsed
 from aurora_sgl.scheduler.facts import Pulse, facts, pulse, recipe_as_served

@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 from aurora_sgl.clock import utc_now
 from aurora_sgl.health import Sample
 from aurora_sgl.scheduler.loop import Scheduler
+from aurora_sgl.sequences.held_out import held_out_counts
+from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store import queries
-from aurora_sgl.training.held_out import held_out_counts
-from aurora_sgl.training.splits import GATE_SHARE
 
 #: Accept lengths are those of the last hour.
 BACK = timedelta(hours=1)

@@ -20,8 +20,8 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.health import HealthServer, Sample
 from aurora_sgl.scheduler import metrics
 from aurora_sgl.scheduler.loop import Scheduler
+from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store.link import StoreAway, StoreLink
-from aurora_sgl.training.splits import GATE_SHARE
 
 TICK_SECONDS = 1.0
 #: Seconds between two readings of what the store knows of the group, for the metrics.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.priority import step_back
+from aurora_sgl.processes.priority import step_back
 from aurora_sgl.sidecar.service import Service
 
 #: Serving comes first on a machine that has few cores.

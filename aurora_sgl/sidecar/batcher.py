@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from aurora_sgl import wire
-from aurora_sgl.sidecar.cursor import Boot, Cursor
 from aurora_sgl.sidecar.frames import ENVELOPE, LOSS, TRACE, Loss, open_envelope
 from aurora_sgl.sidecar.refused import Refused, RefusedFile
 from aurora_sgl.sidecar.servers import Registry
 from aurora_sgl.sidecar.sift import Sift
-from aurora_sgl.sidecar.spool import Frame, Position, Spool
-from aurora_sgl.sidecar.trace_files import TraceRow
-from aurora_sgl.sidecar.trace_store import TraceStore
+from aurora_sgl.sidecar.spool.cursor import Boot, Cursor
+from aurora_sgl.sidecar.spool.log import Frame, Position, Spool
+from aurora_sgl.sidecar.traces.budget import TraceStore
+from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
 from aurora_sgl.store.faults import Kind, fault_of, in_words
 from aurora_sgl.store.link import StoreAway, StoreLink

@@ -10,7 +10,7 @@ from aurora_sgl import wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import Refused
 from aurora_sgl.sidecar.servers import Known, drafter_path
-from aurora_sgl.sidecar.staging import target_info
+from aurora_sgl.sidecar.swap.staging import target_info
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreLink
 

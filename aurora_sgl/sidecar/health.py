@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aurora_sgl.health import HealthServer, Sample
+from aurora_sgl.intervals import accept_length
 from aurora_sgl.sidecar.files import replace_file
 from aurora_sgl.sidecar.served import Sums
 
@@ -57,7 +58,7 @@ def samples(now: Status) -> Iterator[Sample]:
                      (("code", code),))  # fmt: skip
     for (version, domain), sums in sorted(now.served.items()):
         labels = (("version", str(version)), ("domain", domain))
-        length = 1 + sums.accepted / sums.verify_steps
+        length = accept_length(sums.accepted, sums.verify_steps)
         yield Sample("aurora_sidecar_accept_length", "gauge",
                      "accept length of steps with drafts since the sidecar started", length,
                      labels)  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aurora_sgl.intervals import accept_length
 from aurora_sgl.wire import by_size
 
 #: How far above break-even the expected accept length must be before all steps speculate. Once
@@ -50,7 +51,7 @@ def expected(
 ) -> Expected | None:
     """From live steps of this version since its swap (not mixed), else from its replay."""
     if steps >= enough:
-        return Expected(1 + accepted / steps, f"measured over {steps} steps")
+        return Expected(accept_length(accepted, steps), f"measured over {steps} steps")
     if replayed is not None:
         return Expected(replayed, "replay")
     return None

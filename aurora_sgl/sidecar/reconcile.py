@@ -19,8 +19,8 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.sidecar import boot_version, phase
 from aurora_sgl.sidecar.servers import Known, Live, Registry, drafter_path
-from aurora_sgl.sidecar.staging import Stager, Wanted
-from aurora_sgl.sidecar.swaps import Swaps
+from aurora_sgl.sidecar.swap.attempt import Swaps
+from aurora_sgl.sidecar.swap.staging import Stager, Wanted
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreAway, StoreLink
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from aurora_sgl import wire
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sidecar.cursor import Cursor
+from aurora_sgl.sidecar.spool.cursor import Cursor
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreLink
 

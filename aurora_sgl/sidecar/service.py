@@ -22,18 +22,18 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.batcher import Batcher, Intake
-from aurora_sgl.sidecar.cursor import Cursor
 from aurora_sgl.sidecar.endpoint import Endpoint
 from aurora_sgl.sidecar.frames import TRACE
 from aurora_sgl.sidecar.health import Status, open_health
 from aurora_sgl.sidecar.reconcile import Reconciler
 from aurora_sgl.sidecar.served import Served, Sums
 from aurora_sgl.sidecar.servers import NOT_IDENTIFIED, Live, Registry
-from aurora_sgl.sidecar.spools import adopt, open_spool
-from aurora_sgl.sidecar.staging import Stager
-from aurora_sgl.sidecar.trace_files import TraceWriter
-from aurora_sgl.sidecar.trace_store import TraceStore
-from aurora_sgl.sidecar.traces import Trace, TraceAssembler
+from aurora_sgl.sidecar.spool.cursor import Cursor
+from aurora_sgl.sidecar.spool.slots import adopt, open_spool
+from aurora_sgl.sidecar.swap.staging import Stager
+from aurora_sgl.sidecar.traces.assembler import Trace, TraceAssembler
+from aurora_sgl.sidecar.traces.budget import TraceStore
+from aurora_sgl.sidecar.traces.writer import TraceWriter
 from aurora_sgl.store.link import StoreAway, StoreLink
 
 POLL_MS = 250

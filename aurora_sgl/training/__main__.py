@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.priority import step_back
+from aurora_sgl.processes.priority import step_back
 from aurora_sgl.training.settings import TrainSettings
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.devices import served_dtype
-from aurora_sgl.training.replay import replay
-from aurora_sgl.training.sequence import Sequences, readable
+from aurora_sgl.evaluation.device import served_dtype
+from aurora_sgl.evaluation.replay import replay
+from aurora_sgl.intervals import AcceptCounts
+from aurora_sgl.sequences.sequence import Sequences, readable
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.statistics import accept_length
 
 
 class EarlyStop:
@@ -26,7 +26,9 @@ class EarlyStop:
     def replayed(self, drafter: Drafter) -> float:
         """Accept length on the dev split; nan without a request there that can be read."""
         served = copy.deepcopy(drafter).to(served_dtype(self.settings))
-        return accept_length(replay(served, readable(self.dev), self.settings.shape, self.head))
+        return AcceptCounts.of(
+            replay(served, readable(self.dev), self.settings.shape, self.head)
+        ).accept_length
 
     def after_pass(self, average: Drafter) -> bool:
         """Whether the run should end: ``patience`` passes have brought nothing better."""

@@ -13,8 +13,8 @@ import torch
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.sequences.sequence import Sequences
 from aurora_sgl.training.loss import SequenceLoss
-from aurora_sgl.training.sequence import Sequences
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.team import Team
 

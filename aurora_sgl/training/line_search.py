@@ -19,11 +19,11 @@ import torch
 
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.devices import device_of, served_dtype
-from aurora_sgl.training.replay import Replayed, replay_one
-from aurora_sgl.training.sequence import Sequences, readable
+from aurora_sgl.evaluation.device import device_of, served_dtype
+from aurora_sgl.evaluation.replay import Replayed, replay_one
+from aurora_sgl.intervals import AcceptCounts
+from aurora_sgl.sequences.sequence import Sequences, readable
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.statistics import accept_length
 
 #: Shares of the way that are tried.
 ALPHAS = (1.0, 0.75, 0.5, 0.25)
@@ -108,12 +108,12 @@ def search(
         return [replay_one(served, each, settings.shape, head) for each in sequences]
 
     before = replayed(live)
-    tried = [Way(0.0, accept_length(before), 1.0)]
+    tried = [Way(0.0, AcceptCounts.of(before).accept_length, 1.0)]
     for done, alpha in enumerate(ALPHAS, start=1):
         if progress is not None:
             progress(done, 1 + len(ALPHAS))
         after = replayed(interpolate(start, trained, alpha))
-        tried.append(Way(alpha, accept_length(after), _worst(before, after)))
+        tried.append(Way(alpha, AcceptCounts.of(after).accept_length, _worst(before, after)))
         if alpha == 1.0 and _is_plenty(tried[0], tried[1]):
             break
     best = choose(tried[1:])
@@ -135,7 +135,7 @@ def _is_plenty(live: Way, whole: Way) -> bool:
 
 def _worst(before: Sequence[Replayed], after: Sequence[Replayed]) -> float:
     shares = [
-        accept_length(new) / accept_length(old)
+        AcceptCounts.of(new).accept_length / AcceptCounts.of(old).accept_length
         for old, new in _by_domain(before, after).values()
         if len(old) >= FEWEST_OF_DOMAIN and any(r.verify_steps for r in old)
     ]

@@ -10,10 +10,10 @@ import torch
 
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training import objectives
-from aurora_sgl.training.devices import autocasts
 from aurora_sgl.training.objectives import Loss, Moment, Step
-from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.training.precision import autocasts
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.unroll import TargetRows, unroll
 

@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.objectives.base import Logged
-
-if TYPE_CHECKING:
-    from aurora_sgl.training.sequence import Sequence
-
-
-@dataclass(frozen=True)
-class LoggedProposal:
-    """One draft without its root. ``tokens[i]`` is node i + 1, ``parents[i]`` its parent's number,
-    as a server records it; ``root`` is the position of the bonus token, node 0."""
-
-    root: int
-    tokens: list[int]  # target ids
-    parents: list[int]
-    accepted: int
-    version_id: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,23 @@ from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.rollout.gate import record
+from aurora_sgl.evaluation.gate import difference_of, pairs_of
+from aurora_sgl.evaluation.record import record
+from aurora_sgl.evaluation.replay import Replayed, replay_both
+from aurora_sgl.intervals import or_none
 from aurora_sgl.rollout.versions import fetch_verified, import_version
+from aurora_sgl.sequences import dataset
+from aurora_sgl.sequences.held_out import HeldOut
+from aurora_sgl.sequences.sample_weights import by_recency
+from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
-from aurora_sgl.training import dataset, gate, line_search
-from aurora_sgl.training.files import TraceFiles
-from aurora_sgl.training.held_out import HeldOut
+from aurora_sgl.training import line_search
 from aurora_sgl.training.maturity import peak_rate, trained_tokens
 from aurora_sgl.training.resume import Checkpoints, Plan, settings_of
 from aurora_sgl.training.selection import HELD_OUT, Selection, select
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import Progress, TrainResult, train
-from aurora_sgl.training.weights import by_recency
 
 #: Objectives that look at what servers proposed, not only at what the target would have said.
 _LEARN_FROM_PROPOSALS = {"policy_gradient", "distil_then_rl"}
@@ -148,9 +152,9 @@ class _Run:
                 result = self._train(start, data, head, recipe, checkpoints)
                 chosen = self._search(base, start, result, data, head)
                 self._say({"event": "gate", "requests": len(data.gate)})
-                verdict = gate.evaluate(base, chosen, data.gate.readable(), head, self.settings)
+                replays = replay_both(base, chosen, data.gate.readable(), head, self.settings)
                 result = replace(result, drafter=chosen)
-                outcome = _waiting(lambda: self._keep(base_version_id, result, verdict, work))
+                outcome = _waiting(lambda: self._keep(base_version_id, result, replays, work))
             except AuroraError:
                 checkpoints.clear()  # whoever takes it up would come to the same end
                 raise
@@ -292,15 +296,20 @@ class _Run:
         )  # fmt: skip
 
     def _keep(
-        self, base_version_id: int, result: TrainResult, verdict: gate.GateResult, work: Path
+        self,
+        base_version_id: int,
+        result: TrainResult,
+        replays: tuple[list[Replayed], list[Replayed]],
+        work: Path,
     ) -> Outcome:
         folder = checkpoint.save(result.drafter, work / "candidate")
-        paired, settings = verdict.paired, self.settings
+        before, after = replays
+        paired, settings = difference_of(pairs_of(before, after)), self.settings
         metrics = {
             **self.columns.get("metrics", {}),
             **result.metrics,
-            "accept_length_before": _number(paired.baseline),
-            "accept_length_after": _number(paired.candidate),
+            "accept_length_before": or_none(paired.baseline),
+            "accept_length_after": or_none(paired.candidate),
         }
         version = import_version(
             self.engine,
@@ -316,8 +325,8 @@ class _Run:
         )
         row = record(
             self.engine,
-            verdict.before,
-            verdict.after,
+            before,
+            after,
             candidate_id=version.id,
             baseline_id=base_version_id,
             recipe=settings,
@@ -381,8 +390,3 @@ def _work_folder() -> Iterator[Path]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-def _number(value: float) -> float | None:
-    """NaN has no place in JSON or SQL."""
-    return value if value == value else None

@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.sequences.held_out import REACH
+from aurora_sgl.sequences.splits import split_key, split_of, why_not_judged
 from aurora_sgl.store import queries
 from aurora_sgl.store.queries import RecentRequest
-from aurora_sgl.training.held_out import REACH
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.splits import split_key, split_of, why_not_judged
 
 HELD_OUT = 200  # newest held-out requests that a run replays, of those that can be judged
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pydantic import Field, model_validator
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
+from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.training.objectives import NAMES
-from aurora_sgl.training.replay import DraftShape
-from aurora_sgl.training.splits import GATE_SHARE
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(EvaluationSettings):
     """One recipe. What the defaults rest on is said beside each knob."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     objective: str = "forward_kl"
     """What is made small: forward_kl, lk, expected_accept_length, policy_gradient or
@@ -109,15 +104,9 @@ class TrainSettings(BaseModel):
     """Compute in bfloat16, with weights in float32, where the device multiplies bfloat16 itself. A
     CPU that does not takes float32, which is 3 to 4 times as fast there."""
 
-    seed: int = 0
-    """Seed of the order of requests."""
-
     workers: int = Field(default=1, ge=1)
     """Processes that share each update's requests, through Ray Train; more than one needs the
     extra ``scale``."""
-
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Where training and the gate's replay run; auto: the GPU when there is one."""
 
     threads: int = Field(default=1, ge=1)
     """CPU threads of the run."""
@@ -160,24 +149,6 @@ class TrainSettings(BaseModel):
     dev_requests: int = Field(default=32, ge=1)
     """Newest of them that are replayed, domains taking turns."""
 
-    gate_share: float = Field(default=GATE_SHARE, ge=0, lt=1)
-    """Share of conversations that no run ever trains on: the evidence of the gate."""
-
-    min_gate_requests: int = Field(default=4, ge=1)
-    """Fewer gate requests than this, and the verdict is inconclusive."""
-
-    depth: int = Field(default=4, ge=1)
-    """Depth of the drafts that are replayed: the served one."""
-
-    topk: int = Field(default=4, ge=1)
-    """Top-k of the replayed drafts."""
-
-    nodes: int = Field(default=16, ge=2)
-    """Nodes of the replayed drafts, the root counted."""
-
-    served_dtype: str = "bfloat16"
-    """Dtype in which the server runs the drafter."""
-
     @model_validator(mode="after")
     def _known(self) -> TrainSettings:
         if self.objective not in NAMES:
@@ -185,10 +156,3 @@ class TrainSettings(BaseModel):
         if self.dev_share + self.gate_share >= 1:
             raise ValueError("dev_share and gate_share leave nothing to train on")
         return self
-
-    @property
-    def shape(self) -> DraftShape:
-        return DraftShape(self.depth, self.topk, self.nodes if self.topk > 1 else self.depth + 1)
-
-    def as_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")

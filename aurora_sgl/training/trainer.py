@@ -14,12 +14,12 @@ import torch
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.evaluation.device import device_of
+from aurora_sgl.sequences.sequence import Sequences
 from aurora_sgl.training.batches import batches
-from aurora_sgl.training.devices import device_of
 from aurora_sgl.training.early_stop import EarlyStop
 from aurora_sgl.training.learner import Learner, Update
 from aurora_sgl.training.resume import Checkpoints
-from aurora_sgl.training.sequence import Sequences
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.team import Team
 

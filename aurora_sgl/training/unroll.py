@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from aurora_sgl.drafter import vocabulary
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.objectives.base import Step
 from aurora_sgl.training.proposals import logged_step, proposed_at
-from aurora_sgl.training.sequence import Sequence
 
 
 def unroll(

@@ -28,8 +28,8 @@ import aurora_sgl.compat  # noqa: F401  (torchvision beside a CPU torch)
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.drafter.config import aux_layers_of
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.training.devices import device_of
-from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.evaluation.device import device_of
+from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
 from benchmarks.corpus.shards import DATA, Answered, read_shard, shards
 

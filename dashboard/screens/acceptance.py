@@ -10,8 +10,8 @@ from datetime import time as day_time
 import pandas as pd
 import streamlit as st
 
+from aurora_sgl.intervals import unpaired_difference
 from aurora_sgl.store.queries import trends
-from aurora_sgl.store.queries.lengths import difference_interval
 from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
 
 from .. import buckets, charts, data, words
@@ -346,7 +346,7 @@ def _less(served: Served, against: Served | None, same: bool) -> str:
         return "itself"
     if against is None:
         return "not served in this shape"
-    found = difference_interval(served.values(), against.values())
+    found = unpaired_difference(served.counts, against.counts)
     return words.difference(*found) if found else "too few to tell"
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from aurora_sgl.config import get_settings
+from aurora_sgl.intervals import accept_length, or_none
 from aurora_sgl.store.models import Request
 from aurora_sgl.store.queries.explorer import FoundRequest
 
@@ -145,7 +146,7 @@ def _one(here: Group, request_id: int | None) -> None:
             "to search."
         )
         return
-    length = 1 + request.accepted / request.verify_steps if request.verify_steps else None
+    length = or_none(accept_length(request.accepted, request.verify_steps))
     st.subheader(f"Request {request_id}: accept length {words.number(length)}", divider="gray")
     if not events:
         st.info(

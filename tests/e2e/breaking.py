@@ -22,7 +22,7 @@ BREAKS = {
     "verify": f"{_AGENT}observe_verify",
     "results": f"{_AGENT}after_decode_results",
     "before": f"{_AGENT}before_decode_results",
-    "shape": f"{_AGENT}step_rung",
+    "shape": f"{_AGENT}choose_shape",
     "marks": "aurora_sgl.engine.draft_kv.DraftKV.mark",
 }
 _rids: list[str] = []  # of the batch at hand, for what is not given it

@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy import Engine
 
 from aurora_sgl import store
-from aurora_sgl.engine.process import ServerProcess, free_port
+from aurora_sgl.processes.server import ServerProcess, free_port
 from aurora_sgl.store import queries
 from tests.e2e import breaking
 from tests.sidecar_engine import wait_until as until
@@ -294,8 +294,8 @@ def eagle_drafter(tmp_path_factory: pytest.TempPathFactory, model: Path, demo: D
     from aurora_sgl.drafter import checkpoint, scratch
     from aurora_sgl.drafter.config import EAGLE
     from aurora_sgl.drafter.target import TargetHead
-    from aurora_sgl.training import dataset
-    from aurora_sgl.training.files import TraceFiles
+    from aurora_sgl.sequences import dataset
+    from aurora_sgl.sequences.trace_cache import TraceFiles
     from aurora_sgl.training.settings import TrainSettings
     from aurora_sgl.training.trainer import train
 

@@ -9,7 +9,7 @@ from aurora_sgl import store
 from aurora_sgl.demo.measurement import WholeDrafts, whole_drafts
 from aurora_sgl.demo.prompts import sample_prompts, to_measure
 from aurora_sgl.demo.traffic import measure, send_all
-from aurora_sgl.training.replay import DraftShape
+from aurora_sgl.draft_shape import DraftShape
 from tests.e2e.conftest import Running, until
 
 MEASURED, TOKENS, RUNS = 6, 8, 20

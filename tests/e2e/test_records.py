@@ -14,8 +14,8 @@ import torch
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.sequences.trace_reader import read_trace
 from aurora_sgl.store import queries
-from aurora_sgl.training.traces import read_trace
 from tests.e2e.conftest import Running, until
 from tests.e2e.test_identity import assert_greedy
 
@@ -209,8 +209,8 @@ def test_a_warm_radix_cache_leaves_a_hole_that_another_trace_fills(
     server: Running, prompts: list[list[int]], model: Any
 ) -> None:
     from aurora_sgl.drafter.config import read_config
-    from aurora_sgl.training import dataset
-    from aurora_sgl.training.files import TraceFiles
+    from aurora_sgl.sequences import dataset
+    from aurora_sgl.sequences.trace_cache import TraceFiles
 
     shared = prompts[0][:-4] + prompts[7]
     serve(server, shared + prompts[2][-6:], max_new_tokens=6)

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from aurora_sgl import store
+from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.evaluation.replay import replay_one
 from aurora_sgl.rollout.promote import rollback
+from aurora_sgl.sequences import dataset
+from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
-from aurora_sgl.training import dataset
-from aurora_sgl.training.files import TraceFiles
-from aurora_sgl.training.replay import DraftShape, replay_one
 from tests.e2e.conftest import TREE, Running, until
 from tests.e2e.test_records import serve
 from tests.e2e.test_swap import a_relative, artifacts, flush, go_live, server_group

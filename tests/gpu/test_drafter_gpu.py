@@ -13,11 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from drafter_cases import RECIPE, requests, target_folder
 
+from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import attention, scratch
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.replay import DraftShape, proposals_at, replay
+from aurora_sgl.evaluation.replay import proposals_at, replay
+from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.statistics import accept_length
 from aurora_sgl.training.trainer import train
 from aurora_sgl.training.unroll import unroll
 
@@ -59,9 +60,11 @@ def test_replay_in_bfloat16_through_flashinfer_accepts_as_much_as_on_the_cpu(
     ).drafter.bfloat16()
     held_out = requests(head, 20, seed=7)
     for shape in (DraftShape(3), DraftShape(3, 4, 8)):
-        on_cpu = accept_length(replay(drafter, held_out, shape, head))
+        on_cpu = AcceptCounts.of(replay(drafter, held_out, shape, head)).accept_length
         with attention.using("flashinfer"):
-            on_gpu = accept_length(replay(copy.deepcopy(drafter).to(GPU), held_out, shape, head))
+            on_gpu = AcceptCounts.of(
+                replay(copy.deepcopy(drafter).to(GPU), held_out, shape, head)
+            ).accept_length
         assert on_gpu == pytest.approx(on_cpu, abs=0.05) and on_gpu > 1.2
 
 
@@ -107,6 +110,7 @@ def test_a_run_on_the_gpu_learns(tmp_path: Path, backend: str) -> None:
     assert result.drafter.device.type == "cpu"
     assert result.metrics["loss_last_pass"] < result.metrics["loss_first_pass"]
     before, after = (
-        accept_length(replay(d, held_out, settings.shape, head)) for d in (drafter, result.drafter)
+        AcceptCounts.of(replay(d, held_out, settings.shape, head)).accept_length
+        for d in (drafter, result.drafter)
     )
     assert after > before + 0.7

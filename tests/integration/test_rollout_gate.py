@@ -10,11 +10,12 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.config import GateSettings
+from aurora_sgl.evaluation.gate import FAIL, INCONCLUSIVE, PASS, judge, spent_by
+from aurora_sgl.evaluation.record import record
+from aurora_sgl.evaluation.replay import Replayed
 from aurora_sgl.rollout import promote
-from aurora_sgl.rollout.gate import FAIL, INCONCLUSIVE, PASS, judge, record, spent_by
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Evaluation
-from aurora_sgl.training.replay import Replayed
 from aurora_sgl.training.settings import TrainSettings
 
 RECIPE = TrainSettings(depth=3, topk=1)

@@ -13,11 +13,12 @@ from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.errors import Refused
+from aurora_sgl.evaluation.record import record
+from aurora_sgl.evaluation.replay import Replayed
 from aurora_sgl.rollout import promote, rollback, watch
-from aurora_sgl.rollout.gate import as_served, record
 from aurora_sgl.rollout.watch import WatchStatus
+from aurora_sgl.scheduler.facts import recipe_as_served
 from aurora_sgl.store import queries
-from aurora_sgl.training.replay import Replayed
 from aurora_sgl.training.settings import TrainSettings
 
 RULES = WatchSettings(windows=2, failures=2, steps=200, requests=4, seconds=60)
@@ -100,10 +101,10 @@ def test_training_and_replay_take_whole_trees_whatever_most_steps_carried(engine
     house = RolloutHouse(engine)
     house.serve(house.a, 0.5, since=utc_now() - timedelta(hours=1), requests=4)  # of another shape
     with store.session(engine) as s:
-        seen = as_served(s, house.group_id, TrainSettings())
+        seen = TrainSettings(**recipe_as_served(s, house.group_id, {}))
         counters = {"depth": 3.0, "topk": 4.0, "nodes": 8.0}
         queries.touch_server(s, house.server_id, counters=counters)
-        recipe = as_served(s, house.group_id, TrainSettings())
+        recipe = TrainSettings(**recipe_as_served(s, house.group_id, {}))
     assert (recipe.depth, recipe.topk, recipe.nodes) == (3, 4, 8)
     assert (seen.depth, seen.topk) != (3, 4)
 
@@ -112,7 +113,7 @@ def test_where_nothing_was_served_before_replay_says_what_to_expect(engine: Engi
     house = RolloutHouse(engine)
     requests = [Replayed(number, 60, 52, "chat") for number in range(1, 13)]
     with store.session(engine, write=False) as s:
-        recipe = as_served(s, house.group_id, TrainSettings(depth=3, topk=1))
+        recipe = TrainSettings(**recipe_as_served(s, house.group_id, {"depth": 3, "topk": 1}))
     worse = [replace(one, accepted=20) for one in requests]
     passed = record(
         engine, worse, requests, candidate_id=house.b, baseline_id=house.a, recipe=recipe

@@ -17,14 +17,14 @@ from aurora_sgl import store, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.sidecar import servers
 from aurora_sgl.sidecar.batcher import Batcher, Intake
-from aurora_sgl.sidecar.cursor import Cursor
 from aurora_sgl.sidecar.frames import TRACE
 from aurora_sgl.sidecar.refused import FILE, read
 from aurora_sgl.sidecar.servers import Registry
-from aurora_sgl.sidecar.spool import Spool
-from aurora_sgl.sidecar.spools import adopt
-from aurora_sgl.sidecar.trace_files import TraceRow
-from aurora_sgl.sidecar.trace_store import TraceStore
+from aurora_sgl.sidecar.spool.cursor import Cursor
+from aurora_sgl.sidecar.spool.log import Spool
+from aurora_sgl.sidecar.spool.slots import adopt
+from aurora_sgl.sidecar.traces.budget import TraceStore
+from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.link import StoreLink

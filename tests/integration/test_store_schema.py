@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aurora_sgl import store, wire
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.intervals import Z95
 from aurora_sgl.rollout import promote, switches
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import ingest
@@ -104,7 +105,7 @@ def test_the_views_say_what_was_served(engine: Engine) -> None:
             s, 1, accept_rule="greedy", domains=["chat", "code"]
         )
     assert exact.ci_high is not None
-    half = (exact.ci_high - exact.accept_length) / queries.lengths.Z95
+    half = (exact.ci_high - exact.accept_length) / Z95
     assert chain["accept_length_variance"] == pytest.approx(half**2)
     hours = rows_of(engine, "v_accept_length_by_domain_hour")
     assert {row["hour"] for row in hours if row["domain"] == "extraction"} == {

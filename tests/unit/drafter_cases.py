@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.sequences.sequence import Sequence
 
 HIDDEN, VOCAB, LAYERS = 16, 40, 8
 

@@ -8,7 +8,7 @@ from drafter_cases import VOCAB, requests, target_folder
 
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.replay import determined, replay_one
+from aurora_sgl.evaluation.replay import determined, replay_one
 from benchmarks.learning import served
 from benchmarks.measure import SHAPES
 from benchmarks.static_drafter import LARGEST

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aurora_sgl.config import WatchSettings
-from aurora_sgl.rollout.served import strata
+from aurora_sgl.rollout.live_traffic import strata
 from benchmarks.watch import KINDS, served, watch, window
 
 RULES = WatchSettings()

@@ -15,9 +15,9 @@ from drafter_cases import RECIPE, VOCAB, requests, target_folder
 from aurora_sgl.drafter import scratch
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.rollout.gate import PASS, judge
-from aurora_sgl.training.replay import Replayed, replay_one
-from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.evaluation.gate import PASS, judge
+from aurora_sgl.evaluation.replay import Replayed, replay_one
+from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 

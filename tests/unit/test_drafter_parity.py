@@ -18,11 +18,12 @@ import torch
 from drafter_cases import HIDDEN, VOCAB, target_folder
 from safetensors.torch import save_file
 
+from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.config import EAGLE, EAGLE3, read_config
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.replay import DraftShape, proposals_at
-from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.evaluation.replay import proposals_at
+from aurora_sgl.sequences.sequence import Sequence
 
 SHAPES = [DraftShape(4), DraftShape(3, 2, 5), DraftShape(3, 4, 8), DraftShape(4, 8, 16)]
 ROOTS = [6, 9, 15, 22]

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aurora_sgl.engine.ladder import PLAIN, Ladder, Rung, rungs
+from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy, in_shape
+from aurora_sgl.engine.step_shape import StepShape, shapes_within
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
@@ -25,7 +26,7 @@ def test_steps_with_drafts_stay_near_their_share(share: float, streams: int) -> 
         while len(running) < streams:
             running.append((rng.randint(20, 100), policy.admit() is not Admission.PLAIN))
         drafts = any(speculates for _, speculates in running)
-        policy.account(rung=ONE if drafts else PLAIN, batch_size=streams, seconds=0.001)
+        policy.account(shape=ONE if drafts else NO_DRAFT, batch_size=streams, seconds=0.001)
         running = [(left - 1, speculates) for left, speculates in running if left > 1]
     part = policy.speculative_steps / (policy.speculative_steps + policy.plain_steps)
     if share in (0.0, 1.0):
@@ -37,17 +38,17 @@ def test_steps_with_drafts_stay_near_their_share(share: float, streams: int) -> 
 def test_step_times_are_compared_at_one_batch_size_only_when_both_kinds_are_known() -> None:
     policy = SpeculationPolicy(0.5)
     for _ in range(20):
-        policy.account(rung=PLAIN, batch_size=1, seconds=0.010)
-        policy.account(rung=ONE, batch_size=8, seconds=0.080)
+        policy.account(shape=NO_DRAFT, batch_size=1, seconds=0.010)
+        policy.account(shape=ONE, batch_size=8, seconds=0.080)
     assert "step_ms_plain" not in policy.counters()
     for _ in range(10):
-        policy.account(rung=ONE, batch_size=1, seconds=0.014)
+        policy.account(shape=ONE, batch_size=1, seconds=0.014)
     assert policy.counters()["step_ms_plain"] == pytest.approx(10.0)
     assert policy.counters()["step_ms_spec"] == pytest.approx(14.0)
 
 
-ONE = Rung(1, 2)
-CHAIN, TREE = rungs(3, 1, 4), rungs(3, 4, 8)
+ONE = DraftShape(1)
+CHAIN, TREE = shapes_within(DraftShape(3)), shapes_within(DraftShape(3, 4, 8))
 #: Time of a step with drafts over that of one without, by requests at once.
 RATIOS = {1: 1.3, 2: 1.4, 4: 1.6, 8: 1.9, 16: 2.4, 32: 3.0, 64: 3.5, 128: 4.0, 256: 4.5}
 
@@ -83,7 +84,7 @@ class House:
         return brought
 
     def ratio(self, streams: int, depth: int) -> float:
-        if len(self.policy.rungs) == 1:
+        if len(self.policy.shapes) == 1:
             return RATIOS[1 << (streams.bit_length() - 1)]
         # Rows of a step cost nothing up to four and then a ninth of a plain step each.
         rows = streams * 2**depth
@@ -107,13 +108,13 @@ class House:
                     one.drafts = one.keeps > 0
                     one.keeps -= 1
                 drafting = [one for one in drafting if one.drafts]
-            rung = self.policy.rung(streams) if drafting else PLAIN
-            depth = rung.depth
+            shape = self.policy.shape(streams) if drafting else NO_DRAFT
+            depth = shape.depth
             self.depths[streams, depth] += 1
             base = 0.030 * (1 + 0.02 * streams)
             ratio = self.ratio(streams, depth) if drafting else 1.0
             seconds = base * ratio * self.random.gauss(1.0, 0.05)
-            self.policy.account(rung=rung, batch_size=streams, seconds=seconds)
+            self.policy.account(shape=shape, batch_size=streams, seconds=seconds)
             accepted = 0
             for one in running:
                 brought = 1.0
@@ -124,7 +125,7 @@ class House:
                 made += brought
                 plain += brought * base / streams
             if drafting:
-                self.policy.observe(0, rung, len(drafting), accepted)
+                self.policy.observe(0, shape, len(drafting), accepted)
             spent += seconds
             running = [one for one in running if one.left > 0]
         return plain / spent
@@ -172,7 +173,7 @@ def test_drafts_come_back_when_a_better_drafter_is_live_or_the_traffic_suits_it_
     house.speed_up(4, 8000)
     assert house.policy.admit(4) is not Admission.DRAFTS
     house.policy.swapped(1)
-    house.policy.hoped = 2.1  # as replay says of the new version
+    house.policy.expected_accept_length = 2.1  # as replay says of the new version
     assert house.policy.admit(4) is Admission.DRAFTS
     house.policy.swapped(0)
     house.accept_length = 1.1  # live traffic says otherwise
@@ -184,7 +185,7 @@ def test_drafts_come_back_when_a_better_drafter_is_live_or_the_traffic_suits_it_
 
 
 def test_busier_steps_carry_shallower_drafts_and_each_load_its_best() -> None:
-    house = House(SpeculationPolicy(1.0, rungs=CHAIN), 0.0, chance=0.7)
+    house = House(SpeculationPolicy(1.0, shapes=CHAIN), 0.0, chance=0.7)
     lengths = {1: 1.7, 2: 2.19, 3: 2.533}
     for streams in (1, 2, 4):
         house.speed_up(streams, 12_000)
@@ -202,15 +203,15 @@ def test_busier_steps_carry_shallower_drafts_and_each_load_its_best() -> None:
 
 
 def test_depths_that_can_not_pay_are_hardly_made() -> None:
-    house = House(SpeculationPolicy(1.0, rungs=CHAIN), 0.0, chance=0.05)
+    house = House(SpeculationPolicy(1.0, shapes=CHAIN), 0.0, chance=0.05)
     assert house.speed_up(16, 60_000) >= 0.97
     assert house.depths[16, 3] == 0 and house.depths[16, 2] <= 2 * TRY_STEPS
     assert house.policy.pays(16) is False
 
 
 def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
-    policy = SpeculationPolicy(1.0, rungs=CHAIN)
-    policy.hoped = 1 + 0.5 + 0.25 + 0.125
+    policy = SpeculationPolicy(1.0, shapes=CHAIN)
+    policy.expected_accept_length = 1 + 0.5 + 0.25 + 0.125
     one, _, three = CHAIN
     assert policy.accept_length(one) == pytest.approx(1.5, abs=1e-3)
     policy.observe(0, one, 100, 80)
@@ -222,7 +223,7 @@ def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
     assert in_shape(4.0, three, one) == pytest.approx(2.0)
     # Replays of two drafters, with depths 1, 1, 2, 3 and 2, 4, 4, 8 nodes.
     for lengths in ((1.31, 1.45, 1.53, 1.64), (1.47, 1.63, 1.84, 2.15)):
-        told = [in_shape(lengths[0], TREE[0], rung) for rung in TREE]
+        told = [in_shape(lengths[0], TREE[0], shape) for shape in TREE]
         assert told == pytest.approx(lengths, abs=0.05)
 
 
@@ -239,16 +240,16 @@ def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
     ],
 )
 def test_no_two_shapes_share_depth_and_branching(given, expected) -> None:
-    found = rungs(*given)
+    found = shapes_within(DraftShape(*given))
     assert list(found) == expected
     assert found[-1] == (given[0], given[2])
-    assert len({(rung.depth, rung.nodes == 2) for rung in found}) == len(found)
+    assert len({(shape.depth, shape.nodes == 2) for shape in found}) == len(found)
 
 
 @pytest.mark.parametrize("topk", [1, 4])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_a_shape_is_in_the_worker_for_one_step_and_gone_after_it(topk: int, levels: int) -> None:
-    whole = Rung(levels, levels + 1 if topk == 1 else 8)
+    whole = DraftShape(levels, topk, levels + 1 if topk == 1 else 8)
     shape = {"speculative_num_steps": whole.depth, "speculative_num_draft_tokens": whole.nodes}
     rows = torch.arange(levels).repeat(5, 1)
     drafter = SimpleNamespace(
@@ -258,19 +259,24 @@ def test_a_shape_is_in_the_worker_for_one_step_and_gone_after_it(topk: int, leve
         _topk1_score_indices_prealloc=rows,
     )
     worker = SimpleNamespace(**shape, topk=topk, draft_worker=drafter)
-    before, ladder = repr(worker), Ladder(worker, whole)
-    for rung in (PLAIN, *rungs(levels, topk, whole.nodes)):
-        with suppress(KeyError), ladder.at(rung):
-            assert (worker.speculative_num_steps, worker.speculative_num_draft_tokens) == rung
-            if rung.depth:
-                assert drafter.speculative_num_draft_tokens == rung.nodes
-                assert levels == 1 or drafter.draft_attn_backend.speculative_num_steps == rung.depth
-            if rung.depth and topk == 1 and levels > 1:  # as SGLang itself lays them out
-                parents = torch.arange(-1, rung.depth - 1 if rung.depth > 1 else -1)
+    before, switch = repr(worker), StepShape(worker, whole)
+    for shape in (NO_DRAFT, *shapes_within(whole)):
+        with suppress(KeyError), switch.set_to(shape):
+            assert (worker.speculative_num_steps, worker.speculative_num_draft_tokens) == (
+                shape.depth,
+                shape.nodes,
+            )
+            if shape.depth:
+                assert drafter.speculative_num_draft_tokens == shape.nodes
+                assert (
+                    levels == 1 or drafter.draft_attn_backend.speculative_num_steps == shape.depth
+                )
+            if shape.depth and topk == 1 and levels > 1:  # as SGLang itself lays them out
+                parents = torch.arange(-1, shape.depth - 1 if shape.depth > 1 else -1)
                 assert drafter._topk1_parents_prealloc.equal(parents.repeat(5, 1))
                 indices = drafter._topk1_score_indices_prealloc
                 assert indices.is_contiguous()
-                assert indices.equal(torch.arange(rung.depth).repeat(5, 1))
+                assert indices.equal(torch.arange(shape.depth).repeat(5, 1))
             raise KeyError  # a step that fails
         assert repr(worker) == before
 
@@ -284,11 +290,11 @@ def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:
 
 def test_an_expectation_of_another_version_is_forgotten_with_it() -> None:
     policy = SpeculationPolicy(1.0)
-    policy.hoped = 2.0
+    policy.expected_accept_length = 2.0
     policy.observe(0, ONE, 100, 50)
     assert policy.accept_length() == pytest.approx(1.5)
     policy.swapped(1)
     assert policy.accept_length() is None
-    policy.hoped = 1.9
+    policy.expected_accept_length = 1.9
     policy.observe(1, ONE, 10, 0)
     assert policy.accept_length() == 1.9

@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import json, os
 from pathlib import Path
-from aurora_sgl.priority import step_back
+from aurora_sgl.processes.priority import step_back
 def group():
     path = Path("/proc/self/autogroup")
     return path.read_text().split()[-1:] if path.exists() else []

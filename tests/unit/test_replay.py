@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from drafter_twin import PlainDrafter, served
 
+from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter.config import EAGLE, EAGLE3, DrafterConfig
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.drafter.vocabulary import maps
-from aurora_sgl.training.replay import DraftShape, Replayed, determined, replay, replay_one
-from aurora_sgl.training.sequence import Sequence
-from aurora_sgl.training.statistics import accept_length, paired_difference
+from aurora_sgl.evaluation.replay import determined, replay, replay_one
+from aurora_sgl.intervals import AcceptCounts
+from aurora_sgl.sequences.sequence import Sequence
 
 VOCAB, HIDDEN = 23, 16
 
@@ -124,39 +123,15 @@ def test_features_that_end_early_end_the_replay_early() -> None:
 
 def test_shapes_that_no_server_can_serve_are_refused() -> None:
     for bad in ({"depth": 3, "topk": 1, "nodes": 7}, {"depth": 1, "topk": 4, "nodes": 9}):
-        with pytest.raises(AssertionError):
+        with pytest.raises(ValueError, match="nodes"):
             DraftShape(**bad)
 
 
 def test_replay_in_bfloat16_differs_from_float32_only_a_little() -> None:
     drafter, head = tiny(EAGLE3, 3)
     sequences = [request(drafter, head, DraftShape(3), seed) for seed in range(8)]
-    wide = accept_length(replay(drafter, sequences, DraftShape(3, 4, 8), head))
-    narrow = accept_length(replay(drafter.bfloat16(), sequences, DraftShape(3, 4, 8), head))
+    wide = AcceptCounts.of(replay(drafter, sequences, DraftShape(3, 4, 8), head)).accept_length
+    narrow = AcceptCounts.of(
+        replay(drafter.bfloat16(), sequences, DraftShape(3, 4, 8), head)
+    ).accept_length
     assert abs(wide - narrow) < 0.1 * wide
-
-
-def test_paired_difference_is_a_ratio_of_sums_resampled_by_request() -> None:
-    a = [Replayed(i, 10 + i, 5) for i in range(30)]
-    b = [Replayed(i, 10 + i, 9 + i % 2) for i in range(30)]
-    result = paired_difference(a, b)
-    assert result.requests == 30
-    assert result.a == pytest.approx(1 + 150 / sum(10 + i for i in range(30)))
-    assert result.difference == pytest.approx(result.b - result.a)
-    assert 0 < result.ci_low < result.difference < result.ci_high
-
-
-def test_paired_difference_of_a_drafter_with_itself_is_zero() -> None:
-    a = [Replayed(i, 10 + i, 5 + i) for i in range(9)]
-    result = paired_difference(a, a)
-    assert (result.difference, result.ci_low, result.ci_high) == (0, 0, 0)
-
-
-def test_paired_difference_without_requests_is_not_a_number() -> None:
-    assert math.isnan(paired_difference([], []).difference)
-    assert math.isnan(paired_difference([Replayed(1, 0, 0)], [Replayed(1, 0, 0)]).a)
-
-
-def test_paired_difference_refuses_other_requests() -> None:
-    with pytest.raises(ValueError, match="same requests"):
-        paired_difference([Replayed(1, 1, 1)], [Replayed(2, 1, 1)])

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from aurora_sgl.config import WatchSettings
-from aurora_sgl.rollout.served import Pace, compare, paces, speeds, strata
+from aurora_sgl.rollout.live_traffic import Pace, compare, paces, speeds, strata
 from aurora_sgl.rollout.trial import _lengths
 from aurora_sgl.rollout.watch import filled
 from aurora_sgl.store.models import TrialWindow

@@ -86,7 +86,7 @@ def test_a_room_stays_out_of_the_rooms_above_it(room: str) -> None:
 def test_in_the_engine_only_what_starts_processes_knows_the_store_and_the_sidecar() -> None:
     rooms = ["aurora_sgl.store", "aurora_sgl.rollout", "aurora_sgl.sidecar", "sqlalchemy"]
     inside = {file for room, file in importers(*rooms) if room == "engine"}
-    assert inside <= {"aurora_sgl/engine/launch.py", "aurora_sgl/engine/companion.py"}
+    assert inside <= {"aurora_sgl/engine/launch.py", "aurora_sgl/engine/sidecars.py"}
 
 
 def test_nothing_imports_the_command_line() -> None:

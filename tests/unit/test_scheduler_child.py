@@ -14,7 +14,7 @@ import psutil
 import pytest
 from sidecar_engine import wait_until
 
-from aurora_sgl.scheduler.child import TrainingProcess
+from aurora_sgl.processes.training import TrainingProcess
 
 HERE = Path(__file__).resolve().parents[1]
 PATHS = {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
@@ -77,7 +77,7 @@ def test_a_run_that_does_not_listen_is_killed(started: list[TrainingProcess]) ->
 
 def test_a_run_dies_with_a_scheduler_that_is_killed_even_while_it_is_paused() -> None:
     code = (
-        "import time; from aurora_sgl.scheduler.child import TrainingProcess as P\n"
+        "import time; from aurora_sgl.processes.training import TrainingProcess as P\n"
         "p = P(['60'], {}, module='slow_worker')\n"
         "while not p.progress: time.sleep(0.05)\n"
         "p.pause(); print(p.pid, flush=True); time.sleep(60)"

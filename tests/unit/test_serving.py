@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from aurora_sgl.config import Settings
 from aurora_sgl.drafter import checkpoint, scratch
-from aurora_sgl.engine.launch import server_flags, value_of
-from aurora_sgl.engine.process import free_port
+from aurora_sgl.engine.flags import server_flags, value_of
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.processes.server import free_port
 from aurora_sgl.serving import plan
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sidecar.cursor import Boot, Cursor
-from aurora_sgl.sidecar.spool import MAGIC, Position, Spool
-from aurora_sgl.sidecar.spools import adopt, open_spool
+from aurora_sgl.sidecar.spool.cursor import Boot, Cursor
+from aurora_sgl.sidecar.spool.log import MAGIC, Position, Spool
+from aurora_sgl.sidecar.spool.slots import adopt, open_spool
 
 
 def payloads(spool: Spool, position: Position) -> list[bytes]:

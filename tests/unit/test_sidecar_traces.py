@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load
 
 from aurora_sgl import wire
-from aurora_sgl.sidecar import traces
-from aurora_sgl.sidecar.trace_files import write_safetensors
-from aurora_sgl.sidecar.traces import Trace, TraceAssembler
+from aurora_sgl.sidecar.traces.assembler import Trace, TraceAssembler
+from aurora_sgl.sidecar.traces.writer import write_safetensors
 
 AUX, LAST = 6, 2
 
@@ -123,7 +122,7 @@ def test_without_word_of_consent_a_trace_waits_and_then_goes(
     chunk(assembler, 0, 4, final=True)
     assert assembler.take_finished(8) == []
     assert len(assembler) == 1
-    monkeypatch.setattr(traces, "CONSENT_SECONDS", 0.0)
+    monkeypatch.setattr("aurora_sgl.sidecar.traces.assembler.CONSENT_SECONDS", 0.0)
     assert assembler.take_finished(8) == []
     assert assembler.dropped == {"no_consent": 1}
 
@@ -143,7 +142,7 @@ def test_a_request_that_never_finishes_is_given_up(monkeypatch: pytest.MonkeyPat
     assembler = TraceAssembler(1 << 20)
     assembler.heard(started())
     chunk(assembler, 0, 4)
-    monkeypatch.setattr(traces, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr("aurora_sgl.sidecar.traces.assembler.IDLE_SECONDS", 0.0)
     assert assembler.take_finished(8) == []
     assert assembler.dropped == {"unfinished": 1}
     assert assembler.bytes == 0

@@ -9,8 +9,8 @@ import store_samples as samples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store.packing import pack_floats, pack_ints, unpack_floats, unpack_ints
-from aurora_sgl.store.queries import ratio_interval
 from aurora_sgl.store.rollup import Tally, TallyKey, add_lists, batch_bucket, per_position, roll_up
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -82,18 +82,18 @@ def test_the_interval_of_a_ratio_is_the_textbook_one() -> None:
     """Three requests worked by hand: n = 10, 20, 30 and y = 5, 12, 13, so R = 0.5 and the
     residuals y - R n are 0, 2, -2."""
     n, y = [10, 20, 30], [5, 12, 13]
-    interval = ratio_interval(
+    interval = AcceptCounts(
         3,
         60,
         30,
         sum(a * a for a in n),
         sum(b * b for b in y),
         sum(a * b for a, b in zip(n, y, strict=True)),
-    )
+    ).interval
     error = 1.959963984540054 * math.sqrt(8 * 3 / 2) / 60
     assert interval == pytest.approx((1.5 - error, 1.5 + error))
 
 
 def test_one_request_gives_no_interval() -> None:
-    assert ratio_interval(1, 10, 5, 100, 25, 50) is None
-    assert ratio_interval(0, 0, 0, 0, 0, 0) is None
+    assert AcceptCounts(1, 10, 5, 100, 25, 50).interval is None
+    assert AcceptCounts().interval is None

@@ -15,9 +15,9 @@ from aurora_sgl.drafter.config import EAGLE, EAGLE3
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training import objectives
 from aurora_sgl.training.objectives.base import Step
-from aurora_sgl.training.sequence import Sequence
 from aurora_sgl.training.unroll import TargetRows, unroll
 
 

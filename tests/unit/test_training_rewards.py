@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
+from aurora_sgl.sequences.sequence import LoggedProposal, Sequence
 from aurora_sgl.training.objectives.base import Logged, Moment, Step
 from aurora_sgl.training.objectives.distil_then_rl import DistilThenRL
 from aurora_sgl.training.objectives.expected_accept_length import ExpectedAcceptLength
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.policy_gradient import PolicyGradient, logged_advantage
-from aurora_sgl.training.proposals import LoggedProposal, proposed_at
-from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.training.proposals import proposed_at
 
 VOCAB = 5
 

@@ -26,14 +26,14 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.config import get_settings
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.evaluation.compare import replay_versions
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.rollout.versions import import_version
+from aurora_sgl.sequences.held_out import held_out_counts
 from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRun
 from aurora_sgl.training import run
-from aurora_sgl.training.held_out import held_out_counts
-from aurora_sgl.training.offline import replay_versions
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
 

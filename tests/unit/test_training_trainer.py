@@ -16,14 +16,14 @@ from aurora_sgl.drafter.checkpoint import content_sha256, tensors_of
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.training import gate
+from aurora_sgl.evaluation.gate import Judgement, judge
+from aurora_sgl.evaluation.replay import replay, replay_both
+from aurora_sgl.intervals import AcceptCounts
+from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.objectives import NAMES
-from aurora_sgl.training.replay import replay
 from aurora_sgl.training.resume import Checkpoints, Plan
 from aurora_sgl.training.scale import train_on_workers
-from aurora_sgl.training.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.statistics import accept_length
 from aurora_sgl.training.trainer import train
 
 
@@ -31,6 +31,11 @@ def world(folder: Path) -> tuple[Drafter, TargetHead]:
     target = target_folder(folder)
     drafter = scratch.make(target, draft_vocab_size=VOCAB, seed=1)
     return drafter, TargetHead.load(target)
+
+
+def judged(base, candidate, held_out, head, settings: TrainSettings) -> Judgement:
+    replays = replay_both(base, candidate, held_out, head, settings)
+    return judge(*replays, fewest=settings.min_gate_requests, seed=settings.seed)
 
 
 @pytest.mark.parametrize("objective", NAMES)
@@ -43,12 +48,12 @@ def test_training_raises_the_replayed_accept_length_on_held_out_requests(
     before = content_sha256(tensors_of(drafter))
     result = train(drafter, requests(head, 30), head, settings)
     assert content_sha256(tensors_of(drafter)) == before, "the given drafter must not change"
-    verdict = gate.evaluate(drafter, result.drafter, held_out, head, settings)
+    verdict = judged(drafter, result.drafter, held_out, head, settings)
     assert verdict.verdict == "pass"
     # Rewards are rare for an untrained policy: the pure policy gradient starts slowly.
     least = 0.3 if objective == "policy_gradient" else 0.7
-    assert verdict.paired.candidate > verdict.paired.baseline + least
-    assert set(verdict.judged.by_domain) == {"d0", "d1"}
+    assert verdict.overall.candidate > verdict.overall.baseline + least
+    assert set(verdict.by_domain) == {"d0", "d1"}
     if objective in ("forward_kl", "lk", "expected_accept_length"):  # the same loss all the time
         assert result.metrics["loss_last_pass"] < result.metrics["loss_first_pass"]
     assert result.updates == 8 * 30 and result.tokens > 0
@@ -71,10 +76,10 @@ def test_a_worse_drafter_fails_the_gate_and_the_same_one_is_inconclusive(tmp_pat
     settings = TrainSettings(**RECIPE)
     good = train(drafter, requests(head, 30), head, settings).drafter
     held_out = requests(head, 12, seed=7)
-    assert gate.evaluate(good, drafter, held_out, head, settings).verdict == "fail"
-    assert gate.evaluate(good, good, held_out, head, settings).verdict == "inconclusive"
-    assert gate.evaluate(drafter, good, held_out[:3], head, settings).verdict == "inconclusive"
-    assert gate.evaluate(drafter, good, [], head, settings).verdict == "inconclusive"
+    assert judged(good, drafter, held_out, head, settings).verdict == "fail"
+    assert judged(good, good, held_out, head, settings).verdict == "inconclusive"
+    assert judged(drafter, good, held_out[:3], head, settings).verdict == "inconclusive"
+    assert judged(drafter, good, [], head, settings).verdict == "inconclusive"
 
 
 def test_early_stop_keeps_the_best_average_on_the_dev_split(tmp_path: Path) -> None:
@@ -84,7 +89,7 @@ def test_early_stop_keeps_the_best_average_on_the_dev_split(tmp_path: Path) -> N
     result = train(drafter, requests(head, 20), head, settings, dev=dev)
     history = result.metrics["dev_accept_length"]
     assert len(history) < 40 and history[-3:].index(max(history[-3:])) == 0
-    again = accept_length(replay(result.drafter, dev, settings.shape, head))
+    again = AcceptCounts.of(replay(result.drafter, dev, settings.shape, head)).accept_length
     assert again == pytest.approx(max(history))
 
 

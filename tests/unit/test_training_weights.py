@@ -11,11 +11,11 @@ import torch
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.drafter import vocabulary
+from aurora_sgl.sequences.near_duplicates import alike
+from aurora_sgl.sequences.sample_weights import by_recency, by_rejection
+from aurora_sgl.sequences.splits import sides, split_of
 from aurora_sgl.store.queries import RecentRequest
 from aurora_sgl.training.batches import batches
-from aurora_sgl.training.duplicates import alike
-from aurora_sgl.training.splits import sides, split_of
-from aurora_sgl.training.weights import by_recency, by_rejection
 
 ROW = RecentRequest(
     request_id=1, uri="u", start=0, end=9, output_start=4, greedy=True, accept_rule="greedy",

@@ -38,7 +38,6 @@ from aurora_sgl.store.queries.lengths import (
     AcceptLength,
     accept_length_by_version,
     per_request,
-    ratio_interval,
 )
 from aurora_sgl.store.queries.operations import (
     acquire_lease,
@@ -180,7 +179,6 @@ __all__ = [
     "per_request",
     "pin_traces",
     "promotion_of",
-    "ratio_interval",
     "recent_requests",
     "register_server",
     "release_lease",

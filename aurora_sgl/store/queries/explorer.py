@@ -9,6 +9,7 @@ from datetime import datetime
 from sqlalchemy import Float, cast, func, select
 from sqlalchemy.orm import Session
 
+from aurora_sgl.intervals import accept_length, or_none
 from aurora_sgl.store.models import Evaluation, Request, RequestTally, Server
 
 
@@ -102,7 +103,7 @@ def _found(r: Request, server: str, versions: tuple[int, ...]) -> FoundRequest:
         completion_tokens=r.completion_tokens,
         verify_steps=r.verify_steps,
         accepted=r.accepted,
-        accept_length=1 + r.accepted / r.verify_steps if r.verify_steps else None,
+        accept_length=or_none(accept_length(r.accepted, r.verify_steps)),
         seconds=(r.finished_at - r.admitted_at).total_seconds(),
         finish_reason=r.finish_reason,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,6 +9,7 @@ from datetime import datetime
 from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import Session
 
+from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store.models import (
     AcceptanceEvent,
     AcceptanceMinute,
@@ -17,8 +17,6 @@ from aurora_sgl.store.models import (
     RequestTally,
     Server,
 )
-
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -35,39 +33,6 @@ class AcceptLength:
     accept_length: float
     ci_low: float | None  # 95%, requests as clusters; None below two requests
     ci_high: float | None
-
-
-def ratio_interval(
-    clusters: int, steps: int, accepted: int, steps2: float, accepted2: float, product: float
-) -> tuple[float, float] | None:
-    """95% interval of 1 + accepted / steps, from sums over clusters of n^2, y^2 and n y.
-
-    Delta method for a ratio of means (Cochran, Sampling Techniques, 6.4):
-    var R = m / (m - 1) * sum (y - R n)^2 / (sum n)^2.
-    """
-    if clusters < 2 or steps == 0:
-        return None
-    ratio = accepted / steps
-    squares = accepted2 - 2 * ratio * product + ratio * ratio * steps2
-    error = math.sqrt(max(0.0, squares) * clusters / (clusters - 1)) / steps
-    return 1 + ratio - Z95 * error, 1 + ratio + Z95 * error
-
-
-def difference_interval(a: Sequence[int], b: Sequence[int]) -> tuple[float, float, float] | None:
-    """(difference, low, high) at 95% of two accept lengths over different requests.
-
-    ``a`` and ``b``: (requests, verify steps, proposed, accepted, tokens, sum n^2, sum y^2,
-    sum n y), see ``trends.Served``. ``None``: one of them has less than two requests.
-    """
-    found = []
-    for requests, steps, _, accepted, _, steps2, accepted2, product in (a, b):
-        interval = ratio_interval(requests, steps, accepted, steps2, accepted2, product)
-        if interval is None:
-            return None
-        found.append((sum(interval) / 2, (interval[1] - interval[0]) / 2))
-    difference = found[0][0] - found[1][0]
-    width = math.hypot(found[0][1], found[1][1])
-    return difference, difference - width, difference + width
 
 
 def accept_length_by_version(
@@ -233,19 +198,20 @@ def _clustered(per_request: Select[*tuple[object, ...]]) -> Select[*tuple[object
 
 
 def _accept_length(row: Row[*tuple[object, ...]]) -> AcceptLength:
-    requests, steps, accepted = int(row.requests), int(row.steps), int(row.accepted)
-    interval = ratio_interval(
-        requests, steps, accepted, float(row.steps2), float(row.accepted2), float(row.product)
-    )
+    counts = AcceptCounts(
+        int(row.requests), int(row.steps), int(row.accepted),
+        float(row.steps2), float(row.accepted2), float(row.product),
+    )  # fmt: skip
+    interval = counts.interval
     return AcceptLength(
         version_id=row.drafter_version_id,
         domain=getattr(row, "domain", ""),
-        requests=requests,
-        verify_steps=steps,
+        requests=counts.requests,
+        verify_steps=counts.steps,
         proposed=int(row.proposed),
-        accepted=accepted,
+        accepted=counts.accepted,
         completion_tokens=int(row.kept),
-        accept_length=1 + accepted / steps,
+        accept_length=counts.accept_length,
         ci_low=interval[0] if interval else None,
         ci_high=interval[1] if interval else None,
     )

@@ -23,9 +23,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP
 from sqlalchemy.orm import Session
 
+from aurora_sgl.intervals import AcceptCounts, or_none
 from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.models import AcceptanceEvent, AcceptanceMinute, Request, RequestTally, Server
-from aurora_sgl.store.queries.lengths import ratio_interval
 
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S", bound=Select[Any])
@@ -50,6 +50,13 @@ class Served:
     accepted2: int = 0
     product: int = 0
 
+    @property
+    def counts(self) -> AcceptCounts:
+        return AcceptCounts(
+            self.requests, self.verify_steps, self.accepted, self.steps2, self.accepted2,
+            self.product,
+        )  # fmt: skip
+
     def values(self) -> tuple[int, ...]:
         return (
             self.requests, self.verify_steps, self.proposed, self.accepted,
@@ -58,16 +65,13 @@ class Served:
 
     @property
     def accept_length(self) -> float | None:
-        return 1 + self.accepted / self.verify_steps if self.verify_steps else None
+        return or_none(self.counts.accept_length)
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """95%, requests as clusters. Exact where whole requests were summed; a bucket that cuts
         requests in two counts the later part without its request."""
-        return ratio_interval(
-            self.requests, self.verify_steps, self.accepted, self.steps2, self.accepted2,
-            self.product,
-        )  # fmt: skip
+        return self.counts.interval
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.sequences.trace_reader import read_tokens
 from aurora_sgl.store.queries import RecentRequest
-from aurora_sgl.training.traces import read_tokens
 
 Locate = Callable[[str], Path]  # uri of a trace -> a file on this machine
 

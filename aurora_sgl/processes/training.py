@@ -42,7 +42,7 @@ class TrainingProcess:
         self._last_words = ""
         self._paused_at: float | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "aurora_sgl.scheduler.bound", str(os.getpid()),
+            [sys.executable, "-m", "aurora_sgl.processes.bound_to_parent", str(os.getpid()),
              module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

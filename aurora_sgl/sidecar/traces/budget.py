@@ -10,7 +10,7 @@ import msgspec
 from aurora_sgl import clock
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sidecar.trace_files import TraceRow
+from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
 from aurora_sgl.store.faults import Kind, fault_of, in_words
 from aurora_sgl.store.link import StoreLink

@@ -16,16 +16,17 @@ from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.evaluation.device import served_dtype
+from aurora_sgl.evaluation.gate import difference_of, pairs_of
+from aurora_sgl.evaluation.replay import Replayed, replay_one
+from aurora_sgl.evaluation.settings import EvaluationSettings
+from aurora_sgl.intervals import AcceptCounts
+from aurora_sgl.sequences import dataset
+from aurora_sgl.sequences.held_out import REACH, left_out_in_words
+from aurora_sgl.sequences.splits import split_key, split_of, why_not_judged
+from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import DeploymentGroup
-from aurora_sgl.training import dataset
-from aurora_sgl.training.devices import served_dtype
-from aurora_sgl.training.files import TraceFiles
-from aurora_sgl.training.held_out import REACH, left_out_in_words
-from aurora_sgl.training.replay import Replayed, replay_one
-from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.splits import split_key, split_of, why_not_judged
-from aurora_sgl.training.statistics import accept_length, paired_difference
 
 _COMPARED = 1000  # newest requests to train on that held-out ones must not nearly repeat
 
@@ -49,7 +50,7 @@ def replay_versions(
     artifacts: ArtifactRoot,
     group: DeploymentGroup,
     version_ids: Sequence[int],
-    settings: TrainSettings,
+    settings: EvaluationSettings,
     *,
     limit: int,
     domains: Sequence[str] | None = None,
@@ -106,7 +107,7 @@ def replayable(
     artifacts: ArtifactRoot,
     group: DeploymentGroup,
     drafter: Drafter,
-    settings: TrainSettings,
+    settings: EvaluationSettings,
     limit: int,
     domains: Sequence[str] | None,
     only_held_out: bool = True,
@@ -151,12 +152,18 @@ def _lines(
 ) -> list[ReplayLine]:
     mine = [[r for r in each if domain in ("", r.domain)] for each in results]
     first = version_ids[0]
-    lines = [ReplayLine(first, domain, len(mine[0]), accept_length(mine[0]))]
+    lines = [ReplayLine(first, domain, len(mine[0]), AcceptCounts.of(mine[0]).accept_length)]
     for number, replayed in zip(version_ids[1:], mine[1:], strict=True):
-        pair = paired_difference(mine[0], replayed, seed=seed)
+        pair = difference_of(pairs_of(mine[0], replayed), seed=seed)
         lines.append(
             ReplayLine(
-                number, domain, pair.requests, pair.b, pair.difference, pair.ci_low, pair.ci_high
+                number,
+                domain,
+                pair.requests,
+                pair.candidate,
+                pair.difference,
+                pair.ci_low,
+                pair.ci_high,
             )
         )
     return lines

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.sequences.near_duplicates import alike
+from aurora_sgl.sequences.prefixes import Locate, Piece, Prefixes
+from aurora_sgl.sequences.sample_weights import by_rejection
+from aurora_sgl.sequences.sequence import LoggedProposal, Sequence, readable
+from aurora_sgl.sequences.splits import sides, split_key, split_of, why_not_judged, why_unusable
+from aurora_sgl.sequences.trace_reader import Trace, read_trace
 from aurora_sgl.store.queries import RecentRequest
-from aurora_sgl.training.duplicates import alike
-from aurora_sgl.training.prefixes import Locate, Piece, Prefixes
-from aurora_sgl.training.proposals import LoggedProposal
-from aurora_sgl.training.sequence import Sequence, readable
-from aurora_sgl.training.splits import sides, split_key, split_of, why_not_judged, why_unusable
-from aurora_sgl.training.traces import Trace, read_trace
-from aurora_sgl.training.weights import by_rejection
 
 #: Verify steps of a request as they were served, in order (``queries.events``).
 StepsOf = Callable[[int], list[dict[str, Any]]]
@@ -239,7 +238,7 @@ class _Choice:
             self.held_out_left[reason] += 1
 
     def sides(self, dev_share: float, gate_share: float) -> dict[int, str]:
-        """See :func:`~aurora_sgl.training.splits.sides`."""
+        """See :func:`~aurora_sgl.sequences.splits.sides`."""
         shared = {}
         if dev_share or gate_share:
             shared = alike({row.request_id: self.tokens[row.request_id][: row.output_start]

@@ -1,15 +1,14 @@
-"""Where a run computes, and in which precision its drafter will serve."""
+"""Where a replay or a run computes, and in which precision its drafter will serve."""
 
 from __future__ import annotations
 
 import torch
 
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.machine import native_bfloat16
-from aurora_sgl.training.settings import TrainSettings
+from aurora_sgl.evaluation.settings import EvaluationSettings
 
 
-def device_of(settings: TrainSettings) -> torch.device:
+def device_of(settings: EvaluationSettings) -> torch.device:
     """Raises ``AuroraError`` when a GPU is asked for that is not there."""
     if settings.device == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -22,12 +21,7 @@ def device_of(settings: TrainSettings) -> torch.device:
     return torch.device("cuda", index)
 
 
-def autocasts(settings: TrainSettings, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: where that is asked for and the device does it itself."""
-    return settings.autocast and (device.type != "cpu" or native_bfloat16())
-
-
-def served_dtype(settings: TrainSettings) -> torch.dtype:
+def served_dtype(settings: EvaluationSettings) -> torch.dtype:
     """Raises ``AuroraError`` for a name that is not a floating-point dtype of a server."""
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if settings.served_dtype not in known:

@@ -19,7 +19,7 @@ from aurora_sgl import clock, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
-from aurora_sgl.sidecar.traces import Trace
+from aurora_sgl.sidecar.traces.assembler import Trace
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64"}
 

@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aurora_sgl import environment
 from aurora_sgl.config import get_settings
-
-ENDPOINT_VARIABLE = "AURORA_ENDPOINT"
 
 _supervisors: list[Any] = []
 
@@ -28,7 +27,7 @@ def start(dp_size: int) -> None:
     from aurora_sgl.sidecar.supervisor import SidecarSupervisor
 
     base = Path(tempfile.mkdtemp(prefix="aurora-"))  # ipc paths are limited to 107 bytes
-    os.environ[ENDPOINT_VARIABLE] = str(base)
+    os.environ[environment.ENDPOINT] = str(base)
     for rank in range(dp_size):
         supervisor = SidecarSupervisor(settings, base / str(rank))
         supervisor.start()

@@ -11,56 +11,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import log
-from typing import Any, NamedTuple
+from typing import Any
 
-#: How much wider a tree is by the logarithm of its drafts a level (replays of two SmolLM2-135M
-#: drafters).
-_WIDER = 0.53
+from aurora_sgl.draft_shape import DraftShape
+
 _SIBLINGS = 4  # nodes of the widest tree of one level, with the root
 
 
-class Rung(NamedTuple):
-    """A draft shape: depth, and nodes with the root."""
-
-    depth: int
-    nodes: int
-
-    @property
-    def width(self) -> float:
-        """How many tries a level is worth: its token is accepted with 1 - (1 - p)^width where that
-        of a chain is with p."""
-        return 1.0 + _WIDER * log((self.nodes - 1) / self.depth) if self.depth else 1.0
-
-
-#: A step without drafts.
-PLAIN = Rung(0, 1)
-
-
-def rungs(depth: int, topk: int, nodes: int) -> tuple[Rung, ...]:
+def shapes_within(whole: DraftShape) -> tuple[DraftShape, ...]:
     """The shapes up to what the server was started with, those that take longer last. A chain has a
     node for each level. Trees begin with one draft, then several on one level, which need no more
     of the drafter; each further level doubles the nodes."""
-    if topk == 1:
-        return tuple(Rung(at, at + 1) for at in range(1, depth + 1))
-    found = [Rung(1, 2)]
+    depth, topk, nodes = whole.depth, whole.topk, whole.nodes
+    if whole.is_chain:
+        return tuple(DraftShape(level) for level in range(1, depth + 1))
+    smaller = [DraftShape(1)]
     if depth > 1:
-        found.append(Rung(1, min(topk + 1, nodes, _SIBLINGS)))
-    found += [Rung(at, max(at + 1, min(nodes, 2**at))) for at in range(2, depth)]
-    return tuple(dict.fromkeys((*found, Rung(depth, nodes))))
+        smaller.append(DraftShape(1, topk, min(topk + 1, nodes, _SIBLINGS)))
+    smaller += [
+        DraftShape(level, topk, max(level + 1, min(nodes, 2**level))) for level in range(2, depth)
+    ]
+    return tuple(dict.fromkeys((*smaller, whole)))
 
 
-class Ladder:
+class StepShape:
     """Puts a shape into SGLang's worker for one step."""
 
-    def __init__(self, worker: Any, whole: Rung) -> None:
+    def __init__(self, worker: Any, whole: DraftShape) -> None:
         self.whole = whole  # what the server was started with
         self._worker = worker
 
     @contextmanager
-    def at(self, rung: Rung) -> Iterator[None]:
+    def set_to(self, shape: DraftShape) -> Iterator[None]:
         """Within, steps have drafts of this shape, or none."""
-        changes = self._changes(rung) if rung != self.whole else []
+        changes = self._changes(shape) if shape != self.whole else []
         before = [getattr(part, name) for part, name, _ in changes]
         for part, name, value in changes:
             setattr(part, name, value)
@@ -70,23 +54,23 @@ class Ladder:
             for (part, name, _), value in zip(changes, before, strict=True):
                 setattr(part, name, value)
 
-    def _changes(self, rung: Rung) -> list[tuple[Any, str, Any]]:
+    def _changes(self, shape: DraftShape) -> list[tuple[Any, str, Any]]:
         """What differs from the whole shape: object, attribute, value."""
         worker, drafter = self._worker, self._worker.draft_worker
         # SGLang's own zero-step mode verifies the root alone and asks nothing of the drafter.
-        parts = [worker, drafter] if rung.depth else [worker]
-        found = [(part, "speculative_num_steps", rung.depth) for part in parts]
-        found += [(part, "speculative_num_draft_tokens", rung.nodes) for part in parts]
-        if not rung.depth:
+        parts = [worker, drafter] if shape.depth else [worker]
+        found = [(part, "speculative_num_steps", shape.depth) for part in parts]
+        found += [(part, "speculative_num_draft_tokens", shape.nodes) for part in parts]
+        if not shape.depth:
             return found
         # Where a level's tokens lie in the cache follows from the number of levels. A server that
         # was started with one level has no such backend.
         if drafter.draft_attn_backend is not None:
-            found.append((drafter.draft_attn_backend, "speculative_num_steps", rung.depth))
+            found.append((drafter.draft_attn_backend, "speculative_num_steps", shape.depth))
         if worker.topk == 1:  # a chain of one level has no parents
             for name, width in (
-                ("_topk1_parents_prealloc", rung.depth if rung.depth > 1 else 0),
-                ("_topk1_score_indices_prealloc", rung.depth),
+                ("_topk1_parents_prealloc", shape.depth if shape.depth > 1 else 0),
+                ("_topk1_score_indices_prealloc", shape.depth),
             ):
                 found.append((drafter, name, getattr(drafter, name)[:, :width].contiguous()))
         return found

@@ -1,5 +1,5 @@
-"""``python -m aurora_sgl.scheduler.bound PARENT MODULE ARGUMENT ...``: a module that dies with the
-process that started it, even when both are stopped or killed without a word."""
+"""``python -m aurora_sgl.processes.bound_to_parent PARENT MODULE ARGUMENT ...``: a module that dies
+with the process that started it, even when both are stopped or killed without a word."""
 
 from __future__ import annotations
 

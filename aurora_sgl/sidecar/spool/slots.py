@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sidecar.cursor import Cursor
 from aurora_sgl.sidecar.refused import RefusedFile
-from aurora_sgl.sidecar.spool import Spool
+from aurora_sgl.sidecar.spool.cursor import Cursor
+from aurora_sgl.sidecar.spool.log import Spool
 
 MAX_SLOTS = 64
 

@@ -10,7 +10,18 @@ from typing import Protocol
 import torch
 
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.training.proposals import LoggedProposal
+
+
+@dataclass(frozen=True)
+class LoggedProposal:
+    """One draft without its root. ``tokens[i]`` is node i + 1, ``parents[i]`` its parent's number,
+    as a server records it; ``root`` is the position of the bonus token, node 0."""
+
+    root: int
+    tokens: list[int]  # target ids
+    parents: list[int]
+    accepted: int
+    version_id: int = 0
 
 
 @dataclass(frozen=True)

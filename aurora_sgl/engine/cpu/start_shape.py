@@ -10,49 +10,28 @@ shape tells where between or beyond them it stands.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from aurora_sgl.draft_shape import DraftShape, ReplayedShape
 from aurora_sgl.engine.cpu import linear, native
 from aurora_sgl.engine.cpu.packed import pack
-
-if TYPE_CHECKING:
-    from aurora_sgl.engine.launch import Replayed
 
 #: Of a target's step for one token: a step of an EAGLE3 drafter; making the tree, and the step that
 #: extends the drafter's cache by what was accepted (SmolLM2-135M with 8,192 draft tokens).
 _DRAFT_STEP, _DRAFT_REST = 0.07, 0.15
 
 
-@dataclass(frozen=True)
-class Shape:
-    """SGLang's ``--speculative-num-steps``, ``-eagle-topk`` and ``-num-draft-tokens``."""
-
-    steps: int
-    topk: int
-    nodes: int
-
-    @property
-    def flags(self) -> dict[str, str]:
-        return {
-            "--speculative-num-steps": str(self.steps),
-            "--speculative-eagle-topk": str(self.topk),
-            "--speculative-num-draft-tokens": str(self.nodes),
-        }
-
-
 #: Accept lengths by shape: of a drafter that had learnt from 72 requests of the demo, and of the
 #: one that came of all its 378.
 YOUNG_AND_LEARNT = {
-    Shape(1, 1, 2): (1.31, 1.47),
-    Shape(1, 3, 4): (1.45, 1.63),
-    Shape(2, 4, 4): (1.53, 1.84),
-    Shape(2, 4, 5): (1.58, 1.92),
-    Shape(2, 4, 6): (1.60, 1.97),
-    Shape(3, 4, 6): (1.63, 2.08),
-    Shape(3, 4, 8): (1.64, 2.15),
+    DraftShape(1, 1, 2): (1.31, 1.47),
+    DraftShape(1, 3, 4): (1.45, 1.63),
+    DraftShape(2, 4, 4): (1.53, 1.84),
+    DraftShape(2, 4, 5): (1.58, 1.92),
+    DraftShape(2, 4, 6): (1.60, 1.97),
+    DraftShape(3, 4, 6): (1.63, 2.08),
+    DraftShape(3, 4, 8): (1.64, 2.15),
 }
 
 
@@ -62,11 +41,11 @@ SIZES = sorted({1, *(shape.nodes for shape in YOUNG_AND_LEARNT)})
 _NEAR = 0.95
 
 
-def brings(replayed: Replayed | None = None) -> dict[Shape, float]:
+def brings(replayed: ReplayedShape | None = None) -> dict[DraftShape, float]:
     """Accept lengths by shape of a drafter with this result in replay; of a young one without."""
     share = 0.0
     if replayed is not None:
-        shape = Shape(replayed.depth, replayed.topk, replayed.nodes)
+        shape = replayed.shape
         if shape in YOUNG_AND_LEARNT:
             young, learnt = YOUNG_AND_LEARNT[shape]
             share = max(0.0, (replayed.accept_length - young) / (learnt - young))
@@ -76,7 +55,7 @@ def brings(replayed: Replayed | None = None) -> dict[Shape, float]:
     }
 
 
-def best(rows: dict[int, float], replayed: Replayed | None = None) -> Shape:
+def best(rows: dict[int, float], replayed: ReplayedShape | None = None) -> DraftShape:
     """The shape that brings most tokens per second to one request alone.
 
     ``rows``: time of the target's step by its rows, in any unit, for all of ``SIZES``. With more
@@ -84,8 +63,8 @@ def best(rows: dict[int, float], replayed: Replayed | None = None) -> Shape:
     """
     lengths = brings(replayed)
 
-    def speed(shape: Shape) -> float:
-        drafts = _DRAFT_STEP * (shape.steps - 1) + _DRAFT_REST
+    def speed(shape: DraftShape) -> float:
+        drafts = _DRAFT_STEP * (shape.depth - 1) + _DRAFT_REST
         return lengths[shape] / (rows[shape.nodes] / rows[1] + drafts)
 
     fastest = max(map(speed, lengths))
@@ -115,7 +94,7 @@ def measured() -> dict[int, float]:
     return {size: 1000 * min(one[size] for one in rounds) for size in SIZES}
 
 
-def choose(replayed: Replayed | None = None) -> Shape:
+def choose(replayed: ReplayedShape | None = None) -> DraftShape:
     """The shape for this machine and a drafter; compiles the kernels first if need be."""
     native.library()
     return best(measured(), replayed)

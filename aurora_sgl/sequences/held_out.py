@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
+from aurora_sgl.sequences.splits import GATE_SHARE, split_key, split_of, why_not_judged
 from aurora_sgl.store import queries
-from aurora_sgl.training.splits import GATE_SHARE, split_key, split_of, why_not_judged
 
 REACH = 5000  # newest requests with a trace that a run knows of
 

@@ -9,7 +9,7 @@ import msgspec
 
 from aurora_sgl import wire
 from aurora_sgl.sidecar.files import replace_file
-from aurora_sgl.sidecar.spool import Position, Spool
+from aurora_sgl.sidecar.spool.log import Position, Spool
 
 #: Boots that are remembered; the oldest are forgotten first.
 MAX_BOOTS = 64

@@ -26,36 +26,21 @@ leaves it out of a server's records, so that both sides count the same steps.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.training.sequence import Sequence
+from aurora_sgl.evaluation.device import device_of, served_dtype
+from aurora_sgl.evaluation.settings import EvaluationSettings
+from aurora_sgl.intervals import accept_length
+from aurora_sgl.sequences.sequence import Sequence
 
 _ROOTS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class DraftShape:
-    """Depth, top-k and nodes (the root counted) of a draft; a chain has ``topk`` 1."""
-
-    depth: int
-    topk: int = 1
-    nodes: int = 0  # 0: depth + 1, a chain
-
-    def __post_init__(self) -> None:
-        if self.nodes == 0:
-            object.__setattr__(self, "nodes", self.depth + 1)
-        assert self.depth >= 1 and self.topk >= 1
-        assert self.topk > 1 or self.nodes == self.depth + 1, "a chain has depth + 1 nodes"
-        assert 2 <= self.nodes <= self.candidates + 1, "more nodes than candidates"
-
-    @property
-    def candidates(self) -> int:
-        return self.topk + (self.depth - 1) * self.topk**2
 
 
 @dataclass(frozen=True)
@@ -69,8 +54,8 @@ class Replayed:
 
     @property
     def accept_length(self) -> float:
-        """Mean of 1 + accepted over the steps; nan without a step."""
-        return 1 + self.accepted / self.verify_steps if self.verify_steps else float("nan")
+        """See :func:`aurora_sgl.intervals.accept_length`."""
+        return accept_length(self.accepted, self.verify_steps)
 
 
 @dataclass(frozen=True)
@@ -123,6 +108,25 @@ def replay_one(
             break
         steps, total, root = steps + 1, total + taken, root + taken + 1
     return Replayed(sequence.request_id, steps, total, sequence.domain)
+
+
+def replay_both(
+    base: Drafter,
+    candidate: Drafter,
+    sequences: Iterable[Sequence],
+    head: TargetHead,
+    settings: EvaluationSettings,
+) -> tuple[list[Replayed], list[Replayed]]:
+    """Both over the same requests, in the served dtype and draft shape."""
+    dtype = served_dtype(settings)
+    old, new = (copy.deepcopy(d).to(device_of(settings), dtype).eval() for d in (base, candidate))
+    head = head.to(device_of(settings))
+    before: list[Replayed] = []
+    after: list[Replayed] = []
+    for sequence in sequences:
+        before.append(replay_one(old, sequence, settings.shape, head))
+        after.append(replay_one(new, sequence, settings.shape, head))
+    return before, after
 
 
 @torch.inference_mode()

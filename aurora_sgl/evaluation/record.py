@@ -1,0 +1,147 @@
+"""A judgement of the gate in the store: one try, repeatable from what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from aurora_sgl import store
+from aurora_sgl.config import GateSettings
+from aurora_sgl.evaluation.gate import DOMAIN_LEVEL, judge
+from aurora_sgl.evaluation.replay import Replayed
+from aurora_sgl.evaluation.settings import EvaluationSettings
+from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.intervals import RESAMPLES, Difference, or_none
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import Evaluation
+
+
+def record(
+    engine: Engine,
+    before: Sequence[Replayed],
+    after: Sequence[Replayed],
+    *,
+    candidate_id: int,
+    baseline_id: int,
+    recipe: EvaluationSettings,
+    settings: GateSettings | None = None,
+    details: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, int] | None = None,
+) -> Evaluation:
+    """Judge a candidate and store it: one row over all domains, which is returned, and one for
+    each domain. The same requests again are the same try: its row is returned as it is.
+    ``left_out``: held-out requests that can't be judged, by reason.
+
+    The group is locked meanwhile, so that of two tries at once one is the next.
+    """
+    gate = settings or GateSettings()
+    with store.session(engine) as s:
+        candidate, baseline = (queries.version(s, i) for i in (candidate_id, baseline_id))
+        queries.lock_group(s, candidate.group_id)
+        told = _told(s, before, after, recipe, gate)
+        for known in queries.evaluations(s, candidate_id):
+            if (
+                known.baseline_id == baseline_id
+                and not known.domain
+                and known.details.get("replay_sha256") == told["replay_sha256"]
+            ):
+                return known
+        judged = judge(
+            before,
+            after,
+            attempt=1 + queries.attempts(s, baseline_id),
+            fewest=recipe.min_gate_requests,
+            seed=recipe.seed,
+            settings=gate,
+            left_out=left_out,
+        )
+        told |= {
+            "reason": judged.reason,
+            "judged": {"requests": judged.overall.requests, "left_out": dict(left_out or {})},
+            "candidate_sha256": candidate.weights_sha256,
+            "baseline_sha256": baseline.weights_sha256,
+            "by_domain": {
+                domain: {**asdict(found), "verdict": verdict}
+                for domain, (found, verdict) in judged.by_domain.items()
+            },
+            **(details or {}),
+        }
+        row = _add(s, candidate_id, baseline_id, "", judged.overall, judged.verdict, recipe,
+                   attempt=judged.attempt, alpha=judged.alpha, details=_clean(told))  # fmt: skip
+        for domain, (found, verdict) in judged.by_domain.items():
+            of = {"evaluation_id": row.id, "level": DOMAIN_LEVEL}
+            _add(s, candidate_id, baseline_id, domain, found, verdict, recipe, details=of)
+        return row
+
+
+def _add(
+    s: Session,
+    candidate_id: int,
+    baseline_id: int,
+    domain: str,
+    found: Difference,
+    verdict: str,
+    recipe: EvaluationSettings,
+    **columns: Any,
+) -> Evaluation:
+    return queries.add_evaluation(
+        s,
+        candidate_id=candidate_id,
+        baseline_id=baseline_id,
+        kind="replay",
+        domain=domain,
+        requests=found.requests,
+        verdict=verdict,
+        candidate_accept_length=or_none(found.candidate),
+        baseline_accept_length=or_none(found.baseline),
+        difference=or_none(found.difference),
+        ci_low=or_none(found.ci_low),
+        ci_high=or_none(found.ci_high),
+        depth=recipe.shape.depth,
+        topk=recipe.shape.topk,
+        nodes=recipe.shape.nodes,
+        **columns,
+    )
+
+
+def _told(
+    s: Session,
+    before: Sequence[Replayed],
+    after: Sequence[Replayed],
+    recipe: EvaluationSettings,
+    gate: GateSettings,
+) -> dict[str, Any]:
+    """What repeats the comparison: which requests, of which bytes, replayed how."""
+    rows = [
+        [a.request_id, a.domain, a.accepted, a.verify_steps, b.accepted, b.verify_steps]
+        for a, b in zip(before, after, strict=True)
+    ]
+    traces = (queries.trace(s, a.request_id) for a in before)
+    replayed = {
+        "requests": rows,  # id, domain, baseline's accepted and steps, candidate's
+        "traces_sha256": sha256_bytes(
+            ",".join(trace.sha256 if trace else "-" for trace in traces).encode()
+        ),
+        "shape": [recipe.shape.depth, recipe.shape.topk, recipe.shape.nodes],
+        "served_dtype": recipe.served_dtype,
+    }
+    return {
+        **replayed,
+        "replay_sha256": sha256_bytes(json.dumps(replayed).encode()),
+        "seed": recipe.seed,
+        "resamples": RESAMPLES,
+        "gate_share": recipe.gate_share,
+        "fewest": recipe.min_gate_requests,
+        "settings": gate.model_dump(mode="json"),
+    }
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _clean(inner) for key, inner in value.items()}
+    return or_none(value) if isinstance(value, float) else value

@@ -1,0 +1,1 @@
+"""The spool: what a server said, on disk until the store has it."""

@@ -1,0 +1,1 @@
+"""Swaps: a version's weights from the store to the server."""

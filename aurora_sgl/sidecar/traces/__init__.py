@@ -1,0 +1,1 @@
+"""Traces: what a request's verify steps knew, from the server's messages to files."""

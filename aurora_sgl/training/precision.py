@@ -1,0 +1,13 @@
+"""In which precision a run computes."""
+
+from __future__ import annotations
+
+import torch
+
+from aurora_sgl.machine import native_bfloat16
+from aurora_sgl.training.settings import TrainSettings
+
+
+def autocasts(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: where that is asked for and the device does it itself."""
+    return settings.autocast and (device.type != "cpu" or native_bfloat16())
