@@ -142,15 +142,19 @@ def _live(engine: Engine, settings: Settings) -> tuple[Path, int] | None:
         version_id = _live_id(s, settings)
         if version_id is None:
             return None
-        version = queries.version(s, version_id)
+        version = queries.versions.version(s, version_id)
         into = settings.home.resolve() / "drafters" / version.weights_sha256[:16]
         return fetch_verified(ArtifactRoot(settings.artifact_root), version, into), version.id
 
 
 def _live_id(s: Session, settings: Settings) -> int | None:
     """The version that the group's servers should run; None when nothing was promoted yet."""
-    known = {group.name: group.id for group in queries.groups(s)}
-    desired = queries.desired_version(s, known[settings.group]) if settings.group in known else None
+    known = {group.name: group.id for group in queries.groups.groups(s)}
+    desired = (
+        queries.aliases.desired_version(s, known[settings.group])
+        if settings.group in known
+        else None
+    )
     return None if desired is None else desired[0]
 
 
@@ -158,7 +162,7 @@ def _replayed(engine: Engine, settings: Settings) -> ReplayedShape | None:
     """What replay said of the group's live version; None when it was never judged."""
     with store.session(engine, write=False) as s:
         version_id = _live_id(s, settings)
-        for one in queries.evaluations(s, version_id) if version_id is not None else ():
+        for one in queries.evaluations.evaluations(s, version_id) if version_id is not None else ():
             if one.kind == "replay" and one.domain == "" and one.candidate_accept_length:
                 shape = DraftShape(one.depth or 1, one.topk or 1, one.nodes or 0)
                 return ReplayedShape(shape, one.candidate_accept_length)

@@ -92,9 +92,9 @@ def measure(url: str, made: Batch, size: int) -> dict[str, float | int | str]:
     engine = store.connect(url)
     store.upgrade(engine)
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "bench", "target", "", "LlamaForCausalLMEagle3")
+        group = queries.groups.ensure_group(s, "bench", "target", "", "LlamaForCausalLMEagle3")
         hello = wire.Hello(BOOT, 1, {"name": "bench"}, 0, 0, 0, {})
-        server_id = queries.register_server(s, group.id, hello).id
+        server_id = queries.servers.register_server(s, group.id, hello).id
     parts = list(batches(made, size))
     slowest = 0.0
     began = time.perf_counter()

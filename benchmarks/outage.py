@@ -171,11 +171,11 @@ def wait(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 def stored(engine: Engine, answer: Answer) -> int | None:
     """Rows of an answer's verify steps; ``None``: the store does not have its end yet."""
     with store.session(engine, write=False) as s:
-        rows = queries.requests_by_rid(s, answer.rid)
+        rows = queries.requests.requests_by_rid(s, answer.rid)
         if not rows or rows[0].status == "running":
             return None
         assert rows[0].verify_steps == answer.verify_steps, (rows[0].id, answer)
-        return len(queries.events(s, rows[0].id))
+        return len(queries.events.events(s, rows[0].id))
 
 
 def wait_for_rows(engine: Engine, answers: list[Answer]) -> float:
@@ -189,7 +189,7 @@ def wait_for_rows(engine: Engine, answers: list[Answer]) -> float:
 
 def run_that_goes_on(engine: Engine, group_id: int) -> int | None:
     with store.session(engine, write=False) as s:
-        last = queries.runs(s, group_id, limit=1)
+        last = queries.runs.runs(s, group_id, limit=1)
     if not last or last[0].status != "running":
         return None
     age = (utc_now() - last[0].started_at).total_seconds()
@@ -200,11 +200,11 @@ def went_on(engine: Engine, group_id: int, since: datetime) -> tuple[int, int] |
     """(runs that succeeded, promotions by the scheduler) since then, once there are both."""
     with store.session(engine, write=False) as s:
         runs = [
-            run for run in queries.runs(s, group_id, limit=50)
+            run for run in queries.runs.runs(s, group_id, limit=50)
             if run.status == "succeeded" and run.finished_at and run.finished_at > since
         ]  # fmt: skip
         live = [
-            row for row in queries.deployments(s, group_id, limit=50)
+            row for row in queries.deployments.deployments(s, group_id, limit=50)
             if row.actor == "scheduler" and row.action == "promote" and row.created_at > since
         ]  # fmt: skip
     return (len(runs), len(live)) if runs and live else None
@@ -243,8 +243,10 @@ def outage(url: str, database: Postgres, given: Any, home: Path) -> dict[str, An
     counts = [stored(engine, answer) or 0 for answer in traffic.answers]
     made = sum(answer.verify_steps for answer in traffic.answers)
     with store.session(engine, write=False) as s:
-        drops = queries.drops(s, group_id)
-        interrupted = next((r for r in queries.runs(s, group_id, limit=50) if r.id == run_id), None)
+        drops = queries.drops.drops(s, group_id)
+        interrupted = next(
+            (r for r in queries.runs.runs(s, group_id, limit=50) if r.id == run_id), None
+        )
     engine.dispose()
     dropped = sum(count for place, count in drops.items() if place != "trace")
     row = {
@@ -270,8 +272,8 @@ def outage(url: str, database: Postgres, given: Any, home: Path) -> dict[str, An
 
 def _group(engine: Engine) -> int | None:
     with store.session(engine, write=False) as s:
-        for group in queries.groups(s):
-            if any(row.live_version_id for row in queries.servers(s, group.id)):
+        for group in queries.groups.groups(s):
+            if any(row.live_version_id for row in queries.servers.servers(s, group.id)):
                 return int(group.id)
     return None
 

@@ -104,8 +104,8 @@ def first_live(engine: Engine) -> tuple[int, int, int]:
     """(group, server, live version) of the one server in a store, as soon as it is there."""
     while True:
         with store.session(engine, write=False) as s:
-            for group in queries.groups(s):
-                for row in queries.servers(s, group.id):
+            for group in queries.groups.groups(s):
+                for row in queries.servers.servers(s, group.id):
                     if row.live_version_id:
                         return group.id, row.id, row.live_version_id
         time.sleep(0.2)
@@ -118,7 +118,7 @@ def put_live(engine: Engine, server_id: int, version_id: int, *, force: bool = F
     end = time.monotonic() + PATIENCE
     while True:
         with store.session(engine, write=False) as s:
-            if queries.server(s, server_id).live_version_id == version_id:
+            if queries.servers.server(s, server_id).live_version_id == version_id:
                 return
         if time.monotonic() > end:
             raise SystemExit(f"version {version_id} did not go live in {PATIENCE:.0f} s")

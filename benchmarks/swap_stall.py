@@ -165,7 +165,7 @@ def _made(engine, server_id: int) -> tuple[list[tuple[float, float]], list[float
     ahead = time.time() - time.perf_counter()
     with store.session(engine, write=False) as s:
         times = [[at.timestamp() - ahead for at in one] for one in
-                 queries.step_times(s, server_id).values()]  # fmt: skip
+                 queries.events.step_moments(s, server_id).values()]  # fmt: skip
     gaps = [(b, b - a) for one in times for a, b in itertools.pairwise(one)]
     return gaps, [one[0] for one in times]
 
@@ -174,7 +174,7 @@ def _relative(engine, home: Path, group_id: int, version_id: int) -> int:
     """A version whose weights differ a little from another's."""
     artifacts = ArtifactRoot(str(home / "artifacts"))
     with store.session(engine, write=False) as s:
-        uri = queries.version(s, version_id).weights_uri
+        uri = queries.versions.version(s, version_id).weights_uri
     folder = home / "relative"
     shutil.copytree(artifacts.local_path(uri), folder)
     tensors = load_file(folder / "model.safetensors")

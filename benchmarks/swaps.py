@@ -123,7 +123,7 @@ def main() -> int:
             (a, b + PAUSE) for a, b in windows if not any(a - 1 <= t <= b + PAUSE for t in begins)
         ]
         with store.session(engine, write=False) as s:
-            lost = sum(queries.drops(s, group_id).values())
+            lost = sum(queries.drops.drops(s, group_id).values())
     stall = _compare(gaps, quiet)
     row = {
         "swaps": len(windows),

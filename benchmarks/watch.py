@@ -20,7 +20,7 @@ import numpy as np
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.rollout.live_traffic import Stratum, strata
 from aurora_sgl.rollout.watch import filled, judge
-from aurora_sgl.store.queries import Cluster
+from aurora_sgl.store.queries.request_counts import RequestCounts
 from benchmarks.gate import DEPTH, draw, replay
 from benchmarks.servers import report
 
@@ -37,20 +37,20 @@ WHEN = datetime(2026, 1, 1, tzinfo=UTC)
 
 def served(
     rng: np.random.Generator, requests: int, gain: float, first_id: int = 0
-) -> list[Cluster]:
+) -> list[RequestCounts]:
     """Each request has an id of its own, from ``first_id`` on: windows count requests by it."""
     traffic = draw(rng, requests)
     return [
-        Cluster(id, r.domain, DEPTH, 1, r.verify_steps, r.accepted, WHEN)
+        RequestCounts(id, r.domain, DEPTH, 1, r.verify_steps, r.accepted, WHEN)
         for id, r in enumerate(replay(rng, traffic, gain), first_id)
     ]
 
 
 def window(
     rng: np.random.Generator, before: dict[str, Stratum], rules: WatchSettings, gain: float
-) -> list[Cluster]:
+) -> list[RequestCounts]:
     """Requests until the window is full, as the watch cuts it."""
-    found: list[Cluster] = []
+    found: list[RequestCounts] = []
     while not filled(found, before, rules):
         found += served(rng, 1, gain, len(found))
     return found

@@ -104,8 +104,8 @@ def train(here: Group, *, reason: str) -> None:
     """Start a training run. Raises ``Refused`` when one goes on, or learning is switched off."""
     actor = operator().name
     with store.session(here.engine, write=False) as s:
-        held = queries.lease(s, f"train:{here.id}")
-        learning = queries.is_on(s, here.id, LEARNING)
+        held = queries.leases.lease(s, f"train:{here.id}")
+        learning = queries.switches.is_on(s, here.id, LEARNING)
     if not learning:
         raise Refused("learning is switched off in this group; switch it on first")
     if held is not None and held.expires_at > now():
@@ -120,6 +120,6 @@ def _write_down(
     here: Group, actor: str, action: str, subject: str, reason: str, after: Mapping[str, Any]
 ) -> None:
     with store.session(here.engine) as s:
-        queries.add_audit(
+        queries.audit.add_audit(
             s, here.id, actor=actor, action=action, subject=subject, reason=reason, after=after
         )

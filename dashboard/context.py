@@ -58,7 +58,7 @@ def find_groups() -> list[Group]:
     settings = get_settings()
     url = settings.store_url
     with store.session(engine_of(url), write=False) as s:
-        found = [Group(url, row.id, row.name) for row in queries.groups(s)]
+        found = [Group(url, row.id, row.name) for row in queries.groups.groups(s)]
     return sorted(found, key=lambda group: (group.name != settings.group, group.name))
 
 

@@ -15,7 +15,7 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.rollout import status
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
-from aurora_sgl.store.queries import explorer, speeds, trends
+from aurora_sgl.store.queries import explorer, trends
 from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
 
 from . import tokens
@@ -125,10 +125,10 @@ def tokens_kept(url: str, group_id: int, since: datetime, until: datetime) -> tu
         return trends.tokens_kept(s, group_id, since, until)
 
 
-def step_times(group: Group) -> list[speeds.StepTimes]:
+def step_times(group: Group) -> list[queries.step_times.StepTimes]:
     with store.session(group.engine, write=False) as s:
-        found = speeds.step_times(s, group.id)
-        return found or speeds.step_times(s, group.id, states=("stopped", "gone"))[:1]
+        found = queries.step_times.step_times(s, group.id)
+        return found or queries.step_times.step_times(s, group.id, states=("stopped", "gone"))[:1]
 
 
 def break_even(group: Group) -> float | None:
@@ -142,12 +142,12 @@ def look(group: Group) -> status.GroupStatus:
 
 def deployments(group: Group, limit: int | None = None) -> Sequence[Deployment]:
     with store.session(group.engine, write=False) as s:
-        return queries.deployments(s, group.id, limit=limit)
+        return queries.deployments.deployments(s, group.id, limit=limit)
 
 
 def runs(group: Group, limit: int | None = None) -> Sequence[TrainingRun]:
     with store.session(group.engine, write=False) as s:
-        return queries.runs(s, group.id, limit=limit)
+        return queries.runs.runs(s, group.id, limit=limit)
 
 
 def versions_of_runs(group: Group) -> dict[int, int]:
@@ -158,23 +158,23 @@ def versions_of_runs(group: Group) -> dict[int, int]:
 def servers(group: Group) -> dict[int, str]:
     """Names of all boots that ever were, by id, newest first."""
     with store.session(group.engine, write=False) as s:
-        every = queries.servers(s, group.id, states=("running", "stopped", "gone"))
+        every = queries.servers.servers(s, group.id, states=("running", "stopped", "gone"))
         return {row.id: row.name for row in every}
 
 
 def drops(group: Group) -> dict[str, int]:
     with store.session(group.engine, write=False) as s:
-        return queries.drops(s, group.id)
+        return queries.drops.drops(s, group.id)
 
 
 def aliases(group: Group) -> dict[str, int]:
     with store.session(group.engine, write=False) as s:
-        return queries.aliases(s, group.id)
+        return queries.aliases.aliases(s, group.id)
 
 
 def versions(group: Group) -> Sequence[DrafterVersion]:
     with store.session(group.engine, write=False) as s:
-        return queries.versions(s, group.id)
+        return queries.versions.versions(s, group.id)
 
 
 @st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)
@@ -191,7 +191,7 @@ def held_out(url: str, name: str) -> str:
 
 def evaluations(group: Group, version_id: int) -> Sequence[Evaluation]:
     with store.session(group.engine, write=False) as s:
-        return queries.evaluations(s, version_id)
+        return queries.evaluations.evaluations(s, version_id)
 
 
 def newest_evaluation(group: Group, version_id: int) -> Evaluation | None:
@@ -216,7 +216,7 @@ def deployments_of(group: Group, version_id: int) -> list[Deployment]:
 def evaluations_of(group: Group, version_ids: Sequence[int]) -> dict[int, Evaluation]:
     """The newest evaluation over all domains, by candidate."""
     with store.session(group.engine, write=False) as s:
-        return explorer.newest_evaluations(s, version_ids)
+        return queries.evaluations.newest_evaluations(s, version_ids)
 
 
 def find_requests(group: Group, **wanted: Any) -> list[explorer.FoundRequest]:
@@ -227,16 +227,16 @@ def find_requests(group: Group, **wanted: Any) -> list[explorer.FoundRequest]:
 def request(group: Group, request_id: int) -> tuple[Request | None, list[dict[str, Any]]]:
     """A request of this group and its verify steps, decoded."""
     with store.session(group.engine, write=False) as s:
-        found = queries.request(s, request_id)
-        if found is None or queries.server(s, found.server_id).group_id != group.id:
+        found = queries.requests.request(s, request_id)
+        if found is None or queries.servers.server(s, found.server_id).group_id != group.id:
             return None, []
-        return found, queries.events(s, request_id)
+        return found, queries.events.events(s, request_id)
 
 
 def target(group: Group) -> tuple[str, str]:
     """(model, revision) of the target."""
     with store.session(group.engine, write=False) as s:
-        row = queries.group(s, group.id)
+        row = queries.groups.group(s, group.id)
         return row.target_model, row.target_revision
 
 

@@ -42,7 +42,7 @@ class StepTold:
 
 
 def tell(events: Iterable[Mapping[str, Any]]) -> list[StepTold]:
-    """``events``: decoded rows of ``acceptance_event``, see ``queries.events``."""
+    """``events``: decoded rows of ``acceptance_event``, see ``queries.events.events``."""
     return [_step(event) for event in events]
 
 

@@ -25,12 +25,14 @@ class RolloutHouse:
     def __init__(self, engine: Engine, boot_id: int = samples.BOOT) -> None:
         self.engine, self.boot_id = engine, boot_id
         with store.session(engine) as s:
-            group = queries.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
+            group = queries.groups.ensure_group(
+                s, "default", "target", "", "LlamaForCausalLMEagle3"
+            )
             self.group_id = group.id
             self.a, self.b, self.c = (samples.add_version(s, group.id, x) for x in "abc")
-            server = queries.register_server(s, group.id, samples.hello(boot_id))
+            server = queries.servers.register_server(s, group.id, samples.hello(boot_id))
             self.server_id = server.id
-            queries.touch_server(
+            queries.servers.touch_server(
                 s, server.id, boot_version_id=self.a, live_version_id=self.a, phase="speculating",
                 speculation_share=1.0,
             )  # fmt: skip
@@ -41,7 +43,7 @@ class RolloutHouse:
     def follow(self, version_id: int) -> None:
         """The server says that it runs this version."""
         with store.session(self.engine) as s:
-            queries.touch_server(s, self.server_id, live_version_id=version_id)
+            queries.servers.touch_server(s, self.server_id, live_version_id=version_id)
 
     def say(self, **counters: float) -> None:
         """The engine's next Hello, with these counters."""

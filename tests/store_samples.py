@@ -158,7 +158,7 @@ def traffic(
 
 def add_version(s: Session, group_id: int, letter: str, **columns: Any) -> int:
     """A version whose hash is one letter 64 times; its id."""
-    version, _ = queries.add_version(
+    version, _ = queries.versions.add_version(
         s,
         **{
             "group_id": group_id,

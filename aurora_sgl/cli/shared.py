@@ -40,7 +40,7 @@ def open_group(name: str) -> tuple[Engine, DeploymentGroup]:
 
     engine = open_store()
     with store.session(engine, write=False) as s:
-        return engine, queries.group_by_name(s, name or get_settings().group)
+        return engine, queries.groups.group_by_name(s, name or get_settings().group)
 
 
 def version_id(engine: Engine, group: str, name: str) -> int:

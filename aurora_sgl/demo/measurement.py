@@ -48,12 +48,12 @@ def whole_drafts(
     for one in sample.sent:
         if one.error:
             continue
-        rows = queries.requests_by_rid(s, one.rid)
+        rows = queries.requests.requests_by_rid(s, one.rid)
         if not rows or rows[0].status != "finished":
             return None
         mine = [
             tally
-            for tally in queries.tallies(s, rows[0].id)
+            for tally in queries.request_counts.tallies(s, rows[0].id)
             if (tally.depth, tally.topk) == (shape.depth, shape.topk)
         ]
         if mine:

@@ -328,10 +328,10 @@ class _Demo:
 
     def _server_known(self) -> bool:
         with store.session(self.engine, write=False) as s:
-            for group in queries.groups(s):
+            for group in queries.groups.groups(s):
                 if group.name != self.settings.group:
                     continue
-                for row in queries.servers(s, group.id):
+                for row in queries.servers.servers(s, group.id):
                     if row.name.endswith(self.server.url.rpartition(":")[2]) and row.live_sha256:
                         self.group_id, self.server_id = group.id, row.id
                         return row.live_version_id is not None
@@ -339,8 +339,8 @@ class _Demo:
 
     def _converged(self) -> bool:
         with store.session(self.engine, write=False) as s:
-            desired = queries.desired_version(s, self.group_id)
-            row = queries.server(s, self.server_id)
+            desired = queries.aliases.desired_version(s, self.group_id)
+            row = queries.servers.server(s, self.server_id)
             return desired is not None and row.live_version_id == desired[0]
 
     async def _watch(self) -> None:
@@ -352,7 +352,7 @@ class _Demo:
         if not self.group_id:
             return
         with store.session(self.engine, write=False) as s:
-            row = queries.server(s, self.server_id)
+            row = queries.servers.server(s, self.server_id)
             reason = row.phase_reason
             self.screen.phase = f"{row.phase or 'starting'} - {reason}" if reason else row.phase
             self.screen.versions = [
@@ -360,14 +360,17 @@ class _Demo:
                 for version, served in self._versions(s)
             ]
 
-    def _versions(self, s: Any) -> list[tuple[Any, queries.AcceptLength | None]]:
+    def _versions(self, s: Any) -> list[tuple[Any, queries.accept_lengths.AcceptLength | None]]:
         """Every version of the group, and what it reached on the served requests."""
-        served = {one.version_id: one for one in queries.accept_length_by_version(s, self.group_id)}
-        return [(one, served.get(one.id)) for one in queries.versions(s, self.group_id)]
+        served = {
+            one.version_id: one
+            for one in queries.accept_lengths.accept_length_by_version(s, self.group_id)
+        }
+        return [(one, served.get(one.id)) for one in queries.versions.versions(s, self.group_id)]
 
     def _row(self, s: Any, version: Any, served: Any, live: bool) -> VersionRow:
         origin = version.source if version.parent_id is None else f"version {version.parent_id}"
-        evaluations = queries.evaluations(s, version.id)
+        evaluations = queries.evaluations.evaluations(s, version.id)
         row = VersionRow(version.id, origin, live=live)
         if evaluations:
             row.replayed = _number(evaluations[-1].candidate_accept_length)
@@ -389,12 +392,12 @@ class _Demo:
     def summary(self) -> dict[str, Any]:
         """What ``--json`` prints."""
         with store.session(self.engine, write=False) as s:
-            row = queries.server(s, self.server_id)
+            row = queries.servers.server(s, self.server_id)
             versions = [self._version(s, version, served) for version, served in self._versions(s)]
             live_version, live_sha256 = row.live_version_id, row.live_sha256
             phase, counters = row.phase, dict(row.counters or {})
-            events = queries.count_events(s, self.server_id)
-            dropped = sum(queries.drops(s, self.group_id).values())
+            events = queries.events.count_events(s, self.server_id)
+            dropped = sum(queries.drops.drops(s, self.group_id).values())
         paired = self.lengths["first"].difference(self.lengths["last"])
         speeds = {name: sample.tokens_per_second for name, sample in self.speeds.items()}
         return {
@@ -420,7 +423,7 @@ class _Demo:
         }
 
     def _version(self, s: Any, version: Any, served: Any) -> dict[str, Any]:
-        evaluations = queries.evaluations(s, version.id)
+        evaluations = queries.evaluations.evaluations(s, version.id)
         replayed = evaluations[-1].candidate_accept_length if evaluations else None
         measured = served.accept_length if served is not None else None
         return {

@@ -93,7 +93,7 @@ def load_version(
     from aurora_sgl.rollout.versions import fetch_verified
 
     with store.session(engine, write=False) as s:
-        version = queries.version(s, version_id)
+        version = queries.versions.version(s, version_id)
     into = get_settings().home.resolve() / "cache" / "versions" / version.weights_sha256[:16]
     fetch_verified(artifacts, version, into)
     problems = checkpoint.validate(into, target)
@@ -117,12 +117,12 @@ def replayable(
     when there are none, with what was left out."""
     gate_share = settings.gate_share if only_held_out else 0.0
 
-    def side(row: queries.RecentRequest) -> str:
+    def side(row: queries.requests.RecentRequest) -> str:
         return split_of(split_key(row), dev_share=0.0, gate_share=gate_share)
 
     with store.session(engine, write=False) as s:
-        donors = queries.recent_requests(s, group.id, limit=REACH)
-        rows = queries.recent_requests(s, group.id, domains=domains, limit=REACH)
+        donors = queries.requests.recent_requests(s, group.id, limit=REACH)
+        rows = queries.requests.recent_requests(s, group.id, domains=domains, limit=REACH)
     if only_held_out:
         rows = [row for row in rows if side(row) == "gate"]
     left_out = Counter(reason for row in rows if (reason := why_not_judged(row)))

@@ -41,10 +41,10 @@ def record(
     """
     gate = settings or GateSettings()
     with store.session(engine) as s:
-        candidate, baseline = (queries.version(s, i) for i in (candidate_id, baseline_id))
-        queries.lock_group(s, candidate.group_id)
+        candidate, baseline = (queries.versions.version(s, i) for i in (candidate_id, baseline_id))
+        queries.groups.lock_group(s, candidate.group_id)
         told = _told(s, before, after, recipe, gate)
-        for known in queries.evaluations(s, candidate_id):
+        for known in queries.evaluations.evaluations(s, candidate_id):
             if (
                 known.baseline_id == baseline_id
                 and not known.domain
@@ -54,7 +54,7 @@ def record(
         judged = judge(
             before,
             after,
-            attempt=1 + queries.attempts(s, baseline_id),
+            attempt=1 + queries.evaluations.attempts(s, baseline_id),
             fewest=recipe.min_gate_requests,
             seed=recipe.seed,
             settings=gate,
@@ -89,7 +89,7 @@ def _add(
     recipe: EvaluationSettings,
     **columns: Any,
 ) -> Evaluation:
-    return queries.add_evaluation(
+    return queries.evaluations.add_evaluation(
         s,
         candidate_id=candidate_id,
         baseline_id=baseline_id,
@@ -121,7 +121,7 @@ def _told(
         [a.request_id, a.domain, a.accepted, a.verify_steps, b.accepted, b.verify_steps]
         for a, b in zip(before, after, strict=True)
     ]
-    traces = (queries.trace(s, a.request_id) for a in before)
+    traces = (queries.traces.trace(s, a.request_id) for a in before)
     replayed = {
         "requests": rows,  # id, domain, baseline's accepted and steps, candidate's
         "traces_sha256": sha256_bytes(

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from scipy.special import stdtr
 
-from aurora_sgl.store.queries import Cluster, Step
+from aurora_sgl.store.queries.request_counts import RequestCounts
+from aurora_sgl.store.queries.steps import Step
 from aurora_sgl.store.rollup import batch_bucket
 
 #: Verify steps below which a stratum of the baseline says nothing.
@@ -50,16 +51,16 @@ class Stratum:
         return self.steps2 / self.steps**2
 
 
-def shape_of(served: Cluster | Step) -> str:
+def shape_of(served: RequestCounts | Step) -> str:
     """The draft shape: a server has one number of nodes for each depth and top-k."""
     return f"{served.depth}/{served.topk}"
 
 
-def key_of(cluster: Cluster) -> str:
+def key_of(cluster: RequestCounts) -> str:
     return f"{shape_of(cluster)}/{cluster.domain}"
 
 
-def strata(clusters: Iterable[Cluster]) -> dict[str, Stratum]:
+def strata(clusters: Iterable[RequestCounts]) -> dict[str, Stratum]:
     """Requests by draft shape and domain."""
     found: dict[str, Stratum] = {}
     for c in clusters:
@@ -104,7 +105,9 @@ def telling(baseline: Mapping[str, Stratum]) -> dict[str, Stratum]:
     return {key: s for key, s in baseline.items() if s.accepted and s.steps >= FEWEST_STEPS}
 
 
-def compare(clusters: Sequence[Cluster], baseline: Mapping[str, Stratum]) -> Comparison | None:
+def compare(
+    clusters: Sequence[RequestCounts], baseline: Mapping[str, Stratum]
+) -> Comparison | None:
     """``None`` when fewer than two requests have a counterpart in the baseline.
 
     On the scale of square roots (Anscombe, Biometrika 1948) requests differ about as much whether

@@ -44,14 +44,14 @@ def _set(
     if not actor.strip() or not reason.strip():
         raise AuroraError(f"to {action} a version needs an actor and a reason (--reason)")
     with store.session(engine) as s:
-        group = queries.lock_group(s, queries.version(s, version_id).group_id)
-        version = queries.version(s, version_id)
+        group = queries.groups.lock_group(s, queries.versions.version(s, version_id).group_id)
+        version = queries.versions.version(s, version_id)
         changed = version.pinned != pinned
         if pinned and version.pruned_at is not None:
             raise Refused(f"the weights of version {version_id} are gone; there is nothing to pin")
         if changed and not dry_run:
-            queries.set_pinned(s, version_id, pinned)
-            queries.add_audit(
+            queries.versions.set_pinned(s, version_id, pinned)
+            queries.audit.add_audit(
                 s,
                 group.id,
                 actor=actor,

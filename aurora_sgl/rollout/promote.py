@@ -67,19 +67,19 @@ def promote(
     """
     _require(actor, reason)
     with store.session(engine, write=False) as s:
-        group_id = queries.version(s, version_id).group_id
-        seen = queries.aliases(s, group_id).get("live", NONE_LIVE)
+        group_id = queries.versions.version(s, version_id).group_id
+        seen = queries.aliases.aliases(s, group_id).get("live", NONE_LIVE)
     with store.session(engine) as s:
-        group = queries.lock_group(s, group_id)
-        version = queries.version(s, version_id)
-        before = queries.aliases(s, group_id)
+        group = queries.groups.lock_group(s, group_id)
+        version = queries.versions.version(s, version_id)
+        before = queries.aliases.aliases(s, group_id)
         live = before.get("live")
         if live == version_id:
             return _unchanged("promote", group, version_id, before, dry_run)
         _expect(seen if expected_live is None else expected_live, live, "promote", version_id)
         _require_weights(version)
         _require_target(version, group)
-        if only_if_on and not queries.is_on(s, group_id, only_if_on):
+        if only_if_on and not queries.switches.is_on(s, group_id, only_if_on):
             raise Refused(f"{only_if_on} is switched off in group {group.name!r}")
         if not force:
             if evaluation_id is not None:
@@ -119,15 +119,15 @@ def rollback(
     """
     _require(actor, reason)
     with store.session(engine, write=False) as s:
-        group_id = queries.group_by_name(s, group).id
-        seen = queries.aliases(s, group_id).get("live", NONE_LIVE)
+        group_id = queries.groups.group_by_name(s, group).id
+        seen = queries.aliases.aliases(s, group_id).get("live", NONE_LIVE)
     with store.session(engine) as s:
-        row = queries.lock_group(s, group_id)
-        before = queries.aliases(s, group_id)
+        row = queries.groups.lock_group(s, group_id)
+        before = queries.aliases.aliases(s, group_id)
         live = before.get("live")
         if live is None:
             raise Refused(f"nothing is live in group {group!r}, so nothing can be rolled back")
-        last = queries.deployments(s, group_id, limit=1)[0]
+        last = queries.deployments.deployments(s, group_id, limit=1)[0]
         if last.action == "rollback" and last.previous_version_id == expected_live and (
             to is None or to == live
         ):  # fmt: skip
@@ -141,8 +141,8 @@ def rollback(
                 "there is nothing to roll back to, promote another version instead"
             )
         _expect(seen if expected_live is None else expected_live, live, "roll back to", target)
-        version = queries.version(s, target)
-        was = queries.promotion_of(s, group_id, target)
+        version = queries.versions.version(s, target)
+        was = queries.deployments.promotion_of(s, group_id, target)
         if version.group_id != group_id or was is None:
             raise Refused(f"version {target} was never live in group {group!r}; promote it")
         _require_weights(version)
@@ -158,10 +158,10 @@ def rollback(
 def set_candidate(engine: Engine, version_id: int | None, group_id: int) -> None:
     """Say which version is being looked at; ``None``: none is."""
     with store.session(engine) as s:
-        queries.lock_group(s, group_id)
-        if version_id is not None and queries.version(s, version_id).group_id != group_id:
+        queries.groups.lock_group(s, group_id)
+        if version_id is not None and queries.versions.version(s, version_id).group_id != group_id:
             raise AuroraError(f"version {version_id} belongs to another group")
-        queries.set_alias(s, group_id, "candidate", version_id)
+        queries.aliases.set_alias(s, group_id, "candidate", version_id)
 
 
 def _deploy(
@@ -183,25 +183,27 @@ def _deploy(
                       before, after)  # fmt: skip
     for name in before.keys() | after.keys():
         if before.get(name) != after.get(name):
-            queries.set_alias(s, group.id, name, after.get(name))
+            queries.aliases.set_alias(s, group.id, name, after.get(name))
     _end_what_ran(s, group.id, action, version_id, actor)
-    row = queries.add_deployment(
+    row = queries.deployments.add_deployment(
         s, group, action=action, version_id=version_id, previous_version_id=live,
         actor=actor.strip(), reason=reason.strip(), before=before, after=after,
         evidence=evidence or {}, evaluation_id=evaluation_id,
     )  # fmt: skip
     if action == "promote" and live is not None:
-        queries.start_watch(s, group.id, row.generation, version_id, live)
+        queries.watches.start_watch(s, group.id, row.generation, version_id, live)
     return Change(action, group.name, version_id, live, row.generation, True, False, before, after)
 
 
 def _end_what_ran(s: Session, group_id: int, action: str, version_id: int, actor: str) -> None:
     """A deployment ends the trial and the watch before it."""
     reason = f"{action} of version {version_id} by {actor.strip()}"
-    while (trial := queries.running_trial(s, group_id)) is not None:
-        queries.end_trial(s, trial, "stopped", verdict="", stopped_by=reason)
-    while (watch := queries.running_watch(s, group_id)) is not None:
-        queries.end_watch(s, watch, "failed" if actor.strip() == "watch" else "ended", reason)
+    while (trial := queries.trials.running_trial(s, group_id)) is not None:
+        queries.trials.end_trial(s, trial, "stopped", verdict="", stopped_by=reason)
+    while (watch := queries.watches.running_watch(s, group_id)) is not None:
+        queries.watches.end_watch(
+            s, watch, "failed" if actor.strip() == "watch" else "ended", reason
+        )
 
 
 def _unchanged(
@@ -248,7 +250,7 @@ def _require_target(version: DrafterVersion, group: DeploymentGroup) -> None:
 
 
 def _require_unmarked(s: Session, version_id: int) -> None:
-    live = [e for e in queries.evaluations(s, version_id) if e.kind == "live"]
+    live = [e for e in queries.evaluations.evaluations(s, version_id) if e.kind == "live"]
     if live and live[0].verdict == "fail":
         raise Refused(
             f"version {version_id} was rolled back by the watch on "
@@ -257,7 +259,7 @@ def _require_unmarked(s: Session, version_id: int) -> None:
 
 
 def _require_quiet(s: Session, group_id: int, version_id: int) -> None:
-    trial = queries.running_trial(s, group_id)
+    trial = queries.trials.running_trial(s, group_id)
     if trial is not None:
         raise Refused(
             f"refused to promote version {version_id}: trial {trial.id} of version "
@@ -268,13 +270,13 @@ def _require_quiet(s: Session, group_id: int, version_id: int) -> None:
 
 def _require_settled(s: Session, group_id: int, version_id: int) -> None:
     """One promotion at a time: the servers that can follow the last one have followed."""
-    last = queries.deployments(s, group_id, limit=1)
+    last = queries.deployments.deployments(s, group_id, limit=1)
     now = utc_now()
     if not last or not timedelta(0) <= now - last[0].created_at < timedelta(seconds=SETTLE_SECONDS):
         return
     behind = [
         server.name
-        for server in queries.servers(s, group_id)
+        for server in queries.servers.servers(s, group_id)
         if server.live_version_id not in (None, last[0].version_id)
         and not server.last_error
         and now - server.last_seen_at < timedelta(seconds=SILENT_SECONDS)
@@ -287,7 +289,7 @@ def _require_settled(s: Session, group_id: int, version_id: int) -> None:
 
 
 def _require_pass(s: Session, evaluation_id: int, version_id: int) -> None:
-    evaluation = queries.evaluation(s, evaluation_id)
+    evaluation = queries.evaluations.evaluation(s, evaluation_id)
     if evaluation.candidate_id != version_id:
         raise Refused(
             f"evaluation {evaluation_id} is of version {evaluation.candidate_id}, "

@@ -85,11 +85,11 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
     """The running servers of a group, by name: what each runs, and why not what it should."""
     now = utc_now()
     with store.session(engine, write=False) as s:
-        group_id = queries.group_by_name(s, group).id
-        wanted = queries.wanted_version(s, group_id)
-        sha256 = queries.version(s, wanted.version_id).weights_sha256 if wanted else ""
+        group_id = queries.groups.group_by_name(s, group).id
+        wanted = queries.aliases.wanted_version(s, group_id)
+        sha256 = queries.versions.version(s, wanted.version_id).weights_sha256 if wanted else ""
         found = []
-        for row in sorted(queries.servers(s, group_id), key=lambda row: row.name):
+        for row in sorted(queries.servers.servers(s, group_id), key=lambda row: row.name):
             want = wanted.version_id if wanted else None
             same_bytes = not row.live_sha256 or row.live_sha256 == sha256
             silent = now - row.last_seen_at > timedelta(seconds=SILENT_SECONDS)
@@ -111,7 +111,7 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
 def scheduler(engine: Engine, group: str) -> SchedulerStatus:
     """What the scheduler last said; not ``alive`` when there is none, or it went silent."""
     with store.session(engine, write=False) as s:
-        row = queries.scheduler_state(s, queries.group_by_name(s, group).id)
+        row = queries.scheduler_states.scheduler_state(s, queries.groups.group_by_name(s, group).id)
     if row is None:
         why = "no scheduler ever ran for this group; start one with: aurora-sgl scheduler"
         return SchedulerStatus(False, "", "", why, "", None, {}, None)
@@ -131,14 +131,14 @@ def held_out(engine: Engine, group: str) -> HeldOut:
     """
     share = SchedulerSettings().recipe.get("gate_share", GATE_SHARE)
     with store.session(engine, write=False) as s:
-        group_id = queries.group_by_name(s, group).id
+        group_id = queries.groups.group_by_name(s, group).id
         return held_out_counts(s, group_id, gate_share=float(share))
 
 
 def last_verdict(engine: Engine, group: str) -> LastVerdict | None:
     """``None``: the gate has looked at nothing yet."""
     with store.session(engine, write=False) as s:
-        row = queries.last_replay(s, queries.group_by_name(s, group).id)
+        row = queries.evaluations.last_replay(s, queries.groups.group_by_name(s, group).id)
     if row is None:
         return None
     return LastVerdict(row.candidate_id, row.verdict, str(row.details.get("reason", "")))
@@ -147,21 +147,21 @@ def last_verdict(engine: Engine, group: str) -> LastVerdict | None:
 def drifts(engine: Engine, group: str, *, limit: int = 50) -> Sequence[Drift]:
     """Falls of the live accept length that were detected, newest first."""
     with store.session(engine, write=False) as s:
-        return queries.drifts(s, queries.group_by_name(s, group).id, limit=limit)
+        return queries.drifts.drifts(s, queries.groups.group_by_name(s, group).id, limit=limit)
 
 
 def audit(engine: Engine, group: str, *, limit: int = 100) -> Sequence[Audit]:
     """Switches, pins and trials: who, when, why; newest first. Deployments have their own table."""
     with store.session(engine, write=False) as s:
-        return queries.audits(s, queries.group_by_name(s, group).id, limit=limit)
+        return queries.audit.audits(s, queries.groups.group_by_name(s, group).id, limit=limit)
 
 
 def look(engine: Engine, group: str) -> GroupStatus:
     """All of it at once."""
     with store.session(engine, write=False) as s:
-        row = queries.group_by_name(s, group)
-        names = queries.aliases(s, row.id)
-        wanted = queries.wanted_version(s, row.id)
+        row = queries.groups.group_by_name(s, group)
+        names = queries.aliases.aliases(s, row.id)
+        wanted = queries.aliases.wanted_version(s, row.id)
     return GroupStatus(
         group=group,
         generation=row.generation,

@@ -44,7 +44,10 @@ class SwitchChange:
 def read(engine: Engine, group: str) -> list[SwitchState]:
     """Every switch of a group, in the order of ``NAMES``."""
     with store.session(engine, write=False) as s:
-        rows = {row.name: row for row in queries.switches(s, queries.group_by_name(s, group).id)}
+        rows = {
+            row.name: row
+            for row in queries.switches.switches(s, queries.groups.group_by_name(s, group).id)
+        }
     return [
         SwitchState(name, row.enabled, row.actor, row.reason, row.updated_at)
         if (row := rows.get(name)) is not None
@@ -69,12 +72,14 @@ def turn(
     if not actor.strip() or not reason.strip():
         raise AuroraError(f"switching {name} needs an actor and a reason (--reason)")
     with store.session(engine) as s:
-        group_id = queries.lock_group(s, queries.group_by_name(s, group).id).id
-        before = queries.is_on(s, group_id, name)
+        group_id = queries.groups.lock_group(s, queries.groups.group_by_name(s, group).id).id
+        before = queries.switches.is_on(s, group_id, name)
         changed = before != on
         if changed and not dry_run:
-            queries.set_switch(s, group_id, name, on, actor=actor.strip(), reason=reason.strip())
-            queries.add_audit(
+            queries.switches.set_switch(
+                s, group_id, name, on, actor=actor.strip(), reason=reason.strip()
+            )
+            queries.audit.add_audit(
                 s,
                 group_id,
                 actor=actor,

@@ -2,7 +2,7 @@
 
 Replay can't measure throughput. A trial can: short windows, in pairs of random order, so that
 both versions see the same load, and a comparison by window. It is no deployment: servers follow
-the version of the open window (``queries.wanted_version``) and go back to the live one by
+the version of the open window (``queries.aliases.wanted_version``) and go back to the live one by
 themselves when nobody opens the next. :func:`tick` carries a trial on from the store alone.
 """
 
@@ -79,9 +79,9 @@ def start(
         raise AuroraError("a trial needs an actor and a reason (--reason)")
     chosen = settings or TrialSettings()
     with store.session(engine) as s:
-        candidate = queries.version(s, candidate_id)
-        group = queries.lock_group(s, candidate.group_id)
-        live = queries.aliases(s, group.id).get("live")
+        candidate = queries.versions.version(s, candidate_id)
+        group = queries.groups.lock_group(s, candidate.group_id)
+        live = queries.aliases.aliases(s, group.id).get("live")
         _require(s, group.id, candidate_id, live)
         if candidate.pruned_at is not None:
             raise Refused(f"the weights of version {candidate_id} were deleted")
@@ -89,10 +89,10 @@ def start(
         trial_id = None
         if not dry_run:
             told = {"settings": chosen.model_dump(mode="json"), "actor": actor, "reason": reason}
-            trial_id = queries.add_trial(
+            trial_id = queries.trials.add_trial(
                 s, group.id, baseline_id=live, candidate_id=candidate_id, seed=seed, details=told
             ).id
-            queries.add_audit(
+            queries.audit.add_audit(
                 s, group.id, actor=actor, action="trial_start",
                 subject=f"version {candidate_id}", reason=reason,
                 after={"trial": trial_id, "baseline": live, "settings": told["settings"]},
@@ -102,7 +102,10 @@ def start(
 
 
 def _require(s: Session, group_id: int, candidate_id: int, live: int | None) -> None:
-    running, watch = queries.running_trial(s, group_id), queries.running_watch(s, group_id)
+    running, watch = (
+        queries.trials.running_trial(s, group_id),
+        queries.watches.running_watch(s, group_id),
+    )
     if live is None:
         raise Refused("nothing is live in this group, so nothing can be tried against it")
     if live == candidate_id:
@@ -115,7 +118,7 @@ def _require(s: Session, group_id: int, candidate_id: int, live: int | None) -> 
         raise Refused(
             f"version {watch.version_id} is being watched since its promotion; wait until that ends"
         )
-    if not queries.servers(s, group_id):
+    if not queries.servers.servers(s, group_id):
         raise Refused("no server of this group is running, so there is no traffic to try it on")
 
 
@@ -126,21 +129,23 @@ def stop(
     if not actor.strip() or not reason.strip():
         raise AuroraError("stopping a trial needs an actor and a reason (--reason)")
     with store.session(engine) as s:
-        group_id = queries.lock_group(s, queries.group_by_name(s, group).id).id
-        trial = queries.running_trial(s, group_id)
+        group_id = queries.groups.lock_group(s, queries.groups.group_by_name(s, group).id).id
+        trial = queries.trials.running_trial(s, group_id)
         if trial is None:
             return None
         if not dry_run:
-            queries.end_trial(s, trial, "stopped", verdict="", stopped_by=f"{actor}: {reason}")
-            queries.add_audit(s, group_id, actor=actor, action="trial_stop",
+            queries.trials.end_trial(
+                s, trial, "stopped", verdict="", stopped_by=f"{actor}: {reason}"
+            )
+            queries.audit.add_audit(s, group_id, actor=actor, action="trial_stop",
                               subject=f"trial {trial.id}", reason=reason)  # fmt: skip
-        return TrialStatus(trial, queries.trial_windows(s, trial.id))
+        return TrialStatus(trial, queries.trials.trial_windows(s, trial.id))
 
 
 def status(engine: Engine, group: str) -> TrialStatus | None:
     """The newest trial of a group, running or not; ``None``: there was none."""
     with store.session(engine, write=False) as s:
-        found = queries.trials(s, queries.group_by_name(s, group).id, limit=1)
+        found = queries.trials.trials(s, queries.groups.group_by_name(s, group).id, limit=1)
         return _status(s, found[0]) if found else None
 
 
@@ -152,11 +157,11 @@ def tick(engine: Engine, group_id: int, *, now: datetime | None = None) -> Trial
     """
     moment = now or utc_now()
     with store.session(engine) as s:
-        trial = queries.running_trial(s, group_id)
+        trial = queries.trials.running_trial(s, group_id)
         if trial is None:
             return None
         rules = TrialSettings.model_validate(trial.details["settings"])
-        windows = list(queries.trial_windows(s, trial.id))
+        windows = list(queries.trials.trial_windows(s, trial.id))
         last = windows[-1] if windows else None
         if last is not None and last.finished_at is None:
             begun = min(last.started_at, moment)  # the clock may have gone back
@@ -169,7 +174,7 @@ def tick(engine: Engine, group_id: int, *, now: datetime | None = None) -> Trial
             order = _order(trial.seed, rules.pairs)
             version = (trial.baseline_id, trial.candidate_id)[order[len(windows)]]
             ends = moment + timedelta(seconds=rules.window_seconds + GRACE_SECONDS)
-            queries.add_trial_window(s, trial.id, len(windows) + 1, version, moment, ends)
+            queries.trials.add_trial_window(s, trial.id, len(windows) + 1, version, moment, ends)
             return _status(s, trial)
         assert last is not None and last.finished_at is not None
         if (moment - last.finished_at).total_seconds() < GRACE_SECONDS / 2:
@@ -181,9 +186,9 @@ def tick(engine: Engine, group_id: int, *, now: datetime | None = None) -> Trial
 
 
 def _status(s: Session, trial: Trial) -> TrialStatus:
-    known = queries.evaluations(s, trial.candidate_id)
+    known = queries.evaluations.evaluations(s, trial.candidate_id)
     mine = [e for e in known if e.kind == "trial" and e.details.get("trial_id") == trial.id]
-    return TrialStatus(trial, queries.trial_windows(s, trial.id), mine[0] if mine else None)
+    return TrialStatus(trial, queries.trials.trial_windows(s, trial.id), mine[0] if mine else None)
 
 
 def _order(seed: int, pairs: int) -> list[int]:
@@ -196,7 +201,9 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
     """Sums over steps with drafts of the window's version, of requests prefilled under it."""
     assert window.finished_at is not None
     begin = window.started_at + timedelta(seconds=rules.warm_seconds)
-    steps = queries.steps_between(s, trial.group_id, window.version_id, begin, window.finished_at)
+    steps = queries.steps.steps_between(
+        s, trial.group_id, window.version_id, begin, window.finished_at
+    )
     pace = paces(steps).values()
     seconds = sum(each.seconds for each in pace)
     counted = (window.finished_at - begin).total_seconds()
@@ -236,8 +243,8 @@ def _finish(
         rules.level,
     )
     verdict, reason = _verdict(whole, lengths, speed, rules)
-    queries.end_trial(s, trial, "finished", verdict=verdict, why=reason)
-    return queries.add_evaluation(
+    queries.trials.end_trial(s, trial, "finished", verdict=verdict, why=reason)
+    return queries.evaluations.add_evaluation(
         s,
         candidate_id=trial.candidate_id,
         baseline_id=trial.baseline_id,

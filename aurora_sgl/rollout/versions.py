@@ -27,7 +27,9 @@ class VersionLine:
 
     version: DrafterVersion
     aliases: tuple[str, ...]
-    served: queries.AcceptLength | None  # over all draft shapes; None: has not served yet
+    served: (
+        queries.accept_lengths.AcceptLength | None
+    )  # over all draft shapes; None: has not served yet
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ def import_version(
                 f"{path} is a {config.architecture}, group {owner.name!r} runs "
                 f"{owner.draft_architecture}"
             )
-        if parent_id is not None and queries.version(s, parent_id).group_id != owner.id:
+        if parent_id is not None and queries.versions.version(s, parent_id).group_id != owner.id:
             raise AuroraError(f"parent version {parent_id} belongs to another group")
-        known = queries.version_by_sha256(s, owner.id, weights_sha256)
+        known = queries.versions.version_by_sha256(s, owner.id, weights_sha256)
     if known is None or known.pruned_at is not None or not artifacts.exists(uri):
         artifacts.put_folder(path, uri)
     with store.session(engine) as s:
-        version, _ = queries.add_version(
+        version, _ = queries.versions.add_version(
             s,
             group_id=owner.id,
             parent_id=parent_id,
@@ -103,7 +105,7 @@ def import_version(
             metrics=metrics,
         )
         if version.pruned_at is not None:
-            queries.set_restored(s, version.id)
+            queries.versions.set_restored(s, version.id)
     return version
 
 
@@ -119,7 +121,7 @@ def export_version(
     if into.exists() and (not into.is_dir() or any(into.iterdir())) and not force:
         raise AuroraError(f"{into} is not empty; choose another folder or add --force")
     with store.session(engine, write=False) as s:
-        version = queries.version(s, version_id)
+        version = queries.versions.version(s, version_id)
     beside = into.with_name(f".{into.name}.export")
     fetch_verified(artifacts, version, beside)
     swap_folders(beside, into)
@@ -152,29 +154,33 @@ def fetch_verified(artifacts: ArtifactRoot, version: DrafterVersion, into: Path)
 def list_versions(engine: Engine, group: str) -> list[VersionLine]:
     """Oldest first."""
     with store.session(engine, write=False) as s:
-        group_id = queries.group_by_name(s, group).id
-        names = queries.aliases(s, group_id)
-        served = {row.version_id: row for row in queries.accept_length_by_version(s, group_id)}
-        return [_line(v, names, served) for v in queries.versions(s, group_id)]
+        group_id = queries.groups.group_by_name(s, group).id
+        names = queries.aliases.aliases(s, group_id)
+        served = {
+            row.version_id: row
+            for row in queries.accept_lengths.accept_length_by_version(s, group_id)
+        }
+        return [_line(v, names, served) for v in queries.versions.versions(s, group_id)]
 
 
 def show_version(engine: Engine, artifacts: ArtifactRoot, version_id: int) -> VersionDetails:
     """Raises ``AuroraError`` for an unknown version."""
     with store.session(engine, write=False) as s:
-        version = queries.version(s, version_id)
+        version = queries.versions.version(s, version_id)
         served = {
-            row.version_id: row for row in queries.accept_length_by_version(s, version.group_id)
+            row.version_id: row
+            for row in queries.accept_lengths.accept_length_by_version(s, version.group_id)
         }
         lineage: list[int] = []
         parent = version.parent_id
         while parent is not None and parent not in lineage:
             lineage.append(parent)
-            parent = queries.version(s, parent).parent_id
-        history = queries.deployments(s, version.group_id)
+            parent = queries.versions.version(s, parent).parent_id
+        history = queries.deployments.deployments(s, version.group_id)
         return VersionDetails(
-            line=_line(version, queries.aliases(s, version.group_id), served),
+            line=_line(version, queries.aliases.aliases(s, version.group_id), served),
             lineage=lineage,
-            evaluations=list(queries.evaluations(s, version_id)),
+            evaluations=list(queries.evaluations.evaluations(s, version_id)),
             deployments=[
                 row for row in history if version_id in (row.version_id, row.previous_version_id)
             ],
@@ -186,14 +192,14 @@ def resolve_version(engine: Engine, group: str, name: str) -> int:
     """A version id from what a person types: an id, an alias, or the start of a hash (at least
     six characters). Raises ``AuroraError`` when nothing fits."""
     with store.session(engine, write=False) as s:
-        group_id = queries.group_by_name(s, group).id
-        names = queries.aliases(s, group_id)
+        group_id = queries.groups.group_by_name(s, group).id
+        names = queries.aliases.aliases(s, group_id)
         if name in names:
             return names[name]
         if name.isdecimal() and len(name) < 12:
-            return queries.version(s, int(name)).id
+            return queries.versions.version(s, int(name)).id
         if len(name) >= 6:
-            found = queries.version_by_sha256(s, group_id, name.lower())
+            found = queries.versions.version_by_sha256(s, group_id, name.lower())
             if found is not None:
                 return found.id
     raise AuroraError(f"no version {name!r} in group {group!r}; see: aurora-sgl versions list")
@@ -201,14 +207,14 @@ def resolve_version(engine: Engine, group: str, name: str) -> int:
 
 def _group(s: Session, group: DeploymentGroup | int | str) -> DeploymentGroup:
     if isinstance(group, str):
-        return queries.group_by_name(s, group)
-    return queries.group(s, group if isinstance(group, int) else group.id)
+        return queries.groups.group_by_name(s, group)
+    return queries.groups.group(s, group if isinstance(group, int) else group.id)
 
 
 def _line(
     version: DrafterVersion,
     names: Mapping[str, int],
-    served: Mapping[int, queries.AcceptLength],
+    served: Mapping[int, queries.accept_lengths.AcceptLength],
 ) -> VersionLine:
     here: Sequence[str] = [name for name, target in names.items() if target == version.id]
     return VersionLine(version, tuple(sorted(here)), served.get(version.id))

@@ -36,7 +36,7 @@ from aurora_sgl.rollout.live_traffic import (
 from aurora_sgl.rollout.promote import rollback
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Watch, WatchWindow
-from aurora_sgl.store.queries import Cluster
+from aurora_sgl.store.queries.request_counts import RequestCounts
 
 #: One-sided tails: worse beyond doubt (alone enough), and worse as far as one window tells.
 DOUBTLESS, TELLING = 0.001, 0.05
@@ -75,8 +75,10 @@ class Verdict:
 def status(engine: Engine, group: str) -> WatchStatus | None:
     """The newest watch of a group, running or not; ``None``: there was none."""
     with store.session(engine, write=False) as s:
-        found = queries.watches(s, queries.group_by_name(s, group).id, limit=1)
-        return WatchStatus(found[0], queries.watch_windows(s, found[0].id)) if found else None
+        found = queries.watches.watches(s, queries.groups.group_by_name(s, group).id, limit=1)
+        return (
+            WatchStatus(found[0], queries.watches.watch_windows(s, found[0].id)) if found else None
+        )
 
 
 def tick(
@@ -92,19 +94,19 @@ def tick(
     """
     moment = now or utc_now()
     with store.session(engine) as s:
-        watch = queries.running_watch(s, group_id, lock=True)
+        watch = queries.watches.running_watch(s, group_id, lock=True)
         if watch is None:
             return None
-        if queries.aliases(s, group_id).get("live") != watch.version_id:
-            queries.end_watch(s, watch, "ended", "another version went live")
-            return WatchStatus(watch, queries.watch_windows(s, watch.id))
+        if queries.aliases.aliases(s, group_id).get("live") != watch.version_id:
+            queries.watches.end_watch(s, watch, "ended", "another version went live")
+            return WatchStatus(watch, queries.watches.watch_windows(s, watch.id))
         if not watch.settings:
             chosen = settings or WatchSettings()
             watch.settings = chosen.model_dump(mode="json")
             watch.baseline = _baseline(s, watch, chosen)
             s.flush()
         rules = WatchSettings.model_validate(watch.settings)
-        windows = list(queries.watch_windows(s, watch.id))
+        windows = list(queries.watches.watch_windows(s, watch.id))
         while _outcome(windows, rules) is None:
             row = _next_window(s, watch, windows, rules, moment)
             if row is None:
@@ -114,7 +116,9 @@ def tick(
     return _conclude(engine, watch, windows, rules)
 
 
-def filled(clusters: Sequence[Cluster], baseline: dict[str, Stratum], rules: WatchSettings) -> int:
+def filled(
+    clusters: Sequence[RequestCounts], baseline: dict[str, Stratum], rules: WatchSettings
+) -> int:
     """How many of the clusters fill a window; 0: it goes on. Requests of a kind that was not served
     before tell nothing and do not count, unless there are ``PATIENCE`` times as many of them."""
     known = telling(baseline)
@@ -137,7 +141,7 @@ def filled(clusters: Sequence[Cluster], baseline: dict[str, Stratum], rules: Wat
 
 
 def judge(
-    clusters: Sequence[Cluster], baseline: dict[str, Stratum], rules: WatchSettings
+    clusters: Sequence[RequestCounts], baseline: dict[str, Stratum], rules: WatchSettings
 ) -> tuple[Verdict, Comparison | None]:
     """Accept length of a window's requests against the baseline on the same mix."""
     found = compare(clusters, baseline)
@@ -163,11 +167,11 @@ def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
         return {"strata": {}, "paces": {}}
     until = watch.started_at
     since = until - timedelta(hours=rules.look_back_hours)
-    found = queries.clusters(
+    found = queries.request_counts.request_counts(
         s, watch.group_id, watch.baseline_id,
         since=since, until=until, limit=BASELINE_REQUESTS, newest=True,
     )  # fmt: skip
-    steps = queries.steps_of_requests(s, [c.request_id for c in found], watch.baseline_id)
+    steps = queries.steps.steps_of_requests(s, [c.request_id for c in found], watch.baseline_id)
     live = Counter(key_of(c) for c in found)
     evaluation_id, replayed = _replayed(s, watch)
     seen = {c.request_id for c in found}
@@ -183,13 +187,15 @@ def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
     }
 
 
-def _replayed(s: Session, watch: Watch) -> tuple[int | None, list[Cluster]]:
+def _replayed(s: Session, watch: Watch) -> tuple[int | None, list[RequestCounts]]:
     """The newest gate evaluation that the version before took part in, and its requests there."""
     assert watch.baseline_id is not None
-    ways = [(e, 4) for e in queries.evaluations(s, watch.baseline_id)]  # it was the candidate
+    ways = [
+        (e, 4) for e in queries.evaluations.evaluations(s, watch.baseline_id)
+    ]  # it was the candidate
     ways += [
         (e, 2)
-        for e in queries.evaluations(s, watch.version_id)
+        for e in queries.evaluations.evaluations(s, watch.version_id)
         if e.baseline_id == watch.baseline_id
     ]
     ways = [
@@ -201,7 +207,7 @@ def _replayed(s: Session, watch: Watch) -> tuple[int | None, list[Cluster]]:
         return None, []
     newest, at = max(ways, key=lambda way: way[0].id)
     return newest.id, [
-        Cluster(row[0], row[1], newest.depth or 0, newest.topk or 0, row[at + 1], row[at],
+        RequestCounts(row[0], row[1], newest.depth or 0, newest.topk or 0, row[at + 1], row[at],
                 newest.created_at)
         for row in newest.details["requests"]
         if row[at + 1]
@@ -217,14 +223,16 @@ def _next_window(
 ) -> WatchWindow | None:
     """The row of the next window, or ``None`` while it goes on."""
     begun = _begin(s, watch, windows, now)
-    clusters = queries.clusters(s, watch.group_id, watch.version_id, since=begun)
+    clusters = queries.request_counts.request_counts(
+        s, watch.group_id, watch.version_id, since=begun
+    )
     if count := filled(clusters, _known(watch), rules):
         end = clusters[count - 1].finished_at + timedelta(microseconds=1)
         return _close(s, watch, windows, begun, end, clusters[:count], rules)
-    servers = queries.servers(s, watch.group_id)
+    servers = queries.servers.servers(s, watch.group_id)
     if servers and all(server.phase == "off" for server in servers):
         return None  # nothing speculates, nothing can be told
-    first = queries.first_finished(s, watch.group_id, begun)
+    first = queries.requests.first_finished(s, watch.group_id, begun)
     if first is None:
         silent = now - timedelta(seconds=SILENT_SECONDS)
         gone = not servers or all(server.last_seen_at < silent for server in servers)
@@ -262,14 +270,14 @@ def _close(
     windows: Sequence[WatchWindow],
     begun: datetime,
     end: datetime,
-    clusters: Sequence[Cluster],
+    clusters: Sequence[RequestCounts],
     rules: WatchSettings,
 ) -> WatchWindow:
     if len(clusters) < 2:
         reason = f"requests were served, {len(clusters)} with drafts of version {watch.version_id}"
         return _write(s, watch, windows, begun, end, clusters, Verdict("empty", reason))
     verdict, compared = judge(clusters, _known(watch), rules)
-    steps = queries.steps_of_requests(s, [c.request_id for c in clusters], watch.version_id)
+    steps = queries.steps.steps_of_requests(s, [c.request_id for c in clusters], watch.version_id)
     before = {key: Pace(*pace) for key, pace in watch.baseline["paces"].items()}
     gain = compared.accept_length / compared.expected if compared else 1.0
     speed = speeds(paces(steps), before, gain)
@@ -285,7 +293,7 @@ def _write(
     windows: Sequence[WatchWindow],
     begun: datetime,
     end: datetime,
-    clusters: Sequence[Cluster],
+    clusters: Sequence[RequestCounts],
     verdict: Verdict,
     compared: Comparison | None = None,
     speed: tuple[float, float] | None = None,
@@ -293,7 +301,7 @@ def _write(
     steps = sum(c.verify_steps for c in clusters)
     accepted = sum(c.accepted for c in clusters)
     alone = or_none(accept_length(accepted, steps))  # beside nothing that it could be set against
-    return queries.add_watch_window(
+    return queries.watches.add_watch_window(
         s,
         watch_id=watch.id,
         number=len(windows) + 1,
@@ -326,7 +334,7 @@ def _conclude(
     outcome = _outcome(windows, rules)
     last = windows[-1].reason
     with store.session(engine) as s:
-        name = queries.group(s, watch.group_id).name
+        name = queries.groups.group(s, watch.group_id).name
         _mark(s, watch, windows, "pass" if outcome == "passed" else "fail")
     reason = f"{len(windows)} windows, the last: {last}"
     if outcome == "failed":
@@ -347,15 +355,15 @@ def _conclude(
             reason = f"{last}; the rollback failed: {error}"
         log.warning("watch over version %d: %s", watch.version_id, reason)
     with store.session(engine) as s:
-        found = queries.watches(s, watch.group_id)
+        found = queries.watches.watches(s, watch.group_id)
         row = next(each for each in found if each.id == watch.id)
-        queries.end_watch(s, row, str(outcome), reason)
-        return WatchStatus(row, queries.watch_windows(s, row.id))
+        queries.watches.end_watch(s, row, str(outcome), reason)
+        return WatchStatus(row, queries.watches.watch_windows(s, row.id))
 
 
 def _mark(s: Session, watch: Watch, windows: Sequence[WatchWindow], verdict: str) -> None:
     """The version's evaluation by live traffic; once a watch."""
-    known = queries.evaluations(s, watch.version_id)
+    known = queries.evaluations.evaluations(s, watch.version_id)
     if any(e.kind == "live" and e.details.get("watch_id") == watch.id for e in known):
         return
     weighed = [w for w in windows if w.expected_accept_length and w.accept_length]
@@ -365,7 +373,7 @@ def _mark(s: Session, watch: Watch, windows: Sequence[WatchWindow], verdict: str
         return sum(w.verify_steps * getattr(w, name) for w in weighed) / total if total else None
 
     length, expected = mean("accept_length"), mean("expected_accept_length")
-    queries.add_evaluation(
+    queries.evaluations.add_evaluation(
         s,
         candidate_id=watch.version_id,
         baseline_id=watch.baseline_id,

@@ -40,18 +40,18 @@ def pending(engine: Engine, group_id: int, *, with_trial: bool) -> Evaluation | 
     newest one's. With trials, only of one that no trial has turned down. A version that somebody
     trained by hand is left to them."""
     with store.session(engine, write=False) as s:
-        live = queries.aliases(s, group_id).get("live")
+        live = queries.aliases.aliases(s, group_id).get("live")
         if live is None:
             return None
-        for passed in queries.passed_against(s, group_id, live, TRIGGERS):
+        for passed in queries.evaluations.passed_against(s, group_id, live, TRIGGERS):
             judged = (
                 each.id
-                for each in queries.evaluations(s, passed.candidate_id)
+                for each in queries.evaluations.evaluations(s, passed.candidate_id)
                 if (each.kind, each.domain, each.baseline_id) == ("replay", "", live)
             )
             if next(judged) != passed.id:
                 continue  # judged again, and otherwise
-            tried = queries.trials_of(s, passed.candidate_id, live)
+            tried = queries.trials.trials_of(s, passed.candidate_id, live)
             if not with_trial or all(t.status == "running" or t.verdict == "pass" for t in tried):
                 return passed
     return None
@@ -69,13 +69,13 @@ def carry_on(
     """The next step of a version that passed the gate, if it may be taken now."""
     number, baseline = found.candidate_id, found.baseline_id
     with store.session(engine, write=False) as s:
-        aliases = queries.aliases(s, group_id)
-        automatic = queries.is_on(s, group_id, AUTO_PROMOTE)
-        running_trial = queries.running_trial(s, group_id)
-        watch = queries.running_watch(s, group_id)
-        tried = queries.trials_of(s, number, int(baseline or 0))
+        aliases = queries.aliases.aliases(s, group_id)
+        automatic = queries.switches.is_on(s, group_id, AUTO_PROMOTE)
+        running_trial = queries.trials.running_trial(s, group_id)
+        watch = queries.watches.running_watch(s, group_id)
+        tried = queries.trials.trials_of(s, number, int(baseline or 0))
         by_trial = next((t for t in tried if t.verdict == "pass"), None)
-        run = queries.version(s, number).training_run_id
+        run = queries.versions.version(s, number).training_run_id
     if aliases.get("candidate") != number:
         set_candidate(engine, number, group_id)
     if not automatic:

@@ -19,7 +19,7 @@ from typing import Any
 
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store.models import Drift
-from aurora_sgl.store.queries import Cluster
+from aurora_sgl.store.queries.request_counts import RequestCounts
 
 #: Requests of one domain before anything is said of it: they give the standard deviation.
 WARM_UP = 30
@@ -50,7 +50,7 @@ class _Stream:
 
     detector: Any = None
     deviation: float = 0.0
-    requests: deque[Cluster] = field(default_factory=lambda: deque(maxlen=MEMORY))
+    requests: deque[RequestCounts] = field(default_factory=lambda: deque(maxlen=MEMORY))
 
 
 def was_told(fall: Fall, stored: Iterable[Drift]) -> bool:
@@ -75,11 +75,11 @@ class DriftDetector:
         self._threshold, self._slack = threshold, slack
         self._streams: dict[tuple[str, int, int], _Stream] = {}
 
-    def feed(self, requests: Iterable[Cluster]) -> list[Fall]:
+    def feed(self, requests: Iterable[RequestCounts]) -> list[Fall]:
         """The next requests in the order in which they finished; the falls seen in them."""
         return [fall for request in requests if (fall := self._take(request)) is not None]
 
-    def _take(self, request: Cluster) -> Fall | None:
+    def _take(self, request: RequestCounts) -> Fall | None:
         key = (request.domain, request.depth, request.topk)
         stream = self._streams.setdefault(key, _Stream())
         stream.requests.append(request)
@@ -131,7 +131,7 @@ class DriftDetector:
         for value in values:
             stream.detector.update(value / stream.deviation)
 
-    def _change_point(self, requests: Sequence[Cluster], deviation: float) -> int:
+    def _change_point(self, requests: Sequence[RequestCounts], deviation: float) -> int:
         """Where the fall begins: behind the peak of the sum that the test watches."""
         values = [_value(each) for each in requests]
         level, total, peak, at = mean(values), 0.0, 0.0, 1
@@ -142,9 +142,9 @@ class DriftDetector:
         return at
 
 
-def _value(request: Cluster) -> float:
+def _value(request: RequestCounts) -> float:
     return request.accepted / request.verify_steps
 
 
-def _accept_length(requests: Sequence[Cluster]) -> float:
+def _accept_length(requests: Sequence[RequestCounts]) -> float:
     return AcceptCounts.of(requests).accept_length

@@ -33,14 +33,17 @@ class Pulse:
 
 
 def pulse(s: Session, group_id: int) -> Pulse:
-    last = queries.deployments(s, group_id, limit=1)
-    watch, trial = queries.running_watch(s, group_id), queries.running_trial(s, group_id)
+    last = queries.deployments.deployments(s, group_id, limit=1)
+    watch, trial = (
+        queries.watches.running_watch(s, group_id),
+        queries.trials.running_trial(s, group_id),
+    )
     return Pulse(
-        learning=queries.is_on(s, group_id, LEARNING),
-        auto_promote=queries.is_on(s, group_id, AUTO_PROMOTE),
-        live_id=queries.aliases(s, group_id).get("live"),
+        learning=queries.switches.is_on(s, group_id, LEARNING),
+        auto_promote=queries.switches.is_on(s, group_id, AUTO_PROMOTE),
+        live_id=queries.aliases.aliases(s, group_id).get("live"),
         live_since=last[0].created_at if last else None,
-        servers=queries.servers(s, group_id),
+        servers=queries.servers.servers(s, group_id),
         watched=watch.version_id if watch else None,
         trial_id=trial.id if trial else None,
     )
@@ -48,21 +51,21 @@ def pulse(s: Session, group_id: int) -> Pulse:
 
 def facts(s: Session, group_id: int, now: Pulse, elapsed: Elapsed) -> Facts:
     """What the triggers depend on."""
-    last = queries.runs(s, group_id, limit=1)
-    success = queries.runs(s, group_id, status="succeeded", limit=1)
-    begun = success[0].started_at if success else queries.group(s, group_id).created_at
+    last = queries.runs.runs(s, group_id, limit=1)
+    success = queries.runs.runs(s, group_id, status="succeeded", limit=1)
+    begun = success[0].started_at if success else queries.groups.group(s, group_id).created_at
     since = elapsed.on_this_clock(begun) if success else None
     ended = last[0].finished_at if last else None
     rollbacks = (
         row.created_at
-        for row in queries.deployments(s, group_id, limit=_DEPLOYMENTS)
+        for row in queries.deployments.deployments(s, group_id, limit=_DEPLOYMENTS)
         if row.action == "rollback"
     )
     rolled_back = next(rollbacks, None)
     return Facts(
         learning=now.learning,
         live_id=now.live_id,
-        new_requests=queries.count_trainable(s, group_id, since=since),
+        new_requests=queries.requests.count_trainable(s, group_id, since=since),
         since_run=elapsed.since(ended) if ended is not None else None,
         since_success=elapsed.since(begun),
         since_rollback=elapsed.since(rolled_back) if rolled_back is not None else None,
@@ -71,7 +74,7 @@ def facts(s: Session, group_id: int, now: Pulse, elapsed: Elapsed) -> Facts:
 
 
 def _drift(s: Session, group_id: int, live_id: int | None, since: datetime | None) -> str:
-    falls = [d for d in queries.drifts(s, group_id, since=since) if d.version_id == live_id]
+    falls = [d for d in queries.drifts.drifts(s, group_id, since=since) if d.version_id == live_id]
     said = (
         f"{fall.domain}: {fall.accept_length_before:.2f} -> {fall.accept_length_after:.2f}"
         for fall in falls[:3]
@@ -82,10 +85,12 @@ def _drift(s: Session, group_id: int, live_id: int | None, since: datetime | Non
 def recipe_as_served(s: Session, group_id: int, recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe with the draft shape and dtype of the group's servers, where it names none."""
     served: dict[str, Any] = {}
-    shape = queries.served_shape(s, group_id)
+    shape = queries.servers.served_shape(s, group_id)
     if shape is not None:
         served |= {"depth": shape[0], "topk": shape[1], "nodes": shape[2]}
-    dtypes = [row.dtype for row in queries.servers(s, group_id, states=("running", "stopped"))]
+    dtypes = [
+        row.dtype for row in queries.servers.servers(s, group_id, states=("running", "stopped"))
+    ]
     if dtypes and dtypes[0]:
         served["served_dtype"] = dtypes[0]
     return {**served, **recipe}

@@ -61,23 +61,23 @@ class Leadership:
         before = self._token
         if before and self._monotonic() - self._renewed < self.seconds / 5:
             return Hold(True, False, self.holder)
-        if before and queries.renew_lease(
+        if before and queries.leases.renew_lease(
             s, self.name, self.holder, before, self.seconds, self._now()
         ):
             self._renewed = self._monotonic()
             return Hold(True, False, self.holder)
-        token = queries.acquire_lease(s, self.name, self.holder, self.seconds, self._now())
+        token = queries.leases.acquire_lease(s, self.name, self.holder, self.seconds, self._now())
         if token is None:
             token = self._take_over(s)
         if token is None:
             self._token = 0
-            row = queries.lease(s, self.name)
+            row = queries.leases.lease(s, self.name)
             return Hold(False, False, row.holder if row is not None else "")
         self._token, self._seen, self._renewed = token, None, self._monotonic()
         return Hold(True, not before or token != before + 1, self.holder)
 
     def _take_over(self, s: Session) -> int | None:
-        row = queries.lease(s, self.name)
+        row = queries.leases.lease(s, self.name)
         if row is None:
             return None
         seen = (row.token, row.expires_at)
@@ -86,10 +86,12 @@ class Leadership:
             return None
         if self._monotonic() - self._seen_at < self.seconds:
             return None
-        return queries.take_lease_over(s, self.name, self.holder, self.seconds, seen, self._now())
+        return queries.leases.take_lease_over(
+            s, self.name, self.holder, self.seconds, seen, self._now()
+        )
 
     def release(self, s: Session) -> None:
         """Let the next one have it at once."""
         if self._token:
-            queries.release_lease(s, self.name, self.holder, self._token)
+            queries.leases.release_lease(s, self.name, self.holder, self._token)
             self._token = 0

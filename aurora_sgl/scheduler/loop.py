@@ -117,7 +117,7 @@ class Scheduler:
         if self.hold.held and self._leadership is not None:
             with self.link.session() as s:
                 if self.child is not None:
-                    queries.explain_stop(s, self.group_id, "the scheduler ended")
+                    queries.runs.explain_stop(s, self.group_id, "the scheduler ended")
                 self._write(s, "stopped", "it was stopped", "nothing", None)
                 self._leadership.release(s)
         self.child = None
@@ -125,7 +125,7 @@ class Scheduler:
     def _lead(self) -> bool:
         with self.link.session() as s:
             if not self.group_id:
-                known = {row.name: row.id for row in queries.groups(s)}
+                known = {row.name: row.id for row in queries.groups.groups(s)}
                 if self.group not in known:
                     return False
                 self.group_id = known[self.group]
@@ -168,7 +168,7 @@ class Scheduler:
             return
         if child.stopped_because:
             with self.link.session() as s:
-                queries.explain_stop(s, self.group_id, child.stopped_because)
+                queries.runs.explain_stop(s, self.group_id, child.stopped_because)
         self.child, self.last_outcome = None, outcome
         log.info("training %s: %s", outcome.get("status"), _told(outcome))
         self.look_now()
@@ -251,14 +251,14 @@ class Scheduler:
                     now.live_id,
                     DriftDetector(self.rules.drift_threshold, self.rules.drift_slack),
                 )
-                told = queries.drifts(s, self.group_id, version_id=now.live_id)
-                seen = queries.clusters(
+                told = queries.drifts.drifts(s, self.group_id, version_id=now.live_id)
+                seen = queries.request_counts.request_counts(
                     s, self.group_id, now.live_id,
                     since=now.live_since, limit=REBUILD_REQUESTS, newest=True,
                 )  # fmt: skip
             else:
                 told = ()
-                seen = queries.clusters(
+                seen = queries.request_counts.request_counts(
                     s, self.group_id, now.live_id, after=self._cursor, limit=REBUILD_REQUESTS
                 )
         if not seen:
@@ -273,7 +273,7 @@ class Scheduler:
                     "accept length of version %d in %s: %.3f -> %.3f",
                     now.live_id, fall.domain, fall.accept_length_before, fall.accept_length_after,
                 )  # fmt: skip
-                queries.add_drift(
+                queries.drifts.add_drift(
                     s,
                     self.group_id,
                     version_id=now.live_id,
@@ -316,7 +316,7 @@ class Scheduler:
             },
         }
         until = self.elapsed.now() + timedelta(seconds=next_in) if next_in is not None else None
-        queries.set_scheduler_state(
+        queries.scheduler_states.set_scheduler_state(
             s,
             self.group_id,
             holder=self.hold.holder,

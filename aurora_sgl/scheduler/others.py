@@ -27,7 +27,7 @@ class OtherRuns:
 
     def going_on(self, s: Session, now: datetime) -> str:
         """Which process trains, as host:pid; empty: none."""
-        row = queries.lease(s, lease_name(self._group_id))
+        row = queries.leases.lease(s, lease_name(self._group_id))
         if row is None or row.expires_at <= now:
             self._seen = None
             return ""
@@ -38,12 +38,12 @@ class OtherRuns:
         pid = rest.partition(":")[0]
         gone = host == socket.gethostname() and pid.isdecimal() and not psutil.pid_exists(int(pid))
         if gone or self._monotonic() - self._seen_at > LEASE_SECONDS:
-            queries.release_lease(s, row.name, row.holder, row.token)
+            queries.leases.release_lease(s, row.name, row.holder, row.token)
             return ""
         return f"{host}:{pid}"
 
     def hold_for(self, s: Session, pid: int) -> None:
         """Renew the lease of our own run, which can't while it is paused."""
-        row = queries.lease(s, lease_name(self._group_id))
+        row = queries.leases.lease(s, lease_name(self._group_id))
         if row is not None and row.holder.startswith(f"{socket.gethostname()}:{pid}:"):
-            queries.renew_lease(s, row.name, row.holder, row.token, LEASE_SECONDS)
+            queries.leases.renew_lease(s, row.name, row.holder, row.token, LEASE_SECONDS)

@@ -20,9 +20,9 @@ from aurora_sgl.sequences.sample_weights import by_rejection
 from aurora_sgl.sequences.sequence import LoggedProposal, Sequence, readable
 from aurora_sgl.sequences.splits import sides, split_key, split_of, why_not_judged, why_unusable
 from aurora_sgl.sequences.trace_reader import Trace, read_trace
-from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.store.queries.requests import RecentRequest
 
-#: Verify steps of a request as they were served, in order (``queries.events``).
+#: Verify steps of a request as they were served, in order (``queries.events.events``).
 StepsOf = Callable[[int], list[dict[str, Any]]]
 
 _CACHE_BYTES = 256 * 1024**2
@@ -258,7 +258,7 @@ class _Choice:
 
 
 def proposal_of(step: Mapping[str, Any]) -> LoggedProposal:
-    """What a server drafted in one verify step, from a row of ``queries.events``."""
+    """What a server drafted in one verify step, from a row of ``queries.events.events``."""
     return LoggedProposal(
         root=step["position"] - 1,
         tokens=step["draft_tokens"],

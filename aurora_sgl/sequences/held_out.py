@@ -49,7 +49,7 @@ def held_out_counts(s: Session, group_id: int, *, gate_share: float = GATE_SHARE
     file holds is only known once it is read."""
     reasons = Counter(
         why_not_judged(row)
-        for row in queries.recent_requests(s, group_id, limit=REACH)
+        for row in queries.requests.recent_requests(s, group_id, limit=REACH)
         if split_of(split_key(row), dev_share=0.0, gate_share=gate_share) == "gate"
     )
     judged = reasons.pop("", 0)

@@ -15,7 +15,7 @@ import torch
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sequences.trace_reader import read_tokens
-from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.store.queries.requests import RecentRequest
 
 Locate = Callable[[str], Path]  # uri of a trace -> a file on this machine
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.store.queries.requests import RecentRequest
 
 
 def by_recency(

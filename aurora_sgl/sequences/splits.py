@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aurora_sgl.hashing import sha256_bytes
-from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.store.queries.requests import RecentRequest
 
 #: Sampling parameters that change the target's logits, with the value that leaves them alone.
 #: SGLang applies them in place, and relaxes penalties under speculation: what was emitted is then

@@ -231,7 +231,7 @@ class Batcher:
         }
         with self._link.session() as s:
             for place, count in lost.items():
-                queries.set_drops(s, known.server_id, place, count)
+                queries.drops.set_drops(s, known.server_id, place, count)
         return refused
 
     def _set_aside(self, refused: list[Refused], unreadable: list[tuple[bytes, str]]) -> None:

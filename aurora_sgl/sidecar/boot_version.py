@@ -38,8 +38,8 @@ def identify(link: StoreLink, artifacts: ArtifactRoot, known: Known, hello: wire
             target=target_info(hello),
         )
     with link.session() as s:
-        first = queries.desired_version(s, known.group_id) is None
-        queries.touch_server(s, known.server_id, boot_version_id=version.id)
+        first = queries.aliases.desired_version(s, known.group_id) is None
+        queries.servers.touch_server(s, known.server_id, boot_version_id=version.id)
     if first:
         with link.guard() as engine, contextlib.suppress(Refused):  # another server was first
             promote(

@@ -168,19 +168,19 @@ class Reconciler:
     def _capture(self, known: Known, hello: wire.Hello) -> None:
         """While learning is switched off nothing new is captured."""
         with self._link.session(write=False) as s:
-            learning = queries.is_on(s, known.group_id, LEARNING)
+            learning = queries.switches.is_on(s, known.group_id, LEARNING)
         wanted = self._settings.capture_share if learning else 0.0
         if hello.counters.get("capture_share", wanted) != wanted:
             self._send(wire.SetCapture(wanted))
 
     def _reconcile(self, known: Known, hello: wire.Hello, live: Live) -> None:
         with self._link.session(write=False) as s:
-            desired = queries.wanted_version(s, known.group_id)
+            desired = queries.aliases.wanted_version(s, known.group_id)
             if desired is None:
                 self.agrees = True
                 return
             version_id, generation = desired.version_id, desired.generation
-            version = queries.version(s, version_id)
+            version = queries.versions.version(s, version_id)
             wanted = Wanted(version.id, version.weights_uri, version.weights_sha256)
         self.desired = version_id
         present = live.version_id or known.boot_version_id
@@ -226,12 +226,12 @@ class Reconciler:
     def _expected(s: Session, group_id: int, version_id: int) -> phase.Expected | None:
         replays = [
             found.candidate_accept_length
-            for found in queries.evaluations(s, version_id)
+            for found in queries.evaluations.evaluations(s, version_id)
             if found.kind == "replay" and not found.domain and found.candidate_accept_length
         ]
         since = clock.utc_now() - timedelta(seconds=LIVE_SECONDS)
         steps = accepted = 0
-        for row in queries.accept_length_by_version(s, group_id, since=since):
+        for row in queries.accept_lengths.accept_length_by_version(s, group_id, since=since):
             if row.version_id == version_id:
                 steps, accepted = row.verify_steps, row.accepted
         return phase.expected(replays[0] if replays else None, steps, accepted)
@@ -254,7 +254,7 @@ class Reconciler:
             return
         with self._link.session() as s:
             heard = clock.utc_now() - timedelta(seconds=time.monotonic() - live.heard_at)
-            queries.touch_server(s, known.server_id, **fields, last_seen_at=heard)
+            queries.servers.touch_server(s, known.server_id, **fields, last_seen_at=heard)
         self._reported, self._told_store = fields, live.hellos
 
     def _tell_stalls(self, known: Known) -> None:
@@ -264,7 +264,7 @@ class Reconciler:
             stall = self._stall_of(done)
             if stall is not None:
                 with self._link.session() as s:
-                    queries.set_stall(s, known.server_id, clock.from_us(done.at_us), stall)
+                    queries.swaps.set_stall(s, known.server_id, clock.from_us(done.at_us), stall)
             del self._swapped[0]
 
     def _tidy(self, known: Known) -> None:
@@ -274,14 +274,14 @@ class Reconciler:
         self._tidy_at = time.monotonic() + TIDY_SECONDS
         silent = clock.utc_now() - timedelta(seconds=DEAD_SECONDS)
         with self._link.session(write=False) as s:
-            others = queries.earlier_boots(s, queries.server(s, known.server_id))
+            others = queries.servers.earlier_boots(s, queries.servers.server(s, known.server_id))
             dead = [(o.id, o.boot_id) for o in others if o.last_seen_at < silent]
         fresh = self._traces_lost() - self._traces_told
         if not dead and not fresh:
             return
         with self._link.session() as s:
-            lost = sum(queries.mark_lost(s, *boot) for boot in dead)
-            queries.add_drops(s, known.server_id, "trace", fresh)
+            lost = sum(queries.servers.mark_lost(s, *boot) for boot in dead)
+            queries.drops.add_drops(s, known.server_id, "trace", fresh)
         self._traces_told += fresh
         if lost:
             log.info("%d requests of earlier boots are lost", lost)
@@ -292,5 +292,5 @@ class Reconciler:
         if known is not None and not known.refused:
             with self._link.session() as s:
                 if engine_is_gone:
-                    queries.mark_lost(s, known.server_id, self._registry.current)
-                queries.touch_server(s, known.server_id, state="stopped")
+                    queries.servers.mark_lost(s, known.server_id, self._registry.current)
+                queries.servers.touch_server(s, known.server_id, state="stopped")

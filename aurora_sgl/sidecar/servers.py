@@ -165,9 +165,11 @@ class Registry:
         stored as those of a drafter that is not in the store."""
         sha256 = str(hello.server.get("live_sha256") or "")
         with self._link.session() as s:
-            version = queries.version_by_sha256(s, known.group_id, sha256) if sha256 else None
+            version = (
+                queries.versions.version_by_sha256(s, known.group_id, sha256) if sha256 else None
+            )
             if version is not None:
-                queries.touch_server(s, known.server_id, boot_version_id=version.id)
+                queries.servers.touch_server(s, known.server_id, boot_version_id=version.id)
                 known.boot_version_id = version.id
                 return ""
         if self._next_is_new():
@@ -192,9 +194,9 @@ class Registry:
         refused = ""
         with self._link.session() as s:
             # A boot stays in its group, also when this sidecar was started with another one.
-            name = queries.group_of_boot(s, hello.boot_id) or self._group
+            name = queries.servers.group_of_boot(s, hello.boot_id) or self._group
             try:
-                group = queries.ensure_group(
+                group = queries.groups.ensure_group(
                     s,
                     name,
                     str(said.get("target_model", "")),
@@ -203,10 +205,10 @@ class Registry:
                 )
             except AuroraError as error:
                 refused = str(error)
-                group = queries.group_by_name(s, name)
+                group = queries.groups.group_by_name(s, name)
                 log.error("this server is not recorded: %s", refused)
-            server = queries.register_server(s, group.id, hello)
+            server = queries.servers.register_server(s, group.id, hello)
             if refused:
-                queries.touch_server(s, server.id, state="stopped", last_error=refused)
+                queries.servers.touch_server(s, server.id, state="stopped", last_error=refused)
             known = Known(server.id, group.id, server.boot_version_id, refused)
         return known

@@ -29,8 +29,8 @@ from aurora_sgl.store.models import (
     SpoolWatermark,
 )
 from aurora_sgl.store.partitions import ensure_partitions
-from aurora_sgl.store.queries.groups import known_version
 from aurora_sgl.store.queries.swaps import add_swaps
+from aurora_sgl.store.queries.versions import known_version
 from aurora_sgl.store.rollup import (
     Minute,
     MinuteKey,

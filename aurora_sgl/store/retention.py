@@ -127,16 +127,16 @@ def _prune_traces(
     if budget is None:
         return 0, 0
     with session(engine, write=not dry_run) as s:
-        excess = queries.trace_bytes_total(s) - budget
+        excess = queries.traces.trace_bytes_total(s) - budget
         chosen: list[tuple[int, str]] = []
         freed = 0
-        for trace in queries.traces_oldest_first(s) if excess > 0 else ():
+        for trace in queries.traces.traces_oldest_first(s) if excess > 0 else ():
             if freed >= excess:
                 break
             chosen.append((trace.request_id, trace.uri))
             freed += trace.bytes
         if not dry_run:
-            queries.delete_traces(s, [request_id for request_id, _ in chosen])
+            queries.traces.delete_traces(s, [request_id for request_id, _ in chosen])
     if not dry_run:
         _delete_files(files, (uri for _, uri in chosen))
     return len(chosen), freed
@@ -170,7 +170,7 @@ def _prune_weights(
         for version in chosen:
             if dry_run:
                 continue
-            queries.set_pruned(s, version.id)
+            queries.versions.set_pruned(s, version.id)
             shared = s.scalar(
                 select(func.count()).where(
                     v.weights_uri == version.weights_uri, v.pruned_at.is_(None)

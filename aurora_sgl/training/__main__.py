@@ -61,7 +61,7 @@ def _run(given: argparse.Namespace, settings: TrainSettings) -> dict[str, Any]:
     engine, printer = store.connect(), _Printer()
     group = given.group or get_settings().group
     with store.session(engine, write=False) as s:
-        group_id = queries.group_by_name(s, group).id
+        group_id = queries.groups.group_by_name(s, group).id
     with training_lease(engine, group_id) as renew:
 
         def progress(event: dict[str, Any]) -> None:

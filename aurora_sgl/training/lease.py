@@ -44,10 +44,10 @@ def training_lease(
     name = lease_name(group_id)
     holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     with store.session(engine) as s:
-        if not queries.is_on(s, group_id, LEARNING):
+        if not queries.switches.is_on(s, group_id, LEARNING):
             raise AuroraError("learning is switched off; see: aurora-sgl switch list")
-        token = queries.acquire_lease(s, name, holder, seconds)
-        held = queries.lease(s, name)
+        token = queries.leases.acquire_lease(s, name, holder, seconds)
+        held = queries.leases.lease(s, name)
     if token is None:
         who = held.holder.rpartition(":")[0] if held is not None else "another trainer"
         raise AuroraError(f"a training run of this group is going on ({who}); wait until it ends")
@@ -62,9 +62,9 @@ def training_lease(
         due = now - renewed >= seconds / 10
         try:
             with store.session(engine, write=due) as s:
-                if not queries.is_on(s, group_id, LEARNING):
+                if not queries.switches.is_on(s, group_id, LEARNING):
                     raise AuroraError("learning was switched off; this run stops")
-                if due and not queries.renew_lease(s, name, holder, token, seconds):
+                if due and not queries.leases.renew_lease(s, name, holder, token, seconds):
                     raise AuroraError(
                         "the training lease was lost to another trainer; this run stops"
                     )
@@ -80,4 +80,4 @@ def training_lease(
         yield renew
     finally:
         with suppress(store.OperationalError), store.session(engine) as s:
-            queries.release_lease(s, name, holder, token)
+            queries.leases.release_lease(s, name, holder, token)

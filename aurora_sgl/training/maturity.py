@@ -21,11 +21,11 @@ YOUNG_TOKENS, MATURE_TOKENS = 1e5, 1e6
 def trained_tokens(s: Session, version_id: int) -> float:
     """Positions that the runs along a version's lineage trained on; ``inf`` where the lineage
     begins with an import."""
-    lineage = queries.lineage(s, version_id)
+    lineage = queries.versions.lineage(s, version_id)
     if lineage[-1].source == "import":
         return math.inf
     runs = [version.training_run_id for version in lineage if version.training_run_id is not None]
-    return float(queries.tokens_of_runs(s, runs))
+    return float(queries.runs.tokens_of_runs(s, runs))
 
 
 def peak_rate(settings: TrainSettings, trained: float) -> float:

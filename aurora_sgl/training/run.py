@@ -92,12 +92,12 @@ def train_once(
     Re-raises what is not an ``AuroraError`` or ``OSError``, after writing it down.
     """
     with store.session(engine) as s:
-        owner = queries.group_by_name(s, group)
-        queries.fail_running(s, owner.id, "the trainer stopped without a word")
+        owner = queries.groups.group_by_name(s, group)
+        queries.runs.fail_running(s, owner.id, "the trainer stopped without a word")
         if base_version_id is None:
-            live = queries.desired_version(s, owner.id)
+            live = queries.aliases.desired_version(s, owner.id)
             base_version_id = live[0] if live else None
-        run_id = queries.start_run(
+        run_id = queries.runs.start_run(
             s,
             owner.id,
             trigger=trigger,
@@ -164,12 +164,12 @@ class _Run:
     def end(self, status: str, *, error: str = "", **columns: Any) -> Outcome:
         with store.session(self.engine) as s:
             fields = {**self.columns, **columns, "error": error}
-            queries.finish_run(s, self.run_id, status, **fields)
+            queries.runs.finish_run(s, self.run_id, status, **fields)
         return Outcome(self.run_id, status, error=error, metrics=fields.get("metrics", {}))
 
     def _base(self, version_id: int, target: Path, work: Path) -> tuple[Drafter, str]:
         with store.session(self.engine, write=False) as s:
-            version = queries.version(s, version_id)
+            version = queries.versions.version(s, version_id)
         folder = fetch_verified(self.artifacts, version, work / "base")
         info = self.info = read_target(target, model=version.target_model)
         problems = checkpoint.validate(folder, info)
@@ -355,7 +355,7 @@ class _Steps:
         if self.engine is None:
             self.engine = store.connect(self.url)
         with store.session(self.engine, write=False) as s:
-            return queries.events(s, request_id)
+            return queries.events.events(s, request_id)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "engine": None}

@@ -15,7 +15,7 @@ from aurora_sgl.hashing import sha256_bytes
 from aurora_sgl.sequences.held_out import REACH
 from aurora_sgl.sequences.splits import split_key, split_of, why_not_judged
 from aurora_sgl.store import queries
-from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.store.queries.requests import RecentRequest
 from aurora_sgl.training.settings import TrainSettings
 
 HELD_OUT = 200  # newest held-out requests that a run replays, of those that can be judged
@@ -43,7 +43,7 @@ def select(
     s: Session, group_id: int, settings: TrainSettings, now: datetime | None = None
 ) -> Selection:
     """The newest requests that may be learned from, by number, age and domain."""
-    known = queries.recent_requests(s, group_id, limit=REACH)
+    known = queries.requests.recent_requests(s, group_id, limit=REACH)
     wanted = [row for row in known if not settings.domains or row.domain in settings.domains]
     if settings.window_hours:
         since = (now or utc_now()) - timedelta(hours=settings.window_hours)

@@ -86,7 +86,7 @@ class Running:
 
         def finished() -> Any:
             with store.session(self.engine, write=False) as s:
-                rows = queries.requests_by_rid(s, rid)
+                rows = queries.requests.requests_by_rid(s, rid)
                 return rows[0] if rows and rows[0].status != "running" else None
 
         return until(finished, seconds, f"request {rid} in the store")
@@ -94,15 +94,15 @@ class Running:
     def events(self, request_id: int) -> list[dict[str, Any]]:
         """The decoded verify steps of a request, in order."""
         with store.session(self.engine, write=False) as s:
-            return [dict(row) for row in queries.events(s, request_id)]
+            return [dict(row) for row in queries.events.events(s, request_id)]
 
     def live_version(self) -> int | None:
         with store.session(self.engine, write=False) as s:
-            return queries.server(s, self.server_id).live_version_id
+            return queries.servers.server(s, self.server_id).live_version_id
 
     def row(self) -> Any:
         with store.session(self.engine, write=False) as s:
-            return queries.server(s, self.server_id)
+            return queries.servers.server(s, self.server_id)
 
 
 def start(
@@ -136,7 +136,11 @@ def start(
     made = plan(str(model), str(drafter) if drafter else None, given, settings)
     engine = store.connect(settings.store_url)
     with store.session(engine, write=False) as s:
-        boots = {row.id for group in queries.groups(s) for row in queries.servers(s, group.id)}
+        boots = {
+            row.id
+            for group in queries.groups.groups(s)
+            for row in queries.servers.servers(s, group.id)
+        }
     process = ServerProcess(
         made.flags,
         port=port,
@@ -155,8 +159,8 @@ def start(
 
     def known() -> tuple[int, int] | None:
         with store.session(engine, write=False) as s:
-            for group in queries.groups(s):
-                for row in queries.servers(s, group.id):
+            for group in queries.groups.groups(s):
+                for row in queries.servers.servers(s, group.id):
                     mine = row.name.endswith(f":{port}") and row.id not in boots
                     if mine and row.live_version_id:
                         return group.id, row.id
@@ -302,7 +306,7 @@ def eagle_drafter(tmp_path_factory: pytest.TempPathFactory, model: Path, demo: D
     torch.set_num_threads(1)
     engine = store.connect(f"sqlite:///{demo.home / 'aurora.db'}")
     with store.session(engine, write=False) as s:
-        rows = queries.recent_requests(s, queries.groups(s)[0].id, limit=500)
+        rows = queries.requests.recent_requests(s, queries.groups.groups(s)[0].id, limit=500)
     drafter = scratch.make(model, architecture=EAGLE)
     built = dataset.build(
         rows[:36],

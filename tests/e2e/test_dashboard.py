@@ -22,7 +22,7 @@ def test_the_page_shows_traffic_as_it_runs_and_puts_a_version_live_in_the_server
     before = server.live_version()
     version = a_relative(server, trained, tmp_path / "relative", 1.02)
     with store.session(server.engine, write=False) as s:
-        sha256 = queries.version(s, version).weights_sha256
+        sha256 = queries.versions.version(s, version).weights_sha256
     browser.add_accounts(server.home)
     server.generate(prompts[0], max_new_tokens=16)
     dashboard = browser.start(server.home)

@@ -100,7 +100,7 @@ def test_headers_hold_in_every_http_worker(two: Running) -> None:
             assert (row.domain, row.may_train) == (domain, may_train)
             assert may_train or not row.traced
     with store.session(two.engine, write=False) as s:
-        rows = queries.recent_requests(s, two.group_id, limit=500)
+        rows = queries.requests.recent_requests(s, two.group_id, limit=500)
     assert {row.domain for row in rows} == {"default", "open"}, "warm-ups are not there, nor no's"
 
 

@@ -44,7 +44,7 @@ def ask(server: Running, ids: list[int], rid: str, **sampling: Any) -> httpx.Res
 
 def rows(server: Running, rid: str) -> list[Any]:
     with store.session(server.engine, write=False) as s:
-        return list(queries.requests_by_rid(s, rid))
+        return list(queries.requests.requests_by_rid(s, rid))
 
 
 def test_odd_request_ids_are_recorded_cleaned_and_what_follows_as_ever(

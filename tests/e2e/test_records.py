@@ -117,13 +117,13 @@ def test_domain_consent_and_sampling_reach_the_store(
     assert (other.domain, other.may_train) == ("default", True)
     until(lambda: _trace(server, other.id), 60, "the trace")  # written after its request
     with store.session(server.engine, write=False) as s:
-        assert queries.trace(s, row.id) is None
+        assert queries.traces.trace(s, row.id) is None
     assert server.request(other.rid).traced and not server.request(row.rid).traced
 
 
 def _trace(server: Running, request_id: int) -> Any:
     with store.session(server.engine, write=False) as s:
-        return queries.trace(s, request_id)
+        return queries.traces.trace(s, request_id)
 
 
 def read(server: Running, request_id: int) -> Any:
@@ -219,8 +219,8 @@ def test_a_warm_radix_cache_leaves_a_hole_that_another_trace_fills(
     trace = read(server, second.id)
     assert trace.start == second.cached_tokens
     with store.session(server.engine, write=False) as s:
-        rows = queries.recent_requests(s, server.group_id, limit=500)
-        live = queries.version(s, server.live_version())
+        rows = queries.requests.recent_requests(s, server.group_id, limit=500)
+        live = queries.versions.version(s, server.live_version())
     root = ArtifactRoot(str(server.home / "artifacts"))
     config = read_config(root.local_path(live.weights_uri))
     built = dataset.build(
@@ -249,7 +249,7 @@ def test_a_grammar_can_cut_what_is_kept_and_such_requests_are_not_learnt_from(
 def test_warm_ups_and_health_checks_are_no_requests(server: Running) -> None:
     def finished() -> int:
         with store.session(server.engine, write=False) as s:
-            return queries.count_finished(s, server.group_id)
+            return queries.requests.count_finished(s, server.group_id)
 
     before = finished()
     for _ in range(2):

@@ -29,8 +29,8 @@ def replayed_and_served(
     there; the same steps are left out of what was served.
     """
     with store.session(server.engine, write=False) as s:
-        rows = queries.recent_requests(s, server.group_id, limit=2000)
-        uri = queries.version(s, version_id).weights_uri
+        rows = queries.requests.recent_requests(s, server.group_id, limit=2000)
+        uri = queries.versions.version(s, version_id).weights_uri
     drafter = checkpoint.load(artifacts(server).local_path(uri)).float().eval()
     built = dataset.build(
         [row for row in rows if row.request_id in request_ids],
@@ -61,7 +61,7 @@ def serve_some(server: Running, prompts: list[list[int]], **sampling: float) -> 
 
     def traced() -> bool:
         with store.session(server.engine, write=False) as s:
-            return all(queries.trace(s, request_id) is not None for request_id in ids)
+            return all(queries.traces.trace(s, request_id) is not None for request_id in ids)
 
     until(traced, 30, "the traces")
     return ids

@@ -84,8 +84,8 @@ def test_a_swap_in_mid_request_changes_no_token_and_the_server_reports_what_is_l
     assert_greedy(hugging_face, prompts[0], answer["output_ids"])
     with store.session(server.engine, write=False) as s:
         assert (
-            queries.server(s, server.server_id).live_sha256
-            == queries.version(s, other).weights_sha256
+            queries.servers.server(s, server.server_id).live_sha256
+            == queries.versions.version(s, other).weights_sha256
         )
     row = server.request(rid)
     steps = server.events(row.id)
@@ -107,7 +107,7 @@ def test_a_swap_in_mid_request_changes_no_token_and_the_server_reports_what_is_l
 
 def server_group(server: Running) -> str:
     with store.session(server.engine, write=False) as s:
-        return queries.group(s, server.group_id).name
+        return queries.groups.group(s, server.group_id).name
 
 
 def is_mixed(steps: list[dict[str, Any]]) -> bool:
@@ -222,7 +222,7 @@ def test_a_clients_cache_key_keeps_its_meaning_and_decides_nothing_else(
 def test_the_weights_that_are_read_back_are_those_of_the_version(server: Running) -> None:
     row = server.row()
     with store.session(server.engine, write=False) as s:
-        version = queries.version(s, row.live_version_id)
+        version = queries.versions.version(s, row.live_version_id)
     folder = artifacts(server).local_path(version.weights_uri)
     assert row.live_sha256 == version.weights_sha256
     assert checkpoint.content_sha256(checkpoint.read_tensors(folder)) == row.live_sha256
@@ -254,7 +254,7 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason_and_serving_goes_on(
     else:
         version_id = a_relative(server, trained, tmp_path / damage, 0.9 + len(damage) / 1000)
         with store.session(server.engine, write=False) as s:
-            uri = queries.version(s, version_id).weights_uri
+            uri = queries.versions.version(s, version_id).weights_uri
         stored = artifacts(server).local_path(uri) / "model.safetensors"
         data = bytearray(stored.read_bytes())
         stored.unlink()
@@ -298,7 +298,7 @@ def test_a_version_with_a_refreshed_draft_vocabulary_goes_live_in_place(
             assert {step["drafter_version_id"] for step in steps} == {version_id}
         row = server.row()
         with store.session(server.engine, write=False) as s:
-            assert row.live_sha256 == queries.version(s, version_id).weights_sha256
+            assert row.live_sha256 == queries.versions.version(s, version_id).weights_sha256
     finally:
         rollback(server.engine, server_group(server), actor="test", reason="undo")
         until(lambda: server.live_version() != version_id, 30, "the rollback")

@@ -162,8 +162,8 @@ def test_a_server_that_is_killed_in_mid_swap_comes_back_to_what_is_live(
 
     until(converged, 90, "both to say so, and the boot that died to be known as gone")
     with store.session(pair.engine, write=False) as s:
-        wanted = queries.version(s, pair.b).weights_sha256
-        assert {row.live_sha256 for row in queries.servers(s, again.group_id)} == {wanted}
+        wanted = queries.versions.version(s, pair.b).weights_sha256
+        assert {row.live_sha256 for row in queries.servers.servers(s, again.group_id)} == {wanted}
     # The last answer of the one that was killed may have died with it, before it was recorded.
     answered = traffic[0].answers - 1 + traffic[1].answers + more.answers
     assert attribution(pair, answered) >= {
@@ -186,7 +186,7 @@ def attribution(pair: Pair, answered: int) -> set[tuple[int, int]]:
     seen: Counter[tuple[int, int]] = Counter()
     for row in until(finished, 120, "every answer in the store"):
         with store.session(pair.engine, write=False) as s:
-            events = queries.events(s, row.id)
+            events = queries.events.events(s, row.id)
         for event in events:
             if event["depth"]:
                 version = event["drafter_version_id"]

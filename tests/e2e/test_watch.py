@@ -81,7 +81,7 @@ def test_a_damaged_drafter_put_live_by_hand_is_rolled_back_by_the_watch(
     change = command(server, "promote", str(bad), "--force", "--reason", "a slip of the hand")
     assert change["version_id"] == bad and change["previous_version_id"] == before
     with store.session(server.engine, write=False) as s:
-        back = queries.watches(s, server.group_id, limit=1)[0].started_at - begun
+        back = queries.watches.watches(s, server.group_id, limit=1)[0].started_at - begun
     hours = back.total_seconds() / 3600  # nothing that other tests served
     rules = WatchSettings(steps=150, requests=10, seconds=180, look_back_hours=hours)
     until(lambda: server.live_version() == bad, 30, "the damaged version to be live")
@@ -100,11 +100,11 @@ def test_a_damaged_drafter_put_live_by_hand_is_rolled_back_by_the_watch(
     for thread in traffic:
         thread.join()
     with store.session(server.engine, write=False) as s:
-        (found,) = queries.watches(s, server.group_id, limit=1)
-        windows = queries.watch_windows(s, found.id)
+        (found,) = queries.watches.watches(s, server.group_id, limit=1)
+        windows = queries.watches.watch_windows(s, found.id)
         (window,) = windows  # one was enough
-        last = queries.deployments(s, server.group_id, limit=1)[0]
-        name = queries.group(s, server.group_id).name
+        last = queries.deployments.deployments(s, server.group_id, limit=1)[0]
+        name = queries.groups.group(s, server.group_id).name
     assert (found.status, found.version_id) == ("failed", bad)
     assert found.baseline["requests"] == BASELINE and window.verdict == "fail"
     assert window.accept_length < 1.2 < window.expected_accept_length

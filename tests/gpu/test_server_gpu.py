@@ -226,8 +226,8 @@ def test_servers_run_with_overlap_scheduling_and_cuda_graphs(server: Running) ->
         assert not info.get("disable_overlap_schedule") and not info.get("disable_cuda_graph")
         assert "is switched off" not in server.process.log.read_text(errors="replace")
     with session(server.engine, write=False) as s:
-        row = queries.server(s, server.server_id)
-        version = queries.version(s, row.live_version_id)
+        row = queries.servers.server(s, server.server_id)
+        version = queries.versions.version(s, row.live_version_id)
     assert row.live_sha256 == version.weights_sha256
 
 
@@ -390,8 +390,8 @@ def test_a_swap_in_mid_request_is_seen_by_the_graphs_and_changes_no_token(
     assert not any(one["mixed"] for one in steps[:first])
     assert all(one["mixed"] for one in steps[first:])
     with session(server.engine, write=False) as s:
-        live = queries.server(s, server.server_id).live_sha256
-        assert live == queries.version(s, near).weights_sha256
+        live = queries.servers.server(s, server.server_id).live_sha256
+        assert live == queries.versions.version(s, near).weights_sha256
     rollback(server.engine, server_group(server), actor="test", reason="back to where it was")
     until(lambda: server.live_version() == before, 30, "the rollback")
 

@@ -19,18 +19,18 @@ from aurora_sgl.store import queries
 @pytest.fixture
 def versions(engine: Engine) -> list[int]:
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
+        group = queries.groups.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
         return [samples.add_version(s, group.id, letter) for letter in "abcd"]
 
 
 def state(engine: Engine) -> tuple[dict[str, int], int, int]:
     """Aliases, generation, deployments."""
     with store.session(engine, write=False) as s:
-        group = queries.group_by_name(s, "default")
+        group = queries.groups.group_by_name(s, "default")
         return (
-            queries.aliases(s, group.id),
+            queries.aliases.aliases(s, group.id),
             group.generation,
-            len(queries.deployments(s, group.id)),
+            len(queries.deployments.deployments(s, group.id)),
         )
 
 
@@ -45,7 +45,7 @@ def test_a_promotion_moves_the_aliases_and_appends_a_row(
     first = promote(engine, a, actor="ada", reason="first", expected_live=NONE_LIVE)
     assert (first.changed, first.generation, first.previous_version_id) == (True, 1, None)
     with store.session(engine, write=False) as s:
-        group_id = queries.group_by_name(s, "default").id
+        group_id = queries.groups.group_by_name(s, "default").id
     set_candidate(engine, b, group_id)
     second = promote(
         engine, b, actor=" ada ", reason="better", expected_live=a, evidence={"difference": 0.1}
@@ -54,8 +54,8 @@ def test_a_promotion_moves_the_aliases_and_appends_a_row(
     assert second.after == {"live": b, "previous": a}
     assert state(engine) == ({"live": b, "previous": a}, 2, 2)
     with store.session(engine, write=False) as s:
-        assert queries.desired_version(s, group_id) == (b, 2)
-        row = queries.deployments(s, group_id)[0]
+        assert queries.aliases.desired_version(s, group_id) == (b, 2)
+        row = queries.deployments.deployments(s, group_id)[0]
         assert (row.actor, row.reason, row.action) == ("ada", "better", "promote")
         assert (row.before, row.after) == (second.before, second.after)
         assert row.evidence == {"difference": 0.1}
@@ -125,7 +125,7 @@ def test_a_pruned_version_is_refused_and_nothing_changes(
     go(engine, b)
     before = state(engine)
     with store.session(engine) as s:
-        queries.set_pruned(s, a)
+        queries.versions.set_pruned(s, a)
     with pytest.raises(Refused, match=f"weights of version {a} were deleted on"):
         go(engine, a)
     with pytest.raises(Refused, match=f"weights of version {a} were deleted on"):
@@ -138,7 +138,7 @@ def test_a_version_of_another_target_is_refused_by_name_even_with_force(
 ) -> None:
     go(engine, versions[0])
     with store.session(engine) as s:
-        group_id = queries.group_by_name(s, "default").id
+        group_id = queries.groups.group_by_name(s, "default").id
         other = samples.add_version(s, group_id, "e", target_model="another", target_revision="r2")
     with pytest.raises(Refused, match=r"made for another r2, group 'default' serves target"):
         promote(engine, other, actor="ada", reason="why not", force=True)
@@ -189,7 +189,7 @@ def test_a_verdict_that_is_not_pass_needs_a_person(
     a, b, *_ = versions
     go(engine, a)
     with store.session(engine) as s:
-        row = queries.add_evaluation(
+        row = queries.evaluations.add_evaluation(
             s, candidate_id=b, baseline_id=a, kind="replay", requests=5, verdict=verdict
         )
     for force in (False, True):
@@ -201,7 +201,7 @@ def test_a_verdict_that_is_not_pass_needs_a_person(
     with pytest.raises(Refused, match="not of version"):
         promote(engine, versions[2], actor="system", reason="x", evaluation_id=row.id)
     with store.session(engine, write=False) as s:
-        assert queries.deployments(s, 1)[0].evaluation_id == row.id
+        assert queries.deployments.deployments(s, 1)[0].evaluation_id == row.id
 
 
 def test_of_promotions_at_once_with_one_expectation_one_wins(

@@ -66,7 +66,7 @@ def test_the_same_difference_is_no_longer_enough_after_many_tries() -> None:
 
 def rows(engine: Engine, version_id: int) -> list[Evaluation]:
     with store.session(engine, write=False) as s:
-        return list(queries.evaluations(s, version_id))
+        return list(queries.evaluations.evaluations(s, version_id))
 
 
 def test_tries_against_one_live_version_spend_from_one_allowance(engine: Engine) -> None:

@@ -26,7 +26,7 @@ def house(engine: Engine) -> RolloutHouse:
 
 def wanted(house: RolloutHouse, now: datetime) -> int:
     with store.session(house.engine, write=False) as s:
-        found = queries.wanted_version(s, house.group_id, now)
+        found = queries.aliases.wanted_version(s, house.group_id, now)
     assert found is not None
     return found.version_id
 
@@ -61,7 +61,9 @@ def test_versions_take_turns_in_pairs_and_the_faster_one_passes(house: RolloutHo
     speed = ended.evaluation.details["stream_tokens_per_second"]
     assert speed["pairs"] == 4 and speed["ci_low"] > 0
     with store.session(house.engine, write=False) as s:
-        assert queries.aliases(s, house.group_id)["live"] == house.a, "a trial promotes nothing"
+        assert queries.aliases.aliases(s, house.group_id)["live"] == house.a, (
+            "a trial promotes nothing"
+        )
 
 
 def test_a_longer_accept_length_at_fewer_tokens_per_second_fails(house: RolloutHouse) -> None:

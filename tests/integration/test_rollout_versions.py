@@ -56,7 +56,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     engine = store.connect(f"sqlite:///{tmp_path / 'aurora.db'}")
     store.upgrade(engine)
     with store.session(engine) as s:
-        queries.ensure_group(s, "default", "target", "r1", EAGLE3)
+        queries.groups.ensure_group(s, "default", "target", "r1", EAGLE3)
     yield engine
     engine.dispose()
 
@@ -125,7 +125,7 @@ def test_a_broken_folder_is_refused_and_leaves_nothing(
         import_version(engine, root, folder, "default")
     assert "\n" not in str(caught.value)
     with store.session(engine, write=False) as s:
-        assert queries.versions(s, 1) == []
+        assert queries.versions.versions(s, 1) == []
     assert not (tmp_path / "artifacts").exists()
 
 
@@ -154,7 +154,7 @@ def test_importing_again_restores_pruned_weights(
     folder = drafter_folder(tmp_path / "a")
     version = import_version(engine, root, folder, "default")
     with store.session(engine) as s:
-        queries.set_pruned(s, version.id)
+        queries.versions.set_pruned(s, version.id)
     root.delete(version.weights_uri)
     with pytest.raises(AuroraError, match="deleted"):
         export_version(engine, root, version.id, tmp_path / "out")

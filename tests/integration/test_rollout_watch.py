@@ -50,7 +50,7 @@ def tick(house: RolloutHouse, seconds: float) -> WatchStatus:
 
 def live(house: RolloutHouse) -> int:
     with store.session(house.engine, write=False) as s:
-        return queries.aliases(s, house.group_id)["live"]
+        return queries.aliases.aliases(s, house.group_id)["live"]
 
 
 def test_a_much_worse_version_is_rolled_back_after_one_window(house: RolloutHouse) -> None:
@@ -60,8 +60,8 @@ def test_a_much_worse_version_is_rolled_back_after_one_window(house: RolloutHous
     assert found.windows[0].verdict == "fail"
     assert live(house) == house.a
     with store.session(house.engine, write=False) as s:
-        row = queries.deployments(s, house.group_id, limit=1)[0]
-        (mark,) = [e for e in queries.evaluations(s, house.b) if e.kind == "live"]
+        row = queries.deployments.deployments(s, house.group_id, limit=1)[0]
+        (mark,) = [e for e in queries.evaluations.evaluations(s, house.b) if e.kind == "live"]
     assert (row.action, row.actor, row.version_id) == ("rollback", "watch", house.a)
     assert "worse beyond doubt" in row.reason
     assert row.evidence["windows"][0]["accept_length"] < 1.6
@@ -103,7 +103,7 @@ def test_training_and_replay_take_whole_trees_whatever_most_steps_carried(engine
     with store.session(engine) as s:
         seen = TrainSettings(**recipe_as_served(s, house.group_id, {}))
         counters = {"depth": 3.0, "topk": 4.0, "nodes": 8.0}
-        queries.touch_server(s, house.server_id, counters=counters)
+        queries.servers.touch_server(s, house.server_id, counters=counters)
         recipe = TrainSettings(**recipe_as_served(s, house.group_id, {}))
     assert (recipe.depth, recipe.topk, recipe.nodes) == (3, 4, 8)
     assert (seen.depth, seen.topk) != (3, 4)
@@ -137,7 +137,7 @@ def test_a_version_as_good_as_before_passes_and_stays(house: RolloutHouse) -> No
     assert live(house) == house.b
     assert watch.tick(house.engine, house.group_id) is None
     with store.session(house.engine, write=False) as s:
-        (mark,) = [e for e in queries.evaluations(s, house.b) if e.kind == "live"]
+        (mark,) = [e for e in queries.evaluations.evaluations(s, house.b) if e.kind == "live"]
     assert mark.verdict == "pass" and mark.baseline_accept_length == pytest.approx(1.87, abs=0.15)
 
 
@@ -182,7 +182,7 @@ def test_without_drafts_of_the_version_windows_are_empty_and_roll_back(
 def test_no_traffic_is_no_evidence(house: RolloutHouse) -> None:
     with store.session(house.engine) as s:
         later = begun(house) + timedelta(hours=5)
-        queries.touch_server(s, house.server_id, last_seen_at=later)
+        queries.servers.touch_server(s, house.server_id, last_seen_at=later)
     found = tick(house, 3600 * 5)
     assert found.windows == [] and live(house) == house.b
 
@@ -210,7 +210,7 @@ def test_another_deployment_ends_the_watch_and_begins_its_own(house: RolloutHous
     found = watch.status(house.engine, "default")
     assert found is not None and found.watch.version_id == house.c
     with store.session(house.engine, write=False) as s:
-        first = queries.watches(s, house.group_id)[-1]
+        first = queries.watches.watches(s, house.group_id)[-1]
     assert first.status == "ended" and "version" in first.reason
     rollback(house.engine, "default", actor="ada", reason="no")
     assert watch.tick(house.engine, house.group_id) is None, "a rollback is not watched"
@@ -221,11 +221,11 @@ def test_a_watch_that_died_in_the_middle_of_its_rollback_is_finished_by_the_next
 ) -> None:
     house.serve(house.b, 0.2, since=begun(house), requests=4)
     with store.session(house.engine) as s:  # the window was written, then the process died
-        row = queries.running_watch(s, house.group_id)
+        row = queries.watches.running_watch(s, house.group_id)
         assert row is not None
         row.settings = RULES.model_dump(mode="json")
         row.baseline = {"strata": {}, "paces": {}}
-        queries.add_watch_window(
+        queries.watches.add_watch_window(
             s, watch_id=row.id, number=1, started_at=row.started_at, finished_at=row.started_at,
             requests=4, verify_steps=240, accepted=60, accept_length=1.25,
             expected_accept_length=1.9, verdict="fail", reason="worse beyond doubt", metrics={},

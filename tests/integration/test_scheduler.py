@@ -66,7 +66,7 @@ def house(home: Path, engine: Engine) -> House:
     drafter = scratch.make(target, draft_vocab_size=40, seed=1, model=str(target))
     folder = checkpoint.save(drafter, home / "scratch")
     with store.session(engine) as s:
-        queries.ensure_group(s, "default", str(target), "", drafter.config.architecture)
+        queries.groups.ensure_group(s, "default", str(target), "", drafter.config.architecture)
     version = import_version(engine, artifacts, folder, "default", source="scratch")
     promote(engine, version.id, actor="test", reason="first")
     return House(home, engine, artifacts, target, version.id)
@@ -240,7 +240,10 @@ def test_the_other_scheduler_takes_over_from_one_that_is_killed_and_from_one_tha
 
     def holders() -> set[str]:
         with store.session(engine, write=False) as s:
-            row, lease = queries.scheduler_state(s, 1), queries.lease(s, "scheduler:1")
+            row, lease = (
+                queries.scheduler_states.scheduler_state(s, 1),
+                queries.leases.lease(s, "scheduler:1"),
+            )
         return {one.holder for one in (row, lease) if one is not None}
 
     wait_until(lambda: len(holders()) == 1, 15, "state and lease to name one holder")
@@ -267,14 +270,14 @@ def test_enough_new_requests_train_a_version_that_passes_and_goes_live_and_is_wa
 
     def live() -> int | None:
         with store.session(house.engine, write=False) as s:
-            number = queries.aliases(s, 1)["live"]
+            number = queries.aliases.aliases(s, 1)["live"]
         return number if number != house.live else None
 
     number = rounds(one, live)
     with store.session(house.engine, write=False) as s:
-        row = queries.deployments(s, 1, limit=1)[0]
-        run = queries.runs(s, 1)[0]
-        watched = queries.running_watch(s, 1)
+        row = queries.deployments.deployments(s, 1, limit=1)[0]
+        run = queries.runs.runs(s, 1)[0]
+        watched = queries.watches.running_watch(s, 1)
     assert (row.actor, row.version_id, row.previous_version_id) == ("scheduler", number, house.live)
     assert row.evaluation_id is not None and row.evidence["replay"]["verdict"] == "pass"
     assert (run.trigger, run.status) == ("requests", "succeeded")
@@ -306,7 +309,7 @@ def test_a_run_ends_within_five_seconds_of_the_switch_and_starts_when_it_is_on_a
     said = status.scheduler(house.engine, "default")
     assert (said.state, said.reason) == ("off", "learning is switched off")
     with store.session(house.engine, write=False) as s:
-        assert queries.runs(s, 1)[0].error == "learning was switched off"
+        assert queries.runs.runs(s, 1)[0].error == "learning was switched off"
     switches.turn(house.engine, "default", "learning", True, actor="ada", reason="cooler")
     rounds(one, lambda: one.child)
 
@@ -322,8 +325,8 @@ def test_a_run_is_paused_while_requests_wait_and_keeps_its_lease(
 
     def queue(length: float) -> None:
         with store.session(house.engine) as s:
-            row = queries.servers(s, 1)[0]
-            queries.touch_server(
+            row = queries.servers.servers(s, 1)[0]
+            queries.servers.touch_server(
                 s, row.id, counters={"queue": length}, last_seen_at=utc_now()
             )  # fmt: skip
 
@@ -335,7 +338,7 @@ def test_a_run_is_paused_while_requests_wait_and_keeps_its_lease(
     time.sleep(1.0)
     assert child.progress == before
     with store.session(house.engine) as s:  # the store is not blocked by a stopped process
-        row = queries.lease(s, lease_name(1))
+        row = queries.leases.lease(s, lease_name(1))
         assert row is not None and f":{child.pid}:" in row.holder
         assert row.expires_at > utc_now() + timedelta(seconds=250)
     queue(0)
@@ -348,7 +351,7 @@ def test_a_run_is_paused_while_requests_wait_and_keeps_its_lease(
 
     def error() -> str:  # the round after the end says why
         with store.session(house.engine, write=False) as s:
-            return str(queries.runs(s, 1)[-1].error)
+            return str(queries.runs.runs(s, 1)[-1].error)
 
     rounds(one, lambda: f"version {by_hand} went live meanwhile" in error(), 10)
 
@@ -358,13 +361,13 @@ def passed(
 ) -> int:
     """A version that a run made from what is live, with its evaluation against that."""
     with store.session(house.engine) as s:
-        live = queries.aliases(s, house.group_id)["live"]
-        run = queries.start_run(s, house.group_id, trigger=trigger, base_version_id=live)
-        queries.finish_run(s, run.id, "succeeded")
+        live = queries.aliases.aliases(s, house.group_id)["live"]
+        run = queries.runs.start_run(s, house.group_id, trigger=trigger, base_version_id=live)
+        queries.runs.finish_run(s, run.id, "succeeded")
         made = samples.add_version(
             s, house.group_id, letter, parent_id=live, training_run_id=run.id
         )
-        queries.add_evaluation(
+        queries.evaluations.add_evaluation(
             s, candidate_id=made, baseline_id=live, kind="replay", requests=40, verdict=verdict,
             candidate_accept_length=2.0, baseline_accept_length=1.8, difference=0.2,
         )  # fmt: skip
@@ -380,7 +383,7 @@ def look(one: Scheduler, times: int = 1) -> status.SchedulerStatus:
 
 def aliases(engine: Engine) -> dict[str, int]:
     with store.session(engine, write=False) as s:
-        return queries.aliases(s, 1)
+        return queries.aliases.aliases(s, 1)
 
 
 def test_what_passed_waits_while_auto_promote_is_off_and_goes_live_when_it_is_on(
@@ -426,7 +429,7 @@ def test_a_worse_version_is_rolled_back_rests_and_is_not_promoted_again(
     assert aliases(engine)["live"] == made
     house.follow(made)
     with store.session(engine, write=False) as s:
-        watched = queries.running_watch(s, 1)
+        watched = queries.watches.running_watch(s, 1)
     assert watched is not None
     house.serve(made, 0.1, since=watched.started_at, requests=5, apart=0.01)
     said = look(one, 2)
@@ -478,7 +481,7 @@ def test_with_trials_what_passed_the_gate_is_tried_before_it_goes_live(
     for window in range(8):
         look(one)
         with store.session(engine, write=False) as s:
-            wanted = queries.wanted_version(s, 1, clock["now"])
+            wanted = queries.aliases.wanted_version(s, 1, clock["now"])
         assert wanted is not None
         house.serve(
             wanted.version_id, 0.6 if wanted.version_id == made else 0.3, since=clock["now"],
@@ -488,7 +491,7 @@ def test_with_trials_what_passed_the_gate_is_tried_before_it_goes_live(
     look(one, 2)
     assert aliases(engine)["live"] == made
     with store.session(engine, write=False) as s:
-        assert queries.deployments(s, 1, limit=1)[0].evidence["trial_id"] == 1
+        assert queries.deployments.deployments(s, 1, limit=1)[0].evidence["trial_id"] == 1
 
 
 def test_a_store_that_is_away_is_waited_for_and_the_round_goes_on(
@@ -536,15 +539,17 @@ def test_a_run_of_a_dead_process_of_this_machine_keeps_nobody_waiting(
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
     with store.session(engine) as s:
-        queries.acquire_lease(s, lease_name(1), f"{socket.gethostname()}:{os.getpid()}:x", 300)
+        queries.leases.acquire_lease(
+            s, lease_name(1), f"{socket.gethostname()}:{os.getpid()}:x", 300
+        )
     closing.append(one := scheduler(engine))
     said = look(one)
     assert said.state == "training" and "goes on" in said.reason
     with store.session(engine) as s:
-        held = queries.lease(s, lease_name(1))
+        held = queries.leases.lease(s, lease_name(1))
         assert held is not None
-        queries.release_lease(s, held.name, held.holder, held.token)
-        queries.acquire_lease(s, lease_name(1), f"{socket.gethostname()}:{gone.pid}:x", 300)
+        queries.leases.release_lease(s, held.name, held.holder, held.token)
+        queries.leases.acquire_lease(s, lease_name(1), f"{socket.gethostname()}:{gone.pid}:x", 300)
     assert look(one).state == "waiting"
 
 
@@ -570,6 +575,6 @@ def test_health_is_ready_only_when_rounds_are_done_and_metrics_say_what_is_serve
     wait_until(lambda: one.health()["state"] == "off", 5, "the switch")
     assert one.end() == 0
     with store.session(engine) as s:
-        lease = queries.lease(s, "scheduler:1")
+        lease = queries.leases.lease(s, "scheduler:1")
         assert lease is not None and lease.expires_at <= utc_now(), "the next need not wait"
     assert not status.scheduler(engine, "default").alive

@@ -265,7 +265,7 @@ def test_the_drafter_of_a_boot_that_is_over_is_found_when_the_next_one_has_the_s
     inside.send(unidentified(last, "a" * 64 if same else "b" * 64), boot_id=last, seq=1)
     assert not inside.batcher.drain()  # the drafter may be the one that is being imported
     with store.session(inside.engine) as s:
-        group = queries.group_by_name(s, "default").id
+        group = queries.groups.group_by_name(s, "default").id
         version = samples.add_version(s, group, "a" if same else "b")
     known = inside.registry.known(last)
     assert known is not None

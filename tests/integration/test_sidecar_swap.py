@@ -221,7 +221,7 @@ def test_speculation_goes_from_a_share_to_all_steps_when_replay_says_that_it_pay
     assert world.server()["speculation_share"] == pytest.approx(0.1)
     world.engine.counters |= {"step_ms_plain": 50.0, "step_ms_spec": 65.0}
     with store.session(world.db) as s:
-        queries.add_evaluation(
+        queries.evaluations.add_evaluation(
             s,
             candidate_id=boot,
             baseline_id=None,
@@ -251,7 +251,7 @@ def test_a_server_follows_the_windows_of_a_trial_and_comes_back_by_itself(world:
     trial.start(world.db, new, actor="test", reason="a trial", settings=rules, seed=1)
     with store.session(world.db) as s:  # one window of the candidate, which nobody closes
         now = utc_now()
-        queries.add_trial_window(s, 1, 1, new, now, now + timedelta(seconds=6))
+        queries.trials.add_trial_window(s, 1, 1, new, now, now + timedelta(seconds=6))
     wait_until(lambda: world.server()["live_version_id"] == new)
     wait_until(lambda: world.server()["live_version_id"] == boot)
     assert [row["action"] for row in world.rows("SELECT action FROM deployment")] == ["promote"]

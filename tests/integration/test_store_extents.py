@@ -24,8 +24,8 @@ STEPS = {"chat": (12, 30, 75, 130, 191), "code": (64, 71)}
 def serve(engine: Engine) -> tuple[int, int]:
     """Its group and server. A mixed step and one without a draft lie outside of all others."""
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3").id
-        server = queries.register_server(s, group, samples.hello()).id
+        group = queries.groups.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3").id
+        server = queries.servers.register_server(s, group, samples.hello()).id
 
     def us(seconds: int) -> int:
         return samples.START_US + seconds * 1_000_000

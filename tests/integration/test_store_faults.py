@@ -202,8 +202,8 @@ def test_what_sqlite_refuses_is_told_apart(
 
 def register(engine: Engine) -> int:
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
-        return queries.register_server(s, group.id, samples.hello()).id
+        group = queries.groups.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
+        return queries.servers.register_server(s, group.id, samples.hello()).id
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ TABLES = (Request, AcceptanceEvent, AcceptanceMinute, RequestTally)
 
 def register(engine: Engine, boot_id: int = samples.BOOT) -> int:
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
-        return queries.register_server(s, group.id, samples.hello(boot_id)).id
+        group = queries.groups.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
+        return queries.servers.register_server(s, group.id, samples.hello(boot_id)).id
 
 
 def contents(engine: Engine) -> dict[str, list[dict[str, Any]]]:
@@ -112,12 +112,14 @@ def test_minutes_and_events_give_the_same_accept_length_and_interval(engine: Eng
     ]
     ingest(engine, server_id, samples.BOOT, mature)
     with store.session(engine, write=False) as s:
-        group = queries.group_by_name(s, "default").id
-        (by_minute,) = queries.accept_length_by_version(s, group, depth=3, topk=1)
-        (by_event,) = queries.accept_length_by_version(s, group, min_swap_age=5, depth=3)
-        by_domain = queries.accept_length_by_version(s, group, by_domain=True)
-        per_request = queries.per_request(s, group, 0)
-        assert queries.count_events(s, server_id) == by_minute.verify_steps
+        group = queries.groups.group_by_name(s, "default").id
+        (by_minute,) = queries.accept_lengths.accept_length_by_version(s, group, depth=3, topk=1)
+        (by_event,) = queries.accept_lengths.accept_length_by_version(
+            s, group, min_swap_age=5, depth=3
+        )
+        by_domain = queries.accept_lengths.accept_length_by_version(s, group, by_domain=True)
+        per_request = queries.accept_lengths.per_request(s, group, 0)
+        assert queries.events.count_events(s, server_id) == by_minute.verify_steps
     assert asdict(by_minute) == pytest.approx(asdict(by_event))
     assert by_minute.ci_low is not None and by_minute.ci_high is not None
     assert by_minute.ci_low < by_minute.accept_length < by_minute.ci_high
@@ -148,9 +150,9 @@ def test_steps_of_mixed_draft_kv_stay_out_of_comparisons(engine: Engine) -> None
     start: list[wire.Record] = [samples.started(1), samples.started(2)]
     ingest(engine, server_id, samples.BOOT, [(1, [*start, *steps])])
     with store.session(engine, write=False) as s:
-        group = queries.group_by_name(s, "default").id
-        (clean,) = queries.accept_length_by_version(s, group)
-        (every,) = queries.accept_length_by_version(s, group, with_mixed=True)
+        group = queries.groups.group_by_name(s, "default").id
+        (clean,) = queries.accept_lengths.accept_length_by_version(s, group)
+        (every,) = queries.accept_lengths.accept_length_by_version(s, group, with_mixed=True)
     assert (clean.verify_steps, clean.accept_length) == (2, 3.0)
     assert every.verify_steps == 3
 
@@ -160,8 +162,8 @@ def test_a_step_without_a_version_gets_the_one_that_the_server_booted_with(
 ) -> None:
     server_id = register(engine)
     with store.session(engine) as s:
-        group = queries.group_by_name(s, "default")
-        version, _ = queries.add_version(
+        group = queries.groups.group_by_name(s, "default")
+        version, _ = queries.versions.add_version(
             s,
             group_id=group.id,
             architecture="LlamaForCausalLMEagle3",
@@ -172,7 +174,7 @@ def test_a_step_without_a_version_gets_the_one_that_the_server_booted_with(
             target_model="target",
             source="scratch",
         )
-        queries.touch_server(s, server_id, boot_version_id=version.id)
+        queries.servers.touch_server(s, server_id, boot_version_id=version.id)
     ingest(
         engine, server_id, samples.BOOT, [(1, [samples.started(1), samples.chain_step(1, 0, 1)])]
     )
@@ -227,17 +229,17 @@ def test_an_old_batch_does_not_bring_back_an_old_live_version(engine: Engine) ->
     fine = wire.SwapDone(samples.BOOT, 1, 9, True, "", "c" * 64, 1.0, 2.0)
     ingest(engine, server_id, samples.BOOT, [(1, [refused]), (2, [hello])])
     with store.session(engine, write=False) as s:
-        server = queries.server(s, server_id)
+        server = queries.servers.server(s, server_id)
         assert server.last_error == "version 9 was refused: not finite"
         assert server.live_version_id is None  # 999 is not in this store
-        assert queries.drops(s, server.group_id) == {"engine": 7}
+        assert queries.drops.drops(s, server.group_id) == {"engine": 7}
     ingest(engine, server_id, samples.BOOT, [(3, [fine])])
     result = ingest(engine, server_id, samples.BOOT, [(1, [refused]), (2, [hello])])
     assert result.last_seq == 3
     with store.session(engine, write=False) as s:
-        server = queries.server(s, server_id)
+        server = queries.servers.server(s, server_id)
         assert (server.last_error, server.live_sha256) == ("", "c" * 64)
-        assert queries.watermark(s, server_id, samples.BOOT) == 3
+        assert queries.watermarks.watermark(s, server_id, samples.BOOT) == 3
 
 
 def test_what_a_server_says_is_wrong_is_kept_until_it_says_otherwise(engine: Engine) -> None:
@@ -247,7 +249,7 @@ def test_what_a_server_says_is_wrong_is_kept_until_it_says_otherwise(engine: Eng
         ingest(engine, server_id, samples.BOOT, [(seq, [hello])])
         with store.session(engine, write=False) as s:
             expected = {"consent": "headers are lost"} if notices else {}
-            assert queries.server(s, server_id).notices == expected
+            assert queries.servers.server(s, server_id).notices == expected
 
 
 def test_running_requests_of_a_boot_that_is_gone_are_lost(engine: Engine) -> None:
@@ -257,10 +259,10 @@ def test_running_requests_of_a_boot_that_is_gone_are_lost(engine: Engine) -> Non
     ingest(engine, new, 78, [(1, [samples.started(1, boot_id=78)])])
     with store.session(engine) as s:
         server = s.get_one(Server, new)
-        assert [boot.id for boot in queries.earlier_boots(s, server)] == [old]
-        assert queries.mark_lost(s, old, 77) == 1
-        assert queries.earlier_boots(s, server) == []
-        assert queries.count_events(s, new) == 0
+        assert [boot.id for boot in queries.servers.earlier_boots(s, server)] == [old]
+        assert queries.servers.mark_lost(s, old, 77) == 1
+        assert queries.servers.earlier_boots(s, server) == []
+        assert queries.events.count_events(s, new) == 0
         statuses = dict(s.execute(select(Request.id, Request.status)).tuples().all())
     assert [statuses[wire.request_id(77, 1)], statuses[wire.request_id(77, 2)]] == [
         "lost",

@@ -36,8 +36,8 @@ def postgres(postgres_database: str) -> Iterator[Engine]:
 def serve(engine: Engine, ages: list[float], boot_id: int = samples.BOOT) -> int:
     """One finished request of two steps for each age in days."""
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
-        server_id = queries.register_server(s, group.id, samples.hello(boot_id)).id
+        group = queries.groups.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
+        server_id = queries.servers.register_server(s, group.id, samples.hello(boot_id)).id
     for number, age in enumerate(ages, start=1):
         at_us = int((NOW - timedelta(days=age)).timestamp() * 1e6)
         steps = [samples.chain_step(number, i, 1, at_us=at_us + i, boot_id=boot_id) for i in (0, 1)]
@@ -100,7 +100,7 @@ def test_the_oldest_traces_go_until_the_rest_fits(engine: Engine, tmp_path: Path
         uri = f"traces/20261101/{number}.safetensors"
         artifacts.put_file(tmp_path / "t", uri)
         with store.session(engine) as s:
-            queries.add_trace(
+            queries.traces.add_trace(
                 s,
                 request_id=wire.request_id(samples.BOOT, number),
                 uri=uri,
@@ -118,7 +118,7 @@ def test_the_oldest_traces_go_until_the_rest_fits(engine: Engine, tmp_path: Path
                 created_at=NOW - timedelta(days=5 - number),
             )
     with store.session(engine) as s:
-        queries.pin_traces(s, [wire.request_id(samples.BOOT, 1)])
+        queries.traces.pin_traces(s, [wire.request_id(samples.BOOT, 1)])
     would = prune(engine, artifacts, days=30, trace_bytes=250, dry_run=True, now=NOW)
     assert (would.traces, would.trace_bytes) == (2, 200)
     assert artifacts.exists("traces/20261101/2.safetensors")
@@ -126,7 +126,7 @@ def test_the_oldest_traces_go_until_the_rest_fits(engine: Engine, tmp_path: Path
     kept = [artifacts.exists(f"traces/20261101/{number}.safetensors") for number in range(1, 5)]
     assert kept == [True, False, False, True]
     with store.session(engine, write=False) as s:
-        assert queries.trace_bytes_total(s) == 200
+        assert queries.traces.trace_bytes_total(s) == 200
 
 
 def test_only_weights_that_nothing_points_to_go(engine: Engine, tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_only_weights_that_nothing_points_to_go(engine: Engine, tmp_path: Path) 
     (tmp_path / "w" / "config.json").write_text("{}")
     with store.session(engine) as s:
         ids = [samples.add_version(s, 1, letter) for letter in "abcdef"]
-        queries.set_pinned(s, ids[0], True)
-        queries.touch_server(s, 1, live_version_id=ids[1])
+        queries.versions.set_pinned(s, ids[0], True)
+        queries.servers.touch_server(s, 1, live_version_id=ids[1])
     for letter in "abcdef":
         artifacts.put_folder(tmp_path / "w", f"versions/{letter * 16}/")
     promote(engine, ids[2], actor="ada", reason="good")
@@ -149,7 +149,7 @@ def test_only_weights_that_nothing_points_to_go(engine: Engine, tmp_path: Path) 
     there = [artifacts.exists(f"versions/{letter * 16}/") for letter in "abcdef"]
     assert there == [True, True, True, False, False, True]
     with store.session(engine, write=False) as s:
-        assert len(queries.versions(s, 1)) == 6  # the rows stay
+        assert len(queries.versions.versions(s, 1)) == 6  # the rows stay
     with pytest.raises(AuroraError, match="were deleted"):
         promote(engine, ids[3], actor="ada", reason="back")
     with store.reading(engine) as connection:

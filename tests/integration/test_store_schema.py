@@ -42,10 +42,10 @@ VIEWS = {
 def fill(engine: Engine) -> None:
     """Traffic of two versions, a tree step, and two promotions."""
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
-        server_id = queries.register_server(s, group.id, samples.hello()).id
+        group = queries.groups.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
+        server_id = queries.servers.register_server(s, group.id, samples.hello()).id
         first, second = (samples.add_version(s, group.id, letter) for letter in "ab")
-        queries.touch_server(s, server_id, boot_version_id=first)
+        queries.servers.touch_server(s, server_id, boot_version_id=first)
     batch = samples.traffic(requests=4, steps=12)
     later = samples.START_US + 2 * 3_600_000_000
     extra: list[wire.Record] = [
@@ -101,7 +101,7 @@ def test_the_views_say_what_was_served(engine: Engine) -> None:
         assert row["accept_length"] == pytest.approx(1 + row["accepted"] / row["verify_steps"])
     chain = next(row for row in lengths if row["topk"] == 1 and row["requests"] == 4)
     with store.session(engine, write=False) as s:
-        (exact,) = queries.accept_length_by_version(
+        (exact,) = queries.accept_lengths.accept_length_by_version(
             s, 1, accept_rule="greedy", domains=["chat", "code"]
         )
     assert exact.ci_high is not None
@@ -247,15 +247,15 @@ def test_history_can_not_be_changed(engine: Engine, statement: str) -> None:
 
 def test_a_time_without_a_zone_is_refused(engine: Engine) -> None:
     with pytest.raises(Exception, match="without a zone"), store.session(engine) as s:
-        queries.acquire_lease(s, "train", "me", 5, now=datetime(2026, 1, 1))
+        queries.leases.acquire_lease(s, "train", "me", 5, now=datetime(2026, 1, 1))
 
 
 def test_times_come_back_in_utc(engine: Engine) -> None:
     moment = datetime(2026, 11, 24, 3, 4, 5, 6, tzinfo=UTC)
     with store.session(engine) as s:
-        queries.acquire_lease(s, "train", "me", 5, now=moment)
+        queries.leases.acquire_lease(s, "train", "me", 5, now=moment)
     with store.session(engine, write=False) as s:
-        lease = queries.lease(s, "train")
+        lease = queries.leases.lease(s, "train")
     assert lease is not None
     assert lease.acquired_at == moment
     assert lease.expires_at - lease.acquired_at == timedelta(seconds=5)

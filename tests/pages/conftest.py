@@ -32,7 +32,7 @@ def house(shared: House) -> Iterator[House]:
     """The store that all share, with version 3 live and 2 before it, and servers that follow and
     are heard of, however long a test takes."""
     with store.session(shared.engine, write=False) as s:
-        names = queries.aliases(s, shared.group_id)
+        names = queries.aliases.aliases(s, shared.group_id)
     if (names.get("live"), names.get("previous")) != (3, 2):
         for version in (2, 3):
             shared.servers_follow()

@@ -58,18 +58,18 @@ class House:
 
     def version(self, version_id: int) -> Any:
         with store.session(self.engine, write=False) as s:
-            return queries.version(s, version_id)
+            return queries.versions.version(s, version_id)
 
     def live(self) -> int | None:
         with store.session(self.engine, write=False) as s:
-            return queries.aliases(s, self.group_id).get("live")
+            return queries.aliases.aliases(s, self.group_id).get("live")
 
     def servers_follow(self) -> None:
         """Every server reports what is live, as after a swap."""
         version = self.version(self.live() or 0)
         with store.session(self.engine) as s:
             for server_id in self.servers.values():
-                queries.touch_server(
+                queries.servers.touch_server(
                     s, server_id, live_version_id=version.id, live_sha256=version.weights_sha256,
                     state="running", phase="speculating", phase_reason="drafts pay",
                     speculation_share=1.0, last_error="", last_seen_at=clock.utc_now(),
@@ -84,7 +84,7 @@ class House:
             while not over.wait(5):
                 with store.session(self.engine) as s:
                     for server_id in self.servers.values():
-                        queries.touch_server(s, server_id, last_seen_at=clock.utc_now())
+                        queries.servers.touch_server(s, server_id, last_seen_at=clock.utc_now())
 
         thread = Thread(target=say, daemon=True)
         thread.start()
@@ -206,7 +206,7 @@ def empty(home: Path) -> House:
     engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
     store.upgrade(engine)
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "default", str(target), "", "LlamaForCausalLMEagle3")
+        group = queries.groups.ensure_group(s, "default", str(target), "", "LlamaForCausalLMEagle3")
     return House(home, engine, group.id, [])
 
 
@@ -218,7 +218,7 @@ def add_servers(
             said = {"name": name, "dtype": "float32", "sglang_version": "0.5.21"}
             counters = {"queue": 0.0, "step_ms_plain": 20.0, "step_ms_spec": 26.0}
             hello = wire.Hello(boot, 1, said, 0, 0, 0, counters, notices or {})
-            house.servers[boot] = queries.register_server(s, house.group_id, hello).id
+            house.servers[boot] = queries.servers.register_server(s, house.group_id, hello).id
 
 
 def add_version(house: House, parent: int | None = None, run: int | None = None) -> int:
@@ -248,7 +248,7 @@ def judge(
                      "verdict": "pass" if gain > 0 else "inconclusive"}
             for domain, more in DOMAINS.items()
         }  # fmt: skip
-        row = queries.add_evaluation(
+        row = queries.evaluations.add_evaluation(
             s, candidate_id=candidate, baseline_id=baseline, kind="replay", requests=60,
             verdict=verdict, candidate_accept_length=after, baseline_accept_length=before,
             difference=gain, ci_low=gain - 0.05, ci_high=gain + 0.05, depth=DEPTH, topk=TOPK,
@@ -256,7 +256,7 @@ def judge(
                 "requests": 60, "left_out": {"rejection_sampling": 3}}},
         )  # fmt: skip
         for domain, said in told.items():
-            queries.add_evaluation(
+            queries.evaluations.add_evaluation(
                 s, candidate_id=candidate, baseline_id=baseline, kind="replay", domain=domain,
                 requests=20, verdict=str(said["verdict"]), difference=gain,
                 candidate_accept_length=said["candidate"],
@@ -269,7 +269,7 @@ def judge(
 def train(house: House, base: int, at: datetime, after: float) -> int:
     """A finished training run; its id."""
     with clock_at(at - timedelta(minutes=4)), store.session(house.engine) as s:
-        run = queries.start_run(
+        run = queries.runs.start_run(
             s, house.group_id, trigger="requests", base_version_id=base, objective="forward_kl",
         )  # fmt: skip
     lengths = [1.2 + (after - 1.2) * (1 - 0.6**i) for i in range(1, 7)]
@@ -280,7 +280,7 @@ def train(house: House, base: int, at: datetime, after: float) -> int:
         "tokens_per_second": 812.4,
     }  # fmt: skip
     with clock_at(at), store.session(house.engine) as s:
-        queries.finish_run(
+        queries.runs.finish_run(
             s, run.id, "succeeded", requests=40, tokens=24_310, metrics=metrics,
             window_start=at - timedelta(hours=3), window_end=at - timedelta(minutes=5),
         )  # fmt: skip
@@ -309,8 +309,8 @@ def fill(home: Path, *, requests: int = 300, now: datetime | None = None) -> Hou
     _next(house, live, now - timedelta(minutes=50))
     _next(house, live, now - timedelta(minutes=20), verdict="inconclusive")
     with clock_at(now - timedelta(minutes=19)), store.session(house.engine) as s:
-        failed = queries.start_run(s, house.group_id, trigger="drift", base_version_id=live)
-        queries.finish_run(s, failed.id, "failed", error="3 of 40 traces could be read")
+        failed = queries.runs.start_run(s, house.group_id, trigger="drift", base_version_id=live)
+        queries.runs.finish_run(s, failed.id, "failed", error="3 of 40 traces could be read")
     set_candidate(house.engine, house.versions[3], house.group_id)
     with clock_at(now - timedelta(hours=2)):
         rollout.pin(house.engine, first, actor="ada", reason="the one to fall back on")
@@ -368,11 +368,13 @@ def first_hour(home: Path, now: datetime | None = None) -> House:
             at += timedelta(seconds=4.3)
     _next(house, house.versions[-1], now - timedelta(seconds=80), verdict="inconclusive")
     with store.session(house.engine) as s:
-        row = next(e for e in queries.evaluations(s, house.versions[-1]) if not e.domain)
+        row = next(
+            e for e in queries.evaluations.evaluations(s, house.versions[-1]) if not e.domain
+        )
         judged = {"requests": 9, "left_out": {"rejection_sampling": 3}}
         row.details = {**row.details, "reason": UNJUDGED, "judged": judged}
     with clock_at(now - timedelta(seconds=71)), store.session(house.engine) as s:
-        queries.start_run(s, house.group_id, trigger="requests", base_version_id=3)
+        queries.runs.start_run(s, house.group_id, trigger="requests", base_version_id=3)
     house.servers_follow()
     return house
 
@@ -391,7 +393,7 @@ def _next(house: House, parent: int, at: datetime, verdict: str = "pass") -> int
 
 def _newest(house: House, candidate: int) -> int:
     with store.session(house.engine, write=False) as s:
-        return next(e.id for e in queries.evaluations(s, candidate) if not e.domain)
+        return next(e.id for e in queries.evaluations.evaluations(s, candidate) if not e.domain)
 
 
 if __name__ == "__main__":

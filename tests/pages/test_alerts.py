@@ -44,7 +44,7 @@ def small(tmp_path: Path, settings_of: Use) -> Iterator[House]:
 
 def touch(house: House, boot: int, **columns: Any) -> None:
     with store.session(house.engine) as s:
-        queries.touch_server(s, house.servers[boot], **columns)
+        queries.servers.touch_server(s, house.servers[boot], **columns)
 
 
 def test_nothing_is_wrong_when_servers_run_what_they_should(small: House) -> None:
@@ -85,16 +85,16 @@ def test_each_thing_that_a_server_says_is_wrong_is_an_alert_until_it_says_otherw
 
 def test_losses_drift_switches_failed_runs_and_failed_watches_are_told(small: House) -> None:
     with store.session(small.engine) as s:
-        queries.add_drops(s, small.servers[77], "spool", 1234)
-        queries.add_drift(
+        queries.drops.add_drops(s, small.servers[77], "spool", 1234)
+        queries.drifts.add_drift(
             s, small.group_id, version_id=2, domain=PICTURE, last_request_id=1,
             accept_length_before=2.1, accept_length_after=1.4, requests_before=60,
             requests_after=40,
         )  # fmt: skip
-        run = queries.start_run(s, small.group_id, trigger="drift")
-        queries.finish_run(s, run.id, "failed", error=f"no trace {PICTURE}")
-        for watch in queries.watches(s, small.group_id):
-            queries.end_watch(s, watch, "failed", "accept length 1.31 below 1.52")
+        run = queries.runs.start_run(s, small.group_id, trigger="drift")
+        queries.runs.finish_run(s, run.id, "failed", error=f"no trace {PICTURE}")
+        for watch in queries.watches.watches(s, small.group_id):
+            queries.watches.end_watch(s, watch, "failed", "accept length 1.31 below 1.52")
     turn(small.engine, "default", "learning", False, actor="eve", reason=PICTURE)
     app = draw(small.home, "Now")
     (severe,) = [element.value for element in app.error]
@@ -111,7 +111,7 @@ def test_losses_drift_switches_failed_runs_and_failed_watches_are_told(small: Ho
 
 def test_what_the_scheduler_will_do_next_and_why_is_told(small: House) -> None:
     with store.session(small.engine) as s:
-        queries.set_scheduler_state(
+        queries.scheduler_states.set_scheduler_state(
             s, small.group_id, holder="host:1", state="waiting", reason="140 of 200 new requests",
             next_action="train on 200 new requests", next_at=utc_now() + timedelta(minutes=20),
             details={},

@@ -77,7 +77,7 @@ def steps(house: House) -> dict[str, list[datetime]]:
 
 def deployments(house: House) -> list[Deployment]:
     with store.session(house.engine, write=False) as s:
-        return list(queries.deployments(s, house.group_id))
+        return list(queries.deployments.deployments(s, house.group_id))
 
 
 def holds(drawn: dict[str, Any], house: House) -> None:

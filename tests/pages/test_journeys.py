@@ -116,7 +116,7 @@ def test_an_operator_promotes_a_version_and_sees_the_servers_follow(
     expect(page.get_by_text("Version 4 is live (generation")).to_be_visible()
     assert house.live() == 4
     with store.session(house.engine, write=False) as s:
-        row = queries.deployments(s, house.group_id, limit=1)[0]
+        row = queries.deployments.deployments(s, house.group_id, limit=1)[0]
     assert (row.actor, row.reason, row.action) == ("ada", "better on code", "promote")
     assert row.evidence["verdict"] == "pass" and row.evidence["age_seconds"] > 60
     servers = page.get_by_role("table", name="what servers run")
@@ -256,7 +256,7 @@ def test_tokens_of_a_request_are_coloured_by_what_they_were(house: House, look: 
     name = page.get_by_role("heading", name=re.compile("^Request "), level=3).inner_text()
     request_id = int(re.search(r"Request (\d+)", name).group(1))  # type: ignore[union-attr]
     with store.session(house.engine, write=False) as s:
-        events = queries.events(s, request_id)
+        events = queries.events.events(s, request_id)
     expected = []
     for event in events:
         expected += ["accepted"] * event["accepted"]

@@ -165,7 +165,10 @@ def test_the_pages_show_the_numbers_of_the_store(house: House, settings_of: Use)
     app_table = draw(house.home, "Acceptance", period="30 days", tab="The same numbers")
     frame = app_table.dataframe[0].value
     with store.session(house.engine, write=False) as s:
-        lengths = {r.version_id: r for r in queries.accept_length_by_version(s, house.group_id)}
+        lengths = {
+            r.version_id: r
+            for r in queries.accept_lengths.accept_length_by_version(s, house.group_id)
+        }
     for version, expected in lengths.items():
         rows = frame[frame["line"] == f"version {version}"]
         assert rows["verify steps"].sum() == expected.verify_steps
@@ -326,10 +329,10 @@ def test_training_does_not_start_while_another_run_holds_the_lease_or_learning_i
         return said(agree(app, make, "new prompts"))
 
     with store.session(house.engine) as s:
-        token = queries.acquire_lease(s, f"train:{house.group_id}", "elsewhere", 60)
+        token = queries.leases.acquire_lease(s, f"train:{house.group_id}", "elsewhere", 60)
     assert "a training run of this group is going on" in attempt()
     with store.session(house.engine) as s:
-        queries.release_lease(s, f"train:{house.group_id}", "elsewhere", token or 0)
+        queries.leases.release_lease(s, f"train:{house.group_id}", "elsewhere", token or 0)
     turn = rollout.switches.turn
     turn(house.engine, "default", "learning", False, actor="test", reason="quiet")
     try:

@@ -59,7 +59,7 @@ def test_the_keyboard_reaches_every_page_every_choice_and_every_action(
 def test_times_are_of_the_viewer_s_zone_and_say_utc_on_hover(house: House, look: Look) -> None:
     page = look("ada", "audit").page
     with store.session(house.engine, write=False) as s:
-        newest = queries.deployments(s, house.group_id, limit=1)[0].created_at
+        newest = queries.deployments.deployments(s, house.group_id, limit=1)[0].created_at
     when = page.get_by_role("table", name="entry").locator("time")
     there = datetime.fromisoformat(str(when.get_attribute("datetime")))
     assert abs((there - newest).total_seconds()) < 86_400 and there.tzinfo is not None
@@ -78,7 +78,7 @@ def test_the_numbers_beneath_the_trend_come_as_a_csv_file(house: House, look: Lo
     with Path(download.value.path()).open() as file:
         rows = list(csv.DictReader(file))
     with store.session(house.engine, write=False) as s:
-        lengths = queries.accept_length_by_version(s, house.group_id)
+        lengths = queries.accept_lengths.accept_length_by_version(s, house.group_id)
     for column in ("verify steps", "accepted"):
         wanted = sum(getattr(one, column.replace(" ", "_")) for one in lengths)
         assert sum(int(row[column]) for row in rows) == wanted

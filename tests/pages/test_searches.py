@@ -46,7 +46,7 @@ def test_what_text_is_shown_follows_the_settings_the_request_and_the_role(
     with store.session(house.engine, write=False) as s:
         newest: dict[bool, int] = {}
         for found in explorer.find_requests(s, house.group_id, limit=20):
-            request = queries.request(s, found.request_id)
+            request = queries.requests.request(s, found.request_id)
             assert request is not None
             newest.setdefault(request.may_train, found.request_id)
     settings_of(house.home)

@@ -23,9 +23,9 @@ Ask = Callable[..., Answer]
 def ask(engine: Engine) -> Ask:
     """Asks a store with one version, some traffic and one switch that was turned."""
     with store.session(engine) as s:
-        group = queries.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
+        group = queries.groups.ensure_group(s, "default", "target", "", "LlamaForCausalLMEagle3")
         samples.add_version(s, group.id, "a")
-        server_id = queries.register_server(s, group.id, samples.hello()).id
+        server_id = queries.servers.register_server(s, group.id, samples.hello()).id
     ingest(engine, server_id, samples.BOOT, samples.traffic(requests=4, steps=12))
     roles = {} if is_sqlite(engine) else make_sql_roles(engine)
 
@@ -92,7 +92,7 @@ def test_it_writes_nothing_whatever_is_typed(ask: Ask, engine: Engine) -> None:
         assert "\n" not in str(refused.value), statement
     assert ask("SELECT count(*) FROM request").rows == before
     with store.session(engine, write=False) as s:
-        assert queries.switches(s, 1) == []
+        assert queries.switches.switches(s, 1) == []
 
 
 def test_a_viewer_sees_no_token_by_any_name(ask: Ask, engine: Engine) -> None:

@@ -11,13 +11,16 @@ from aurora_sgl.rollout.live_traffic import Pace, compare, paces, speeds, strata
 from aurora_sgl.rollout.trial import _lengths
 from aurora_sgl.rollout.watch import filled
 from aurora_sgl.store.models import TrialWindow
-from aurora_sgl.store.queries import Cluster, Step
+from aurora_sgl.store.queries.request_counts import RequestCounts
+from aurora_sgl.store.queries.steps import Step
 
 NOW = datetime(2026, 11, 26, tzinfo=UTC)
 
 
-def cluster(request: int, depth: int, steps: int, accepted: int) -> Cluster:
-    return Cluster(request, "chat", depth, 4, steps, accepted, NOW + timedelta(seconds=request))
+def cluster(request: int, depth: int, steps: int, accepted: int) -> RequestCounts:
+    return RequestCounts(
+        request, "chat", depth, 4, steps, accepted, NOW + timedelta(seconds=request)
+    )
 
 
 def test_a_request_with_two_depths_is_one_witness_and_each_depth_has_its_own_expectation() -> None:

@@ -14,7 +14,7 @@ from aurora_sgl.scheduler.elapsed import Elapsed
 from aurora_sgl.scheduler.load import load_of
 from aurora_sgl.scheduler.policy import Facts, decide
 from aurora_sgl.store.models import Drift, Server
-from aurora_sgl.store.queries import Cluster
+from aurora_sgl.store.queries.request_counts import RequestCounts
 
 RULES = SchedulerSettings(minutes=60, requests=200, min_new_requests=8, cooldown_minutes=5)
 QUIET = Facts(
@@ -105,7 +105,7 @@ def test_training_steps_aside_for_servers_with_a_queue_or_slow_steps(
     assert found.pace == pace and bool(found.reason) == (pace != "full")
 
 
-def requests(seed: int, *parts: tuple[int, float], domain: str = "chat") -> list[Cluster]:
+def requests(seed: int, *parts: tuple[int, float], domain: str = "chat") -> list[RequestCounts]:
     """Requests that differ as served ones do, (count, mean of accepted tokens) after another."""
     rng = np.random.default_rng(seed)
     found = []
@@ -115,7 +115,7 @@ def requests(seed: int, *parts: tuple[int, float], domain: str = "chat") -> list
             share = rng.beta(2 * mean, 2 * (3 - mean))
             accepted = int(rng.binomial(3 * steps, share))
             at = NOW + timedelta(seconds=len(found))
-            found.append(Cluster(len(found), domain, 3, 4, steps, accepted, at))
+            found.append(RequestCounts(len(found), domain, 3, 4, steps, accepted, at))
     return found
 
 

@@ -101,7 +101,7 @@ def test_a_session_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     from aurora_sgl.store import queries
 
     with pytest.raises(RuntimeError), store.session(engine) as s:
-        queries.ensure_group(s, "default", "t", "", "x")
+        queries.groups.ensure_group(s, "default", "t", "", "x")
         raise RuntimeError
     with store.reading(engine) as connection:
         assert connection.scalar(text("SELECT count(*) FROM deployment_group")) == 0
@@ -114,7 +114,7 @@ def test_a_session_in_which_nothing_was_asked_is_no_sign_that_the_store_is_there
     path = tmp_path / "aurora.db"
     link = StoreLink(f"sqlite:///{path}")
     with link.session() as s:
-        queries.groups(s)
+        queries.groups.groups(s)
     answered = link.last_ok
     assert answered
     with link.session():
@@ -123,13 +123,13 @@ def test_a_session_in_which_nothing_was_asked_is_no_sign_that_the_store_is_there
     path.rename(tmp_path / "elsewhere.db")
     for _ in range(2):
         with pytest.raises(StoreAway), link.session() as s:
-            queries.groups(s)
+            queries.groups.groups(s)
     (tmp_path / "elsewhere.db").rename(path)
     with link.session():
         pass
     assert "the store is back" not in caplog.text
     with link.session() as s:
-        queries.groups(s)
+        queries.groups.groups(s)
     assert caplog.text.count("the store is away") == caplog.text.count("the store is back") == 1
     assert link.last_ok > answered
     link.close()

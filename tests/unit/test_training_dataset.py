@@ -18,7 +18,7 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.sequences.dataset import Dataset, build
 from aurora_sgl.sequences.splits import is_plain, split_of
-from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.store.queries.requests import RecentRequest
 
 
 def feature(tokens: list[int], position: int, width: int) -> torch.Tensor:

@@ -53,9 +53,9 @@ class House:
         """Requests as the sidecar would have stored them, with their trace files."""
         head = TargetHead.load(self.target)
         with store.session(self.engine) as s:
-            group = queries.group_by_name(s, "default")
+            group = queries.groups.group_by_name(s, "default")
             hello = wire.Hello(7, 1, {"name": "tiny"}, 0, 0, 0, {})
-            server = queries.register_server(s, group.id, hello)
+            server = queries.servers.register_server(s, group.id, hello)
             for sequence in requests(head, count):
                 self._store(s, server.id, sequence)
 
@@ -94,7 +94,7 @@ class House:
             )
         )
         s.flush()
-        queries.add_trace(
+        queries.traces.add_trace(
             s,
             request_id=number,
             uri=uri,
@@ -128,7 +128,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     drafter = scratch.make(target, draft_vocab_size=40, seed=1, model=str(target))
     folder = checkpoint.save(drafter, tmp_path / "scratch")
     with store.session(engine) as s:
-        queries.ensure_group(s, "default", str(target), "", drafter.config.architecture)
+        queries.groups.ensure_group(s, "default", str(target), "", drafter.config.architecture)
     version = import_version(engine, artifacts, folder, "default", source="scratch")
     promote(engine, version.id, actor="test", reason="first")
     yield House(home, engine, artifacts, target, version.id)
@@ -148,9 +148,9 @@ def test_a_run_makes_a_version_and_an_evaluation_against_the_live_one(house: Hou
     assert run.requests > 20 and run.tokens > 0 and run.window_start is not None
     assert outcome.version_id is not None
     with store.session(house.engine, write=False) as s:
-        version = queries.version(s, outcome.version_id)
+        version = queries.versions.version(s, outcome.version_id)
         evaluation = s.get(Evaluation, outcome.evaluation_id)
-        live = queries.desired_version(s, version.group_id)
+        live = queries.aliases.desired_version(s, version.group_id)
     assert live is not None and live[0] == house.live, "a run promotes nothing"
     assert (version.parent_id, version.training_run_id) == (house.live, run.id)
     assert version.source == "train"
@@ -217,7 +217,7 @@ def test_what_can_be_judged_is_chosen_before_the_newest_are_cut(
 
 def rollout_group(house: House) -> Any:
     with store.session(house.engine, write=False) as s:
-        return queries.group_by_name(s, "default")
+        return queries.groups.group_by_name(s, "default")
 
 
 def test_the_peak_rate_falls_with_what_the_lineage_was_trained_on(house: House) -> None:
@@ -251,7 +251,7 @@ def test_too_few_requests_skip_the_run_and_say_so(house: House) -> None:
 def test_broken_weights_of_the_base_fail_the_run_and_make_no_version(house: House) -> None:
     house.serve(30)
     with store.session(house.engine, write=False) as s:
-        uri = queries.version(s, house.live).weights_uri
+        uri = queries.versions.version(s, house.live).weights_uri
     path = house.artifacts.local_path(uri)
     assert path is not None
     weights = path / checkpoint.WEIGHTS
@@ -260,14 +260,14 @@ def test_broken_weights_of_the_base_fail_the_run_and_make_no_version(house: Hous
     assert outcome.status == "failed" and "\n" not in outcome.error and outcome.error
     assert [run.status for run in house.runs()] == ["failed"]
     with store.session(house.engine, write=False) as s:
-        group = queries.group_by_name(s, "default")
-        assert len(queries.versions(s, group.id)) == 1
+        group = queries.groups.group_by_name(s, "default")
+        assert len(queries.versions.versions(s, group.id)) == 1
 
 
 def test_a_run_that_a_killed_trainer_left_is_ended_by_the_next_one(house: House) -> None:
     with store.session(house.engine) as s:
-        group = queries.group_by_name(s, "default")
-        queries.start_run(s, group.id, trigger="killed")
+        group = queries.groups.group_by_name(s, "default")
+        queries.runs.start_run(s, group.id, trigger="killed")
     train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="next")
     assert [run.status for run in house.runs()] == ["failed", "skipped"]
     assert "without a word" in house.runs()[0].error
@@ -348,7 +348,7 @@ def test_a_vocabulary_that_lost_touch_with_traffic_is_refreshed(
     assert fresh.metrics["vocabulary_replaced"] > 0
     assert fresh.metrics["vocabulary_coverage_after"] > held
     with store.session(house.engine, write=False) as s:
-        old, new = (queries.version(s, outcome.version_id) for outcome in (kept, fresh))
+        old, new = (queries.versions.version(s, outcome.version_id) for outcome in (kept, fresh))
         assert old.vocab_sha256 != new.vocab_sha256
 
 
@@ -390,4 +390,6 @@ def test_a_store_that_is_away_at_the_end_of_a_run_is_waited_for(
     (run,) = house.runs()
     assert run.status == "succeeded"
     with store.session(house.engine, write=False) as s:
-        assert len(queries.evaluations(s, outcome.version_id or 0)) > 1, "overall and by domain"
+        assert len(queries.evaluations.evaluations(s, outcome.version_id or 0)) > 1, (
+            "overall and by domain"
+        )

@@ -14,7 +14,7 @@ from aurora_sgl.drafter import vocabulary
 from aurora_sgl.sequences.near_duplicates import alike
 from aurora_sgl.sequences.sample_weights import by_recency, by_rejection
 from aurora_sgl.sequences.splits import sides, split_of
-from aurora_sgl.store.queries import RecentRequest
+from aurora_sgl.store.queries.requests import RecentRequest
 from aurora_sgl.training.batches import batches
 
 ROW = RecentRequest(

@@ -63,7 +63,7 @@ class TraceStore:
             for row in rows:
                 fields = msgspec.structs.asdict(row)
                 created_at = clock.from_us(fields.pop("created_us"))
-                queries.add_trace(s, **fields, created_at=created_at)
+                queries.traces.add_trace(s, **fields, created_at=created_at)
         self.counts["added"] += len(rows)
 
     def enforce(self) -> None:
@@ -73,11 +73,11 @@ class TraceStore:
         """
         while True:
             with self._link.session(write=False) as s:
-                over = queries.trace_bytes_total(s) - self._budget
+                over = queries.traces.trace_bytes_total(s) - self._budget
                 if over <= 0:
                     return
                 victims = []
-                for trace in queries.traces_oldest_first(s, limit=ROUND):
+                for trace in queries.traces.traces_oldest_first(s, limit=ROUND):
                     victims.append((trace.request_id, trace.uri))
                     over -= trace.bytes
                     if over <= 0:
@@ -85,7 +85,7 @@ class TraceStore:
             if not victims:
                 return
             with self._link.session() as s:
-                queries.delete_traces(s, [request_id for request_id, _ in victims])
+                queries.traces.delete_traces(s, [request_id for request_id, _ in victims])
             for _, uri in victims:
                 self._delete(uri)
             self.counts["evicted"] += len(victims)

@@ -10,7 +10,7 @@ from sqlalchemy import Float, cast, func, select
 from sqlalchemy.orm import Session
 
 from aurora_sgl.intervals import accept_length, or_none
-from aurora_sgl.store.models import Evaluation, Request, RequestTally, Server
+from aurora_sgl.store.models import Request, RequestTally, Server
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,3 @@ def _found(r: Request, server: str, versions: tuple[int, ...]) -> FoundRequest:
         seconds=(r.finished_at - r.admitted_at).total_seconds(),
         finish_reason=r.finish_reason,
     )
-
-
-def newest_evaluations(s: Session, version_ids: Sequence[int]) -> dict[int, Evaluation]:
-    """The last evaluation over all domains of each of these versions, by candidate."""
-    e = Evaluation
-    found: dict[int, Evaluation] = {}
-    for begin in range(0, len(version_ids), 400):
-        part = version_ids[begin : begin + 400]
-        query = select(e).where(e.candidate_id.in_(part), e.domain == "").order_by(e.id)
-        found |= {row.candidate_id: row for row in s.scalars(query)}
-    return found

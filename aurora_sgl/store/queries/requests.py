@@ -1,4 +1,4 @@
-"""Requests and their traces."""
+"""Served requests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from aurora_sgl import wire
-from aurora_sgl.clock import utc_now
-from aurora_sgl.store.models import AcceptanceEvent, Request, Server, Trace
-from aurora_sgl.store.upsert import upsert
+from aurora_sgl.store.models import Request, Server, Trace
 
 
 @dataclass(frozen=True)
@@ -118,95 +115,33 @@ def requests_by_rid(s: Session, rid: str) -> Sequence[Request]:
     return s.scalars(select(Request).where(Request.rid == rid).order_by(Request.id.desc())).all()
 
 
-def add_trace(
-    s: Session,
-    *,
-    request_id: int,
-    uri: str,
-    bytes: int,
-    sha256: str,
-    start: int,
-    end: int,
-    output_start: int,
-    prompt_sha256: str,
-    head_sha256: str,
-    greedy: bool,
-    aux_width: int,
-    last_width: int,
-    dtype: str,
-    created_at: datetime | None = None,
-) -> None:
-    """Record a trace file; a second file of the same request takes the place of the first.
-
-    The request's row must exist (ingest its start first).
-    """
-    row = {
-        "request_id": request_id,
-        "uri": uri,
-        "bytes": bytes,
-        "sha256": sha256,
-        "created_at": created_at or utc_now(),
-        "start": start,
-        "end": end,
-        "output_start": output_start,
-        "prompt_sha256": prompt_sha256,
-        "head_sha256": head_sha256,
-        "greedy": greedy,
-        "aux_width": aux_width,
-        "last_width": last_width,
-        "dtype": dtype,
-    }
-    changed = [column for column in row if column not in ("request_id", "created_at")]
-    upsert(s.connection(), Trace, [{**row, "pinned": False}], ["request_id"], changed)
-    s.execute(update(Request).where(Request.id == request_id).values(traced=True))
-
-
-def trace(s: Session, request_id: int) -> Trace | None:
-    """Where the hidden states of a request lie; None when it has no trace, or no longer."""
-    return s.get(Trace, request_id)
-
-
-def traces_oldest_first(
-    s: Session, limit: int | None = None, *, with_pinned: bool = False
-) -> Sequence[Trace]:
-    query = select(Trace).order_by(Trace.created_at, Trace.request_id)
-    if not with_pinned:
-        query = query.where(~Trace.pinned)
-    return s.scalars(query.limit(limit)).all()
-
-
-def trace_bytes_total(s: Session) -> int:
-    return int(s.scalar(select(func.coalesce(func.sum(Trace.bytes), 0))) or 0)
-
-
-def delete_traces(s: Session, request_ids: Sequence[int]) -> None:
-    """Forget these traces. Delete their files after the commit: a file without a row is only
-    litter, a row without a file is a lie."""
-    for begin in range(0, len(request_ids), 500):
-        part = request_ids[begin : begin + 500]
-        s.execute(delete(Trace).where(Trace.request_id.in_(part)))
-        s.execute(update(Request).where(Request.id.in_(part)).values(traced=False))
-
-
-def pin_traces(s: Session, request_ids: Sequence[int], pinned: bool = True) -> None:
-    """Pinned traces are kept beyond the byte budget (a held-out set, for one)."""
-    for begin in range(0, len(request_ids), 500):
-        part = request_ids[begin : begin + 500]
-        s.execute(update(Trace).where(Trace.request_id.in_(part)).values(pinned=pinned))
-
-
-def count_events(s: Session, server_id: int) -> int:
-    """Verify steps of one server that are in the store (until retention takes them)."""
-    boot_id = s.scalar(select(Server.boot_id).where(Server.id == server_id))
-    if boot_id is None:
-        return 0
-    first = wire.request_id(boot_id, 1) - 1
-    last = first + (1 << wire.REQUEST_COUNTER_BITS) - 1
-    return (
-        s.scalar(
-            select(func.count())
-            .select_from(AcceptanceEvent)
-            .where(AcceptanceEvent.request_id.between(first, last))
+def count_trainable(s: Session, group_id: int, *, since: datetime | None = None) -> int:
+    """Finished requests with a trace that may be learnt from, finished after a moment."""
+    query = (
+        select(func.count())
+        .select_from(Request)
+        .join(Server, Server.id == Request.server_id)
+        .where(
+            Server.group_id == group_id,
+            Request.status == "finished",
+            Request.may_train,
+            Request.traced,
         )
-        or 0
+    )
+    if since is not None:
+        query = query.where(Request.finished_at > since)
+    return s.scalar(query) or 0
+
+
+def first_finished(s: Session, group_id: int, since: datetime) -> datetime | None:
+    """When the first request, with drafts or not, finished after a moment."""
+    return s.scalar(
+        select(func.min(Request.finished_at))
+        .join(Server, Server.id == Request.server_id)
+        .where(
+            Server.group_id == group_id,
+            Request.finished_at >= since,
+            Request.status == "finished",
+            Request.completion_tokens > 1,
+        )
     )

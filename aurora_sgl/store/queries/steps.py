@@ -1,43 +1,67 @@
-"""The verify steps of one request, decoded."""
+"""Verify steps with drafts of one version, for comparisons of live traffic."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from aurora_sgl.store.models import AcceptanceEvent, Request
-from aurora_sgl.store.packing import unpack_floats, unpack_ints
-
-_PACKED = ("draft_tokens", "draft_parents", "accepted_nodes", "target_tokens")
+from aurora_sgl.store.models import AcceptanceEvent, Request, Server
 
 
-def events(s: Session, request_id: int) -> list[dict[str, Any]]:
-    """Verify steps in order; token columns as lists of int, log-probabilities as floats or None."""
-    table = AcceptanceEvent.__table__
-    found = s.execute(select(table).where(table.c.request_id == request_id).order_by(table.c.step))
-    decoded = []
-    for row in found.mappings():
-        event = dict(row)
-        for name in _PACKED:
-            event[name] = unpack_ints(event[name])
-        packed = event["draft_logprobs"]
-        event["draft_logprobs"] = unpack_floats(packed) if packed is not None else None
-        decoded.append(event)
-    return decoded
+@dataclass(frozen=True)
+class Step:
+    """One verify step with drafts, by a version alone."""
+
+    request_id: int
+    step: int
+    at: datetime
+    depth: int
+    topk: int
+    batch_size: int
+    accepted: int
+    kept: int
 
 
-def step_times(s: Session, server_id: int) -> dict[int, list[datetime]]:
-    """When the verify steps of each request of a server were made, in order, by request id."""
-    found = s.execute(
-        select(AcceptanceEvent.request_id, AcceptanceEvent.at)
-        .join(Request, Request.id == AcceptanceEvent.request_id)
-        .where(Request.server_id == server_id)
-        .order_by(AcceptanceEvent.request_id, AcceptanceEvent.step)
+def steps_of_requests(s: Session, request_ids: Sequence[int], version_id: int) -> list[Step]:
+    """Steps with drafts of these requests under one version, by request, in order."""
+    e = AcceptanceEvent
+    found: list[Step] = []
+    for begin in range(0, len(request_ids), 400):
+        query = (
+            select(e.request_id, e.step, e.at, e.depth, e.topk, e.batch_size, e.accepted, e.kept)
+            .where(
+                e.request_id.in_(request_ids[begin : begin + 400]),
+                e.drafter_version_id == version_id,
+                e.depth > 0,
+                ~e.mixed,
+            )
+            .order_by(e.request_id, e.step)
+        )
+        found += [Step(*row) for row in s.execute(query)]
+    return found
+
+
+def steps_between(
+    s: Session, group_id: int, version_id: int, since: datetime, until: datetime
+) -> list[Step]:
+    """Steps with drafts that one version alone made in [since, until), by request, in order."""
+    e = AcceptanceEvent
+    query = (
+        select(e.request_id, e.step, e.at, e.depth, e.topk, e.batch_size, e.accepted, e.kept)
+        .join(Request, Request.id == e.request_id)
+        .join(Server, Server.id == Request.server_id)
+        .where(
+            Server.group_id == group_id,
+            e.at >= since,
+            e.at < until,
+            e.drafter_version_id == version_id,
+            e.depth > 0,
+            ~e.mixed,
+        )
+        .order_by(e.request_id, e.step)
     )
-    times: dict[int, list[datetime]] = {}
-    for request_id, at in found:
-        times.setdefault(request_id, []).append(at)
-    return times
+    return [Step(*row) for row in s.execute(query)]

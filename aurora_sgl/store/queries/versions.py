@@ -1,17 +1,17 @@
-"""Drafter versions and the aliases that point to them."""
+"""Drafter versions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import ScalarSelect, select
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.store.models import Alias, DrafterVersion
-from aurora_sgl.store.upsert import insert_missing, upsert
+from aurora_sgl.store.models import DrafterVersion
+from aurora_sgl.store.upsert import insert_missing
 
 
 def versions(s: Session, group_id: int) -> Sequence[DrafterVersion]:
@@ -125,22 +125,6 @@ def set_restored(s: Session, version_id: int) -> None:
     s.flush()
 
 
-def aliases(s: Session, group_id: int) -> dict[str, int]:
-    """Version id by name (live, candidate, previous); a name that points nowhere is missing."""
-    rows = s.execute(select(Alias.name, Alias.version_id).where(Alias.group_id == group_id))
-    return {row.name: row.version_id for row in rows}
-
-
-def set_alias(s: Session, group_id: int, name: str, version_id: int | None) -> None:
-    """Point a name to a version; ``None`` removes it. ``live`` moves only by a deployment, see
-    ``rollout.promote``."""
-    if version_id is None:
-        s.execute(delete(Alias).where(Alias.group_id == group_id, Alias.name == name))
-        return
-    row = {
-        "group_id": group_id,
-        "name": name,
-        "version_id": version_id,
-        "updated_at": utc_now(),
-    }
-    upsert(s.connection(), Alias, [row], ["group_id", "name"], ["version_id", "updated_at"])
+def known_version(version_id: int) -> ScalarSelect[int]:
+    """The id if there is such a version, else NULL: an engine may name one of another store."""
+    return select(DrafterVersion.id).where(DrafterVersion.id == version_id).scalar_subquery()

@@ -1,0 +1,84 @@
+"""Steps and accepted drafts of single requests: the clusters of a ratio's interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy.orm import Session
+
+from aurora_sgl.store.models import Request, RequestTally, Server
+
+
+@dataclass(frozen=True)
+class RequestCounts:
+    """One finished request under one version and draft shape, all of whose draft KV is of that
+    version: it was prefilled after the swap."""
+
+    request_id: int
+    domain: str
+    depth: int
+    topk: int
+    verify_steps: int
+    accepted: int
+    finished_at: datetime
+
+
+def request_counts(
+    s: Session,
+    group_id: int,
+    version_id: int,
+    *,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    after: tuple[datetime, int] | None = None,
+    limit: int | None = None,
+    newest: bool = False,
+) -> list[RequestCounts]:
+    """Finished requests of a version with drafts, in the order in which they finished.
+
+    ``after`` is the (finished_at, request id) of the last one that is known. With a limit the
+    first ones, or with ``newest`` the last ones.
+    """
+    r, t = Request, RequestTally
+    query = (
+        select(
+            *(t.request_id, r.domain, t.depth, t.topk, t.verify_steps, t.accepted, r.finished_at)
+        )
+        .join(t, t.request_id == r.id)
+        .join(Server, Server.id == r.server_id)
+        .where(
+            Server.group_id == group_id,
+            r.status == "finished",
+            t.drafter_version_id == version_id,
+            t.depth > 0,
+            t.verify_steps > 0,
+            ~t.mixed,
+        )
+    )  # fmt: skip
+    if since is not None:
+        query = query.where(r.finished_at >= since)
+    if until is not None:
+        query = query.where(r.finished_at < until)
+    if after is not None:
+        query = query.where(_behind(*after))
+    if newest:
+        query = query.order_by(r.finished_at.desc(), r.id.desc(), t.depth, t.topk)
+    else:
+        query = query.order_by(r.finished_at, r.id, t.depth, t.topk)
+    rows = [RequestCounts(**row._mapping) for row in s.execute(query.limit(limit))]
+    return rows[::-1] if newest else rows
+
+
+def tallies(s: Session, request_id: int) -> Sequence[RequestTally]:
+    """Steps and accepted drafts of one request, by version and draft shape."""
+    return s.scalars(select(RequestTally).where(RequestTally.request_id == request_id)).all()
+
+
+def _behind(moment: datetime, request_id: int) -> ColumnElement[bool]:
+    return or_(
+        Request.finished_at > moment,
+        and_(Request.finished_at == moment, Request.id > request_id),
+    )

@@ -1,0 +1,173 @@
+"""The servers of a group, one row a boot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from aurora_sgl import wire
+from aurora_sgl.clock import utc_now
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.store.models import (
+    AcceptanceMinute,
+    DeploymentGroup,
+    Request,
+    Server,
+    SpoolWatermark,
+)
+from aurora_sgl.store.queries.versions import known_version
+from aurora_sgl.store.upsert import insert_missing, storable
+
+
+def group_of_boot(s: Session, boot_id: int) -> str | None:
+    """The name of the group that this boot of a server is in; ``None`` for a boot without row."""
+    return s.scalar(
+        select(DeploymentGroup.name)
+        .join(Server, Server.group_id == DeploymentGroup.id)
+        .where(Server.boot_id == boot_id)
+    )
+
+
+def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
+    """The row of this boot, made or refreshed from what the engine says of itself."""
+    said = hello.server
+    row: dict[str, Any] = {
+        "group_id": group_id,
+        "boot_id": hello.boot_id,
+        "started_at": utc_now(),
+        "last_seen_at": utc_now(),
+        **{name: storable(str(said.get(name, ""))) for name in ("name", "sglang_version", "dtype")},
+    }
+    if (left := _left_behind(s, hello.boot_id)) is not None:
+        row["id"] = left
+    insert_missing(s.connection(), Server, [row], ["boot_id"])
+    server = s.scalars(select(Server).where(Server.boot_id == hello.boot_id)).one()
+    if server.group_id != group_id:
+        raise AuroraError(f"server {server.name!r} (boot {hello.boot_id}) is in another group")
+    server.last_seen_at = utc_now()
+    server.state = "running"
+    server.counters = storable(hello.counters)
+    server.notices = storable(hello.notices)
+    if hello.live_version_id:
+        server.live_version_id = s.scalar(select(known_version(hello.live_version_id)))
+    s.flush()
+    return server
+
+
+def _left_behind(s: Session, boot_id: int) -> int | None:
+    """The id of the boot's row when it was deleted and rows that name it stayed, which SQLite lets
+    anybody do; else ``None``. The next server would get it otherwise, and those rows with it."""
+    return s.scalar(
+        select(SpoolWatermark.server_id)
+        .outerjoin(Server, Server.id == SpoolWatermark.server_id)
+        .where(SpoolWatermark.boot_id == boot_id, Server.id.is_(None))
+    )
+
+
+def touch_server(s: Session, server_id: int, **fields: Any) -> None:
+    """Set columns of ``server``; without any, ``last_seen_at`` becomes now."""
+    if fields.get("live_version_id"):
+        fields["live_version_id"] = known_version(fields["live_version_id"])
+    s.execute(
+        update(Server)
+        .where(Server.id == server_id)
+        .values(fields or {"last_seen_at": utc_now()})
+        .execution_options(synchronize_session="fetch")
+    )
+
+
+def server(s: Session, server_id: int) -> Server:
+    found = s.get(Server, server_id)
+    if found is None:
+        raise AuroraError(f"there is no server with id {server_id}")
+    return found
+
+
+def servers(
+    s: Session, group_id: int | None = None, *, states: Sequence[str] = ("running",)
+) -> Sequence[Server]:
+    """Boots in these states, newest first."""
+    query = select(Server).where(Server.state.in_(states)).order_by(Server.id.desc())
+    if group_id is not None:
+        query = query.where(Server.group_id == group_id)
+    return s.scalars(query).all()
+
+
+def earlier_boots(s: Session, server: Server) -> Sequence[Server]:
+    """Other boots of the same name in the same group that still count as running."""
+    return s.scalars(
+        select(Server).where(
+            Server.group_id == server.group_id,
+            Server.name == server.name,
+            Server.id != server.id,
+            Server.state == "running",
+        )
+    ).all()
+
+
+def silent_servers(
+    s: Session, silent_for: timedelta, now: datetime | None = None
+) -> Sequence[Server]:
+    """Servers that count as running but were not heard of for that long."""
+    return s.scalars(
+        select(Server).where(
+            Server.state == "running", Server.last_seen_at < (now or utc_now()) - silent_for
+        )
+    ).all()
+
+
+def mark_lost(s: Session, server_id: int, boot_id: int) -> int:
+    """A boot is gone: its running requests are ``lost``. Returns how many were."""
+    first = boot_id << wire.REQUEST_COUNTER_BITS
+    lost = s.execute(
+        update(Request)
+        .where(
+            Request.server_id == server_id,
+            Request.status == "running",
+            Request.id.between(first, first + (1 << wire.REQUEST_COUNTER_BITS) - 1),
+        )
+        .values(status="lost", finished_at=utc_now())
+    )
+    s.execute(
+        update(Server)
+        .where(Server.id == server_id, Server.boot_id == boot_id, Server.state == "running")
+        .values(state="gone")
+    )
+    return int(lost.rowcount)  # type: ignore[attr-defined]
+
+
+def live_versions(s: Session, group_id: int) -> Mapping[int, int | None]:
+    """Version that each running server of the group last said was live, by server id."""
+    rows = s.execute(
+        select(Server.id, Server.live_version_id).where(
+            Server.group_id == group_id, Server.state == "running"
+        )
+    )
+    return {row.id: row.live_version_id for row in rows}
+
+
+def served_shape(s: Session, group_id: int) -> tuple[int, int, int] | None:
+    """(depth, top-k, nodes) that the group's newest server was started with, running or not, or of
+    most steps with drafts where it did not say; ``None``: nobody knows. Busy steps may carry
+    smaller trees; what is trained and replayed are whole ones."""
+    query = select(Server).where(Server.group_id == group_id)
+    server = s.scalar(query.order_by(Server.state != "running", Server.id.desc()).limit(1))
+    said = server.counters if server is not None else {}
+    if said.get("depth") and said.get("topk") and said.get("nodes"):
+        return int(said["depth"]), int(said["topk"]), int(said["nodes"])
+    m = AcceptanceMinute
+    steps = func.sum(m.verify_steps)
+    minutes = (
+        select(m.depth, m.topk, steps, func.sum(m.proposed))
+        .join(Server, Server.id == m.server_id)
+        .where(Server.group_id == group_id, m.depth > 0)
+        .group_by(m.depth, m.topk)
+        .order_by(steps.desc())
+        .limit(1)
+    )
+    row = s.execute(minutes).one_or_none()
+    return None if row is None else (row[0], row[1], 1 + round(int(row[3]) / int(row[2])))
