@@ -64,10 +64,10 @@ def add_evaluation(
 
 def evaluation(s: Session, evaluation_id: int) -> Evaluation:
     """Raises ``AuroraError`` when there is none."""
-    found = s.get(Evaluation, evaluation_id)
-    if found is None:
+    row = s.get(Evaluation, evaluation_id)
+    if row is None:
         raise AuroraError(f"there is no evaluation {evaluation_id}")
-    return found
+    return row
 
 
 def evaluations(s: Session, candidate_id: int) -> Sequence[Evaluation]:
@@ -145,9 +145,9 @@ def passed_against(
 def newest_evaluations(s: Session, version_ids: Sequence[int]) -> dict[int, Evaluation]:
     """The last evaluation over all domains of each of these versions, by candidate."""
     e = Evaluation
-    found: dict[int, Evaluation] = {}
+    newest: dict[int, Evaluation] = {}
     for begin in range(0, len(version_ids), 400):
         part = version_ids[begin : begin + 400]
         query = select(e).where(e.candidate_id.in_(part), e.domain == "").order_by(e.id)
-        found |= {row.candidate_id: row for row in s.scalars(query)}
-    return found
+        newest |= {row.candidate_id: row for row in s.scalars(query)}
+    return newest

@@ -18,9 +18,9 @@ _PACKED = ("draft_tokens", "draft_parents", "accepted_nodes", "target_tokens")
 def events(s: Session, request_id: int) -> list[dict[str, Any]]:
     """Verify steps in order; token columns as lists of int, log-probabilities as floats or None."""
     table = AcceptanceEvent.__table__
-    found = s.execute(select(table).where(table.c.request_id == request_id).order_by(table.c.step))
+    rows = s.execute(select(table).where(table.c.request_id == request_id).order_by(table.c.step))
     decoded = []
-    for row in found.mappings():
+    for row in rows.mappings():
         event = dict(row)
         for name in _PACKED:
             event[name] = unpack_ints(event[name])
@@ -32,15 +32,15 @@ def events(s: Session, request_id: int) -> list[dict[str, Any]]:
 
 def step_moments(s: Session, server_id: int) -> dict[int, list[datetime]]:
     """When the verify steps of each request of a server were made, in order, by request id."""
-    found = s.execute(
+    rows = s.execute(
         select(AcceptanceEvent.request_id, AcceptanceEvent.at)
         .join(Request, Request.id == AcceptanceEvent.request_id)
         .where(Request.server_id == server_id)
         .order_by(AcceptanceEvent.request_id, AcceptanceEvent.step)
     )
     times: dict[int, list[datetime]] = {}
-    for request_id, at in found:
-        times.setdefault(request_id, []).append(at)
+    for request_id, moment in rows:
+        times.setdefault(request_id, []).append(moment)
     return times
 
 

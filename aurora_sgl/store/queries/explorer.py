@@ -77,7 +77,7 @@ def find_requests(
 
 def _versions(s: Session, request_ids: Sequence[int]) -> dict[int, tuple[int, ...]]:
     t = RequestTally
-    found: dict[int, tuple[int, ...]] = {}
+    versions: dict[int, tuple[int, ...]] = {}
     for begin in range(0, len(request_ids), 400):
         query = (
             select(t.request_id, t.drafter_version_id)
@@ -86,8 +86,8 @@ def _versions(s: Session, request_ids: Sequence[int]) -> dict[int, tuple[int, ..
             .order_by(t.request_id, t.drafter_version_id)
         )
         for request_id, version_id in s.execute(query):
-            found[request_id] = (*found.get(request_id, ()), version_id)
-    return found
+            versions[request_id] = (*versions.get(request_id, ()), version_id)
+    return versions
 
 
 def _found(r: Request, server: str, versions: tuple[int, ...]) -> FoundRequest:

@@ -41,17 +41,17 @@ def group_by_name(s: Session, name: str) -> DeploymentGroup:
     """Raises ``AuroraError`` when there is none."""
     group = s.scalars(select(DeploymentGroup).where(DeploymentGroup.name == name)).one_or_none()
     if group is None:
-        known = ", ".join(repr(other.name) for other in groups(s)) or "none yet"
-        raise AuroraError(f"there is no deployment group {name!r} (there is: {known})")
+        names = ", ".join(repr(other.name) for other in groups(s)) or "none yet"
+        raise AuroraError(f"there is no deployment group {name!r} (there is: {names})")
     return group
 
 
 def group(s: Session, group_id: int) -> DeploymentGroup:
     """Raises ``AuroraError`` when there is none."""
-    found = s.get(DeploymentGroup, group_id)
-    if found is None:
+    row = s.get(DeploymentGroup, group_id)
+    if row is None:
         raise AuroraError(f"there is no deployment group with id {group_id}")
-    return found
+    return row
 
 
 def groups(s: Session) -> Sequence[DeploymentGroup]:

@@ -64,15 +64,15 @@ def take_lease_over(
     name: str,
     holder: str,
     seconds: float,
-    seen: tuple[int, datetime],
+    observed: tuple[int, datetime],
     now: datetime | None = None,
 ) -> int | None:
     """Take a lease that has not expired from a holder that did not renew it: only while its
-    (token, expires_at) are still ``seen``. Its new token, or ``None`` when they are not."""
+    (token, expires_at) are still ``observed``. Its new token, or ``None`` when they are not."""
     now = now or utc_now()
     return s.scalar(
         update(Lease)
-        .where(Lease.name == name, Lease.token == seen[0], Lease.expires_at == seen[1])
+        .where(Lease.name == name, Lease.token == observed[0], Lease.expires_at == observed[1])
         .values(
             holder=holder,
             token=Lease.token + 1,

@@ -70,10 +70,10 @@ def runs(
 
 def tokens_of_runs(s: Session, run_ids: Sequence[int]) -> int:
     """Positions that these runs trained on, together."""
-    found = s.scalar(
+    tokens = s.scalar(
         select(func.coalesce(func.sum(TrainingRun.tokens), 0)).where(TrainingRun.id.in_(run_ids))
     )
-    return int(found or 0)
+    return int(tokens or 0)
 
 
 def explain_stop(s: Session, group_id: int, why: str) -> None:

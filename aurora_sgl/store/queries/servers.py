@@ -34,13 +34,16 @@ def group_of_boot(s: Session, boot_id: int) -> str | None:
 
 def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
     """The row of this boot, made or refreshed from what the engine says of itself."""
-    said = hello.server
+    labels = hello.server
     row: dict[str, Any] = {
         "group_id": group_id,
         "boot_id": hello.boot_id,
         "started_at": utc_now(),
         "last_seen_at": utc_now(),
-        **{name: storable(str(said.get(name, ""))) for name in ("name", "sglang_version", "dtype")},
+        **{
+            name: storable(str(labels.get(name, "")))
+            for name in ("name", "sglang_version", "dtype")
+        },
     }
     if (left := _left_behind(s, hello.boot_id)) is not None:
         row["id"] = left
@@ -81,10 +84,10 @@ def touch_server(s: Session, server_id: int, **fields: Any) -> None:
 
 
 def server(s: Session, server_id: int) -> Server:
-    found = s.get(Server, server_id)
-    if found is None:
+    row = s.get(Server, server_id)
+    if row is None:
         raise AuroraError(f"there is no server with id {server_id}")
-    return found
+    return row
 
 
 def servers(
@@ -156,9 +159,9 @@ def served_shape(s: Session, group_id: int) -> tuple[int, int, int] | None:
     smaller trees; what is trained and replayed are whole ones."""
     query = select(Server).where(Server.group_id == group_id)
     server = s.scalar(query.order_by(Server.state != "running", Server.id.desc()).limit(1))
-    said = server.counters if server is not None else {}
-    if said.get("depth") and said.get("topk") and said.get("nodes"):
-        return int(said["depth"]), int(said["topk"]), int(said["nodes"])
+    counters = server.counters if server is not None else {}
+    if counters.get("depth") and counters.get("topk") and counters.get("nodes"):
+        return int(counters["depth"]), int(counters["topk"]), int(counters["nodes"])
     m = AcceptanceMinute
     steps = func.sum(m.verify_steps)
     minutes = (

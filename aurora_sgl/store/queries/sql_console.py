@@ -87,15 +87,15 @@ def run_sql(
         raise AuroraError("type a statement first, SELECT ... FROM ...")
     begun = time.monotonic()
     if is_sqlite(engine):
-        columns, found = _sqlite(engine, typed, with_tokens, rows + 1, begun + seconds, seconds)
+        columns, read = _sqlite(engine, typed, with_tokens, rows + 1, begun + seconds, seconds)
     elif not role_url:
         raise AuroraError(
             "on PostgreSQL this page logs in with a role of its own; make it once with: "
             "aurora-sgl dashboard sql-role"
         )
     else:
-        columns, found = _postgres(role_url, typed, rows + 1, seconds)
-    return Answer(columns, found[:rows], time.monotonic() - begun, len(found) > rows)
+        columns, read = _postgres(role_url, typed, rows + 1, seconds)
+    return Answer(columns, read[:rows], time.monotonic() - begun, len(read) > rows)
 
 
 # -- SQLite ---------------------------------------------------------------------------------
@@ -143,24 +143,24 @@ def _authorizer(with_tokens: bool) -> Callable[..., int]:
         table, column = (one or "").lower(), (two or "").lower()
         if not with_tokens and column in TOKEN_COLUMNS.get(table, ()):
             return sqlite3.SQLITE_IGNORE  # reads as NULL
-        known = table in readable or table in ("json_each", "json_tree")
+        is_readable = table in readable or table in ("json_each", "json_tree")
         # A common table expression or subquery has no database; a table of it always has.
-        return sqlite3.SQLITE_OK if known or not database else sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK if is_readable or not database else sqlite3.SQLITE_DENY
 
     return decide
 
 
-def _sqlite_line(said: str, seconds: float) -> str:
-    if said == "interrupted":
+def _sqlite_line(message: str, seconds: float) -> str:
+    if message == "interrupted":
         return f"stopped after {seconds:.0f} s; ask for less, or add a WHERE on a time"
-    if any(word in said for word in ("authoriz", "prohibited", "readonly")):
+    if any(word in message for word in ("authoriz", "prohibited", "readonly")):
         return (
-            f"refused ({said}): this page only reads, and only the public tables and views; "
+            f"refused ({message}): this page only reads, and only the public tables and views; "
             "they are listed beside it"
         )
-    if "one statement" in said:
+    if "one statement" in message:
         return "one statement at a time, please"
-    return said
+    return message
 
 
 def _quoted(path: str) -> str:
@@ -188,37 +188,37 @@ def _postgres(role_url: str, typed: str, rows: int, seconds: float) -> Found:
             )
         ) as connection:
             connection.read_only = True
-            found: list[tuple[Any, ...]] = []
+            read: list[tuple[Any, ...]] = []
             with connection.cursor() as cursor:
                 # stream() uses the extended protocol: one statement, one row at a time.
                 for row in cursor.stream(typed):
-                    found.append(_readable(row))
-                    if len(found) >= rows:
+                    read.append(_readable(row))
+                    if len(read) >= rows:
                         connection.cancel()
                         break
-                if not found:  # a stream without rows does not say its columns
+                if not read:  # a stream without rows does not say its columns
                     cursor.execute(typed, prepare=True)
                 columns = [column.name for column in cursor.description or ()]
-            return columns, found
+            return columns, read
     except psycopg.Error as error:
         raise AuroraError(_postgres_line(error, seconds)) from None
 
 
 def _postgres_line(error: Exception, seconds: float) -> str:
     state = getattr(error, "sqlstate", None) or ""
-    said = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
+    message = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
     if state == "57014":
         return f"stopped after {seconds:.0f} s; ask for less, or add a WHERE on a time"
     if state in ("42501", "25006"):
         return (
-            f"refused ({said}): this page only reads, and only the public tables and views; "
+            f"refused ({message}): this page only reads, and only the public tables and views; "
             "they are listed beside it"
         )
-    if "multiple commands" in said:
+    if "multiple commands" in message:
         return "one statement at a time, please"
-    if "didn't produce" in said or "no result" in said:
+    if "didn't produce" in message or "no result" in message:
         return "refused: this page only reads; the statement returns no rows"
-    return said
+    return message
 
 
 def make_sql_roles(engine: Engine) -> dict[str, str]:
@@ -245,10 +245,10 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
             for role in ("viewer", "operator"):
                 name = _role_name(database, role)
                 password = secrets.token_hex(24)
-                known = connection.exec_driver_sql(
+                exists = connection.exec_driver_sql(
                     f"SELECT 1 FROM pg_roles WHERE rolname = '{name}'"
                 ).scalar()
-                verb = "ALTER" if known else "CREATE"
+                verb = "ALTER" if exists else "CREATE"
                 do(
                     f'{verb} ROLE "{name}" LOGIN NOINHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE '
                     f"CONNECTION LIMIT 8 PASSWORD '{password}'"

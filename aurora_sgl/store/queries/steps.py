@@ -29,7 +29,7 @@ class Step:
 def steps_of_requests(s: Session, request_ids: Sequence[int], version_id: int) -> list[Step]:
     """Steps with drafts of these requests under one version, by request, in order."""
     e = AcceptanceEvent
-    found: list[Step] = []
+    steps: list[Step] = []
     for begin in range(0, len(request_ids), 400):
         query = (
             select(e.request_id, e.step, e.at, e.depth, e.topk, e.batch_size, e.accepted, e.kept)
@@ -41,8 +41,8 @@ def steps_of_requests(s: Session, request_ids: Sequence[int], version_id: int) -
             )
             .order_by(e.request_id, e.step)
         )
-        found += [Step(*row) for row in s.execute(query)]
-    return found
+        steps += [Step(*row) for row in s.execute(query)]
+    return steps
 
 
 def steps_between(

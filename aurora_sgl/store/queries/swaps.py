@@ -36,8 +36,8 @@ def add_swaps(connection: Connection, server_id: int, done: Iterable[wire.SwapDo
 def set_stall(s: Session, server_id: int, at: datetime, longest_stall_ms: float) -> bool:
     """Note how long a swap held up the stream that waited longest; ``False``: no such row yet."""
     changed = update(Swap).where(Swap.server_id == server_id, Swap.at == at)
-    found = s.scalar(changed.values(longest_stall_ms=longest_stall_ms).returning(Swap.server_id))
-    return found is not None
+    server = s.scalar(changed.values(longest_stall_ms=longest_stall_ms).returning(Swap.server_id))
+    return server is not None
 
 
 def swaps(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[Swap]:

@@ -119,14 +119,14 @@ def trend(
     start = _bucket(s, bucket).label("start")
     keys = (start, m.drafter_version_id, m.domain, m.depth, m.topk)
     query = _where(select(*keys, *_sums(), *counts), wanted).group_by(*keys).order_by(*keys)
-    found, moments = [], dict[str | datetime, datetime]()
+    points, moments = [], dict[str | datetime, datetime]()
     for row in s.execute(query):
         moment = moments.get(row[0]) or moments.setdefault(row[0], _time(row[0]))
         numbers = [int(value) for value in row[5:]]
         served = Served(*numbers[:SUMS])
         shape = (row[1], row[2], row[3], row[4])
-        found.append(TrendPoint(moment, *shape, served, tuple(numbers[SUMS:])))
-    return found
+        points.append(TrendPoint(moment, *shape, served, tuple(numbers[SUMS:])))
+    return points
 
 
 def total(points: Iterable[TrendPoint]) -> Served:
@@ -135,23 +135,23 @@ def total(points: Iterable[TrendPoint]) -> Served:
 
 def by(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, Served]:
     """Sums by what ``key`` says of a point, in the order of first appearance."""
-    found: dict[K, list[int]] = {}
+    totals: dict[K, list[int]] = {}
     for point in points:
         name, values = key(point), point.served.values()
-        sums = found.get(name)
-        found[name] = list(values) if sums is None else list(map(add, sums, values))
-    return {name: Served(*sums) for name, sums in found.items()}
+        sums = totals.get(name)
+        totals[name] = list(values) if sums is None else list(map(add, sums, values))
+    return {name: Served(*sums) for name, sums in totals.items()}
 
 
 def histograms(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, list[int]]:
     """Steps with i accepted proposals, by what ``key`` says of a point."""
-    found: dict[K, list[int]] = {}
+    totals: dict[K, list[int]] = {}
     for point in points:
-        sums = found.setdefault(key(point), [])
+        sums = totals.setdefault(key(point), [])
         sums += [0] * (len(point.histogram) - len(sums))
         for i, count in enumerate(point.histogram):
             sums[i] += count
-    return found
+    return totals
 
 
 def extent(s: Session, wanted: Filter) -> tuple[datetime, datetime] | None:

@@ -48,10 +48,10 @@ def end_trial(s: Session, trial: Trial, status: str, *, verdict: str, **details:
 
 def trial(s: Session, trial_id: int) -> Trial:
     """Raises ``AuroraError`` when there is none."""
-    found = s.get(Trial, trial_id)
-    if found is None:
+    row = s.get(Trial, trial_id)
+    if row is None:
         raise AuroraError(f"there is no trial {trial_id}")
-    return found
+    return row
 
 
 def running_trial(s: Session, group_id: int) -> Trial | None:

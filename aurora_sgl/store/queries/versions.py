@@ -25,20 +25,20 @@ def versions(s: Session, group_id: int) -> Sequence[DrafterVersion]:
 
 def version(s: Session, version_id: int) -> DrafterVersion:
     """Raises ``AuroraError`` when there is none."""
-    found = s.get(DrafterVersion, version_id)
-    if found is None:
+    row = s.get(DrafterVersion, version_id)
+    if row is None:
         raise AuroraError(
             f"there is no drafter version {version_id}; see: aurora-sgl versions list"
         )
-    return found
+    return row
 
 
 def lineage(s: Session, version_id: int) -> list[DrafterVersion]:
     """A version and those that it was made from, the newest first."""
-    found = [version(s, version_id)]
-    while found[-1].parent_id is not None:
-        found.append(version(s, found[-1].parent_id))
-    return found
+    line = [version(s, version_id)]
+    while line[-1].parent_id is not None:
+        line.append(version(s, line[-1].parent_id))
+    return line
 
 
 def version_by_sha256(s: Session, group_id: int, weights_sha256: str) -> DrafterVersion | None:
@@ -94,22 +94,22 @@ def add_version(
     if before is not None:
         return before, False
     insert_missing(s.connection(), DrafterVersion, [row], ["group_id", "weights_sha256"])
-    made = version_by_sha256(s, group_id, weights_sha256)
-    assert made is not None
-    return made, True
+    added = version_by_sha256(s, group_id, weights_sha256)
+    assert added is not None
+    return added, True
 
 
 def set_pinned(s: Session, version_id: int, pinned: bool) -> DrafterVersion:
-    found = version(s, version_id)
-    found.pinned = pinned
+    row = version(s, version_id)
+    row.pinned = pinned
     s.flush()
-    return found
+    return row
 
 
 def set_metrics(s: Session, version_id: int, metrics: Mapping[str, Any]) -> None:
     """Add to the metrics of a version; a name that is there is replaced."""
-    found = version(s, version_id)
-    found.metrics = {**found.metrics, **metrics}
+    row = version(s, version_id)
+    row.metrics = {**row.metrics, **metrics}
     s.flush()
 
 
