@@ -26,17 +26,12 @@ from aurora_sgl.engine.cached_kv import CachedKV
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.consent import Consent
+from aurora_sgl.engine.draft_tree import StepRows, VerifyObservation, to_host
 from aurora_sgl.engine.parts import Parts
 from aurora_sgl.engine.plan import Plan, Plans, put, requests
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
-from aurora_sgl.engine.recorder import (
-    Recorder,
-    RequestState,
-    StepRows,
-    VerifyObservation,
-    new_boot_id,
-    to_host,
-)
+from aurora_sgl.engine.recorder import Recorder, new_boot_id
+from aurora_sgl.engine.request_state import RequestState
 from aurora_sgl.engine.step_shape import StepShape, shapes_within
 from aurora_sgl.engine.swap import Swapper
 from aurora_sgl.engine.swap_driver import SwapDriver
@@ -277,9 +272,7 @@ class Agent:
             next_sibling=to_host(verify_input.retrieve_next_sibling),
             accept_index=to_host(accept_index),
             target_predict=to_host(predict.reshape(size, nodes)) if predict is not None else None,
-            depth=0 if nodes == 1 else int(self.worker.speculative_num_steps),
-            topk=1 if nodes == 2 else int(self.worker.topk),  # one draft is a chain
-            nodes=nodes,
+            shape=self.step_shape.of_step(nodes),
             version_id=live.version_id,
             swap_count=live.swap_count,
             swap_age=live.steps_since_swap,
@@ -307,14 +300,13 @@ class Agent:
             self.let_go(state for _, _, state, _ in tracked)
             return
         step = StepRows(seen, result.accept_lens.tolist(), len(batch.reqs))
-        if seen.depth > 0:
+        if seen.shape != NO_DRAFT:
             whole = [
                 step.accept_lens[row] - 1
                 for row, _, state, _ in tracked
                 if not state.holes and state.swap_count == seen.swap_count
             ]
-            shape = DraftShape(seen.depth, seen.topk, seen.nodes)
-            self.policy.observe(seen.swap_count, shape, len(whole), sum(whole))
+            self.policy.observe(seen.swap_count, seen.shape, len(whole), sum(whole))
         records = [
             record
             for row, req, state, before in tracked

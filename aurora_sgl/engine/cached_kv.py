@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from aurora_sgl.engine.draft_kv import DraftKV, Live
+from aurora_sgl.engine.draft_tree import to_host
 from aurora_sgl.engine.parts import Parts
-from aurora_sgl.engine.recorder import RequestState, to_host
 from aurora_sgl.engine.renewal import StaleHeads, leave_cache, renew
+from aurora_sgl.engine.request_state import RequestState
 
 _FOLLOWING = "following draft KV"
 _RENEWING = "renewing draft KV"

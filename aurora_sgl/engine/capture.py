@@ -13,7 +13,8 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.engine.channel import Channel
-from aurora_sgl.engine.recorder import RequestState, VerifyObservation, visible_length
+from aurora_sgl.engine.draft_tree import VerifyObservation
+from aurora_sgl.engine.request_state import RequestState, visible_length
 
 _ROWS_PER_MESSAGE = 32
 
@@ -152,7 +153,7 @@ class Capture:
         as the client gets them (a step may go on past a stop)."""
         assert observation.aux is not None
         accept_len = max(0, min(accept_len, visible_length(req) - before + 1))
-        first = row * observation.nodes
+        first = row * observation.shape.nodes
         aux = observation.aux[first : first + accept_len]
         last = None
         if observation.last is not None:

@@ -259,7 +259,7 @@ class SpeculationPolicy:
             self._swap_count = swap_count
             self._seen = dict.fromkeys(self.shapes, 0.0)
             self._accepted = dict.fromkeys(self.shapes, 0.0)
-            self.hoped = None
+            self.expected_accept_length = None
 
     def _trying_share(self, batch_size: int) -> tuple[float, bool]:
         """Share of the steps that may try, less where a step is known to lose more; and whether

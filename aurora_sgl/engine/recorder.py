@@ -1,8 +1,7 @@
 """From a verify step to a record: what was proposed, what the target said, what was kept.
 
-:class:`VerifyObservation` is made right after the verify forward and only holds references (on a
-GPU, copies into pinned memory on their way); :class:`Recorder` builds the records when the accept
-lengths have reached the CPU anyway, so that nothing here waits for a device.
+Records are built when the accept lengths have reached the CPU anyway, so that nothing here waits
+for a device.
 """
 
 from __future__ import annotations
@@ -10,150 +9,22 @@ from __future__ import annotations
 import secrets
 import weakref
 import zlib
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from aurora_sgl import wire
+from aurora_sgl.draft_shape import NO_DRAFT
 from aurora_sgl.engine import clean, labels
 from aurora_sgl.engine.draft_kv import Live
+from aurora_sgl.engine.draft_tree import StepRows, parents_from_links
 from aurora_sgl.engine.plan import Plan
+from aurora_sgl.engine.request_state import (
+    RequestState,
+    describe_sampling,
+    is_greedy,
+    is_mixed,
+    visible_length,
+)
 from aurora_sgl.hashing import sha256_ints
-
-
-@dataclass(slots=True)
-class RequestState:
-    """One request, from its first prefill to its end. Hangs on SGLang's ``Req``."""
-
-    request_id: int
-    traced: bool
-    speculates: bool
-    greedy: bool
-    swap_count: int  # of the server when the request was first prefilled
-    keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
-    whole: bool = False  # its steps carry the whole draft shape, whatever pays
-    said: labels.Labels = labels.UNKNOWN
-    steps: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    holes: bool = False  # a plain step left holes in the draft KV
-    recorded: bool = False  # its first record was made, and none is missing since
-    #: [3] cached places with draft KV of others or none (see ``DraftKV.strangers``), on the CPU or
-    #: on its way there
-    strangers: torch.Tensor | None = None
-    trace_rows: list[tuple[int, list[int], torch.Tensor, torch.Tensor | None]] = field(
-        default_factory=list
-    )
-    step_starts: list[int] = field(default_factory=list)
-    trace_pending: int = 0
-    trace_broken: bool = False
-
-
-@dataclass(slots=True)
-class VerifyObservation:
-    """What one verify step leaves behind: CPU tensors, or pinned copies on their way."""
-
-    draft_token: torch.Tensor  # [batch, nodes]
-    first_child: torch.Tensor  # [batch, nodes]
-    next_sibling: torch.Tensor  # [batch, nodes]
-    accept_index: torch.Tensor  # [batch, depth + 1] rows of the flattened batch, -1 padded
-    target_predict: torch.Tensor | None  # [batch, nodes]; None when the batch was sampled
-    depth: int
-    topk: int
-    nodes: int
-    version_id: int
-    swap_count: int
-    swap_age: int
-    rejection_sampling: bool
-    aux: torch.Tensor | None = None  # [batch * nodes, width], accepted path in front
-    last: torch.Tensor | None = None  # [batch * nodes, hidden], node order
-
-
-@dataclass(slots=True)
-class StepRows:
-    """One verify step as lists, a row for each request of the batch."""
-
-    seen: VerifyObservation
-    accept_lens: list[int]
-    batch_size: int
-    at_us: int = field(default_factory=wire.now_us)
-    draft_token: list[list[int]] = field(init=False)
-    first_child: list[list[int]] = field(init=False)
-    next_sibling: list[list[int]] = field(init=False)
-    paths: list[list[int]] = field(init=False)
-    target_predict: list[list[int]] | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        seen = self.seen
-        self.draft_token = seen.draft_token.tolist()
-        self.first_child, self.next_sibling = seen.first_child.tolist(), seen.next_sibling.tolist()
-        self.paths = seen.accept_index.tolist()
-        self.target_predict = (
-            seen.target_predict.tolist() if seen.target_predict is not None else None
-        )
-
-
-def is_mixed(state: RequestState, seen: VerifyObservation) -> bool:
-    """Whether the drafts of this step were made from draft KV of more than the live version."""
-    if state.swap_count != seen.swap_count:
-        return True
-    if seen.depth == 0:
-        return False
-    return state.holes or (state.strangers is not None and int(state.strangers[0]) > 0)
-
-
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself on CPU; on a GPU a pinned copy that is filled asynchronously. It is
-    complete once the step's own copies are, which SGLang waits for before it reads results."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return host
-
-
-def parents_from_links(first_child: list[int], next_sibling: list[int]) -> list[int]:
-    """Parent node of node 1..nodes-1 of one request; -1 for a node that hangs on nothing."""
-    parents = [-1] * len(first_child)
-    for parent, child in enumerate(first_child):
-        while child != -1:
-            parents[child] = parent
-            child = next_sibling[child]
-    return parents[1:]
-
-
-def visible_length(req: Any) -> int:
-    """Output tokens that the client gets: SGLang keeps what lies past a stop in ``output_ids``."""
-    return int(req.finished_len) if req.finished_len is not None else len(req.output_ids)
-
-
-def describe_sampling(req: Any) -> dict[str, Any]:
-    """The sampling parameters that matter for learning and replay."""
-    params = req.sampling_params
-    described: dict[str, Any] = {
-        name: clean.value(getattr(params, name))
-        for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
-    }
-    for name in ("frequency_penalty", "presence_penalty", "min_new_tokens"):
-        if found := getattr(params, name, 0):
-            described[name] = clean.value(found)
-    if (penalty := getattr(params, "repetition_penalty", 1.0)) != 1.0:
-        described["repetition_penalty"] = clean.value(penalty)
-    if getattr(params, "logit_bias", None):
-        described["logit_bias"] = True
-    if any(
-        getattr(params, name, None) for name in ("json_schema", "regex", "ebnf", "structural_tag")
-    ):
-        described["grammar"] = True
-    if getattr(req, "custom_logit_processor", None):
-        described["custom_logit_processor"] = True
-    return described
-
-
-def is_greedy(params: Any) -> bool:
-    """SGLang turns temperature 0 into top-k 1."""
-    return bool(params.top_k == 1 or params.temperature == 0.0)
 
 
 class Recorder:
@@ -260,7 +131,7 @@ class Recorder:
         seen = step.seen
         accept_len = step.accept_lens[row]
         accepted = accept_len - 1
-        path = [r - row * seen.nodes for r in step.paths[row][1 : accepted + 1]]
+        path = [r - row * seen.shape.nodes for r in step.paths[row][1 : accepted + 1]]
         tip = path[-1] if path else 0
         has_children = step.first_child[row][tip] != -1
         if step.target_predict is not None:
@@ -269,7 +140,7 @@ class Recorder:
             # Sampled: the tokens along the accepted path; a stop may have cut the output, but
             # SGLang keeps the whole run in output_ids.
             target_tokens = list(req.output_ids[before : before + accept_len])
-        state.holes |= seen.depth == 0
+        state.holes |= seen.shape == NO_DRAFT
         record = wire.VerifyStep(
             request_id=state.request_id,
             step=state.steps,
@@ -278,14 +149,14 @@ class Recorder:
             swap_age=seen.swap_age,
             mixed=is_mixed(state, seen),
             position=len(req.origin_input_ids) + before,
-            depth=seen.depth,
-            topk=seen.topk,
-            nodes=seen.nodes,
+            depth=seen.shape.depth,
+            topk=seen.shape.topk,
+            nodes=seen.shape.nodes,
             accept_rule="greedy"
             if state.greedy
             else ("rejection_sampling" if seen.rejection_sampling else "target_sampling"),
             batch_size=step.batch_size,
-            proposed=seen.nodes - 1,
+            proposed=seen.shape.nodes - 1,
             accepted=accepted,
             kept=visible_length(req) - before,
             first_rejected_at=accepted + 1 if has_children else 0,
@@ -295,7 +166,7 @@ class Recorder:
             target_tokens=target_tokens,
         )
         state.steps += 1
-        state.proposed += seen.nodes - 1
+        state.proposed += seen.shape.nodes - 1
         state.accepted += accepted
         return record
 

@@ -23,6 +23,8 @@ def shapes_within(whole: DraftShape) -> tuple[DraftShape, ...]:
     node for each level. Trees begin with one draft, then several on one level, which need no more
     of the drafter; each further level doubles the nodes."""
     depth, topk, nodes = whole.depth, whole.topk, whole.nodes
+    if nodes == 2 and depth == 1:
+        return (whole,)
     if whole.is_chain:
         return tuple(DraftShape(level) for level in range(1, depth + 1))
     smaller = [DraftShape(1)]
@@ -39,6 +41,7 @@ class StepShape:
 
     def __init__(self, worker: Any, whole: DraftShape) -> None:
         self.whole = whole  # what the server was started with
+        self._current = whole  # of the step at hand
         self._worker = worker
 
     @contextmanager
@@ -48,11 +51,20 @@ class StepShape:
         before = [getattr(part, name) for part, name, _ in changes]
         for part, name, value in changes:
             setattr(part, name, value)
+        self._current = shape
         try:
             yield
         finally:
             for (part, name, _), value in zip(changes, before, strict=True):
                 setattr(part, name, value)
+            self._current = self.whole
+
+    def of_step(self, nodes: int) -> DraftShape:
+        """The shape of the step at hand, which verifies so many nodes: what was put in, or what
+        SGLang's own adaptive mode made of a chain."""
+        if nodes == self._current.nodes:
+            return self._current
+        return DraftShape(nodes - 1) if nodes <= self.whole.depth + 1 else self.whole
 
     def _changes(self, shape: DraftShape) -> list[tuple[Any, str, Any]]:
         """What differs from the whole shape: object, attribute, value."""

@@ -39,7 +39,7 @@ def test_a_drafter_that_replay_found_better_gets_larger_trees() -> None:
         one: learnt for one, (_, learnt) in start_shape.YOUNG_AND_LEARNT.items()
     }
     unknown = ReplayedShape(
-        DraftShape(7, 2, 30), 3.0
+        DraftShape(7, 4, 30), 3.0
     )  # a shape of the user's own says nothing of these
     assert start_shape.brings(unknown) == start_shape.brings()
 

@@ -241,15 +241,15 @@ def test_one_depth_tells_of_the_others_until_they_are_seen() -> None:
 )
 def test_no_two_shapes_share_depth_and_branching(given, expected) -> None:
     found = shapes_within(DraftShape(*given))
-    assert list(found) == expected
-    assert found[-1] == (given[0], given[2])
-    assert len({(shape.depth, shape.nodes == 2) for shape in found}) == len(found)
+    assert [(shape.depth, shape.nodes) for shape in found] == expected
+    assert found[-1] == DraftShape(*given)
+    assert len({(shape.depth, shape.topk) for shape in found}) == len(found)
 
 
 @pytest.mark.parametrize("topk", [1, 4])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_a_shape_is_in_the_worker_for_one_step_and_gone_after_it(topk: int, levels: int) -> None:
-    whole = DraftShape(levels, topk, levels + 1 if topk == 1 else 8)
+    whole = DraftShape(levels, topk, levels + 1 if topk == 1 else min(8, levels * topk))
     shape = {"speculative_num_steps": whole.depth, "speculative_num_draft_tokens": whole.nodes}
     rows = torch.arange(levels).repeat(5, 1)
     drafter = SimpleNamespace(
