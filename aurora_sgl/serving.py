@@ -16,8 +16,7 @@ from aurora_sgl import memory, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.draft_shape import DraftShape, ReplayedShape
-from aurora_sgl.drafter import checkpoint, scratch
-from aurora_sgl.drafter.config import read_config
+from aurora_sgl.drafter import architectures, checkpoint, scratch
 from aurora_sgl.drafter.target import TargetInfo, read_target
 from aurora_sgl.engine import pool
 from aurora_sgl.engine.flags import server_flags, value_of
@@ -84,7 +83,7 @@ def plan(
     if problems:
         raise AuroraError(f"the drafter {folder} cannot serve {model}: {problems[0]}")
     on_cpu = runs_on_cpu(sglang_args)
-    algorithm = "EAGLE3" if read_config(folder).is_eagle3 else "EAGLE"
+    algorithm = architectures.named(architectures.read_config(folder).architecture).algorithm
     flags = server_flags(
         model, str(folder), algorithm, sglang_args, on_cpu=on_cpu, replayed=replayed
     )

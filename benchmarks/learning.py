@@ -22,10 +22,9 @@ import torch
 
 from aurora_sgl.demo.prompts import sample_prompts
 from aurora_sgl.drafter import scratch, vocabulary
-from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.model import Drafter, accepted_of
 from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.evaluation.replay import proposals_at
 from aurora_sgl.sequences import sequence as served_request
 from aurora_sgl.sequences.sample_weights import by_rejection
 from aurora_sgl.sequences.sequence import LoggedProposal
@@ -205,28 +204,14 @@ def served(
     """The verify steps of a request, had this drafter served it with the tree."""
     shape = SHAPES["tree"]
     roots = torch.arange(one.output_start, min(len(one.tokens) - 2, one.rows) + 1)
-    drafts = proposals_at(drafter, one, roots, shape, head)
+    drafts = drafter.propose(one.tokens, one.features, roots, shape, head)
     found, root = [], one.output_start
     while root - one.output_start < len(drafts):
         draft = drafts[root - one.output_start]
-        accepted = _accepted(draft.tokens, draft.parents, one.tokens[root + 1 :].tolist())
+        accepted = accepted_of(draft, one.tokens[root + 1 :].tolist())
         found.append(LoggedProposal(root, draft.tokens, draft.parents, accepted))
         root += accepted + 1
     return tuple(found)
-
-
-def _accepted(tokens: list[int], parents: list[int], answer: list[int]) -> int:
-    node = depth = 0
-    while depth < len(answer):
-        hits = [
-            i
-            for i, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1)
-            if parent == node and token == answer[depth]
-        ]
-        if not hits:
-            break
-        node, depth = hits[0], depth + 1
-    return depth
 
 
 class _Kept:

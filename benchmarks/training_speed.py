@@ -36,8 +36,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aurora_sgl.console import print_json, print_table
-from aurora_sgl.drafter import attention, model
-from aurora_sgl.drafter.config import EAGLE3, DrafterConfig
+from aurora_sgl.drafter import attention
+from aurora_sgl.drafter.architectures import one_layer
+from aurora_sgl.drafter.architectures.eagle3 import EAGLE3, Eagle3
+from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
@@ -153,7 +155,7 @@ def run(job: Job) -> dict[str, float]:
     torch.manual_seed(0)
     if job.attention in RIVALS:
         rival = RIVALS[job.attention]
-        with patch.object(model, "attend", rival):
+        with patch.object(one_layer, "attend", rival):
             return _training(job) if job.what == "training" else _attention(job, rival)
     with attention.using(job.attention):
         return _training(job) if job.what == "training" else _attention(job, attention.attend)
@@ -161,7 +163,7 @@ def run(job: Job) -> dict[str, float]:
 
 def _training(job: Job) -> dict[str, float]:
     hidden, intermediate, heads, kv_heads, head_dim, vocab, draft_vocab = SIZES[job.size]
-    drafter = model.Drafter(
+    drafter = Eagle3(
         DrafterConfig(
             EAGLE3, hidden, intermediate, heads, kv_heads, head_dim, vocab, draft_vocab,
             1e-5, 1e5, 4096, aux_layers=(2, 15, 27),

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from aurora_sgl.drafter.config import DrafterConfig, read_config
+from aurora_sgl.drafter import architectures, vocabulary
+from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetInfo
 from aurora_sgl.errors import AuroraError
@@ -28,11 +29,6 @@ def canonical_name(name: str) -> str:
     """One name for what published checkpoints, ours and SGLang's modules call differently."""
     name = name.removeprefix("model.")
     return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
-
-
-def is_shared(name: str, architecture_is_eagle3: bool) -> bool:
-    """Whether a tensor is the target's in serving and so never part of a drafter."""
-    return "embed_tokens" in name or (not architecture_is_eagle3 and "lm_head" in name)
 
 
 def content_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -91,7 +87,10 @@ def save(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         beside.mkdir(parents=True)
-        config = {**drafter.config.to_json(), "dtype": str(dtype).removeprefix("torch.")}
+        config = {
+            **architectures.to_json(drafter.config),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(tensors_of(drafter, dtype), str(beside / WEIGHTS), metadata={"format": "pt"})
         (beside / WEIGHTS).chmod(0o644)  # safetensors writes for its own user alone
@@ -110,18 +109,16 @@ def save(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32, target_layers: int = 0) -> Drafter:
     """A drafter from its folder. Raises ``AuroraError`` when a key or a shape is wrong."""
-    config = read_config(folder, target_layers=target_layers)
+    config = architectures.read_config(folder, target_layers=target_layers)
     tensors = _own_names(read_tensors(folder), config)
     problems = _shape_problems(tensors, config)
     if problems:
         raise AuroraError(f"{folder}: {problems[0]}")
     with torch.device("meta"):
-        drafter = Drafter(config)
+        drafter = architectures.build(config)
     state = {n: t if n in _VOCABULARY else t.to(dtype) for n, t in tensors.items()}
     drafter.load_state_dict(state, assign=True)
-    from aurora_sgl.drafter.rope import inverse_frequencies
-
-    drafter.frequencies = inverse_frequencies(config)
+    drafter.after_load()
     return drafter.requires_grad_(True)
 
 
@@ -132,7 +129,7 @@ def validate(folder: Path, target: TargetInfo | None = None) -> list[str]:
     given, the target that it must fit.
     """
     try:
-        config = read_config(folder, target_layers=target.num_layers if target else 0)
+        config = architectures.read_config(folder, target_layers=target.num_layers if target else 0)
         tensors = _own_names(read_tensors(folder), config)
     except AuroraError as error:
         return [str(error)]
@@ -144,36 +141,22 @@ def validate(folder: Path, target: TargetInfo | None = None) -> list[str]:
             problems.append(f"{name} is {tensor.dtype}, not a floating-point tensor")
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"{name} holds values that are not finite")
-    if not problems and config.is_eagle3:
-        problems += _vocabulary_problems(tensors, config)
+    if not problems and architectures.named(config.architecture).has_draft_vocabulary:
+        problems += vocabulary.problems(tensors["d2t"], tensors["t2d"])
     return problems + (_target_problems(config, target) if target else [])
 
 
 def _own_names(
     tensors: Mapping[str, torch.Tensor], config: DrafterConfig
 ) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        own = canonical_name(name)
-        if is_shared(own, config.is_eagle3):
-            continue
-        if config.is_eagle3 and own.startswith("layers.0."):
-            own = "midlayer." + own.removeprefix("layers.0.")
-        renamed[own] = tensor
-    if config.is_eagle3 and "d2t" in renamed and "t2d" not in renamed:
-        ids = renamed["d2t"].to(torch.int64) + torch.arange(len(renamed["d2t"]))
-        t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
-        t2d[ids.clamp(0, config.vocab_size - 1)] = True
-        renamed["t2d"] = t2d
-    if config.is_eagle3 and "d2t" in renamed:
-        renamed["d2t"] = renamed["d2t"].to(torch.int64)
-        renamed["t2d"] = renamed["t2d"].to(torch.bool)
-    return renamed
+    kind = architectures.named(config.architecture)
+    named = ((kind.parameter_name(canonical_name(name)), t) for name, t in tensors.items())
+    return kind.complete({name: tensor for name, tensor in named if name is not None}, config)
 
 
 def _shape_problems(tensors: Mapping[str, torch.Tensor], config: DrafterConfig) -> list[str]:
     with torch.device("meta"):
-        expected = Drafter(config).state_dict()
+        expected = architectures.build(config).state_dict()
     problems = [f"tensor {name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"tensor {name} is unknown" for name in sorted(tensors.keys() - expected.keys())]
     for name in sorted(expected.keys() & tensors.keys()):
@@ -181,17 +164,6 @@ def _shape_problems(tensors: Mapping[str, torch.Tensor], config: DrafterConfig) 
         if have != want:
             problems.append(f"tensor {name} has shape {have}, expected {want}")
     return problems
-
-
-def _vocabulary_problems(tensors: Mapping[str, torch.Tensor], config: DrafterConfig) -> list[str]:
-    ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
-    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
-        return [f"d2t points outside the target's vocabulary of {config.vocab_size}"]
-    if len(set(ids.tolist())) != len(ids):
-        return ["d2t names a target token twice"]
-    t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
-    t2d[ids] = True
-    return [] if bool((t2d == tensors["t2d"]).all()) else ["d2t and t2d disagree"]
 
 
 def _target_problems(config: DrafterConfig, target: TargetInfo) -> list[str]:
@@ -205,6 +177,4 @@ def _target_problems(config: DrafterConfig, target: TargetInfo) -> list[str]:
         problems.append(
             f"made for a vocabulary of {config.vocab_size}, {target.model} has {target.vocab_size}"
         )
-    if config.is_eagle3 and max(config.aux_layers) >= target.num_layers:
-        problems.append(f"captures layer {max(config.aux_layers)} of {target.num_layers}")
-    return problems
+    return problems + architectures.named(config.architecture).target_problems(config, target)

@@ -38,11 +38,13 @@ def refresh(
     always: Iterable[int] = (),
     seed: int = 0,
 ) -> Refreshed:
-    """A copy of an EAGLE3 drafter with the vocabulary that :func:`vocabulary.renew` chooses.
+    """A copy of a drafter with the draft vocabulary that :func:`vocabulary.renew` chooses.
 
     ``always`` are tokens that never leave, such as the end of a sequence.
     """
-    assert drafter.config.is_eagle3, "a drafter over the whole vocabulary has nothing to refresh"
+    assert drafter.has_draft_vocabulary, (
+        "a drafter over the whole vocabulary has nothing to refresh"
+    )
     size, device = drafter.config.vocab_size, drafter.device
     old = drafter.target_ids.cpu()
     new = vocabulary.renew(old, counts, size, always=always)
@@ -53,9 +55,12 @@ def refresh(
     generator = torch.Generator().manual_seed(seed)
     fresh = _SPREAD * torch.randn((int(comes.sum()), rows.shape[1]), generator=generator)
     rows[comes.to(device)] = fresh.to(device, rows.dtype)
-    made = copy.deepcopy(drafter)
-    made.lm_head.weight.data = rows
-    made.d2t, made.t2d = (tensor.to(device) for tensor in vocabulary.maps(new, size))
+    renewed = copy.deepcopy(drafter)
+    renewed.lm_head.weight.data = rows
+    renewed.d2t, renewed.t2d = (tensor.to(device) for tensor in vocabulary.maps(new, size))
     return Refreshed(
-        made, int(comes.sum()), vocabulary.coverage(counts, old), vocabulary.coverage(counts, new)
+        renewed,
+        int(comes.sum()),
+        vocabulary.coverage(counts, old),
+        vocabulary.coverage(counts, new),
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from aurora_sgl.drafter import vocabulary
-from aurora_sgl.drafter.config import EAGLE, EAGLE3, DrafterConfig, aux_layers_of
+from aurora_sgl.drafter import architectures, vocabulary
+from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetInfo, read_target
 
@@ -23,7 +23,7 @@ def make(
     texts: Iterable[str] = (),
     counts: Mapping[int, int] | None = None,
     draft_vocab_size: int = 8192,
-    architecture: str = EAGLE3,
+    architecture: str = architectures.DEFAULT,
     seed: int = 0,
     model: str = "",
     revision: str = "",
@@ -38,9 +38,9 @@ def make(
     config = shape_for(info, draft_vocab_size=draft_vocab_size, architecture=architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drafter = Drafter(config)
+        drafter = architectures.build(config)
         _initialise(drafter)
-    if config.is_eagle3:
+    if drafter.has_draft_vocabulary:
         texts = list(texts)
         if counts is None:
             counts = vocabulary.count_tokens(target, texts) if texts else {}
@@ -51,14 +51,12 @@ def make(
 
 
 def shape_for(
-    info: TargetInfo, *, draft_vocab_size: int = 8192, architecture: str = EAGLE3
+    info: TargetInfo, *, draft_vocab_size: int = 8192, architecture: str = architectures.DEFAULT
 ) -> DrafterConfig:
     """A drafter as wide as one layer of the target, with a plain rope over the same positions."""
-    assert architecture in (EAGLE, EAGLE3), architecture
     raw = info.raw
     heads = int(raw["num_attention_heads"])
     rope = raw.get("rope_parameters") or {}
-    is_eagle3 = architecture == EAGLE3
     return DrafterConfig(
         architecture=architecture,
         hidden_size=info.hidden_size,
@@ -67,13 +65,12 @@ def shape_for(
         num_kv_heads=int(raw.get("num_key_value_heads") or heads),
         head_dim=int(raw.get("head_dim") or info.hidden_size // heads),
         vocab_size=info.vocab_size,
-        draft_vocab_size=min(draft_vocab_size, info.vocab_size) if is_eagle3 else info.vocab_size,
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
         max_positions=int(raw.get("max_position_embeddings", 2048)),
-        aux_layers=aux_layers_of(info.num_layers) if is_eagle3 else (),
         target_model=info.model,
         target_revision=info.revision,
+        **architectures.named(architecture).fields_for(info, draft_vocab_size),
     )
 
 

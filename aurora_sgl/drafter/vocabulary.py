@@ -79,6 +79,37 @@ def inverse(target_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:  # [voca
     return draft_of
 
 
+def complete(
+    tensors: Mapping[str, torch.Tensor],  # of a checkpoint
+    vocab_size: int,
+) -> dict[str, torch.Tensor]:
+    """The tensors with ``d2t`` as int64 and with ``t2d``, which some checkpoints leave out."""
+    whole = dict(tensors)
+    if "d2t" not in whole:
+        return whole
+    if "t2d" not in whole:
+        ids = whole["d2t"].to(torch.int64) + torch.arange(len(whole["d2t"]))
+        whole["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
+        whole["t2d"][ids.clamp(0, vocab_size - 1)] = True
+    whole["d2t"], whole["t2d"] = whole["d2t"].to(torch.int64), whole["t2d"].to(torch.bool)
+    return whole
+
+
+def problems(
+    d2t: torch.Tensor,  # [draft_vocab] int64
+    t2d: torch.Tensor,  # [vocab] bool
+) -> list[str]:
+    """Why two maps are no draft vocabulary; empty when they are one."""
+    ids, size = d2t + torch.arange(len(d2t)), len(t2d)
+    if int(ids.min()) < 0 or int(ids.max()) >= size:
+        return [f"d2t points outside the target's vocabulary of {size}"]
+    if len(set(ids.tolist())) != len(ids):
+        return ["d2t names a target token twice"]
+    expected = torch.zeros(size, dtype=torch.bool)
+    expected[ids] = True
+    return [] if bool((expected == t2d).all()) else ["d2t and t2d disagree"]
+
+
 def coverage(counts: Mapping[int, int], target_ids: torch.Tensor) -> float:
     """Share of the counted tokens that the draft vocabulary holds, in [0, 1]."""
     total = sum(counts.values())

@@ -2,7 +2,7 @@
 
 ``register`` is the entry point of the group ``sglang.srt.plugins``. SGLang calls it in its main
 process and in every scheduler process; which hooks are set depends on where it runs. With another
-speculative algorithm than EAGLE and EAGLE3 the hooks do nothing.
+speculative algorithm than those of ``drafter.architectures`` the hooks do nothing.
 """
 
 from __future__ import annotations
@@ -242,6 +242,15 @@ def _on_cpu() -> bool:
 # -- the process that takes HTTP requests ------------------------------------------------------
 
 
+def _is_ours(algorithm: str) -> bool:
+    """Whether SGLang was started with one of our drafters' algorithms."""
+    if not algorithm:
+        return False
+    from aurora_sgl.drafter import architectures
+
+    return architectures.has_algorithm(algorithm)
+
+
 def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     server_args = kw.get("server_args") or next(
         (a for a in args if hasattr(a, "speculative_algorithm")), None
@@ -251,8 +260,7 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
         from aurora_sgl.engine.openmp import wait_politely
 
         wait_politely()
-    algorithm = str(getattr(server_args, "speculative_algorithm", "") or "").upper()
-    if algorithm in ("EAGLE", "EAGLE3"):
+    if _is_ours(str(getattr(server_args, "speculative_algorithm", "") or "")):
         from aurora_sgl.engine import labels, sidecars
 
         sidecars.start(int(getattr(server_args, "dp_size", 1) or 1))

@@ -62,8 +62,7 @@ def import_version(
     ``versions/<weights_sha256[:16]>/``. The same weights again give the version that is there.
     Raises ``AuroraError`` with the first problem found; nothing is written then.
     """
-    from aurora_sgl.drafter import checkpoint  # torch is slow to import
-    from aurora_sgl.drafter.config import read_config
+    from aurora_sgl.drafter import architectures, checkpoint  # torch is slow to import
 
     path = Path(path)
     problems = checkpoint.validate(path, target)
@@ -71,7 +70,7 @@ def import_version(
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise AuroraError(f"{path} can't be imported: {problems[0]}{more}")
     tensors = checkpoint.read_tensors(path)
-    config = read_config(path, target_layers=target.num_layers if target else 0)
+    config = architectures.read_config(path, target_layers=target.num_layers if target else 0)
     weights_sha256 = checkpoint.content_sha256(tensors)
     uri = f"versions/{weights_sha256[:16]}/"
     with store.session(engine, write=False) as s:
@@ -101,7 +100,7 @@ def import_version(
             training_run_id=training_run_id,
             source=source,
             note=note,
-            config=config.to_json(),
+            config=architectures.to_json(config),
             metrics=metrics,
         )
         if version.pruned_at is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from aurora_sgl.drafter import architectures
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sequences.near_duplicates import alike
@@ -69,6 +70,7 @@ class Loader:
         return {**self.__dict__, "cache": OrderedDict(), "held": 0}
 
     def _read(self, row: RecentRequest, pieces: tuple[Piece, ...]) -> Sequence:
+        kind = architectures.named(self.config.architecture)
         features, last = [], []
         own: Trace | None = None
         for piece in pieces:
@@ -76,8 +78,7 @@ class Loader:
             if trace.end < piece.end:
                 raise AuroraError(f"the trace of request {row.request_id} ends too early")
             part = slice(piece.begin - piece.start, piece.end - piece.start)
-            taken = trace.aux if self.config.is_eagle3 else trace.last
-            features.append(taken[part])
+            features.append(kind.features(trace.aux[part], trace.last[part]))
             last.append(trace.last[part])
             own = trace
         assert own is not None

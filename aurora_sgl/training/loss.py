@@ -15,7 +15,7 @@ from aurora_sgl.training import objectives
 from aurora_sgl.training.objectives import Loss, Moment, Step
 from aurora_sgl.training.precision import autocasts
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.unroll import TargetRows, unroll
+from aurora_sgl.training.target_rows import TargetRows
 
 #: Weight of each base row ``first .. last - 1`` of a request.
 WeightOf = Callable[[Sequence, int, int], torch.Tensor]
@@ -149,9 +149,9 @@ class SequenceLoss:
         device = drafter.device
         enabled = autocasts(self.settings, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            return unroll(
-                drafter,
-                sequence,
+            return drafter.unroll(
+                sequence.tokens,
+                sequence.features,
                 self.head,
                 first_row=first,
                 last_row=last,

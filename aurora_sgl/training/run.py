@@ -229,7 +229,7 @@ class _Run:
 
     def _with_vocabulary(self, base: Drafter, data: dataset.Dataset, target: Path) -> Drafter:
         """The base, or a copy whose draft vocabulary holds what traffic asks for now."""
-        if not base.config.is_eagle3 or not data.counts:
+        if not base.has_draft_vocabulary or not data.counts:
             return base
         held = vocabulary.coverage(data.counts, base.target_ids.cpu())
         self.columns["metrics"]["vocabulary_coverage"] = round(held, 4)

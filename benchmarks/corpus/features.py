@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 import aurora_sgl.compat  # noqa: F401  (torchvision beside a CPU torch)
 from aurora_sgl.demo.model import demo_model
-from aurora_sgl.drafter.config import aux_layers_of
+from aurora_sgl.drafter.architectures.eagle3 import aux_layers_of
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.device import device_of
 from aurora_sgl.sequences.sequence import Sequence

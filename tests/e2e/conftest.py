@@ -296,7 +296,7 @@ def eagle_drafter(tmp_path_factory: pytest.TempPathFactory, model: Path, demo: D
 
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.drafter import checkpoint, scratch
-    from aurora_sgl.drafter.config import EAGLE
+    from aurora_sgl.drafter.architectures.eagle import EAGLE
     from aurora_sgl.drafter.target import TargetHead
     from aurora_sgl.sequences import dataset
     from aurora_sgl.sequences.trace_cache import TraceFiles

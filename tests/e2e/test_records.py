@@ -208,7 +208,7 @@ def test_a_trace_holds_every_position_through_chunks_and_decoding(
 def test_a_warm_radix_cache_leaves_a_hole_that_another_trace_fills(
     server: Running, prompts: list[list[int]], model: Any
 ) -> None:
-    from aurora_sgl.drafter.config import read_config
+    from aurora_sgl.drafter.architectures import read_config
     from aurora_sgl.sequences import dataset
     from aurora_sgl.sequences.trace_cache import TraceFiles
 

@@ -16,11 +16,10 @@ from drafter_cases import RECIPE, requests, target_folder
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import attention, scratch
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.evaluation.replay import proposals_at, replay
+from aurora_sgl.evaluation.replay import replay
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
-from aurora_sgl.training.unroll import unroll
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,9 +42,9 @@ def test_replay_on_the_gpu_drafts_and_accepts_what_the_cpu_does(tmp_path: Path) 
     for shape in (DraftShape(3), DraftShape(3, 4, 8)):
         assert replay(on_gpu, held_out, shape, head) == replay(drafter, held_out, shape, head)
         roots = torch.tensor([7, 12])
-        assert proposals_at(on_gpu, held_out[0], roots, shape, head) == proposals_at(
-            drafter, held_out[0], roots, shape, head
-        )
+        text = (held_out[0].tokens, held_out[0].features)
+        there = on_gpu.propose(*text, roots, shape, head)
+        assert there == drafter.propose(*text, roots, shape, head)
 
 
 def test_replay_in_bfloat16_through_flashinfer_accepts_as_much_as_on_the_cpu(
@@ -85,8 +84,9 @@ def test_unrolled_steps_have_the_same_logits_and_gradients(tmp_path: Path, backe
             attention.using(backend if device == GPU else "sdpa"),
             torch.autocast(device.type, torch.bfloat16, enabled=half),
         ):
-            logits = unroll(
-                mine, sequence.to(device), head.to(device), first_row=0, last_row=20, steps=4
+            given = sequence.to(device)
+            logits = mine.unroll(
+                given.tokens, given.features, head.to(device), first_row=0, last_row=20, steps=4
             )
             torch.stack([x.pow(2).mean() for x in logits]).sum().backward()  # type: ignore[no-untyped-call]
         grads = [p.grad.cpu() for p in mine.parameters() if p.grad is not None]

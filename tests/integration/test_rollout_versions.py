@@ -13,9 +13,9 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
-from aurora_sgl.drafter import checkpoint
-from aurora_sgl.drafter.config import EAGLE3, DrafterConfig
-from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter import architectures, checkpoint
+from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
+from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.target import TargetInfo
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.rollout.versions import export_version, import_version, show_version
@@ -40,7 +40,7 @@ TARGET = TargetInfo("target", 16, 64, 8, "llama", {})
 
 def drafter_folder(path: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    drafter = Drafter(CONFIG)
+    drafter = architectures.build(CONFIG)
     state = {
         name: torch.randn_like(tensor) if tensor.dtype.is_floating_point else tensor
         for name, tensor in drafter.state_dict().items()

@@ -19,9 +19,9 @@ from aurora_sgl import store, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import TrialSettings
-from aurora_sgl.drafter import checkpoint
-from aurora_sgl.drafter.config import EAGLE3, DrafterConfig
-from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter import architectures, checkpoint
+from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
+from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.vocabulary import maps
 from aurora_sgl.rollout import promote, rollback, switches, trial
 from aurora_sgl.rollout.versions import import_version
@@ -47,7 +47,7 @@ def make_drafter(folder: Path, seed: int, hidden: int = HIDDEN) -> Path:
         aux_layers=(1, 2, 3),
     )
     torch.manual_seed(seed)
-    drafter = Drafter(config)
+    drafter = architectures.build(config)
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     drafter.d2t, drafter.t2d = maps(torch.arange(3, 20), VOCAB)

@@ -19,7 +19,8 @@ class PlainDrafter:
         self, config: DrafterConfig, state: State, embedding: torch.Tensor, lm_head: torch.Tensor
     ) -> None:
         self.config, self.embedding, self.lm_head = config, embedding, lm_head
-        prefix = "midlayer." if config.is_eagle3 else "layers.0."
+        self.is_fused = "norm.weight" in state  # as llama_eagle3.py has it
+        prefix = "midlayer." if self.is_fused else "layers.0."
         self.state = {n.replace(prefix, ""): t for n, t in state.items()}
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -46,7 +47,7 @@ class PlainDrafter:
         """Probabilities, the hidden state for the next row, this row's key and value."""
         c, w = self.config, self.state
         embed = self.embedding[token]
-        if c.is_eagle3:
+        if self.is_fused:
             if len(hidden) != c.hidden_size:
                 hidden = w["fc.weight"] @ hidden
             x = torch.cat((self.norm(embed, "input_layernorm"), self.norm(hidden, "hidden_norm")))
@@ -66,12 +67,12 @@ class PlainDrafter:
         y = self.norm(x, "post_attention_layernorm")
         gate, up = w["mlp.gate_proj.weight"] @ y, w["mlp.up_proj.weight"] @ y
         out = w["mlp.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up) + x
-        read = self.norm(out, "norm") if c.is_eagle3 else out
-        logits = (w["lm_head.weight"] if c.is_eagle3 else self.lm_head) @ read
+        read = self.norm(out, "norm") if self.is_fused else out
+        logits = (w["lm_head.weight"] if self.is_fused else self.lm_head) @ read
         return logits.softmax(0), out, (k, v)
 
     def target_id(self, draft_id: int) -> int:
-        return draft_id + int(self.state["d2t"][draft_id]) if self.config.is_eagle3 else draft_id
+        return draft_id + int(self.state["d2t"][draft_id]) if self.is_fused else draft_id
 
     def best(self, probs: torch.Tensor, topk: int) -> list[tuple[float, int]]:
         if topk == 1:

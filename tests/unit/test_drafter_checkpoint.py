@@ -11,7 +11,9 @@ from drafter_cases import HIDDEN, LAYERS, VOCAB, target_folder
 from safetensors.torch import load_file, save_file
 
 from aurora_sgl.drafter import checkpoint, scratch
-from aurora_sgl.drafter.config import EAGLE, EAGLE3, read_config
+from aurora_sgl.drafter.architectures import read_config
+from aurora_sgl.drafter.architectures.eagle import EAGLE
+from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
 from aurora_sgl.drafter.target import read_target
 from aurora_sgl.errors import AuroraError
 

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from drafter_cases import HIDDEN, VOCAB, target_folder
+from drafter_cases import VOCAB, target_folder
 from safetensors.torch import save_file
 
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import checkpoint, scratch
-from aurora_sgl.drafter.config import EAGLE, EAGLE3, read_config
+from aurora_sgl.drafter.architectures.eagle import EAGLE
+from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.evaluation.replay import proposals_at
-from aurora_sgl.sequences.sequence import Sequence
 
 SHAPES = [DraftShape(4), DraftShape(3, 2, 5), DraftShape(3, 4, 8), DraftShape(4, 8, 16)]
 ROOTS = [6, 9, 15, 22]
@@ -52,7 +51,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def upstream(folder: Path) -> list[list[dict[str, list[int]]]]:
     """Drafts of SGLang, one list a shape, one entry a root."""
-    algorithm = "EAGLE3" if read_config(folder / "drafter").is_eagle3 else "EAGLE"
+    algorithm = checkpoint.load(folder / "drafter").algorithm
     shapes = [[s.depth, s.topk, s.nodes] for s in SHAPES]
     script = Path(__file__).with_name("sglang_drafts.py")
     done = subprocess.run(
@@ -82,9 +81,10 @@ def test_sglang_and_ours_draft_the_same_tokens_in_the_same_tree(
 
     case = load_file(str(folder / "case.safetensors"))
     drafter = checkpoint.load(folder / "drafter")
-    sequence = Sequence(1, case["tokens"], case["features"], case["features"][:, :HIDDEN], 5)
     head = TargetHead.load(folder / "target")
-    ours = proposals_at(drafter, sequence, torch.tensor(ROOTS), SHAPES[number], head)
+    ours = drafter.propose(
+        case["tokens"], case["features"], torch.tensor(ROOTS), SHAPES[number], head
+    )
     for mine, theirs in zip(ours, upstream[number], strict=True):
         assert mine.tokens == theirs["tokens"]
         assert mine.parents == theirs["parents"]

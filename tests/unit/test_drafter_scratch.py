@@ -11,7 +11,8 @@ from drafter_cases import HIDDEN, VOCAB, target_folder
 from drafter_twin import PlainDrafter
 
 from aurora_sgl.drafter import scratch, vocabulary
-from aurora_sgl.drafter.config import EAGLE, EAGLE3, aux_layers_of
+from aurora_sgl.drafter.architectures.eagle import EAGLE
+from aurora_sgl.drafter.architectures.eagle3 import EAGLE3, aux_layers_of
 from aurora_sgl.drafter.target import TargetHead, read_target
 from aurora_sgl.errors import AuroraError
 

@@ -7,7 +7,10 @@ import torch
 from drafter_twin import PlainDrafter, served
 
 from aurora_sgl.draft_shape import DraftShape
-from aurora_sgl.drafter.config import EAGLE, EAGLE3, DrafterConfig
+from aurora_sgl.drafter import architectures
+from aurora_sgl.drafter.architectures.eagle import EAGLE
+from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
+from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.drafter.vocabulary import maps
@@ -35,7 +38,7 @@ def tiny(architecture: str, seed: int) -> tuple[Drafter, TargetHead]:
         max_positions=64,
         aux_layers=(1, 2, 3) if eagle3 else (),
     )
-    drafter = Drafter(config)
+    drafter = architectures.build(config)
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, mean=0.1, std=0.6)
     if eagle3:

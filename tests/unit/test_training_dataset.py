@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.drafter import scratch
-from aurora_sgl.drafter.config import EAGLE, DrafterConfig
+from aurora_sgl.drafter.architectures.eagle import EAGLE
+from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.sequences.dataset import Dataset, build

@@ -11,14 +11,15 @@ from drafter_cases import HIDDEN, VOCAB, target_folder
 from drafter_twin import PlainDrafter
 
 from aurora_sgl.drafter import scratch
-from aurora_sgl.drafter.config import EAGLE, EAGLE3
+from aurora_sgl.drafter.architectures.eagle import EAGLE
+from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training import objectives
 from aurora_sgl.training.objectives.base import Step
-from aurora_sgl.training.unroll import TargetRows, unroll
+from aurora_sgl.training.target_rows import TargetRows
 
 
 def steps_of(count: int, *, requires_grad: bool = False) -> list[Step]:
@@ -130,7 +131,9 @@ def test_unrolled_steps_equal_a_served_chain_on_the_logged_tokens(
     tokens = sequence.tokens.tolist()
     first = 3
     with torch.no_grad():
-        logits = unroll(drafter, sequence, head, first_row=first, last_row=11, steps=4)
+        logits = drafter.unroll(
+            sequence.tokens, sequence.features, head, first_row=first, last_row=11, steps=4
+        )
         assert [len(x) for x in logits] == [8, 7, 6, 5]
         text: list[tuple[torch.Tensor, torch.Tensor]] = []
         for base in range(11):
@@ -157,7 +160,9 @@ def test_each_row_is_paired_with_the_target_at_the_position_that_it_predicts(
     # From the first output token on the log itself is the target's choice (greedy).
     assert best[4:].tolist() == sequence.tokens[5:].tolist()
     assert best[:4].tolist() == whole[:4].argmax(-1).tolist()
-    logits = unroll(drafter, sequence, head, first_row=2, last_row=10, steps=3)
+    logits = drafter.unroll(
+        sequence.tokens, sequence.features, head, first_row=2, last_row=10, steps=3
+    )
     steps = rows.steps(logits, sequence, best, first_row=2, weight=torch.ones(8), needs_mass=True)
     ids = drafter.target_ids
     for k, step in enumerate(steps):

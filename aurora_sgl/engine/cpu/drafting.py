@@ -60,6 +60,8 @@ def _covered(runner: Any, batch: Any) -> bool:
 def _plain(runner: Any) -> bool:
     """Whether the model is a drafter of one layer with none of the variants."""
     model = runner.model
+    # The one place that asks SGLang's class for its name: what follows computes the forward of this
+    # class line by line, and a subclass of another name may compute something else.
     if type(model).__name__ != "LlamaForCausalLMEagle3":
         return False
     body, head = model.model, model.logits_processor

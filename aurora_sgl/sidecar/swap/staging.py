@@ -97,7 +97,7 @@ class Stager:
     @staticmethod
     def _refuse_other_shape(source: Path, hello: wire.Hello, wanted: Wanted, layers: int) -> None:
         """The engine copies tensors in place: shapes must be those that it was started with."""
-        from aurora_sgl.drafter.config import read_config
+        from aurora_sgl.drafter.architectures import read_config
 
         booted = drafter_path(hello)
         if not booted or not Path(booted).is_dir():

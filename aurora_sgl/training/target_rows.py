@@ -1,10 +1,4 @@
-"""Training-time test: the drafter runs on from its own hidden states, as it will in serving.
-
-From base row b the first step takes the target's features; step k takes the token b + 1 + k of the
-log and the drafter's own hidden state of step k - 1, stands at rotary position b + k, and sees the
-text rows 0..b and its own earlier steps from b: the very attention of a served chain whose drafts
-were all accepted. All base rows of a request run side by side (EAGLE-3, arXiv 2503.01840).
-"""
+"""The target's side of training: its distribution where the drafter's rows predict."""
 
 from __future__ import annotations
 
@@ -17,48 +11,6 @@ from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.objectives.base import Step
 from aurora_sgl.training.proposals import logged_step, proposed_at
-
-
-def unroll(
-    drafter: Drafter,
-    sequence: Sequence,
-    head: TargetHead,
-    *,
-    first_row: int,
-    last_row: int,  # exclusive
-    steps: int,
-    dtype: torch.dtype = torch.float32,
-) -> list[torch.Tensor]:  # one [rows, draft_vocab] float32 a step
-    """Logits of ``steps`` unrolled steps from base rows ``first_row .. last_row - 1``.
-
-    Step k holds the base rows whose input token is known: those below ``len(tokens) - 1 - k``.
-    Drafter, sequence and head must be on one device.
-    """
-    tokens = sequence.tokens
-    rows = min(sequence.rows, last_row)
-    embeds = head.embed(tokens, dtype)
-    features = sequence.features[:rows].to(dtype)
-    mixed, residual = drafter.mix(embeds[1 : rows + 1], drafter.start(features))
-    text = drafter.keys_values(mixed, torch.arange(rows, device=drafter.device))
-    base = torch.arange(first_row, rows, device=drafter.device)
-    lm_head = None if drafter.config.is_eagle3 else head.lm_head
-    read, state = drafter.rows(mixed[base], residual[base], base, text, base)
-    logits = [drafter.logits(read, lm_head)]
-    own: tuple[torch.Tensor, torch.Tensor] | None = None
-    for k in range(1, steps):
-        count = min(len(base), len(tokens) - 1 - k - first_row)
-        if count <= 0:
-            break
-        base, state = base[:count], state[:count]
-        mixed, residual = drafter.mix(embeds[base + 1 + k], state)
-        new = drafter.keys_values(mixed, base + k)
-        key, value = (x[:, None] for x in new)
-        if own is not None:
-            key, value = torch.cat((own[0][:count], key), 1), torch.cat((own[1][:count], value), 1)
-        own = (key, value)
-        read, state = drafter.rows(mixed, residual, base + k, text, base, own)
-        logits.append(drafter.logits(read, lm_head))
-    return logits
 
 
 class TargetRows:
