@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from aurora_sgl.config import get_settings
-
-#: Last words of a run that are looked for a reason.
-TAIL_BYTES = 4000
+from aurora_sgl.processes.training import outcome_in, start_detached
 
 
 @dataclass(frozen=True)
@@ -42,16 +37,7 @@ class Trainings:
                 return False
             self._ended.pop(group, None)
             log = get_settings().home.resolve() / "logs" / "dashboard-training.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "aurora_sgl.training", "--group", group]
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    [*command, "--trigger", "dashboard"],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+            process = start_detached(["--group", group, "--trigger", "dashboard"], log)
             self._running[group] = (process, log)
             return True
 
@@ -73,7 +59,8 @@ class Trainings:
         if code is None:
             return True
         del self._running[group]
-        self._ended[group] = _outcome(code, log)
+        outcome = outcome_in(log, code)
+        self._ended[group] = Ended(str(outcome["status"]), str(outcome.get("error", "")))
         return False
 
     def stop_all(self) -> None:
@@ -84,16 +71,6 @@ class Trainings:
             for process, _ in self._running.values():
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(5)
-
-
-def _outcome(code: int, log: Path) -> Ended:
-    lines = log.read_bytes()[-TAIL_BYTES:].decode(errors="replace").strip().splitlines()
-    for line in reversed(lines):
-        with suppress(ValueError):
-            said: Any = json.loads(line)
-            if isinstance(said, dict) and "status" in said:
-                return Ended(str(said["status"]), str(said.get("error", "")))
-    return Ended("failed", f"it ended with {code}: {lines[-1] if lines else 'without a word'}")
 
 
 ALL = Trainings()

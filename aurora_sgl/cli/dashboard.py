@@ -44,7 +44,7 @@ def dashboard(
     if nice:
         step_back(nice)
     if environment.is_set(environment.EXIT_WITH_PARENT):
-        from aurora_sgl.engine.sidecars import exit_with_parent
+        from aurora_sgl.processes.bound_to_parent import exit_with_parent
 
         exit_with_parent()
     _pages("server").serve(host, port)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import signal
-import sys
-from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_STOP_SECONDS = 10.0
+from aurora_sgl.processes.training import GRACE_SECONDS, TrainingProcess
+
+_LOOK_SECONDS = 0.1
+_STOP_SECONDS = GRACE_SECONDS + 7.0
 
 
 class BackgroundTrainer:
@@ -20,54 +18,40 @@ class BackgroundTrainer:
 
     def __init__(self, settings: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         self._settings = dict(settings)
-        self._environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
-        self._process: Process | None = None
+        self._environment = {**environment, "OMP_NUM_THREADS": "1"}
+        self.process: TrainingProcess | None = None
 
     async def run(self, trigger: str, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """One run; the outcome as ``training.run.Outcome`` in JSON. A dead process is a failure."""
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "aurora_sgl.training",
-            "--trigger",
-            trigger,
-            "--settings",
-            json.dumps(self._settings),
-            stdout=PIPE,
-            stderr=PIPE,
-            stdin=asyncio.subprocess.DEVNULL,
-            env=self._environment,
-            start_new_session=True,
+        loop = asyncio.get_running_loop()
+        self.process = process = TrainingProcess(
+            ["--trigger", trigger, "--settings", json.dumps(self._settings)],
+            self._environment,
+            on_event=lambda event: _call(loop, progress, event),
         )
         try:
-            return await self._follow(self._process, progress)
+            return await _outcome(process)
         except asyncio.CancelledError:
             self.stop()
-            with contextlib.suppress(TimeoutError):  # its pipes close before the event loop does
-                await asyncio.wait_for(self._process.communicate(), _STOP_SECONDS)
+            await asyncio.wait_for(_outcome(process), _STOP_SECONDS)
             raise
-
-    async def _follow(
-        self, process: Process, progress: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
-        assert process.stdout is not None and process.stderr is not None
-        last_words = ""
-        async for line in process.stderr:
-            text = line.decode(errors="replace").strip()
-            try:
-                progress(json.loads(text))
-            except ValueError:
-                last_words = text or last_words
-        output = (await process.stdout.read()).decode()
-        code = await process.wait()
-        try:
-            outcome: dict[str, Any] = json.loads(output)
-        except ValueError:
-            return {"status": "failed", "error": f"the trainer ended with {code}: {last_words}"}
-        return outcome
 
     def stop(self) -> None:
         """End a run that is going on, with all that it started."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
+        if self.process is not None:
+            self.process.stop("the demo ended")
+
+
+async def _outcome(process: TrainingProcess) -> dict[str, Any]:
+    while (outcome := process.outcome()) is None:
+        await asyncio.sleep(_LOOK_SECONDS)
+    return outcome
+
+
+def _call(
+    loop: asyncio.AbstractEventLoop,
+    progress: Callable[[dict[str, Any]], None],
+    event: dict[str, Any],
+) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(progress, event)

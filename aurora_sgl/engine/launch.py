@@ -6,7 +6,9 @@ place there before sglang is imported.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 import traceback
 
@@ -23,6 +25,10 @@ if environment.is_set(environment.CPU):
     install()
 
 from aurora_sgl.engine import sidecars
+from aurora_sgl.processes.bound_to_parent import exit_with_parent
+
+# ``kill -USR2`` of a server's process writes where each of its threads stands into its log.
+faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +39,7 @@ def main(argv: list[str]) -> None:
     from sglang.srt.utils import kill_process_tree
 
     if environment.is_set(environment.EXIT_WITH_PARENT):
-        sidecars.exit_with_parent()
+        exit_with_parent()
     if environment.is_set(environment.CPU):
         from aurora_sgl.engine.cpu import native
 

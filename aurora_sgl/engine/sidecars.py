@@ -6,10 +6,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import signal
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +31,6 @@ def start(dp_size: int) -> None:
         _supervisors.append(supervisor)
     atexit.register(shutil.rmtree, base, ignore_errors=True)
     atexit.register(stop)
-
-
-def exit_with_parent() -> None:
-    """End this server, as by SIGTERM, when the process that started it is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(20.0)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="aurora-parent-watch", daemon=True).start()
 
 
 def stop() -> None:

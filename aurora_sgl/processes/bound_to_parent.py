@@ -8,9 +8,25 @@ import os
 import runpy
 import signal
 import sys
+import threading
+import time
 
 #: prctl(2); SIGKILL, because a process that is stopped (SIGSTOP) takes no other signal.
 PR_SET_PDEATHSIG = 1
+
+
+def exit_with_parent() -> None:
+    """End this process, as by SIGTERM, when the process that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20.0)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="aurora-parent-watch", daemon=True).start()
 
 
 def main() -> None:

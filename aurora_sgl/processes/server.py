@@ -19,6 +19,17 @@ import psutil
 from aurora_sgl.errors import AuroraError
 
 _STOP_SECONDS = 15.0
+_DUMP_SECONDS = 1.0
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (proc(5)): one without would end by it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    mask = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), "0")
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def free_port() -> int:
@@ -97,6 +108,7 @@ class ServerProcess:
             if waiting is not None:
                 waiting(time.monotonic() - begun)
             time.sleep(0.5)
+        self.dump_threads()
         self.stop()
         raise AuroraError(f"SGLang was not ready after {seconds:.0f} s (log: {self.log})")
 
@@ -105,6 +117,18 @@ class ServerProcess:
         lines = self.log.read_text(errors="replace").splitlines()
         telling = [line for line in lines if "Error" in line or "error:" in line]
         return (telling or lines or ["no output"])[-1].strip()[:300]
+
+    def dump_threads(self) -> None:
+        """Have each of its processes that can write into the log where its threads stand."""
+        for process in self.family():
+            if _catches(process.pid, signal.SIGUSR2):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGUSR2)
+        time.sleep(_DUMP_SECONDS)
+
+    def log_tail(self, lines: int = 60) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def family(self) -> list[psutil.Process]:
         """The server and all its descendants that are alive."""

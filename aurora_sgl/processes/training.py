@@ -1,4 +1,8 @@
-"""One training run in a process of its own, which can be stopped, paused and listened to."""
+"""Training runs in processes of their own: started, listened to, paused and ended.
+
+A run writes its progress to stderr, a JSON object a line, and its outcome to stdout, see
+``training.run.Outcome``.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,59 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+MODULE = "aurora_sgl.training"
+#: Last words of a run that are looked for its outcome.
+_TAIL_BYTES = 4000
 #: Seconds between asking a run to end and ending it.
 GRACE_SECONDS = 3.0
 #: Seconds that a busy machine may take to stop a process.
 STILL_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
+
+
+def event_in(line: str) -> dict[str, Any] | None:
+    """The JSON object that a line of a run is; ``None`` for anything else."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def failed(code: int, last_words: str) -> dict[str, Any]:
+    """The outcome of a run that left none."""
+    return {"status": "failed", "error": f"the trainer ended with {code}: {last_words}"}
+
+
+def start_detached(arguments: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
+    """A run that outlives the thread that starts it; all that it says goes into a file, see
+    :func:`outcome_in`. Raises ``OSError`` when the system has no room for it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", MODULE, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def outcome_in(output: Path, code: int) -> dict[str, Any]:
+    """What a run came to that ended with this code and whose words went into a file."""
+    lines = output.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip().splitlines()
+    for line in reversed(lines):
+        event = event_in(line)
+        if event is not None and "status" in event:
+            return event
+    return failed(code, lines[-1] if lines else "without a word")
 
 
 class TrainingProcess:
@@ -32,12 +78,15 @@ class TrainingProcess:
         self,
         arguments: Sequence[str],
         environment: Mapping[str, str],
-        module: str = "aurora_sgl.training",
+        module: str = MODULE,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """Starts it. Raises ``OSError`` when the system has no room for it."""
+        """Starts it. ``on_event`` is called with its progress, in a thread. Raises ``OSError`` when
+        the system has no room for it."""
         self.started = time.monotonic()
         self.progress: dict[str, Any] = {}
         self.stopped_because = ""
+        self._on_event = on_event
         self._stop_at = 0.0
         self._last_words = ""
         self._paused_at: float | None = None
@@ -69,13 +118,13 @@ class TrainingProcess:
     def _listen(self, lines: IO[bytes]) -> None:
         for line in lines:
             text = line.decode(errors="replace").strip()
-            try:
-                event = json.loads(text)
-            except ValueError:
+            event = event_in(text)
+            if event is None:
                 self._last_words = text or self._last_words
-            else:
-                if isinstance(event, dict):
-                    self.progress = event
+                continue
+            self.progress = event
+            if self._on_event is not None:
+                self._on_event(event)
 
     def _collect(self, output: IO[bytes]) -> None:
         self._output.append(output.read())
@@ -90,14 +139,12 @@ class TrainingProcess:
             return None
         for reader in self._readers:
             reader.join(5.0)
-        try:
-            found = json.loads(b"".join(self._output))
-        except ValueError:
-            found = None
-        if isinstance(found, dict):
-            return found
-        why = self.stopped_because or f"the trainer ended with {code}: {self._last_words}"
-        return {"status": "failed", "error": why}
+        outcome = event_in(b"".join(self._output).decode(errors="replace"))
+        if outcome is not None:
+            return outcome
+        if self.stopped_because:
+            return {"status": "failed", "error": self.stopped_because}
+        return failed(code, self._last_words)
 
     def pause(self) -> None:
         """Stop it where it is; returns when it stands still."""
@@ -125,7 +172,7 @@ class TrainingProcess:
 
     def end(self) -> None:
         """End it now and wait for that."""
-        self.stop("the scheduler ended")
+        self.stop("what started it ended")
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_SECONDS)
         self._signal(signal.SIGKILL)

@@ -21,6 +21,7 @@ import pytest
 from sqlalchemy import Engine
 
 from aurora_sgl import store
+from aurora_sgl.errors import AuroraError
 from aurora_sgl.processes.server import ServerProcess, free_port
 from aurora_sgl.store import queries
 from tests.e2e import breaking
@@ -116,7 +117,7 @@ def start(
     environment: dict[str, str] | None = None,
     port: int = 0,
     shared: dict[str, str] | None = None,
-    ready_seconds: float = 240,
+    ready_seconds: float = 480,
 ) -> Running:
     """A server as ``aurora-sgl serve`` starts it; ``shared``: settings of a store and an artifact
     root that others use too."""
@@ -155,7 +156,11 @@ def start(
         },
     )
     process.start()
-    process.wait_ready(ready_seconds)
+    try:
+        process.wait_ready(ready_seconds)
+    except AuroraError:
+        print(process.log_tail(200))
+        raise
 
     def known() -> tuple[int, int] | None:
         with store.session(engine, write=False) as s:

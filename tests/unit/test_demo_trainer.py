@@ -15,12 +15,12 @@ trainer = BackgroundTrainer({}, {})
 
 async def main():
     run = asyncio.create_task(trainer.run("requests", print))
-    while trainer._process is None:
+    while trainer.process is None:
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.3)  # it is still importing PyTorch
 
 asyncio.run(main())
-print("ended", trainer._process.returncode)
+print("ended", trainer.process.outcome()["error"])
 """
 
 
@@ -33,5 +33,5 @@ def test_a_demo_that_ends_takes_the_trainer_with_it_in_silence(tmp_path: Path) -
         check=True,
         env={**os.environ, "AURORA_HOME": str(tmp_path)},
     )
-    assert done.stdout.split() == ["ended", "-15"]
+    assert done.stdout.split() == ["ended", "the", "demo", "ended"]
     assert done.stderr == ""

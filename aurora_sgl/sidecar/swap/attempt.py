@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from aurora_sgl import wire
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sidecar.idle import when_idle
+from aurora_sgl.processes.priority import when_idle
 from aurora_sgl.sidecar.swap.staging import Staged, Stager, Wanted
 
 #: Seconds that the engine has to answer a Stage command.
