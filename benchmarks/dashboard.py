@@ -146,7 +146,7 @@ def look(clock: Clock, store: Path) -> None:
     for lines in ("by domain", "all together", "by version"):
         clock.press("Acceptance", "30 days,", lines)
     clock.choose("Acceptance", "Domain", "code")
-    for tab in ("Per step", "Domain by hour", "The same numbers", "Versions at equal depth"):
+    for tab in ("Per step", "Domain by hour", "The same numbers", "Versions at equal draft shape"):
         link = page.get_by_role("tab", name=tab)
         clock.time(f"Acceptance: {tab}", link.click, clock.viewer.ready)
     clock.choose("Acceptance", "Compare with", "version 190")

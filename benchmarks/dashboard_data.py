@@ -188,7 +188,7 @@ def write_requests(
         drawn = rng.integers(0, 49_152, (steps, NODES * 2 - 1), dtype=np.int32)
         events += event_rows(request_id, at, version, busy, accepted, drawn)
         total_accepted = int(accepted.sum())
-        tallies.append((request_id, version, DEPTH, TOPK, 0, steps, total_accepted))
+        tallies.append((request_id, version, DEPTH, TOPK, NODES, 0, steps, total_accepted))
         end = at + timedelta(milliseconds=STEP_MS * steps)
         requests.append(dict(
             id=request_id, rid=f"r{number}", server_id=server, dp_rank=0, admitted_at=text(at),
@@ -203,8 +203,8 @@ def write_requests(
     events.sort(key=lambda row: row[:2])
     db.executemany(f"INSERT INTO acceptance_event ({', '.join(COLUMNS)}) VALUES ({marks})", events)
     db.executemany(
-        "INSERT INTO request_tally (request_id, drafter_version_id, depth, topk, mixed, "
-        "verify_steps, accepted) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO request_tally (request_id, drafter_version_id, depth, topk, nodes, mixed, "
+        "verify_steps, accepted) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         tallies,
     )
     write_minutes(db, minutes)
@@ -269,15 +269,15 @@ def write_minutes(db: sqlite3.Connection, minutes: dict[Any, list[Any]]) -> None
         *sums, histogram = minutes[key]
         reached = histogram[::-1].cumsum()[::-1][1:]
         rows.append((
-            minute, server, version, domain, DEPTH, TOPK, "greedy", bucket, 0, *sums,
+            minute, server, version, domain, DEPTH, TOPK, NODES, "greedy", bucket, 0, *sums,
             json.dumps(histogram.tolist()), json.dumps(reached.tolist()),
         ))  # fmt: skip
     grow = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUMS)
     # A minute that two transactions share keeps the histogram of the first: a few in a million.
     db.executemany(
         "INSERT INTO acceptance_minute (bucket_start, server_id, drafter_version_id, domain, "
-        f"depth, topk, accept_rule, batch_bucket, mixed, {', '.join(SUMS)}, histogram, "
-        f"per_position) VALUES ({', '.join('?' * 19)}) ON CONFLICT DO UPDATE SET {grow}",
+        f"depth, topk, nodes, accept_rule, batch_bucket, mixed, {', '.join(SUMS)}, histogram, "
+        f"per_position) VALUES ({', '.join('?' * 20)}) ON CONFLICT DO UPDATE SET {grow}",
         rows,
     )
 

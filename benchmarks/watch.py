@@ -41,7 +41,7 @@ def served(
     """Each request has an id of its own, from ``first_id`` on: windows count requests by it."""
     traffic = draw(rng, requests)
     return [
-        RequestCounts(id, r.domain, DEPTH, 1, r.verify_steps, r.accepted, WHEN)
+        RequestCounts(id, r.domain, DEPTH, 1, DEPTH + 1, r.verify_steps, r.accepted, WHEN)
         for id, r in enumerate(replay(rng, traffic, gain), first_id)
     ]
 

@@ -54,7 +54,7 @@ def whole_drafts(
         mine = [
             tally
             for tally in queries.request_counts.tallies(s, rows[0].id)
-            if (tally.depth, tally.topk) == (shape.depth, shape.topk)
+            if (tally.depth, tally.topk, tally.nodes) == (shape.depth, shape.topk, shape.nodes)
         ]
         if mine:
             accepted, steps = (sum(t.accepted for t in mine), sum(t.verify_steps for t in mine))

@@ -52,8 +52,8 @@ class Stratum:
 
 
 def shape_of(served: RequestCounts | Step) -> str:
-    """The draft shape: a server has one number of nodes for each depth and top-k."""
-    return f"{served.depth}/{served.topk}"
+    """The draft shape as text: depth, top-k and nodes."""
+    return f"{served.depth}/{served.topk}/{served.nodes}"
 
 
 def key_of(cluster: RequestCounts) -> str:

@@ -40,6 +40,8 @@ from aurora_sgl.store.queries.request_counts import RequestCounts
 
 #: One-sided tails: worse beyond doubt (alone enough), and worse as far as one window tells.
 DOUBTLESS, TELLING = 0.001, 0.05
+#: What the keys of a baseline's sums are made of, see ``live_traffic.key_of``.
+BASELINE_KEYS = "depth/topk/nodes"
 #: Requests of the baseline that are looked at.
 BASELINE_REQUESTS = 400
 #: Requests of a domain below which replayed ones are taken into the baseline too.
@@ -101,11 +103,11 @@ def tick(
             queries.watches.end_watch(s, watch, "ended", "another version went live")
             return WatchStatus(watch, queries.watches.watch_windows(s, watch.id))
         if not watch.settings:
-            chosen = settings or WatchSettings()
-            watch.settings = chosen.model_dump(mode="json")
-            watch.baseline = _baseline(s, watch, chosen)
-            s.flush()
+            watch.settings = (settings or WatchSettings()).model_dump(mode="json")
         rules = WatchSettings.model_validate(watch.settings)
+        if watch.baseline.get("keys") != BASELINE_KEYS:  # new, or of a release with other keys
+            watch.baseline = _baseline(s, watch, rules)
+            s.flush()
         windows = list(queries.watches.watch_windows(s, watch.id))
         while _outcome(windows, rules) is None:
             row = _next_window(s, watch, windows, rules, moment)
@@ -164,7 +166,7 @@ def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
     """What the version before served until the promotion, in sums; where that is little, with
     what replay says that it would have accepted of held-out requests."""
     if watch.baseline_id is None:
-        return {"strata": {}, "paces": {}}
+        return {"keys": BASELINE_KEYS, "strata": {}, "paces": {}}
     until = watch.started_at
     since = until - timedelta(hours=rules.look_back_hours)
     found = queries.request_counts.request_counts(
@@ -177,6 +179,7 @@ def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
     seen = {c.request_id for c in found}
     more = [c for c in replayed if live[key_of(c)] < FEW_REQUESTS and c.request_id not in seen]
     return {
+        "keys": BASELINE_KEYS,
         "version_id": watch.baseline_id,
         "requests": len(found),
         "replayed": {"requests": len(more), "evaluation_id": evaluation_id} if more else None,
@@ -207,8 +210,8 @@ def _replayed(s: Session, watch: Watch) -> tuple[int | None, list[RequestCounts]
         return None, []
     newest, at = max(ways, key=lambda way: way[0].id)
     return newest.id, [
-        RequestCounts(row[0], row[1], newest.depth or 0, newest.topk or 0, row[at + 1], row[at],
-                newest.created_at)
+        RequestCounts(row[0], row[1], newest.depth or 0, newest.topk or 0, newest.nodes or 0,
+                row[at + 1], row[at], newest.created_at)
         for row in newest.details["requests"]
         if row[at + 1]
     ]  # fmt: skip

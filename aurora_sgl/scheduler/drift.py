@@ -57,9 +57,9 @@ def was_told(fall: Fall, stored: Iterable[Drift]) -> bool:
     """Whether a detector that read the same requests before, perhaps from another start, has
     stored this fall: its last request finished when this one had begun, or later. The times are
     those of the requests, never this machine's clock."""
-    same = (fall.domain, fall.details["depth"], fall.details["topk"])
+    same = (fall.domain, fall.details["depth"], fall.details["topk"], fall.details["nodes"])
     return any(
-        (one.domain, one.details.get("depth"), one.details.get("topk")) == same
+        (one.domain, *(one.details.get(name) for name in ("depth", "topk", "nodes"))) == same
         and datetime.fromisoformat(one.details["last_finished_at"]) >= fall.began_at
         for one in stored
         if "last_finished_at" in one.details
@@ -73,14 +73,14 @@ class DriftDetector:
         """Both in standard deviations of a request: how far the sum may fall below its peak, and
         how much of a difference counts as none."""
         self._threshold, self._slack = threshold, slack
-        self._streams: dict[tuple[str, int, int], _Stream] = {}
+        self._streams: dict[tuple[str, int, int, int], _Stream] = {}
 
     def feed(self, requests: Iterable[RequestCounts]) -> list[Fall]:
         """The next requests in the order in which they finished; the falls seen in them."""
         return [fall for request in requests if (fall := self._take(request)) is not None]
 
     def _take(self, request: RequestCounts) -> Fall | None:
-        key = (request.domain, request.depth, request.topk)
+        key = (request.domain, request.depth, request.topk, request.nodes)
         stream = self._streams.setdefault(key, _Stream())
         stream.requests.append(request)
         if stream.detector is None:
@@ -112,6 +112,7 @@ class DriftDetector:
                 "deviation": stream.deviation,
                 "depth": request.depth,
                 "topk": request.topk,
+                "nodes": request.nodes,
                 "last_finished_at": request.finished_at.isoformat(),
             },
         )

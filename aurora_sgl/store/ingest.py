@@ -220,9 +220,7 @@ def _load_tallies(connection: Connection, keys: set[TallyKey]) -> dict[TallyKey,
     found: dict[TallyKey, Tally] = {}
     for begin in range(0, len(ids), _CHUNK):
         for row in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
-            key = TallyKey(
-                row.request_id, row.drafter_version_id, row.depth, row.topk, bool(row.mixed)
-            )
+            key = TallyKey(*(getattr(row, name) for name in TallyKey._fields))
             if key in keys:
                 found[key] = Tally(row.verify_steps, row.accepted)
     return found

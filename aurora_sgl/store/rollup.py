@@ -19,6 +19,7 @@ class MinuteKey(NamedTuple):
     domain: str
     depth: int
     topk: int
+    nodes: int  # 0: not known, in rows from before schema 0008
     accept_rule: str
     batch_bucket: int
     mixed: bool
@@ -31,6 +32,7 @@ class TallyKey(NamedTuple):
     drafter_version_id: int
     depth: int
     topk: int
+    nodes: int  # 0: not known, in rows from before schema 0008
     mixed: bool
 
 
@@ -74,7 +76,7 @@ def batch_bucket(batch_size: int) -> int:
 
 
 def tally_key(step: VerifyStep, version_id: int) -> TallyKey:
-    return TallyKey(step.request_id, version_id, step.depth, step.topk, step.mixed)
+    return TallyKey(step.request_id, version_id, step.depth, step.topk, step.nodes, step.mixed)
 
 
 def add_lists(one: list[int], other: list[int]) -> list[int]:
@@ -112,6 +114,7 @@ def roll_up(
             domains[step.request_id],
             step.depth,
             step.topk,
+            step.nodes,
             step.accept_rule,
             batch_bucket(step.batch_size),
             step.mixed,

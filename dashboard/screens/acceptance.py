@@ -268,7 +268,7 @@ def _reached(column: list[int]) -> list[int]:
     return [sum(column[i:]) for i in range(1, len(column))]
 
 
-# -- domain by hour, and versions at equal depth ------------------------------------------------
+# -- domain by hour, and versions at equal draft shape ------------------------------------------
 
 MOST_DOMAINS = 12
 INSTANT = timedelta(microseconds=1)
@@ -304,12 +304,12 @@ def _hour(moment: datetime) -> datetime:
     return local(moment).replace(minute=0, second=0, microsecond=0, tzinfo=None)
 
 
-def _equal_depth(shown: Shown) -> None:
+def _equal_shape(shown: Shown) -> None:
     here, points = shown.here, shown.points
-    shapes: dict[tuple[int, int], dict[int, Served]] = {}
-    sums = trends.by(points, lambda p: (p.depth, p.topk, p.version_id))
-    for (depth, topk, version), served in sorted(sums.items(), key=lambda item: item[0]):
-        shapes.setdefault((depth, topk), {})[version] = served
+    shapes: dict[tuple[int, int, int], dict[int, Served]] = {}
+    sums = trends.by(points, lambda p: (p.depth, p.topk, p.nodes, p.version_id))
+    for (*shape, version), served in sorted(sums.items(), key=lambda item: item[0]):
+        shapes.setdefault((shape[0], shape[1], shape[2]), {})[version] = served
     versions = sorted({version for of in shapes.values() for version in of}, reverse=True)
     live = data.aliases(here).get("live")
     baseline = st.selectbox(
@@ -317,7 +317,7 @@ def _equal_depth(shown: Shown) -> None:
         format_func=words.version, key="baseline", width=240,
     )  # fmt: skip
     rows = []
-    for (depth, topk), of in shapes.items():
+    for (depth, topk, nodes), of in shapes.items():
         against = of.get(baseline) if baseline is not None else None
         for version in sorted(of, reverse=True)[:20]:
             served = of[version]
@@ -325,6 +325,7 @@ def _equal_depth(shown: Shown) -> None:
                 {
                     "depth": depth,
                     "top-k": topk,
+                    "nodes": nodes or "not known",
                     "version": words.version(version),
                     "requests": f"{served.requests:,}",
                     "verify steps": f"{served.verify_steps:,}",
@@ -332,12 +333,13 @@ def _equal_depth(shown: Shown) -> None:
                     f"less {words.version(baseline)}": _less(served, against, version == baseline),
                 }
             )
-    words.table("equal depth", rows, numbers=("depth", "top-k", "requests", "verify steps"),
+    words.table("equal draft shape", rows,
+                numbers=("depth", "top-k", "nodes", "requests", "verify steps"),
                 empty="Nothing was served with drafts.")  # fmt: skip
     st.caption(
-        "Only versions under the same depth and top-k are set against each other; otherwise the "
-        "draft's shape would be compared. Traffic differs between versions: the gate's paired "
-        "replay, on the page Versions, does not have that weakness."
+        "Only versions under the same draft shape (depth, top-k and nodes) are set against each "
+        "other; otherwise the shapes would be compared. Traffic differs between versions: the "
+        "gate's paired replay, on the page Versions, does not have that weakness."
     )
 
 
@@ -396,6 +398,6 @@ TABS: dict[str, Callable[[Shown], None]] = {
     "By position": _depths,
     "Per step": _per_step,
     "Domain by hour": _heat,
-    "Versions at equal depth": _equal_depth,
+    "Versions at equal draft shape": _equal_shape,
     "The same numbers": _table,
 }

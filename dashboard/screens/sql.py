@@ -23,10 +23,10 @@ EXAMPLES = {
 FROM v_accept_length_by_domain_hour
 GROUP BY domain, drafter_version_id
 ORDER BY domain, version""",
-    "Accept length by version": """SELECT drafter_version_id AS version, depth, topk, mixed,
+    "Accept length by version": """SELECT drafter_version_id AS version, depth, topk, nodes, mixed,
        requests, verify_steps, accept_length
 FROM v_accept_length_by_version
-ORDER BY version, depth, topk""",
+ORDER BY version, depth, topk, nodes""",
     "Who put what live, and why?": """SELECT generation, created_at, action, version_id, actor,
        reason
 FROM v_deployment_history

@@ -20,7 +20,7 @@ def served(begin: datetime, end: datetime, bucket: str) -> list[TrendPoint]:
     """A point in each bucket from the first step to the last."""
     at, found = buckets.floor(begin, LENGTHS[bucket]), []
     while at <= end:
-        found.append(TrendPoint(at, 1, "chat", 3, 4, Served(1, 10, 30, 12)))
+        found.append(TrendPoint(at, 1, "chat", 3, 4, 8, Served(1, 10, 30, 12)))
         at += LENGTHS[bucket]
     return found
 

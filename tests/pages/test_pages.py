@@ -256,7 +256,7 @@ def test_many_lines_are_drawn_with_fewer_points_each(domains: int, factor: int) 
     until = datetime(2026, 11, 24, tzinfo=UTC)
     month = acceptance.period(until - timedelta(days=30), until)
     points = [
-        TrendPoint(until - timedelta(hours=hour), 1, f"d{domain}", 3, 4, Served(1, 1))
+        TrendPoint(until - timedelta(hours=hour), 1, f"d{domain}", 3, 4, 8, Served(1, 1))
         for hour in range(1, 721)
         for domain in range(domains)
     ]

@@ -38,7 +38,13 @@ THEME = """theme => {
   const css = getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor;
   return (Number(css.match(/\\d+/)[0]) < 128) === (theme === 'dark');
 }"""
-TABS = ("By position", "Per step", "Domain by hour", "Versions at equal depth", "The same numbers")
+TABS = (
+    "By position",
+    "Per step",
+    "Domain by hour",
+    "Versions at equal draft shape",
+    "The same numbers",
+)
 
 
 def shoot(viewer: Viewer, folder: Path, name: str) -> None:

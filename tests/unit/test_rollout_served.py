@@ -19,7 +19,7 @@ NOW = datetime(2026, 11, 26, tzinfo=UTC)
 
 def cluster(request: int, depth: int, steps: int, accepted: int) -> RequestCounts:
     return RequestCounts(
-        request, "chat", depth, 4, steps, accepted, NOW + timedelta(seconds=request)
+        request, "chat", depth, 4, 8, steps, accepted, NOW + timedelta(seconds=request)
     )
 
 
@@ -54,7 +54,7 @@ def test_a_window_ends_with_a_whole_request() -> None:
 
 def steps(request: int, depth: int, count: int, seconds: float, kept: int) -> list[Step]:
     return [
-        Step(request, at, NOW + timedelta(seconds=seconds * at), depth, 4, 1, kept - 1, kept)
+        Step(request, at, NOW + timedelta(seconds=seconds * at), depth, 4, 8, 1, kept - 1, kept)
         for at in range(count)
     ]
 
@@ -63,8 +63,8 @@ def test_speed_is_compared_in_one_draft_shape() -> None:
     shallow, deep = steps(1, 1, 41, 0.03, 2), steps(2, 2, 41, 0.04, 3)
     before = paces([*shallow, *deep])
     assert before == {
-        "1/4/1": Pace(40, 80, pytest.approx(1.2)),
-        "2/4/1": Pace(40, 120, pytest.approx(1.6)),
+        "1/4/8/1": Pace(40, 80, pytest.approx(1.2)),
+        "2/4/8/1": Pace(40, 120, pytest.approx(1.6)),
     }
     now = paces(steps(3, 2, 41, 0.04, 3))  # deeper steps take longer: nothing became slower
     found = speeds(now, before)

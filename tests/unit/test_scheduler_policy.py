@@ -115,7 +115,7 @@ def requests(seed: int, *parts: tuple[int, float], domain: str = "chat") -> list
             share = rng.beta(2 * mean, 2 * (3 - mean))
             accepted = int(rng.binomial(3 * steps, share))
             at = NOW + timedelta(seconds=len(found))
-            found.append(RequestCounts(len(found), domain, 3, 4, steps, accepted, at))
+            found.append(RequestCounts(len(found), domain, 3, 4, 8, steps, accepted, at))
     return found
 
 

@@ -165,9 +165,9 @@ class AcceptanceMinute(Base):
 
     ``histogram[i]`` counts steps with i accepted; ``per_position[i]`` counts steps that accepted
     a proposal at depth i + 1. ``requests`` counts requests whose first step under this version,
-    depth, top-k and ``mixed`` fell here, so that sums over minutes count each request once.
+    draft shape and ``mixed`` fell here, so that sums over minutes count each request once.
 
-    With n steps and y accepted of one request under one (version, depth, topk, mixed),
+    With n steps and y accepted of one request under one (version, depth, topk, nodes, mixed),
     ``sum_steps_squared`` = sum n^2, ``sum_accepted_squared`` = sum y^2,
     ``sum_steps_accepted`` = sum n y over requests. A row holds the growth of those sums by its
     own steps, so sums over rows that cover whole requests are exact.
@@ -182,6 +182,8 @@ class AcceptanceMinute(Base):
     domain: Mapped[str] = mapped_column(primary_key=True)
     depth: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     topk: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    #: With the root; 0: not known, in rows from before schema 0008 (see there what is).
+    nodes: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     accept_rule: Mapped[str] = mapped_column(primary_key=True)
     batch_bucket: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     mixed: Mapped[bool] = mapped_column(primary_key=True)
@@ -208,6 +210,7 @@ class RequestTally(Base):
     drafter_version_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     depth: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     topk: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    nodes: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # 0: not known
     mixed: Mapped[bool] = mapped_column(primary_key=True)
     verify_steps: Mapped[int]
     accepted: Mapped[int]

@@ -44,6 +44,7 @@ def accept_length_by_version(
     until: datetime | None = None,
     depth: int | None = None,
     topk: int | None = None,
+    nodes: int | None = None,
     accept_rule: str | None = None,
     domains: Sequence[str] | None = None,
     with_mixed: bool = False,
@@ -63,6 +64,8 @@ def accept_length_by_version(
         query = query.where(table.depth == depth)
     if topk is not None:
         query = query.where(table.topk == topk)
+    if nodes is not None:
+        query = query.where(table.nodes == nodes)
     if domains is not None:
         query = query.where(domain.in_(domains))
     if min_swap_age > 0:
@@ -77,6 +80,7 @@ def per_request(
     *,
     depth: int | None = None,
     topk: int | None = None,
+    nodes: int | None = None,
     with_mixed: bool = False,
 ) -> list[tuple[int, int, int]]:
     """(request id, verify steps, accepted) under one version: what pairs and resamples."""
@@ -100,6 +104,8 @@ def per_request(
         query = query.where(RequestTally.depth == depth)
     if topk is not None:
         query = query.where(RequestTally.topk == topk)
+    if nodes is not None:
+        query = query.where(RequestTally.nodes == nodes)
     if not with_mixed:
         query = query.where(~RequestTally.mixed)
     return [(int(row[0]), int(row[1]), int(row[2])) for row in s.execute(query)]

@@ -21,6 +21,7 @@ class RequestCounts:
     domain: str
     depth: int
     topk: int
+    nodes: int  # with the root; 0: not known
     verify_steps: int
     accepted: int
     finished_at: datetime
@@ -45,7 +46,8 @@ def request_counts(
     r, t = Request, RequestTally
     query = (
         select(
-            *(t.request_id, r.domain, t.depth, t.topk, t.verify_steps, t.accepted, r.finished_at)
+            *(t.request_id, r.domain, t.depth, t.topk, t.nodes),
+            *(t.verify_steps, t.accepted, r.finished_at),
         )
         .join(t, t.request_id == r.id)
         .join(Server, Server.id == r.server_id)
@@ -65,9 +67,9 @@ def request_counts(
     if after is not None:
         query = query.where(_behind(*after))
     if newest:
-        query = query.order_by(r.finished_at.desc(), r.id.desc(), t.depth, t.topk)
+        query = query.order_by(r.finished_at.desc(), r.id.desc(), t.depth, t.topk, t.nodes)
     else:
-        query = query.order_by(r.finished_at, r.id, t.depth, t.topk)
+        query = query.order_by(r.finished_at, r.id, t.depth, t.topk, t.nodes)
     rows = [RequestCounts(**row._mapping) for row in s.execute(query.limit(limit))]
     return rows[::-1] if newest else rows
 

@@ -165,12 +165,12 @@ def served_shape(s: Session, group_id: int) -> tuple[int, int, int] | None:
     m = AcceptanceMinute
     steps = func.sum(m.verify_steps)
     minutes = (
-        select(m.depth, m.topk, steps, func.sum(m.proposed))
+        select(m.depth, m.topk, m.nodes)
         .join(Server, Server.id == m.server_id)
-        .where(Server.group_id == group_id, m.depth > 0)
-        .group_by(m.depth, m.topk)
+        .where(Server.group_id == group_id, m.depth > 0, m.nodes > 0)
+        .group_by(m.depth, m.topk, m.nodes)
         .order_by(steps.desc())
         .limit(1)
     )
     row = s.execute(minutes).one_or_none()
-    return None if row is None else (row[0], row[1], 1 + round(int(row[3]) / int(row[2])))
+    return None if row is None else (row[0], row[1], row[2])

@@ -21,6 +21,7 @@ class Step:
     at: datetime
     depth: int
     topk: int
+    nodes: int
     batch_size: int
     accepted: int
     kept: int
@@ -32,7 +33,17 @@ def steps_of_requests(s: Session, request_ids: Sequence[int], version_id: int) -
     steps: list[Step] = []
     for begin in range(0, len(request_ids), 400):
         query = (
-            select(e.request_id, e.step, e.at, e.depth, e.topk, e.batch_size, e.accepted, e.kept)
+            select(
+                e.request_id,
+                e.step,
+                e.at,
+                e.depth,
+                e.topk,
+                e.nodes,
+                e.batch_size,
+                e.accepted,
+                e.kept,
+            )
             .where(
                 e.request_id.in_(request_ids[begin : begin + 400]),
                 e.drafter_version_id == version_id,
@@ -51,7 +62,9 @@ def steps_between(
     """Steps with drafts that one version alone made in [since, until), by request, in order."""
     e = AcceptanceEvent
     query = (
-        select(e.request_id, e.step, e.at, e.depth, e.topk, e.batch_size, e.accepted, e.kept)
+        select(
+            e.request_id, e.step, e.at, e.depth, e.topk, e.nodes, e.batch_size, e.accepted, e.kept
+        )
         .join(Request, Request.id == e.request_id)
         .join(Server, Server.id == Request.server_id)
         .where(

@@ -86,6 +86,7 @@ class TrendPoint:
     domain: str
     depth: int
     topk: int
+    nodes: int  # 0: not known
     served: Served
     histogram: tuple[int, ...] = ()
 
@@ -102,6 +103,7 @@ class Filter:
     version_ids: tuple[int, ...] = ()
     depth: int | None = None
     topk: int | None = None
+    nodes: int | None = None
 
 
 def trend(
@@ -117,15 +119,15 @@ def trend(
         deepest = s.scalar(_where(select(func.max(m.depth)), wanted)) or -1
     counts = [func.sum(func.coalesce(_element(s, m.histogram, i), 0)) for i in range(deepest + 1)]
     start = _bucket(s, bucket).label("start")
-    keys = (start, m.drafter_version_id, m.domain, m.depth, m.topk)
+    keys = (start, m.drafter_version_id, m.domain, m.depth, m.topk, m.nodes)
     query = _where(select(*keys, *_sums(), *counts), wanted).group_by(*keys).order_by(*keys)
     points, moments = [], dict[str | datetime, datetime]()
     for row in s.execute(query):
         moment = moments.get(row[0]) or moments.setdefault(row[0], _time(row[0]))
-        numbers = [int(value) for value in row[5:]]
+        numbers = [int(value) for value in row[len(keys) :]]
         served = Served(*numbers[:SUMS])
-        shape = (row[1], row[2], row[3], row[4])
-        points.append(TrendPoint(moment, *shape, served, tuple(numbers[SUMS:])))
+        key = (row[1], row[2], row[3], row[4], row[5])
+        points.append(TrendPoint(moment, *key, served, tuple(numbers[SUMS:])))
     return points
 
 
@@ -259,6 +261,8 @@ def _where(query: S, wanted: Filter) -> S:
         query = query.where(m.depth == wanted.depth)
     if wanted.topk is not None:
         query = query.where(m.topk == wanted.topk)
+    if wanted.nodes is not None:
+        query = query.where(m.nodes == wanted.nodes)
     return query
 
 
