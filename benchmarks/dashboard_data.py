@@ -198,10 +198,9 @@ def write_requests(
             proposed=steps * (NODES - 1), accepted=total_accepted, retractions=0, sampling="{}",
             finish_reason="stop", may_train=1, traced=0, speculates=1))  # fmt: skip
     insert(db, "request", requests)
-    marks = ", ".join("?" * 20)
     # Two servers count their requests alike, so their keys are written one server after another.
-    events.sort(key=lambda row: row[:2])
-    db.executemany(f"INSERT INTO acceptance_event ({', '.join(COLUMNS)}) VALUES ({marks})", events)
+    events.sort(key=lambda row: (row["request_id"], row["step"]))
+    insert(db, "acceptance_event", events)
     db.executemany(
         "INSERT INTO request_tally (request_id, drafter_version_id, depth, topk, nodes, mixed, "
         "verify_steps, accepted) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -211,24 +210,19 @@ def write_requests(
     return len(events)
 
 
-COLUMNS = (
-    "request_id", "step", "at", "drafter_version_id", "swap_age", "mixed", "position", "depth",
-    "topk", "nodes", "accept_rule", "batch_size", "proposed", "accepted", "kept",
-    "first_rejected_at", "draft_tokens", "draft_parents", "accepted_nodes", "target_tokens",
-)  # fmt: skip
-
-
 def event_rows(
     request_id: int, at: datetime, version: int, busy: int, accepted: Any, drawn: Any
-) -> list[tuple[Any, ...]]:
+) -> list[dict[str, Any]]:
     rows, position = [], 61
     for step, count in enumerate(accepted.tolist()):
         moment = text(at + timedelta(milliseconds=STEP_MS * step))
-        rows.append((
-            request_id, step, moment, version, 100 + step, 0, position, DEPTH, TOPK, NODES,
-            "greedy", busy, NODES - 1, count, count + 1, 0 if count == DEPTH else count + 1,
-            drawn[step, : NODES - 1].tobytes(), PARENTS, PATHS[count],
-            drawn[step, NODES - 1 :].tobytes(),
+        rows.append(dict(
+            request_id=request_id, step=step, at=moment, drafter_version_id=version,
+            swap_age=100 + step, mixed=0, position=position, depth=DEPTH, topk=TOPK, nodes=NODES,
+            accept_rule="greedy", batch_size=busy, proposed=NODES - 1, accepted=count,
+            kept=count + 1, first_rejected_at=0 if count == DEPTH else count + 1,
+            draft_tokens=drawn[step, : NODES - 1].tobytes(), draft_parents=PARENTS,
+            accepted_nodes=PATHS[count], target_tokens=drawn[step, NODES - 1 :].tobytes(),
         ))  # fmt: skip
         position += count + 1
     return rows

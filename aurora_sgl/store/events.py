@@ -7,21 +7,32 @@ cost more than the database does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, LargeBinary
+from sqlalchemy.dialects import postgresql
 
 from aurora_sgl.clock import from_us
 from aurora_sgl.store.connection import is_sqlite
+from aurora_sgl.store.models import AcceptanceEvent
 from aurora_sgl.store.packing import pack_ints
 from aurora_sgl.wire import VerifyStep
 
-COLUMNS = (
-    "request_id", "step", "at", "drafter_version_id", "swap_age", "mixed", "position", "depth",
-    "topk", "nodes", "accept_rule", "batch_size", "proposed", "accepted", "kept",
-    "first_rejected_at", "draft_tokens", "draft_parents", "accepted_nodes", "target_tokens",
-)  # fmt: skip
+#: All columns come from the model. Those that a step has under the same name are taken from there,
+#: binary ones packed; what else is inserted has its own value in :func:`_rows`.
+_OF_A_STEP = [
+    column
+    for column in AcceptanceEvent.__table__.columns
+    if column.name in VerifyStep.__struct_fields__
+]
+PLAIN = tuple(c.name for c in _OF_A_STEP if not isinstance(c.type, LargeBinary))
+PACKED_INTS = tuple(c.name for c in _OF_A_STEP if isinstance(c.type, LargeBinary))
+#: What is inserted, in the order of :func:`_rows`.
+COLUMNS = ("at", "drafter_version_id", *PLAIN, *PACKED_INTS)
+#: PostgreSQL's names of their types, which a binary COPY has to be told.
+_POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
+_KINDS = [AcceptanceEvent.__table__.c[name].type.compile(_POSTGRES).lower() for name in COLUMNS]
 
 
 def insert_events(connection: Connection, steps: Sequence[VerifyStep], boot_version: int) -> None:
@@ -38,10 +49,7 @@ def insert_events(connection: Connection, steps: Sequence[VerifyStep], boot_vers
     driver: Any = connection.connection.driver_connection  # psycopg.Connection
     copy = f"COPY acceptance_event ({', '.join(COLUMNS)}) FROM STDIN (FORMAT BINARY)"
     with driver.cursor() as cursor, cursor.copy(copy) as stream:
-        stream.set_types(
-            ["int8", "int4", "timestamptz", "int8", "int4", "bool", *["int4"] * 4, "text",
-             *["int4"] * 5, *["bytea"] * 4]
-        )  # fmt: skip
+        stream.set_types(_KINDS)
         for row in _rows(steps, boot_version, as_text=False):
             stream.write_row(row)
 
@@ -49,13 +57,12 @@ def insert_events(connection: Connection, steps: Sequence[VerifyStep], boot_vers
 def _rows(
     steps: Sequence[VerifyStep], boot_version: int, *, as_text: bool
 ) -> Iterator[tuple[Any, ...]]:
-    for s in steps:
-        at: datetime | str = from_us(s.at_us)
-        if as_text and isinstance(at, datetime):
-            at = at.strftime("%Y-%m-%d %H:%M:%S.%f")  # as UtcDateTime writes it
+    plain, packed = attrgetter(*PLAIN), attrgetter(*PACKED_INTS)
+    for step in steps:
+        moment = from_us(step.at_us)
         yield (
-            s.request_id, s.step, at, s.version_id or boot_version, s.swap_age, s.mixed,
-            s.position, s.depth, s.topk, s.nodes, s.accept_rule, s.batch_size, s.proposed,
-            s.accepted, s.kept, s.first_rejected_at, pack_ints(s.draft_tokens),
-            pack_ints(s.draft_parents), pack_ints(s.accepted_nodes), pack_ints(s.target_tokens),
-        )  # fmt: skip
+            moment.strftime("%Y-%m-%d %H:%M:%S.%f") if as_text else moment,  # as UtcDateTime does
+            step.version_id or boot_version,
+            *plain(step),
+            *map(pack_ints, packed(step)),
+        )

@@ -25,6 +25,7 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.intervals import Z95
 from aurora_sgl.rollout import promote, switches
 from aurora_sgl.store import queries
+from aurora_sgl.store.events import PACKED_INTS
 from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.models import AcceptanceEvent, Base
 from aurora_sgl.store.packing import pack_floats, unpack_ints
@@ -128,7 +129,7 @@ def test_the_json_view_decodes_the_packed_columns(engine: Engine) -> None:
     assert len(rows) == len(packed)
     for row in rows:
         event = packed[row["request_id"], row["step"]]
-        for name in ("draft_tokens", "draft_parents", "accepted_nodes", "target_tokens"):
+        for name in PACKED_INTS:
             assert row[name] == unpack_ints(getattr(event, name)), name
         assert row["accept_length"] == 1 + event.accepted
         assert row["draft_logprobs"] is None

@@ -9,10 +9,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from aurora_sgl import wire
+from aurora_sgl.store.events import PACKED_INTS
 from aurora_sgl.store.models import AcceptanceEvent, Request, Server
 from aurora_sgl.store.packing import unpack_floats, unpack_ints
-
-_PACKED = ("draft_tokens", "draft_parents", "accepted_nodes", "target_tokens")
 
 
 def events(s: Session, request_id: int) -> list[dict[str, Any]]:
@@ -22,7 +21,7 @@ def events(s: Session, request_id: int) -> list[dict[str, Any]]:
     decoded = []
     for row in rows.mappings():
         event = dict(row)
-        for name in _PACKED:
+        for name in PACKED_INTS:
             event[name] = unpack_ints(event[name])
         packed = event["draft_logprobs"]
         event["draft_logprobs"] = unpack_floats(packed) if packed is not None else None
