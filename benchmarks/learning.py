@@ -137,7 +137,7 @@ def _round(
         if left < 1:
             return replace(now, served=served)
         given = settings.model_copy(update={"max_seconds": left})
-    data = AsServed(rows, now.drafter, settings) if _needs_log(settings) else rows
+    data = AsServed(rows, now.drafter, settings) if settings.needs_log else rows
     result = train(drafter, data, head(), given, clock=time.process_time)
     seconds = now.seconds + time.process_time() - began
     if isinstance(data, AsServed):
@@ -150,13 +150,6 @@ def _replayed(older: CorpusSet, window: CorpusSet, settings: TrainSettings) -> C
     generator = torch.Generator().manual_seed(settings.seed * 1009 + len(older))
     picked = torch.randperm(len(older), generator=generator)[:count].tolist()
     return CorpusSet(tuple(older.rows[index] for index in picked))
-
-
-def _needs_log(settings: TrainSettings) -> bool:
-    return settings.after_rejection_weight != 1 or settings.objective in (
-        "policy_gradient",
-        "distil_then_rl",
-    )
 
 
 class AsServed:

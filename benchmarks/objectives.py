@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from aurora_sgl.drafter.model import Drafter
-from aurora_sgl.training.objectives import NAMES
+from aurora_sgl.training.objectives import OBJECTIVES
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 from benchmarks.corpus.features import CACHE, DOMAINS
@@ -112,7 +112,7 @@ def rows(cells: Cells, start: str, domain: str) -> list[dict[str, Any]]:
         and cells.get(**_key("forward_kl", start, one, seed))
     ]  # fmt: skip
     found = []
-    for objective in ("none", *NAMES):
+    for objective in ("none", *OBJECTIVES):
         have = [
             (one, seed) for one, seed in places if cells.get(**_key(objective, start, one, seed))
         ]
@@ -172,7 +172,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
     parser.add_argument("--starts", nargs="+", default=list(RATES), choices=list(RATES))
-    parser.add_argument("--objectives", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument(
+        "--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES)
+    )
     parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

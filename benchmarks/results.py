@@ -24,6 +24,11 @@ _OF_THE_MACHINE = {"nice", "threads", "resume", "checkpoint_seconds", "device"}
 #: present defaults.
 _OF_A_RUN: dict[str, Any] = {"dev_share": 0.0}
 _OF_A_RUN_LATER = {"mature_learning_rate", "dev_requests"}
+#: Knobs that cells are older than: named only where they are not at their default.
+_NEWER = {
+    "lk_eta", "reward_weight", "inclusion_temperature", "rl_kl_weight", "rl_group", "rl_reuse",
+    "rl_clip", "rl_beta", "rl_logged_weight", "rl_depth_cost",
+}  # fmt: skip
 
 
 class Cells:
@@ -74,8 +79,9 @@ def settings_hash(settings: TrainSettings, *more: Any) -> str:
 
 def as_measured(settings: TrainSettings) -> dict[str, Any]:
     """The settings under which cells are kept: those that the trainer itself reads."""
+    defaults = {name: TrainSettings.model_fields[name].default for name in _NEWER}
     plain = {k: v for k, v in settings.as_json().items() if k not in _OF_A_RUN_LATER}
-    return plain | _OF_A_RUN
+    return {k: v for k, v in plain.items() if k not in defaults or v != defaults[k]} | _OF_A_RUN
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ def train(
     once: Annotated[bool, typer.Option("--once", help="One run, now.")] = False,
     group: Group = "",
     base: Annotated[str, typer.Option(help="Version to start from (default: the live one).")] = "",
-    objective: Annotated[str | None, typer.Option(help="What is made small.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Training loss.")] = None,
     window: Annotated[
         str, typer.Option(metavar="N|TIME", help="Newest requests, or a time: 400, 90m, 6h, 2d.")
     ] = "",

@@ -12,7 +12,7 @@ from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training import objectives
-from aurora_sgl.training.objectives import Loss, Moment, Step
+from aurora_sgl.training.objectives import Loss, LossContext, Step
 from aurora_sgl.training.precision import autocasts
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.target_rows import TargetRows
@@ -35,13 +35,7 @@ class SequenceLoss:
 
     def __init__(self, drafter: Drafter, head: TargetHead, settings: TrainSettings) -> None:
         self.drafter, self.head, self.settings = drafter, head, settings
-        self.objective = objectives.make(
-            settings.objective,
-            step_decay=settings.step_decay,
-            topk=settings.topk,
-            rl_share=settings.rl_share,
-            seed=settings.seed,
-        )
+        self.objective = objectives.make(settings)
         self.target = TargetRows(drafter, head)
         self.best: dict[int, torch.Tensor] = {}
         self.reference: Drafter | None = None
@@ -126,11 +120,12 @@ class SequenceLoss:
             first_row=first,
             weight=weigh(sequence, first, last).to(self.drafter.device),
             needs_mass=self.objective.needs_mass,
+            needs_proposals=self.objective.needs_proposals,
             reference=reference,
         )
         if whole is not None:
             steps = _as_part(steps, sequence, len(self.best[index]), first, whole)
-        return self.objective(steps, Moment(done, key)), steps
+        return self.objective(steps, LossContext(done, key)), steps
 
     def rows(self, sequence: Sequence) -> tuple[int, int]:
         """Base rows to train: row b needs the target's distribution of position b + 1."""

@@ -39,9 +39,6 @@ from aurora_sgl.training.selection import HELD_OUT, Selection, select
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import Progress, TrainResult, train
 
-#: Objectives that look at what servers proposed, not only at what the target would have said.
-_LEARN_FROM_PROPOSALS = {"policy_gradient", "distil_then_rl"}
-
 #: Seconds that a run waits for a store that is away: less than its lease lasts.
 AWAY_SECONDS = 240.0
 
@@ -195,8 +192,6 @@ class _Run:
 
     def _data(self, base: Drafter, selection: Selection) -> dataset.Dataset:
         settings = self.settings
-        needs_log = settings.objective in _LEARN_FROM_PROPOSALS
-        weighs = settings.after_rejection_weight != 1
         data = dataset.build(
             [*selection.window, *selection.replay, *selection.dev, *selection.held_out],
             TraceFiles(self.artifacts, get_settings().home / "cache"),
@@ -204,7 +199,7 @@ class _Run:
             dev_share=settings.dev_share,
             gate_share=settings.gate_share,
             donors=selection.known,
-            steps_of=_Steps(self.engine) if needs_log or weighs else None,
+            steps_of=_Steps(self.engine) if settings.needs_log else None,
             weights=by_recency(selection.window, settings.recency_half_life),
             after_rejection_weight=settings.after_rejection_weight,
             most_gate=HELD_OUT,

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from aurora_sgl.evaluation.settings import EvaluationSettings
-from aurora_sgl.training.objectives import NAMES
+from aurora_sgl.training.objectives import OBJECTIVES
+from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 
-class TrainSettings(EvaluationSettings):
+class TrainSettings(ObjectiveSettings):
     """One recipe. What the defaults rest on is said beside each knob."""
-
-    objective: str = "forward_kl"
-    """What is made small: forward_kl, lk, expected_accept_length, policy_gradient or
-    distil_then_rl."""
-
-    rl_share: float = Field(default=0.3, ge=0, le=1)
-    """Part of a run, at its end, in which distil_then_rl reinforces on top."""
 
     steps: int = Field(default=3, ge=1, le=8)
     """Unrolled steps of the training-time test. From scratch over 120 requests (SmolLM2-135M, three
     domains, tree of 16) one pass with 2, 3, 4 steps gave 1.66, 1.62, 1.59, and three passes with 2
     and 4 gave 1.88 and 1.91: few while young and cheaper, more later."""
-
-    step_decay: float = Field(default=0.8, gt=0, le=1)
-    """Weight of step k is step_decay ** k (EAGLE-3)."""
 
     passes: int = Field(default=2, ge=1)
     """Passes over the window. In the same setting one and three passes gave 1.59 and 1.91."""
@@ -151,8 +141,13 @@ class TrainSettings(EvaluationSettings):
 
     @model_validator(mode="after")
     def _known(self) -> TrainSettings:
-        if self.objective not in NAMES:
-            raise ValueError(f"objective must be one of {', '.join(NAMES)}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}")
         if self.dev_share + self.gate_share >= 1:
             raise ValueError("dev_share and gate_share leave nothing to train on")
         return self
+
+    @property
+    def needs_log(self) -> bool:
+        """Whether the run must know what servers proposed, and not only what they answered."""
+        return OBJECTIVES[self.objective].needs_proposals or self.after_rejection_weight != 1

@@ -44,6 +44,7 @@ class TargetRows:
         first_row: int,
         weight: torch.Tensor,  # [rows of step 0]
         needs_mass: bool,
+        needs_proposals: bool = False,
         reference: list[torch.Tensor] | None = None,  # logits of the frozen drafter
     ) -> list[Step]:
         """Pair the drafter's logits with the target's distribution of the same positions."""
@@ -54,7 +55,7 @@ class TargetRows:
         log_p = scores.log_softmax(-1)
         token = self.draft_of[best[begin:end]]
         follows = best[begin:end] == sequence.tokens[begin + 1 : end + 1]
-        logged = proposed_at(sequence, first_row, self.draft_of_on_host)
+        logged = proposed_at(sequence, first_row, self.draft_of_on_host) if needs_proposals else {}
         mass = self._mass(last, scores) if needs_mass else None
         paired = []
         for k, step_logits in enumerate(logits):

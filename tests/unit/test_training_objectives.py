@@ -19,6 +19,9 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training import objectives
 from aurora_sgl.training.objectives.base import Step
+from aurora_sgl.training.objectives.forward_kl import ForwardKL
+from aurora_sgl.training.objectives.lk import LK
+from aurora_sgl.training.objectives.settings import ObjectiveSettings
 from aurora_sgl.training.target_rows import TargetRows
 
 
@@ -72,13 +75,13 @@ def plain_lk(steps: list[Step], decay: float, eta: float) -> float:
 
 def test_forward_kl_equals_its_plain_twin() -> None:
     steps = steps_of(3)
-    value = objectives.make("forward_kl", step_decay=0.7)(steps).value
+    value = ForwardKL(step_decay=0.7)(steps).value
     assert float(value) == pytest.approx(plain_kl(steps, 0.7), rel=1e-5)
 
 
 def test_lk_equals_its_plain_twin() -> None:
     steps = steps_of(3)
-    value = objectives.make("lk", step_decay=0.9)(steps).value
+    value = LK(step_decay=0.9)(steps).value
     assert float(value) == pytest.approx(plain_lk(steps, 0.9, 3.0), rel=1e-5)
 
 
@@ -88,24 +91,24 @@ def test_a_drafter_that_equals_the_target_has_no_gradient(name: str) -> None:
     logits = torch.randn(4, 5, generator=generator, requires_grad=True)
     log_p = logits.detach().log_softmax(-1)
     step = Step(logits.log_softmax(-1), log_p, torch.ones(4), torch.zeros(4).long(), torch.ones(4))
-    objectives.make(name)([step]).value.backward()  # type: ignore[no-untyped-call]
+    objectives.make(ObjectiveSettings(objective=name))([step]).value.backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None and float(logits.grad.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("name", objectives.NAMES)
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_positions_outside_the_draft_vocabulary_do_not_pull(name: str) -> None:
     logits = torch.zeros(2, 5, requires_grad=True)
     log_p = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     token = torch.tensor([-1, 2])
     step = Step(logits.log_softmax(-1), log_p, torch.ones(2), token, torch.ones(2))
-    objectives.make(name)([step]).value.backward()  # type: ignore[no-untyped-call]
+    objectives.make(ObjectiveSettings(objective=name))([step]).value.backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     assert float(logits.grad[0].abs().max()) == 0 < float(logits.grad[1].abs().max())
 
 
 def test_an_unknown_objective_is_refused_with_the_known_ones() -> None:
     with pytest.raises(AuroraError, match="forward_kl, lk"):
-        objectives.make("magic")
+        objectives.make(ObjectiveSettings(objective="magic"))
 
 
 def case(folder: Path, architecture: str) -> tuple[Drafter, TargetHead, Sequence]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aurora_sgl.sequences.sequence import LoggedProposal, Sequence
-from aurora_sgl.training.objectives.base import Logged, Moment, Step
+from aurora_sgl.training.objectives.base import Logged, LossContext, Step
 from aurora_sgl.training.objectives.distil_then_rl import DistilThenRL
 from aurora_sgl.training.objectives.expected_accept_length import ExpectedAcceptLength
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
@@ -107,7 +107,7 @@ def test_the_sampled_policy_gradient_is_the_gradient_of_the_exact_expected_rewar
     rollouts = objective._sample(steps, 0)
     spread = rollouts.reward.std(0, unbiased=False)
     objective.kept[0] = rollouts
-    loss = objective(steps, Moment(key=0))
+    loss = objective(steps, LossContext(key=0))
     sampled = torch.autograd.grad(loss.value, logits)
     for mine, true in zip(sampled, exact_gradient, strict=True):
         torch.testing.assert_close(-mine * spread, true, atol=0.01, rtol=0.05)
@@ -138,10 +138,10 @@ def test_a_draft_earns_nothing_behind_its_first_rejection_and_deeper_drafts_earn
 def test_a_group_is_used_again_with_a_clipped_ratio_and_then_sampled_anew() -> None:
     logits = leaves()
     objective = PolicyGradient(group=32, reuse=2, beta=0.0, clip=0.1)
-    first = objective(steps_of(logits), Moment(key=3))
+    first = objective(steps_of(logits), LossContext(key=3))
     assert first.statistics["clip_fraction"] == 0 and 3 in objective.kept
     moved = [(one + 2 * torch.randn_like(one)).detach().requires_grad_() for one in logits]
-    second = objective(steps_of(moved), Moment(key=3))
+    second = objective(steps_of(moved), LossContext(key=3))
     assert 0 < second.statistics["clip_fraction"] < 1 and 3 not in objective.kept
     assert second.statistics["reward_mean"] == first.statistics["reward_mean"]
 
@@ -216,9 +216,9 @@ def test_the_reference_holds_the_drafter_and_its_distance_is_logged() -> None:
 
 def test_distilling_comes_first_and_reinforcement_after_its_share_of_the_run() -> None:
     steps = steps_of(leaves())
-    objective = DistilThenRL(rl_share=0.25)
-    assert torch.equal(objective(steps, Moment(0.7)).value, ForwardKL().value(steps))
-    assert "reward_mean" in objective(steps, Moment(0.8)).statistics
+    objective = DistilThenRL(ForwardKL(), PolicyGradient(), rl_share=0.25)
+    assert torch.equal(objective(steps, LossContext(0.7)).value, ForwardKL().value(steps))
+    assert "reward_mean" in objective(steps, LossContext(0.8)).statistics
 
 
 def test_logged_drafts_give_siblings_along_the_accepted_path_and_nothing_below_a_rejection() -> (

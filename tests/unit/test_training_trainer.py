@@ -20,7 +20,7 @@ from aurora_sgl.evaluation.gate import Judgement, judge
 from aurora_sgl.evaluation.replay import replay, replay_both
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequence
-from aurora_sgl.training.objectives import NAMES
+from aurora_sgl.training.objectives import OBJECTIVES
 from aurora_sgl.training.resume import Checkpoints, Plan
 from aurora_sgl.training.scale import train_on_workers
 from aurora_sgl.training.settings import TrainSettings
@@ -38,7 +38,7 @@ def judged(base, candidate, held_out, head, settings: TrainSettings) -> Judgemen
     return judge(*replays, fewest=settings.min_gate_requests, seed=settings.seed)
 
 
-@pytest.mark.parametrize("objective", NAMES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_raises_the_replayed_accept_length_on_held_out_requests(
     tmp_path: Path, objective: str
 ) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
+
+from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,16 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Moment:
+class LossContext:
     """Where in a run a loss is asked for."""
 
-    done: float = 0.0  # share of the run, in [0, 1]
+    progress: float = 0.0  # share of the run that lies behind, in [0, 1]
     key: int = 0  # of the request: the same in every pass
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What is made small, and what to log of it (plain numbers)."""
+    """The training loss, and what to log of it (plain numbers)."""
 
     value: torch.Tensor  # scalar
     statistics: dict[str, float] = field(default_factory=dict)
@@ -58,12 +60,15 @@ class Loss:
 class Objective(Protocol):
     """A loss over the unrolled steps of one request."""
 
-    name: str
-    acceptance_rule: str  # the rule of serving that it optimises for
+    name: str  # in recipes
     needs_mass: bool  # whether ``Step.mass`` must be computed (a pass of the whole lm_head)
     needs_reference: bool  # whether ``Step.log_r`` must be computed (a pass of another drafter)
+    needs_proposals: bool  # whether ``Step.logged`` must be read (what servers proposed)
 
-    def __call__(self, steps: Sequence[Step], at: Moment = ...) -> Loss: ...
+    @classmethod
+    def from_settings(cls, settings: ObjectiveSettings) -> Self: ...
+
+    def __call__(self, steps: Sequence[Step], context: LossContext = ...) -> Loss: ...
 
 
 def decayed_mean(

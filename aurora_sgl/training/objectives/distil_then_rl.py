@@ -8,33 +8,43 @@ lacks (DVI, arXiv 2510.05421, warms up by KL in the same way).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
-from aurora_sgl.training.objectives.base import Loss, Moment, Step
+from aurora_sgl.training.objectives.base import Loss, LossContext, Step
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.policy_gradient import PolicyGradient
+from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 
 class DistilThenRL:
     name = "distil_then_rl"
-    acceptance_rule = "target_greedy"
     needs_mass = False
     needs_reference = True
+    needs_proposals = True
 
     def __init__(
         self,
+        distil: ForwardKL,
+        reinforce: PolicyGradient,
         *,
-        step_decay: float = 0.8,
         rl_share: float = 0.3,
         kl_weight: float = 1.0,
-        seed: int = 0,
     ) -> None:
-        self.distil = ForwardKL(step_decay=step_decay)
-        self.reinforce = PolicyGradient(step_decay=step_decay, seed=seed)
+        self.distil, self.reinforce = distil, reinforce
         self.rl_share, self.kl_weight = rl_share, kl_weight
 
-    def __call__(self, steps: Sequence[Step], at: Moment = Moment()) -> Loss:  # noqa: B008
-        if at.done < 1 - self.rl_share:
-            return self.distil(steps, at)
-        rewarded = self.reinforce(steps, at)
+    @classmethod
+    def from_settings(cls, settings: ObjectiveSettings) -> Self:
+        return cls(
+            ForwardKL.from_settings(settings),
+            PolicyGradient.from_settings(settings),
+            rl_share=settings.rl_share,
+            kl_weight=settings.rl_kl_weight,
+        )
+
+    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
+        if context.progress < 1 - self.rl_share:
+            return self.distil(steps, context)
+        rewarded = self.reinforce(steps, context)
         value = rewarded.value + self.kl_weight * self.distil.value(steps)
         return Loss(value, rewarded.statistics)

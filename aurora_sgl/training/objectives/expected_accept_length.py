@@ -22,18 +22,20 @@ GTO's reward (arXiv 2509.22134) under a greedy target; the soft inclusion is our
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, Moment, Step, on_path
+from aurora_sgl.training.objectives.base import Loss, LossContext, Step, on_path
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
+from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 
 class ExpectedAcceptLength:
     name = "expected_accept_length"
-    acceptance_rule = "target_greedy"
     needs_mass = False
     needs_reference = False
+    needs_proposals = False
 
     def __init__(
         self,
@@ -46,7 +48,16 @@ class ExpectedAcceptLength:
         self.distil = ForwardKL(step_decay=step_decay)
         self.topk, self.reward_weight, self.temperature = topk, reward_weight, temperature
 
-    def __call__(self, steps: Sequence[Step], at: Moment = Moment()) -> Loss:  # noqa: B008
+    @classmethod
+    def from_settings(cls, settings: ObjectiveSettings) -> Self:
+        return cls(
+            step_decay=settings.step_decay,
+            topk=settings.topk,
+            reward_weight=settings.reward_weight,
+            temperature=settings.inclusion_temperature,
+        )
+
+    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         accepted = self.expected(steps)
         weight = steps[0].weight * (steps[0].token >= 0)
         value = self.distil.value(steps) - self.reward_weight * (accepted * weight).mean()

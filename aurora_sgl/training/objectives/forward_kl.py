@@ -10,22 +10,28 @@ Source: EAGLE-3 (arXiv 2503.01840) and Aurora (arXiv 2602.06932): steps weighted
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, Moment, Step, decayed_mean
+from aurora_sgl.training.objectives.base import Loss, LossContext, Step, decayed_mean
+from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 
 class ForwardKL:
     name = "forward_kl"
-    acceptance_rule = "target_sampling"
     needs_mass = False
     needs_reference = False
+    needs_proposals = False
 
     def __init__(self, *, step_decay: float = 0.8) -> None:
         self.step_decay = step_decay
 
-    def __call__(self, steps: Sequence[Step], at: Moment = Moment()) -> Loss:  # noqa: B008
+    @classmethod
+    def from_settings(cls, settings: ObjectiveSettings) -> Self:
+        return cls(step_decay=settings.step_decay)
+
+    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         return Loss(self.value(steps))
 
     def value(self, steps: Sequence[Step]) -> torch.Tensor:  # scalar

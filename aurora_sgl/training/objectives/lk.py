@@ -10,25 +10,31 @@ Source: LK losses, arXiv 2602.23881.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, Moment, Step, decayed_mean
+from aurora_sgl.training.objectives.base import Loss, LossContext, Step, decayed_mean
+from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 _SMALLEST = 1e-8
 
 
 class LK:
     name = "lk"
-    acceptance_rule = "rejection_sampling"
     needs_mass = True
     needs_reference = False
+    needs_proposals = False
 
     def __init__(self, *, step_decay: float = 0.8, eta: float = 3.0) -> None:
         self.step_decay = step_decay
         self.eta = eta
 
-    def __call__(self, steps: Sequence[Step], at: Moment = Moment()) -> Loss:  # noqa: B008
+    @classmethod
+    def from_settings(cls, settings: ObjectiveSettings) -> Self:
+        return cls(step_decay=settings.step_decay, eta=settings.lk_eta)
+
+    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         losses = [self._position_losses(step) for step in steps]
         weights = [step.weight * (step.token >= 0) for step in steps]
         return Loss(decayed_mean(losses, weights, self.step_decay))

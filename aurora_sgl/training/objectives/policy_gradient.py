@@ -25,18 +25,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
 from aurora_sgl.training.objectives.base import (
     Logged,
     Loss,
-    Moment,
+    LossContext,
     Step,
     decayed_mean,
     log_prob_of,
     on_path,
 )
+from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 _SMALL = 1e-6
 
@@ -59,9 +61,9 @@ class _Rollouts:
 
 class PolicyGradient:
     name = "policy_gradient"
-    acceptance_rule = "target_greedy"
     needs_mass = False
     needs_reference = True
+    needs_proposals = True
 
     def __init__(
         self,
@@ -82,11 +84,24 @@ class PolicyGradient:
         self.kept: dict[int, _Rollouts] = {}
         self.sampled: Counter[int] = Counter()  # how often a group was drawn for a key
 
-    def __call__(self, steps: Sequence[Step], at: Moment = Moment()) -> Loss:  # noqa: B008
-        rollouts = self.kept.pop(at.key, None) or self._sample(steps, at.key)
+    @classmethod
+    def from_settings(cls, settings: ObjectiveSettings) -> Self:
+        return cls(
+            step_decay=settings.step_decay,
+            group=settings.rl_group,
+            clip=settings.rl_clip,
+            beta=settings.rl_beta,
+            logged_weight=settings.rl_logged_weight,
+            depth_cost=settings.rl_depth_cost,
+            reuse=settings.rl_reuse,
+            seed=settings.seed,
+        )
+
+    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
+        rollouts = self.kept.pop(context.key, None) or self._sample(steps, context.key)
         rollouts.used += 1
         if rollouts.used < self.reuse:
-            self.kept[at.key] = rollouts
+            self.kept[context.key] = rollouts
         reward, clipped = self._rollout_loss(steps, rollouts)
         value = reward + self.logged_weight * self._logged_loss(steps)
         with torch.no_grad():

@@ -1,0 +1,52 @@
+"""The knobs that objectives read: the part of a recipe that says what the training loss is."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from aurora_sgl.evaluation.settings import EvaluationSettings
+
+
+class ObjectiveSettings(EvaluationSettings):
+    """A knob of an objective is one field here; its ``from_settings`` reads it."""
+
+    objective: str = "forward_kl"
+    """Training loss: forward_kl, lk, expected_accept_length, policy_gradient or distil_then_rl."""
+
+    step_decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of step k is step_decay ** k (EAGLE-3)."""
+
+    lk_eta: float = Field(default=3.0, gt=0)
+    """How fast lk turns from KL to acceptance as the acceptance probability a grows: KL keeps the
+    weight exp(-lk_eta * a)."""
+
+    reward_weight: float = Field(default=1.0, ge=0)
+    """Weight of the expected accepted drafts against forward KL in expected_accept_length."""
+
+    inclusion_temperature: float = Field(default=1.0, gt=0)
+    """How soft expected_accept_length takes the question whether a token is among a tree's top-k,
+    in nats."""
+
+    rl_share: float = Field(default=0.3, ge=0, le=1)
+    """Part of a run, at its end, in which distil_then_rl reinforces on top."""
+
+    rl_kl_weight: float = Field(default=1.0, ge=0)
+    """Weight of forward KL in that part."""
+
+    rl_group: int = Field(default=8, ge=2)
+    """Drafts that the policy gradient samples from each row."""
+
+    rl_reuse: int = Field(default=2, ge=1)
+    """Visits of a request for which its sampled drafts are used."""
+
+    rl_clip: float = Field(default=0.2, gt=0)
+    """PPO's bound on how far the importance ratio counts away from 1."""
+
+    rl_beta: float = Field(default=0.1, ge=0)
+    """Weight of the policy gradient's KL to the version that it started from."""
+
+    rl_logged_weight: float = Field(default=1.0, ge=0)
+    """Weight of what servers proposed against sampled drafts."""
+
+    rl_depth_cost: float = Field(default=0.0, ge=0, lt=1 / 8)
+    """What a draft is worth less for each step of depth."""
