@@ -40,7 +40,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
 
     boot_id: int
     pid: int
-    server: dict[str, Any]  # see engine.recorder.describe_server: name, target_model, dtype, ...
+    server: dict[str, Any]  # see engine.describe.describe_worker: name, target_model, dtype, ...
     live_version_id: int  # 0: the drafter that the server was started with
     swap_count: int
     dropped: int  # records dropped since boot because the buffer was full

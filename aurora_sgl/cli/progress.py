@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def training_progress(*, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar over the updates of a run; takes the events that ``training.train_once`` tells."""
+    """A bar over the updates of a run; takes the events that ``training.run.train_once`` tells."""
     with _bar(quiet) as bar:
         task = bar.add_task("reading requests", total=None)
 

@@ -36,7 +36,7 @@ def address(folder: Path, name: str) -> str:
 
 
 class Endpoint:
-    """The sidecar's side. One thread uses :meth:`receive`; :meth:`send` may be another."""
+    """The sidecar's side. One thread receives; :meth:`send` may be called by another."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ``AuroraError``: path too long, folder in use, or not writable."""

@@ -1,4 +1,4 @@
-"""A server that does not come up says where it stands, and nothing else is ended by the question."""
+"""A server that does not come up says where it stands; nothing else is ended by the question."""
 
 from __future__ import annotations
 
