@@ -1,4 +1,4 @@
-"""From a verify step to its record: the tree, the accepted path, and sums that agree with the rows."""
+"""From a verify step to its record: the tree, the accepted path, and sums that agree with them."""
 
 from __future__ import annotations
 
