@@ -50,7 +50,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
 
 def by_size(counters: Mapping[str, float], what: str = "break_even") -> dict[int, float]:
     """Break-even accept length, ``gain`` (speed with drafts over that without) or ``depth`` by the
-    least of each group of batch sizes, as the engine tells them."""
+    largest of each group of batch sizes (``batch_sizes.batch_bucket``), as the engine tells them."""
     start = f"{what}_"
     found = {
         int(name.removeprefix(start)): float(value)

@@ -19,7 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: From the ground up; what stands on one line does not know each other.
 ROOMS = (
-    ("clock", "environment", "errors", "hashing", "intervals", "machine", "memory", "wire"),
+    (
+        "batch_sizes",
+        "clock",
+        "environment",
+        "errors",
+        "hashing",
+        "intervals",
+        "machine",
+        "memory",
+        "wire",
+    ),
     ("compat", "console", "draft_shape", "health", "processes"),
     ("config",),
     ("artifacts",),

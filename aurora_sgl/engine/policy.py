@@ -19,6 +19,7 @@ from enum import Enum
 from statistics import median
 
 from aurora_sgl import intervals
+from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
@@ -45,11 +46,6 @@ class Admission(Enum):
     PLAIN = "plain"
     TRIES = "tries"  # with drafts, to find out: it keeps them for TRY_STEPS steps at least
     DRAFTS = "drafts"  # with drafts, as long as they pay
-
-
-def bucket(batch_size: int) -> int:
-    """Batch sizes 1, 2 to 3, 4 to 7, 8 to 15 and so on are each looked at as one."""
-    return max(1, batch_size).bit_length()
 
 
 def in_shape(accept_length: float, given: DraftShape, wanted: DraftShape) -> float:
@@ -97,11 +93,12 @@ class SpeculationPolicy:
         self.speculative_steps = 0
         self._explore_share = explore_share
         self._credit = 1.0
-        self._durations: dict[tuple[DraftShape, int], deque[float]] = {}  # by shape and bucket
+        #: By shape and group of batch sizes, as all that is kept by ``group``.
+        self._durations: dict[tuple[DraftShape, int], deque[float]] = {}
         self._medians: dict[tuple[DraftShape, int], float] = {}  # of those with _KNOWN steps
         self._recent: deque[float] = deque(maxlen=64)  # of steps of any kind
         self._paying: dict[int, bool] = {}
-        self._rounds: dict[int, int] = {}  # steps with drafts by bucket
+        self._rounds: dict[int, int] = {}  # steps with drafts
         self._swap_count = 0
         #: Steps and accepted drafts of the live version by shape, older ones count less.
         self._seen = dict.fromkeys(shapes, 0.0)
@@ -138,56 +135,58 @@ class SpeculationPolicy:
         """
         if not self.by_size:
             return True
-        at = bucket(batch_size)
-        if all(self._time(shape, at) is None for shape in self.shapes):
+        group = batch_bucket(batch_size)
+        if all(self._time(shape, group) is None for shape in self.shapes):
             return True
-        return self._time(NO_DRAFT, at) is not None and self.pays(batch_size) is not False
+        return self._time(NO_DRAFT, group) is not None and self.pays(batch_size) is not False
 
     def shape(self, batch_size: int) -> DraftShape:
         """The shape of this step's drafts: what pays best, or what has to be timed."""
         if len(self.shapes) == 1:
             return self.shapes[0]
-        at = bucket(batch_size)
-        best, untimed = self.best(batch_size), self._untimed(at)
+        group = batch_bucket(batch_size)
+        best, untimed = self.best(batch_size), self._untimed(group)
         if best is None:
             return self.shapes[0]
-        if untimed is not None and self._best_case(untimed, at) > self._speed(best, at):
+        if untimed is not None and self._best_case(untimed, group) > self._speed(best, group):
             return untimed
-        turn = self._rounds.get(at, 0) % _AGAIN // _AGAIN_STEPS
-        near = [one for one in self.shapes if self._speed(one, at) >= _NEAR * self._speed(best, at)]
+        turn = self._rounds.get(group, 0) % _AGAIN // _AGAIN_STEPS
+        least = _NEAR * self._speed(best, group)
+        near = [one for one in self.shapes if self._speed(one, group) >= least]
         return near[turn] if turn < len(near) else best
 
     def best(self, batch_size: int) -> DraftShape | None:
         """The timed shape that brings most tokens per second at this batch size."""
-        at = bucket(batch_size)
-        timed = [shape for shape in self.shapes if self._time(shape, at) is not None]
-        return max(timed, key=lambda shape: self._speed(shape, at), default=None)
+        group = batch_bucket(batch_size)
+        timed = [shape for shape in self.shapes if self._time(shape, group) is not None]
+        return max(timed, key=lambda shape: self._speed(shape, group), default=None)
 
     def pays(self, batch_size: int) -> bool | None:
         """Whether drafts pay at this batch size; None: not known yet."""
-        at = bucket(batch_size)
+        group = batch_bucket(batch_size)
         gain = self.gain(batch_size)
         if gain is None:
             return None
-        bar = 1.0 if self._paying.get(at, False) else MARGIN
-        self._paying[at] = gain > bar
-        untimed, plain = self._untimed(at), self._time(NO_DRAFT, at)
-        if self._paying[at] or untimed is None or plain is None:
-            return self._paying[at]
-        return None if self._best_case(untimed, at) * plain > MARGIN else False
+        bar = 1.0 if self._paying.get(group, False) else MARGIN
+        self._paying[group] = gain > bar
+        untimed, plain = self._untimed(group), self._time(NO_DRAFT, group)
+        if self._paying[group] or untimed is None or plain is None:
+            return self._paying[group]
+        return None if self._best_case(untimed, group) * plain > MARGIN else False
 
     def gain(self, batch_size: int) -> float | None:
         """Speed with drafts of the best shape over that without; None until it is known."""
-        best, plain = self.best(batch_size), self._time(NO_DRAFT, bucket(batch_size))
+        best, plain = self.best(batch_size), self._time(NO_DRAFT, batch_bucket(batch_size))
         if best is None or plain is None or self.accept_length(best) is None:
             return None
-        return self._speed(best, bucket(batch_size)) * plain
+        return self._speed(best, batch_bucket(batch_size)) * plain
 
     def break_even(self, batch_size: int) -> float | None:
         """Time of a step with drafts of the best shape over that of a plain one; None until both
         are known."""
-        at, best = bucket(batch_size), self.best(batch_size)
-        plain, drafts = self._time(NO_DRAFT, at), self._time(best, at) if best is not None else None
+        group, best = batch_bucket(batch_size), self.best(batch_size)
+        plain = self._time(NO_DRAFT, group)
+        drafts = self._time(best, group) if best is not None else None
         return drafts / plain if plain and drafts else None
 
     def accept_length(self, shape: DraftShape | None = None) -> float | None:
@@ -210,39 +209,39 @@ class SpeculationPolicy:
             return None
         return length if closest == wanted else in_shape(length, closest, wanted)
 
-    def _speed(self, shape: DraftShape, at: int) -> float:
+    def _speed(self, shape: DraftShape, group: int) -> float:
         """Tokens of one request per second; 0: not timed."""
-        took = self._time(shape, at)
+        took = self._time(shape, group)
         return (self.accept_length(shape) or 1.0) / took if took else 0.0
 
-    def _untimed(self, at: int) -> DraftShape | None:
+    def _untimed(self, group: int) -> DraftShape | None:
         """The first shape of which too few steps were timed at this batch size."""
-        return next((shape for shape in self.shapes if self._time(shape, at) is None), None)
+        return next((shape for shape in self.shapes if self._time(shape, group) is None), None)
 
-    def _best_case(self, shape: DraftShape, at: int) -> float:
+    def _best_case(self, shape: DraftShape, group: int) -> float:
         """What an untimed shape brings at most: it takes no less time than those before it."""
         before = (NO_DRAFT, *self.shapes[: self.shapes.index(shape)])
-        least = max(self._time(one, at) or 0.0 for one in before)
+        least = max(self._time(one, group) or 0.0 for one in before)
         return (self.accept_length(shape) or 1.0) / least if least else float("inf")
 
     # -- what it is made from --------------------------------------------------------------------
 
     def account(self, *, shape: DraftShape, batch_size: int, seconds: float) -> None:
         """Count one step of the server, with drafts of this shape."""
-        at = bucket(batch_size)
+        group = batch_bucket(batch_size)
         share, losing = self._trying_share(batch_size)
         credit = self._credit + share - float(shape.depth > 0)
         self._credit = max(-_CREDIT_LIMIT, min(credit, 1.0 if losing else _CREDIT_LIMIT))
         if shape.depth:
             self.speculative_steps += 1
-            self._rounds[at] = self._rounds.get(at, 0) + 1
+            self._rounds[group] = self._rounds.get(group, 0) + 1
         else:
             self.plain_steps += 1
         self._recent.append(seconds)
-        seen = self._durations.setdefault((shape, at), deque(maxlen=64))
+        seen = self._durations.setdefault((shape, group), deque(maxlen=64))
         seen.append(seconds)
         if len(seen) >= _KNOWN:
-            self._medians[shape, at] = median(seen)
+            self._medians[shape, group] = median(seen)
 
     def observe(self, swap_count: int, shape: DraftShape, steps: int, accepted: int) -> None:
         """Count steps of requests with drafts of one version and shape, and what they accepted."""
@@ -275,14 +274,14 @@ class SpeculationPolicy:
         loss = needed / (1.0 + (length - 1.0) / batch_size) - 1.0
         return min(share, LOSS / loss), True
 
-    def _time(self, shape: DraftShape, at: int) -> float | None:
-        return self._medians.get((shape, at))
+    def _time(self, shape: DraftShape, group: int) -> float | None:
+        return self._medians.get((shape, group))
 
     def counters(self) -> dict[str, float]:
         """Step counts, the median duration of the last steps, and of either kind at the batch size
-        for which both are known best; and for each batch size at which both are known, N the least
-        size of its bucket, ``break_even_N``, ``depth_N`` and ``nodes_N`` of the best shape there,
-        and ``gain_N``, the speed with drafts over that without.
+        for which both are known best; and for each group of batch sizes at which both are known, N
+        the largest of it (``batch_bucket``), ``break_even_N``, ``depth_N`` and ``nodes_N`` of the
+        best shape there, and ``gain_N``, the speed with drafts over that without.
 
         ``step_ms_plain``, ``step_ms_spec`` and their ``gain`` (0: not known yet) are absent until
         both were seen at least 8 times.
@@ -299,20 +298,19 @@ class SpeculationPolicy:
         if self._recent:
             result["step_ms"] = 1000 * median(self._recent)
         both = []
-        for at in sorted({size for _, size in self._durations}):
-            least = 1 << at - 1
-            needed, best, gain = self.break_even(least), self.best(least), self.gain(least)
+        for group in sorted({group for _, group in self._durations}):
+            needed, best, gain = self.break_even(group), self.best(group), self.gain(group)
             if needed is None or best is None:
                 continue
-            result[f"break_even_{least}"] = needed
-            result[f"depth_{least}"] = float(best.depth)
-            result[f"nodes_{least}"] = float(best.nodes)
+            result[f"break_even_{group}"] = needed
+            result[f"depth_{group}"] = float(best.depth)
+            result[f"nodes_{group}"] = float(best.nodes)
             if gain is not None:
-                result[f"gain_{least}"] = gain
-            known = min(len(self._durations[NO_DRAFT, at]), len(self._durations[best, at]))
-            both.append((known, at, best, gain or 0.0))
+                result[f"gain_{group}"] = gain
+            known = min(len(self._durations[NO_DRAFT, group]), len(self._durations[best, group]))
+            both.append((known, group, best, gain or 0.0))
         if both:
-            _, at, best, result["gain"] = max(both)
-            result["step_ms_plain"] = 1000 * median(self._durations[NO_DRAFT, at])
-            result["step_ms_spec"] = 1000 * median(self._durations[best, at])
+            _, group, best, result["gain"] = max(both)
+            result["step_ms_plain"] = 1000 * median(self._durations[NO_DRAFT, group])
+            result["step_ms_spec"] = 1000 * median(self._durations[best, group])
         return result

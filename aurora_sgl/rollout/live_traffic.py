@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from scipy.special import stdtr
 
+from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.store.queries.request_counts import RequestCounts
 from aurora_sgl.store.queries.steps import Step
-from aurora_sgl.store.rollup import batch_bucket
 
 #: Verify steps below which a stratum of the baseline says nothing.
 FEWEST_STEPS = 30
@@ -158,7 +158,7 @@ class Pace(NamedTuple):
 
 
 def paces(steps: Sequence[Step]) -> dict[str, Pace]:
-    """What single streams made, by draft shape and batch size (the next power of two).
+    """What single streams made, by draft shape and group of batch sizes.
 
     Each step counts with the time since the step before it of the same request; steps come by
     request and in order.

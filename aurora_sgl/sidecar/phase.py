@@ -64,7 +64,7 @@ def decide(
     hoped: Expected | None,
     now: str,
     plain_steps_possible: bool = True,
-    sizes: Mapping[int, float] | None = None,  # break-even by requests at once, to be told
+    sizes: Mapping[int, float] | None = None,  # break-even by group of batch sizes, to be told
     gains: Mapping[int, float] | None = None,  # speed with drafts over that without, the same way
 ) -> Phase:
     """The phase for ``Settings.speculation`` = ``mode``; ``now`` is the present phase's name."""
@@ -81,12 +81,18 @@ def decide(
     gain = max(gains.values()) if gains else hoped.accept_length / needed
     said = f"accept length {hoped.accept_length:.2f} ({hoped.source})"
     if gains:
-        told = ", ".join(f"{value:.2f} with {at} at once" for at, value in gains.items())
+        told = ", ".join(f"{value:.2f} with {_requests(group)}" for group, value in gains.items())
         said += f"; speed against plain decoding: {told}"
     else:
         said += f", break-even {needed:.2f}"
         if sizes and len(sizes) > 1:
-            said += f" ({', '.join(f'{at} at once: {bar:.2f}' for at, bar in sizes.items())})"
+            told = ", ".join(f"{_requests(group)}: {bar:.2f}" for group, bar in sizes.items())
+            said += f" ({told})"
     if gain > (1.0 if now == SPECULATING else MARGIN):
         return Phase(SPECULATING, 1.0, f"drafts pay: {said}")
     return Phase(EXPLORING, explore_share, f"drafts do not pay yet: {said}")
+
+
+def _requests(group: int) -> str:
+    """A group of batch sizes in words; it is named by the largest of them."""
+    return f"{group} at once" if group <= 2 else f"{group // 2 + 1} to {group} at once"

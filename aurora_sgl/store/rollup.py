@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.wire import VerifyStep
 
 MINUTE_US = 60_000_000
@@ -68,11 +69,6 @@ class RequestSums:
     accepted: int = 0
     kept: int = 0
     accept_rule: str = ""  # one request keeps one rule
-
-
-def batch_bucket(batch_size: int) -> int:
-    """The smallest power of two that is not below the batch size."""
-    return 1 << max(0, batch_size - 1).bit_length()
 
 
 def tally_key(step: VerifyStep, version_id: int) -> TallyKey:

@@ -36,7 +36,7 @@ class Moment:
     plain_ms: float | None
     draft_ms: float | None
     gain: float | None  # speed with drafts over that without, as a server measured it
-    gains: Mapping[int, float]  # the same by requests at once
+    gains: Mapping[int, float]  # the same by group of batch sizes, named by the largest
 
     @property
     def break_even(self) -> float | None:
@@ -157,9 +157,14 @@ def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
 def _by_load(moment: Moment) -> str:
     """What drafts bring to one request alone and to several, or from where on they pay."""
     if len(moment.gains) > 1:
-        some = [(at, gain) for at, gain in moment.gains.items() if at <= 8][:3]
-        return ", ".join(f"{gain:.2f} {'alone' if at == 1 else f'of {at}'}" for at, gain in some)
+        some = [(group, gain) for group, gain in moment.gains.items() if group <= 8][:3]
+        return ", ".join(f"{gain:.2f} {_requests(group)}" for group, gain in some)
     return f"pays above {moment.break_even:.2f}" if moment.break_even else "not measured"
+
+
+def _requests(group: int) -> str:
+    """How many requests at once a group of batch sizes is; it is named by the largest of them."""
+    return {1: "alone", 2: "of 2"}.get(group, f"of {group // 2 + 1} to {group}")
 
 
 def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy, in_shape
 from aurora_sgl.engine.step_shape import StepShape, shapes_within
@@ -49,7 +50,7 @@ def test_step_times_are_compared_at_one_batch_size_only_when_both_kinds_are_know
 
 ONE = DraftShape(1)
 CHAIN, TREE = shapes_within(DraftShape(3)), shapes_within(DraftShape(3, 4, 8))
-#: Time of a step with drafts over that of one without, by requests at once.
+#: Time of a step with drafts over that of one without, by groups of requests at once.
 RATIOS = {1: 1.3, 2: 1.4, 4: 1.6, 8: 1.9, 16: 2.4, 32: 3.0, 64: 3.5, 128: 4.0, 256: 4.5}
 
 
@@ -85,7 +86,7 @@ class House:
 
     def ratio(self, streams: int, depth: int) -> float:
         if len(self.policy.shapes) == 1:
-            return RATIOS[1 << (streams.bit_length() - 1)]
+            return RATIOS[min(256, batch_bucket(streams))]
         # Rows of a step cost nothing up to four and then a ninth of a plain step each.
         rows = streams * 2**depth
         return 1.1 + 0.08 * depth + max(0, rows - 4) / 9 - max(0, streams - 4) / 9
@@ -144,6 +145,21 @@ def test_drafts_never_cost_more_than_a_fiftieth_at_any_load(streams, accept_leng
         assert speed_up >= 0.97 * accept_length / ratio
     if accept_length < ratio:
         assert policy.pays(streams) is False
+
+
+def test_a_batch_is_in_the_group_that_the_store_sums_it_in() -> None:
+    policy = SpeculationPolicy(1.0)
+    for size, seconds in ((4, 0.010), (5, 0.050)):
+        for _ in range(10):
+            policy.account(shape=NO_DRAFT, batch_size=size, seconds=seconds)
+            policy.account(shape=ONE, batch_size=size, seconds=2 * seconds)
+    assert {name for name in policy.counters() if name.startswith("break_even_")} == {
+        f"break_even_{batch_bucket(size)}" for size in (4, 5)
+    }
+    for _ in range(10):
+        policy.account(shape=ONE, batch_size=8, seconds=0.150)  # as 5 are
+    assert policy.break_even(4) == pytest.approx(2.0)
+    assert policy.break_even(5) == policy.break_even(8) == pytest.approx(2.5)
 
 
 def test_a_load_at_which_drafts_lose_leaves_them_to_another_at_which_they_pay() -> None:

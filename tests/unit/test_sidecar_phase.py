@@ -22,7 +22,7 @@ def test_break_even_is_that_of_the_batch_size_where_drafts_pay_soonest() -> None
         "auto", 0.1, 1.3, Expected(1.5, "replay"), "", sizes=phase.by_size(counters)
     )
     assert decided.name == "speculating"
-    assert decided.reason.endswith("break-even 1.30 (1 at once: 1.30, 16 at once: 2.20)")
+    assert decided.reason.endswith("break-even 1.30 (1 at once: 1.30, 9 to 16 at once: 2.20)")
 
 
 def test_where_the_engine_knows_what_drafts_bring_that_decides() -> None:
@@ -31,7 +31,7 @@ def test_where_the_engine_knows_what_drafts_bring_that_decides() -> None:
     hoped = Expected(1.2, "replay")  # of a mixture of depths: says little
     decided = phase.decide("auto", 0.1, 1.4, hoped, "", gains=phase.by_size(counters, "gain"))
     assert decided.name == "speculating"
-    assert decided.reason.endswith("plain decoding: 1.31 with 1 at once, 0.94 with 4 at once")
+    assert decided.reason.endswith("plain decoding: 1.31 with 1 at once, 0.94 with 3 to 4 at once")
     assert phase.decide("auto", 0.1, 1.4, hoped, "", gains={1: 1.01}).name == "exploring"
     assert phase.decide("auto", 0.1, 1.4, hoped, "speculating", gains={1: 1.01}).share == 1.0
 

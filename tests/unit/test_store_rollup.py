@@ -9,9 +9,10 @@ import store_samples as samples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store.packing import pack_floats, pack_ints, unpack_floats, unpack_ints
-from aurora_sgl.store.rollup import Tally, TallyKey, add_lists, batch_bucket, per_position, roll_up
+from aurora_sgl.store.rollup import Tally, TallyKey, add_lists, per_position, roll_up
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 

@@ -17,8 +17,8 @@ from aurora_sgl.wire import by_size
 class StepTimes:
     """Median times of a verify step of one server, in milliseconds; ``None``: not measured.
 
-    ``gain``: speed with drafts over that without at the same load; ``gains``: the same by the least
-    of each group of batch sizes."""
+    ``gain``: speed with drafts over that without at the same load; ``gains``: the same by the
+    largest of each group of batch sizes."""
 
     server_id: int
     name: str
