@@ -30,7 +30,7 @@ from scipy.stats import binomtest
 
 from aurora_sgl.config import GateSettings
 from aurora_sgl.evaluation.gate import PASS, judge
-from aurora_sgl.evaluation.replay import Replayed
+from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.intervals import AcceptCounts
 from benchmarks.servers import report
 
@@ -65,7 +65,7 @@ def draw(rng: np.random.Generator, requests: int) -> Traffic:
     return Traffic(tokens, rates, domains)
 
 
-def replay(rng: np.random.Generator, traffic: Traffic, gain: float = 0.0) -> list[Replayed]:
+def replay(rng: np.random.Generator, traffic: Traffic, gain: float = 0.0) -> list[RequestReplay]:
     """What one version accepts of it; ``gain`` is added to its acceptance rates."""
     own = rng.normal(0.0, OWN, len(traffic.rates))
     found = []
@@ -74,7 +74,7 @@ def replay(rng: np.random.Generator, traffic: Traffic, gain: float = 0.0) -> lis
         runs = np.minimum(rng.geometric(1 - rate, int(tokens)) - 1, DEPTH)
         ends = np.cumsum(1 + runs)
         steps = int(np.searchsorted(ends, tokens)) + 1
-        found.append(Replayed(number, steps, int(runs[:steps].sum()), traffic.domains[number]))
+        found.append(RequestReplay(number, steps, int(runs[:steps].sum()), traffic.domains[number]))
     return found
 
 

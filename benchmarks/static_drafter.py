@@ -26,7 +26,7 @@ import torch
 
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.model import Drafter
-from aurora_sgl.training.resume import Checkpoints, Plan, settings_of
+from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 from benchmarks.corpus.features import CACHE, DOMAINS, CorpusSet, identity, target_folder
@@ -62,7 +62,7 @@ def trained(rows: CorpusSet, settings: TrainSettings, folder: Path) -> Drafter:
     checkpoints = Checkpoints(folder, settings.checkpoint_seconds)
     base = checkpoint.content_sha256(checkpoint.tensors_of(start))
     requests = [identity(place.answered) for place in rows.rows]
-    checkpoints.begin(Plan(settings_of(settings), base, requests, [], []))
+    checkpoints.begin(RunPlan(settings_of(settings), base, requests, [], [], []))
     result = train(start, rows, head(), settings, checkpoints=checkpoints, progress=_say)
     checkpoints.clear()
     return result.drafter

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from aurora_sgl.sequences.near_duplicates import alike
+from aurora_sgl.sequences.near_duplicates import near_duplicates
 from benchmarks.corpus.features import DOMAINS, CorpusSet, corpus, identity
 from benchmarks.corpus.shards import DATA
 
@@ -40,7 +40,7 @@ def _pool(domain: str, data: Path = DATA) -> CorpusSet:
         identity(p.answered): p.answered.tokens[: p.answered.prompt_tokens].astype("int64")
         for p in whole.rows
     }
-    key = alike(prompts)
+    key = near_duplicates(prompts)
     measured = {key.get(identity(p.answered)) for p in whole.rows[:HELD_OUT]} - {None}
     return CorpusSet(
         tuple(p for p in whole.rows[HELD_OUT:] if key.get(identity(p.answered)) not in measured)

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from aurora_sgl.draft_shape import DraftShape
-from aurora_sgl.drafter.model import Proposal
+from aurora_sgl.drafter.model import Draft
 from aurora_sgl.drafter.target import TargetHead
 
 _ROOTS_AT_ONCE = 256
@@ -109,8 +109,8 @@ class Beam:
         self.base = roots - 1
         device = self.device = roots.device
         ahead = roots[:, None] + 1 + torch.arange(shape.depth, device=device)
-        known = ahead < len(tokens)
-        self.wanted = torch.where(known, tokens[ahead.clamp(max=len(tokens) - 1)], -1)
+        is_logged = ahead < len(tokens)
+        self.wanted = torch.where(is_logged, tokens[ahead.clamp(max=len(tokens) - 1)], -1)
         size = (len(roots), shape.candidates)
         self.scores = torch.full(size, -1.0, device=device)
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
@@ -147,12 +147,12 @@ class Beam:
             self.scores[open_, here] = expanded
             self.tokens[open_, here] = step_token.flatten(1)
             self.parents[open_, here] = beam.repeat_interleave(topk, dim=1)
-            found = self._match(open_, depth, slot, step_token)
-            self.matched[open_, depth] = torch.where(found >= 0, begin + found, -1)
+            match = self._match(open_, depth, slot, step_token)
+            self.matched[open_, depth] = torch.where(match >= 0, begin + match, -1)
             prob, picked = expanded.topk(topk, dim=-1)
             token = step_token.flatten(1).gather(1, picked)
             beam = begin + picked
-            slot = _find((picked == found[:, None]) & (found >= 0)[:, None])
+            slot = _find((picked == match[:, None]) & (match >= 0)[:, None])
             parents = (picked // topk)[..., None].expand(-1, -1, state.shape[-1])
             states = _slots(state, topk).gather(1, parents)
 
@@ -162,20 +162,20 @@ class Beam:
         kept = picked.gather(1, self.matched.clamp(min=0)) & (self.matched >= 0)
         return kept.long().cumprod(-1).sum(-1)
 
-    def proposals(self) -> list[Proposal]:
+    def proposals(self) -> list[Draft]:
         assert self.whole
-        found = []
+        drafts = []
         all_tokens, all_parents = self.tokens.cpu(), self.parents.cpu()
         for row, chosen in enumerate(self._chosen().sort(-1).values.tolist()):
             node_of = {candidate: number for number, candidate in enumerate(chosen, start=1)}
             parents = all_parents[row, chosen].tolist()
-            found.append(
-                Proposal(
+            drafts.append(
+                Draft(
                     tokens=all_tokens[row, chosen].tolist(),
                     parents=[node_of.get(parent, 0) for parent in parents],
                 )
             )
-        return found
+        return drafts
 
     def _chosen(self) -> torch.Tensor:  # [roots, nodes - 1] candidates
         return self.scores.topk(self.shape.nodes - 1, dim=-1).indices
@@ -189,10 +189,10 @@ class Beam:
     ) -> tuple[torch.Tensor, torch.Tensor, Pair]:
         """One drafted row in every beam slot. Keys and values stay with the slot, as served."""
         topk = self.shape.topk
-        at = positions.repeat_interleave(topk)
+        places = positions.repeat_interleave(topk)
         embeds = self.head.embed(token.flatten(), self.drafter.dtype)
         mixed, residual = self.drafter.mix(embeds, states.flatten(0, 1))
-        new = self.drafter.keys_values(mixed, at)
+        new = self.drafter.keys_values(mixed, places)
         shaped = tuple(_slots(x, topk)[:, :, None] for x in new)
         if own is None:
             key, value = shaped
@@ -200,7 +200,12 @@ class Beam:
             key, value = (torch.cat(pair, 2) for pair in zip(own, shaped, strict=True))
         depth = key.shape[2]
         read, state = self.drafter.rows(
-            mixed, residual, at, self.text, at - depth, (key.flatten(0, 1), value.flatten(0, 1))
+            mixed,
+            residual,
+            places,
+            self.text,
+            places - depth,
+            (key.flatten(0, 1), value.flatten(0, 1)),
         )
         return read, state, (key, value)
 

@@ -20,7 +20,7 @@ from aurora_sgl.drafter.target import TargetHead, TargetInfo
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Draft:
     """A draft without its root: ``tokens[i]`` is node i + 1, ``parents[i]`` its parent's number.
 
     Node 0 is the root (the bonus token). Nodes are numbered as SGLang and our records do: a parent
@@ -153,7 +153,7 @@ class Drafter(nn.Module, ABC):
         roots: torch.Tensor,  # [roots] int64 positions, each >= 1 and <= len(features)
         shape: DraftShape,
         head: TargetHead,
-    ) -> list[Proposal]:
+    ) -> list[Draft]:
         """The draft from each root (the position of the bonus token) as SGLang would make it."""
 
     def accepted(
@@ -174,7 +174,7 @@ class Drafter(nn.Module, ABC):
         return torch.tensor(counts, dtype=torch.int64)
 
 
-def accepted_of(draft: Proposal, continuation: list[int]) -> int:
+def accepted_of(draft: Draft, continuation: list[int]) -> int:
     """Nodes of a draft along the tokens that follow its root."""
     node = count = 0
     for token in continuation:

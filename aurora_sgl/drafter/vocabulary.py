@@ -136,12 +136,12 @@ def count_tokens(target: Path, texts: Iterable[str]) -> Counter[int]:
 
 def stop_tokens(target: Path) -> set[int]:
     """End-of-sequence ids named by a target's ``config.json`` and ``generation_config.json``."""
-    found: set[int] = set()
+    tokens: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         path = Path(target) / name
         if not path.exists():
             continue
         raw: dict[str, Any] = json.loads(path.read_text())
         value = raw.get("eos_token_id")
-        found.update([value] if isinstance(value, int) else value or [])
-    return found
+        tokens.update([value] if isinstance(value, int) else value or [])
+    return tokens

@@ -18,7 +18,7 @@ from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.device import served_dtype
 from aurora_sgl.evaluation.gate import difference_of, pairs_of
-from aurora_sgl.evaluation.replay import Replayed, replay_one
+from aurora_sgl.evaluation.replay import RequestReplay, replay_one
 from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences import dataset
@@ -70,7 +70,7 @@ def replay_versions(
     drafters = [load_version(engine, artifacts, each, info).to(dtype) for each in version_ids]
     sequences = replayable(engine, artifacts, group, drafters[0], settings, limit, domains,
                            only_held_out)  # fmt: skip
-    results: list[list[Replayed]] = [[] for _ in drafters]
+    results: list[list[RequestReplay]] = [[] for _ in drafters]
     for done, sequence in enumerate(sequences.readable(), start=1):
         for drafter, replayed in zip(drafters, results, strict=True):
             replayed.append(replay_one(drafter, sequence, settings.shape, head))
@@ -136,19 +136,19 @@ def replayable(
         rows, files, drafter.config,
         dev_share=0.0, gate_share=gate_share, donors=donors, most_gate=limit,
     )  # fmt: skip
-    found = data.gate if only_held_out else data.train
-    if not found:
+    sequences = data.gate if only_held_out else data.train
+    if not sequences:
         left_out += data.held_out_left if only_held_out else data.left_out
         kind = "held-out request" if only_held_out else "request"
         raise AuroraError(
             f"group {group.name!r} has no {kind} with a trace that can be replayed yet"
             + left_out_in_words(left_out)
         )
-    return found
+    return sequences
 
 
 def _lines(
-    domain: str, version_ids: Sequence[int], results: Sequence[Sequence[Replayed]], seed: int
+    domain: str, version_ids: Sequence[int], results: Sequence[Sequence[RequestReplay]], seed: int
 ) -> list[ReplayLine]:
     mine = [[r for r in each if domain in ("", r.domain)] for each in results]
     first = version_ids[0]

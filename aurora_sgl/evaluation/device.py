@@ -23,7 +23,7 @@ def device_of(settings: EvaluationSettings) -> torch.device:
 
 def served_dtype(settings: EvaluationSettings) -> torch.dtype:
     """Raises ``AuroraError`` for a name that is not a floating-point dtype of a server."""
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if settings.served_dtype not in known:
-        raise AuroraError(f"unknown dtype {settings.served_dtype}: use one of {', '.join(known)}")
-    return known[settings.served_dtype]
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if settings.served_dtype not in dtypes:
+        raise AuroraError(f"unknown dtype {settings.served_dtype}: use one of {', '.join(dtypes)}")
+    return dtypes[settings.served_dtype]

@@ -16,7 +16,7 @@ from aurora_sgl.intervals import Difference, paired_difference
 from aurora_sgl.sequences.held_out import left_out_in_words
 
 if TYPE_CHECKING:
-    from aurora_sgl.evaluation.replay import Replayed
+    from aurora_sgl.evaluation.replay import RequestReplay
 
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 #: Level of the intervals of single domains: one-sided 95% that a domain loses no more.
@@ -42,8 +42,8 @@ def spent_by(attempt: int, alpha: float) -> float:
 
 
 def judge(
-    before: Sequence[Replayed],
-    after: Sequence[Replayed],
+    before: Sequence[RequestReplay],
+    after: Sequence[RequestReplay],
     *,
     attempt: int = 1,
     fewest: int = 4,
@@ -66,8 +66,8 @@ def judge(
     domains: dict[str, tuple[Difference, str]] = {}
     for domain in sorted({r.domain for r in before}):
         here = [pair for pair in pairs if pair[0].domain == domain]
-        found = difference_of(here, level=DOMAIN_LEVEL, seed=seed)
-        domains[domain] = (found, _domain_verdict(found, gate))
+        difference = difference_of(here, level=DOMAIN_LEVEL, seed=seed)
+        domains[domain] = (difference, _domain_verdict(difference, gate))
     if overall.requests < max(2, fewest):
         reason = (
             f"{overall.requests} held-out requests can be judged, at least {max(2, fewest)} needed"
@@ -79,8 +79,8 @@ def judge(
 
 
 def pairs_of(
-    before: Sequence[Replayed], after: Sequence[Replayed]
-) -> list[tuple[Replayed, Replayed]]:
+    before: Sequence[RequestReplay], after: Sequence[RequestReplay]
+) -> list[tuple[RequestReplay, RequestReplay]]:
     """Two replays side by side. Raises ``ValueError`` when they are not of the same requests in
     the same order."""
     if [r.request_id for r in before] != [r.request_id for r in after]:
@@ -89,39 +89,39 @@ def pairs_of(
 
 
 def difference_of(
-    pairs: Sequence[tuple[Replayed, Replayed]], *, level: float = 0.95, seed: int = 0
+    pairs: Sequence[tuple[RequestReplay, RequestReplay]], *, level: float = 0.95, seed: int = 0
 ) -> Difference:
     """The paired difference of two replays, see :func:`aurora_sgl.intervals.paired_difference`."""
     sums = [(a.accepted, a.verify_steps, b.accepted, b.verify_steps) for a, b in pairs]
     return paired_difference(sums, level=level, seed=seed)
 
 
-def _domain_verdict(found: Difference, gate: GateSettings) -> str:
+def _domain_verdict(difference: Difference, gate: GateSettings) -> str:
     """pass: loses no more than the margin; inconclusive also for a domain that is not judged."""
-    if found.requests < gate.min_domain_requests:
+    if difference.requests < gate.min_domain_requests:
         return INCONCLUSIVE
-    floor = -gate.domain_margin * found.baseline
-    if found.ci_low >= floor:
+    floor = -gate.domain_margin * difference.baseline
+    if difference.ci_low >= floor:
         return PASS
-    return FAIL if found.ci_high < floor else INCONCLUSIVE
+    return FAIL if difference.ci_high < floor else INCONCLUSIVE
 
 
 def _verdict(
     overall: Difference, domains: Mapping[str, tuple[Difference, str]], gate: GateSettings
 ) -> tuple[str, str]:
-    said = f"{overall.baseline:.3f} -> {overall.candidate:.3f} on {overall.requests} requests"
+    summary = f"{overall.baseline:.3f} -> {overall.candidate:.3f} on {overall.requests} requests"
     lost = [domain for domain, (_, verdict) in domains.items() if verdict == FAIL]
     if lost:
-        return FAIL, f"{said}, but worse by more than the margin in {', '.join(lost)}"
+        return FAIL, f"{summary}, but worse by more than the margin in {', '.join(lost)}"
     if overall.ci_high < 0:
-        return FAIL, f"{said}: worse"
+        return FAIL, f"{summary}: worse"
     if overall.ci_low <= 0:
-        return INCONCLUSIVE, f"{said}: not told apart"
+        return INCONCLUSIVE, f"{summary}: not told apart"
     open_ = [
         domain
-        for domain, (found, verdict) in domains.items()
-        if verdict == INCONCLUSIVE and found.requests >= gate.min_domain_requests
+        for domain, (difference, verdict) in domains.items()
+        if verdict == INCONCLUSIVE and difference.requests >= gate.min_domain_requests
     ]
     if open_:
-        return INCONCLUSIVE, f"{said}, but it may be worse in {', '.join(open_)}"
-    return PASS, f"{said}: better"
+        return INCONCLUSIVE, f"{summary}, but it may be worse in {', '.join(open_)}"
+    return PASS, f"{summary}: better"

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from aurora_sgl import store
 from aurora_sgl.config import GateSettings
 from aurora_sgl.evaluation.gate import DOMAIN_LEVEL, judge
-from aurora_sgl.evaluation.replay import Replayed
+from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.hashing import sha256_bytes
 from aurora_sgl.intervals import RESAMPLES, Difference, or_none
@@ -23,8 +23,8 @@ from aurora_sgl.store.models import Evaluation
 
 def record(
     engine: Engine,
-    before: Sequence[Replayed],
-    after: Sequence[Replayed],
+    before: Sequence[RequestReplay],
+    after: Sequence[RequestReplay],
     *,
     candidate_id: int,
     baseline_id: int,
@@ -43,15 +43,15 @@ def record(
     with store.session(engine) as s:
         candidate, baseline = (queries.versions.version(s, i) for i in (candidate_id, baseline_id))
         queries.groups.lock_group(s, candidate.group_id)
-        told = _told(s, before, after, recipe, gate)
-        for known in queries.evaluations.evaluations(s, candidate_id):
+        evidence = _evidence(s, before, after, recipe, gate)
+        for earlier in queries.evaluations.evaluations(s, candidate_id):
             if (
-                known.baseline_id == baseline_id
-                and not known.domain
-                and known.details.get("replay_sha256") == told["replay_sha256"]
+                earlier.baseline_id == baseline_id
+                and not earlier.domain
+                and earlier.details.get("replay_sha256") == evidence["replay_sha256"]
             ):
-                return known
-        judged = judge(
+                return earlier
+        judgement = judge(
             before,
             after,
             attempt=1 + queries.evaluations.attempts(s, baseline_id),
@@ -60,22 +60,32 @@ def record(
             settings=gate,
             left_out=left_out,
         )
-        told |= {
-            "reason": judged.reason,
-            "judged": {"requests": judged.overall.requests, "left_out": dict(left_out or {})},
+        evidence |= {
+            "reason": judgement.reason,
+            "judged": {"requests": judgement.overall.requests, "left_out": dict(left_out or {})},
             "candidate_sha256": candidate.weights_sha256,
             "baseline_sha256": baseline.weights_sha256,
             "by_domain": {
-                domain: {**asdict(found), "verdict": verdict}
-                for domain, (found, verdict) in judged.by_domain.items()
+                domain: {**asdict(difference), "verdict": verdict}
+                for domain, (difference, verdict) in judgement.by_domain.items()
             },
             **(details or {}),
         }
-        row = _add(s, candidate_id, baseline_id, "", judged.overall, judged.verdict, recipe,
-                   attempt=judged.attempt, alpha=judged.alpha, details=_clean(told))  # fmt: skip
-        for domain, (found, verdict) in judged.by_domain.items():
+        row = _add(
+            s,
+            candidate_id,
+            baseline_id,
+            "",
+            judgement.overall,
+            judgement.verdict,
+            recipe,
+            attempt=judgement.attempt,
+            alpha=judgement.alpha,
+            details=_clean(evidence),
+        )
+        for domain, (difference, verdict) in judgement.by_domain.items():
             of = {"evaluation_id": row.id, "level": DOMAIN_LEVEL}
-            _add(s, candidate_id, baseline_id, domain, found, verdict, recipe, details=of)
+            _add(s, candidate_id, baseline_id, domain, difference, verdict, recipe, details=of)
         return row
 
 
@@ -84,7 +94,7 @@ def _add(
     candidate_id: int,
     baseline_id: int,
     domain: str,
-    found: Difference,
+    difference: Difference,
     verdict: str,
     recipe: EvaluationSettings,
     **columns: Any,
@@ -95,13 +105,13 @@ def _add(
         baseline_id=baseline_id,
         kind="replay",
         domain=domain,
-        requests=found.requests,
+        requests=difference.requests,
         verdict=verdict,
-        candidate_accept_length=or_none(found.candidate),
-        baseline_accept_length=or_none(found.baseline),
-        difference=or_none(found.difference),
-        ci_low=or_none(found.ci_low),
-        ci_high=or_none(found.ci_high),
+        candidate_accept_length=or_none(difference.candidate),
+        baseline_accept_length=or_none(difference.baseline),
+        difference=or_none(difference.difference),
+        ci_low=or_none(difference.ci_low),
+        ci_high=or_none(difference.ci_high),
         depth=recipe.shape.depth,
         topk=recipe.shape.topk,
         nodes=recipe.shape.nodes,
@@ -109,10 +119,10 @@ def _add(
     )
 
 
-def _told(
+def _evidence(
     s: Session,
-    before: Sequence[Replayed],
-    after: Sequence[Replayed],
+    before: Sequence[RequestReplay],
+    after: Sequence[RequestReplay],
     recipe: EvaluationSettings,
     gate: GateSettings,
 ) -> dict[str, Any]:

@@ -13,7 +13,7 @@ It is asked for all positions at once, which are then walked as the server would
 first output token, on by ``accepted + 1``.
 
 What lies behind the last logged token is unknown. A step whose accepted tokens reach the end of
-the log before the draft's depth is *undetermined*: it is left out here, and :func:`determined`
+the log before the draft's depth is *undetermined*: it is left out here, and :func:`is_determined`
 leaves it out of a server's records, so that both sides count the same steps.
 """
 
@@ -35,7 +35,7 @@ from aurora_sgl.sequences.sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Replayed:
+class RequestReplay:
     """What one request would have been accepted; sums over its determined verify steps."""
 
     request_id: int
@@ -49,19 +49,19 @@ class Replayed:
         return accept_length(self.accepted, self.verify_steps)
 
 
-def determined(root: int, accepted: int, length: int, depth: int) -> bool:
+def is_determined(root: int, accepted: int, length: int, depth: int) -> bool:
     """Whether a verify step from position ``root`` is known from a log of ``length`` tokens.
 
     ``root`` is the position of the bonus token that the draft starts from.
     """
-    known = length - 1 - root
-    return known >= 1 and (accepted < known or depth <= known)
+    logged = length - 1 - root
+    return logged >= 1 and (accepted < logged or depth <= logged)
 
 
 @torch.inference_mode()
 def replay(
     drafter: Drafter, sequences: Iterable[Sequence], shape: DraftShape, head: TargetHead
-) -> list[Replayed]:
+) -> list[RequestReplay]:
     """Replay requests in the drafter's own dtype (cast it to the served one first).
 
     Requests must be ones that ``splits.why_not_judged`` lets through; the caller picks them. One
@@ -73,7 +73,7 @@ def replay(
 @torch.inference_mode()
 def replay_one(
     drafter: Drafter, sequence: Sequence, shape: DraftShape, head: TargetHead
-) -> Replayed:
+) -> RequestReplay:
     """See :func:`replay`."""
     sequence, head = sequence.to(drafter.device), head.to(drafter.device)
     length = len(sequence.tokens)
@@ -85,10 +85,10 @@ def replay_one(
     root = first
     while root - first < len(accepted):
         taken = accepted[root - first]
-        if not determined(root, taken, length, shape.depth):
+        if not is_determined(root, taken, length, shape.depth):
             break
         steps, total, root = steps + 1, total + taken, root + taken + 1
-    return Replayed(sequence.request_id, steps, total, sequence.domain)
+    return RequestReplay(sequence.request_id, steps, total, sequence.domain)
 
 
 def replay_both(
@@ -97,13 +97,13 @@ def replay_both(
     sequences: Iterable[Sequence],
     head: TargetHead,
     settings: EvaluationSettings,
-) -> tuple[list[Replayed], list[Replayed]]:
+) -> tuple[list[RequestReplay], list[RequestReplay]]:
     """Both over the same requests, in the served dtype and draft shape."""
     dtype = served_dtype(settings)
     old, new = (copy.deepcopy(d).to(device_of(settings), dtype).eval() for d in (base, candidate))
     head = head.to(device_of(settings))
-    before: list[Replayed] = []
-    after: list[Replayed] = []
+    before: list[RequestReplay] = []
+    after: list[RequestReplay] = []
     for sequence in sequences:
         before.append(replay_one(old, sequence, settings.shape, head))
         after.append(replay_one(new, sequence, settings.shape, head))

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from aurora_sgl.drafter import architectures
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sequences.near_duplicates import alike
+from aurora_sgl.sequences.near_duplicates import near_duplicates
 from aurora_sgl.sequences.prefixes import Locate, Piece, Prefixes
 from aurora_sgl.sequences.sample_weights import by_rejection
 from aurora_sgl.sequences.sequence import LoggedProposal, Sequence, readable
 from aurora_sgl.sequences.splits import sides, split_key, split_of, why_not_judged, why_unusable
-from aurora_sgl.sequences.trace_reader import Trace, read_trace
+from aurora_sgl.sequences.trace_reader import TraceFeatures, read_trace
 from aurora_sgl.store.queries.requests import RecentRequest
 
 #: Verify steps of a request as they were served, in order (``queries.events.events``).
@@ -72,7 +72,7 @@ class Loader:
     def _read(self, row: RecentRequest, pieces: tuple[Piece, ...]) -> Sequence:
         kind = architectures.named(self.config.architecture)
         features, last = [], []
-        own: Trace | None = None
+        own: TraceFeatures | None = None
         for piece in pieces:
             trace = read_trace(self.locate(piece.uri), start=piece.start)
             if trace.end < piece.end:
@@ -174,8 +174,8 @@ def build(
     come; files of later ones are not looked at. The other options are :class:`Loader`'s.
     """
     rows = list(rows)
-    known = {row.request_id for row in rows}
-    prefixes = Prefixes([*rows, *(d for d in donors if d.request_id not in known)], locate)
+    ids = {row.request_id for row in rows}
+    prefixes = Prefixes([*rows, *(d for d in donors if d.request_id not in ids)], locate)
     loader = Loader(
         config,
         locate,
@@ -242,8 +242,8 @@ class _Choice:
         """See :func:`~aurora_sgl.sequences.splits.sides`."""
         shared = {}
         if dev_share or gate_share:
-            shared = alike({row.request_id: self.tokens[row.request_id][: row.output_start]
-                            for row, _ in self.usable})  # fmt: skip
+            ids = ((row.request_id, row.output_start) for row, _ in self.usable)
+            shared = near_duplicates({one: self.tokens[one][:start] for one, start in ids})
         rows = (row for row, _ in self.usable)
         return sides(rows, shared, dev_share=dev_share, gate_share=gate_share)
 

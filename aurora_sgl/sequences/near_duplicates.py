@@ -33,7 +33,7 @@ _FACTORS: Ints = _RANDOM.integers(0, 1 << 63, (_BANDS * _ROWS, 1), dtype=np.uint
 _PLACES: Ints = _RANDOM.integers(0, 1 << 63, _WIDTH, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
-def alike(
+def near_duplicates(
     prompts: Mapping[int, NDArray[np.int32]],  # token ids, [n] each
 ) -> dict[int, str]:
     """A key for each prompt that has a near-duplicate among these: theirs in common.
@@ -54,10 +54,10 @@ def alike(
 
     first: dict[bytes, int] = {}
     for n in numbers:
-        found = [np.asarray(prompts[n], dtype=np.int64).tobytes()]
+        names = [np.asarray(prompts[n], dtype=np.int64).tobytes()]
         if len(sets[n]) >= _FEWEST:
-            found += _bands(sets[n])
-        for place, name in enumerate(found):
+            names += _bands(sets[n])
+        for place, name in enumerate(names):
             other = first.setdefault(name, n)
             if other != n and (place == 0 or _similarity(sets[n], sets[other]) >= _SIMILAR):
                 parent[root(n)] = root(other)
@@ -80,8 +80,8 @@ def _shingles(tokens: NDArray[np.int32]) -> Ints:  # ascending, each once
     windows = np.lib.stride_tricks.sliding_window_view(ids, _WIDTH)
     mixed = (windows * _PLACES).sum(-1, dtype=np.uint64)
     mixed ^= mixed >> np.uint64(29)
-    found: Ints = np.unique(mixed * _FACTORS[0, 0])
-    return found
+    shingles: Ints = np.unique(mixed * _FACTORS[0, 0])
+    return shingles
 
 
 def _without_form(sets: Mapping[int, Ints]) -> dict[int, Ints]:

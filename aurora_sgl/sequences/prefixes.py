@@ -46,15 +46,15 @@ class Prefixes:
 
     def pieces(self, row: RecentRequest) -> tuple[Piece, ...] | None:
         """Pieces from position 0 to ``row.end`` in order; None when the hole cannot be filled."""
-        found = [Piece(row.uri, row.start, row.start, row.end)]
+        pieces = [Piece(row.uri, row.start, row.start, row.end)]
         need = row.start
         while need > 0:
             donor = self._donor(row, need)
             if donor is None:
                 return None
-            found.append(Piece(donor.uri, donor.start, donor.start, need))
+            pieces.append(Piece(donor.uri, donor.start, donor.start, need))
             need = donor.start
-        return tuple(reversed(found))
+        return tuple(reversed(pieces))
 
     def _donor(self, row: RecentRequest, need: int) -> RecentRequest | None:
         """The trace that reaches furthest back among those that hold position ``need - 1``."""

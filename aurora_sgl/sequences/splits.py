@@ -104,10 +104,10 @@ def sides(
     for row in rows:
         if row.request_id in alike:
             keys[alike[row.request_id]].add(split_key(row))
-    found = {}
+    side_of = {}
     for row in rows:
         own = of(split_key(row))
         group = alike.get(row.request_id, "")
         shared = own if len(keys[group]) < 2 else of(group)
-        found[row.request_id] = own if own == shared else "duplicate"
-    return found
+        side_of[row.request_id] = own if own == shared else "duplicate"
+    return side_of

@@ -12,7 +12,7 @@ from aurora_sgl.errors import AuroraError
 
 
 @dataclass(frozen=True)
-class Trace:
+class TraceFeatures:
     """Features of positions ``start .. start + len(aux) - 1`` of one sequence."""
 
     request_id: int
@@ -28,12 +28,12 @@ class Trace:
         return self.start + len(self.aux)
 
 
-def read_trace(path: Path, *, start: int = 0) -> Trace:
+def read_trace(path: Path, *, start: int = 0) -> TraceFeatures:
     """A whole trace file. Raises ``AuroraError`` when it is missing, cut short or inconsistent."""
     try:
         with safe_open(str(path), framework="pt") as file:
             meta = file.metadata() or {}
-            trace = Trace(
+            trace = TraceFeatures(
                 request_id=int(meta["request_id"]),
                 tokens=file.get_tensor("tokens").to(torch.int64),
                 aux=file.get_tensor("aux"),

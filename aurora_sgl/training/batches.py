@@ -26,12 +26,12 @@ def batches(
     if not tokens:
         return [order[begin : begin + size] for begin in range(0, requests, size)]
     assert length is not None
-    found: list[list[int]] = []
+    updates: list[list[int]] = []
     held = tokens
     for index in order:
         if held >= tokens:
-            found.append([])
+            updates.append([])
             held = 0
-        found[-1].append(index)
+        updates[-1].append(index)
         held += length(index)
-    return found
+    return updates

@@ -66,38 +66,38 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         mine = batch[self.team.rank :: self.team.size]
         alone = len(batch) == 1  # then its own mean is the mean
-        seen, total = Update(), 0.0
+        update, total = Update(), 0.0
         sums: dict[str, float] = {}
         for index in mine:
-            count, value = self._backward(index, done, alone, seen, sums)
-            seen.positions += count
+            count, value = self._backward(index, done, alone, update, sums)
+            update.positions += count
             total += count * value
         whole = torch.tensor(
-            [total, seen.positions, seen.unreadable, 0.0 if self.team.rank else seconds],
+            [total, update.positions, update.unreadable, 0.0 if self.team.rank else seconds],
             dtype=torch.float64,
         )
         self.team.add([whole])
-        total, positions, unreadable, seen.seconds = whole.tolist()
-        seen.positions, seen.unreadable = int(positions), int(unreadable)
+        total, positions, unreadable, update.seconds = whole.tolist()
+        update.positions, update.unreadable = int(positions), int(unreadable)
         if not math.isfinite(total):
             raise AuroraError(f"the loss is not finite at update {self.updates}: training stopped")
-        seen.statistics = {
-            name: value / max(1, seen.positions) for name, value in self.team.total(sums).items()
+        update.statistics = {
+            name: value / max(1, update.positions) for name, value in self.team.total(sums).items()
         }
-        if seen.positions:
-            self._step(1.0 if alone else 1.0 / seen.positions, rate)
-            seen.loss = total / seen.positions
-        return seen
+        if update.positions:
+            self._step(1.0 if alone else 1.0 / update.positions, rate)
+            update.loss = total / update.positions
+        return update
 
     def _backward(
-        self, index: int, done: float, alone: bool, seen: Update, sums: dict[str, float]
+        self, index: int, done: float, alone: bool, update: Update, sums: dict[str, float]
     ) -> tuple[int, float]:
         """Add a request's gradient, times its positions unless it is alone; (positions, loss)."""
         try:
             sequence = self.sequences[index].to(self.drafter.device)
         except AuroraError as error:  # its file went or broke since the window was chosen
-            seen.unreadable += 1
-            seen.why = str(error)
+            update.unreadable += 1
+            update.why = str(error)
             return 0, 0.0
         first, last = self.loss_of.rows(sequence)
         count, value = max(0, last - first), 0.0

@@ -20,7 +20,7 @@ import torch
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.evaluation.device import device_of, served_dtype
-from aurora_sgl.evaluation.replay import Replayed, replay_one
+from aurora_sgl.evaluation.replay import RequestReplay, replay_one
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequences, readable
 from aurora_sgl.training.settings import TrainSettings
@@ -72,13 +72,13 @@ def _rounded(value: float) -> float | None:
 
 def interpolate(start: Drafter, trained: Drafter, alpha: float) -> Drafter:
     """``start + alpha (trained - start)`` in float32, tensor by tensor; both on the CPU."""
-    found = copy.deepcopy(trained)
+    blend = copy.deepcopy(trained)
     origin = start.state_dict()
     with torch.no_grad():
-        for name, value in found.state_dict().items():
+        for name, value in blend.state_dict().items():
             if value.is_floating_point():
                 value.copy_(torch.lerp(origin[name].to(value.dtype), value, alpha))
-    return found
+    return blend
 
 
 def search(
@@ -103,7 +103,7 @@ def search(
     dtype, device = served_dtype(settings), device_of(settings)
     head = head.to(device)
 
-    def replayed(drafter: Drafter) -> list[Replayed]:
+    def replayed(drafter: Drafter) -> list[RequestReplay]:
         served = copy.deepcopy(drafter).to(device, dtype).eval()
         return [replay_one(served, each, settings.shape, head) for each in sequences]
 
@@ -133,7 +133,7 @@ def _is_plenty(live: Way, whole: Way) -> bool:
     return whole.accept_length >= (1 + PLENTY) * live.accept_length and whole.worst >= 1.0
 
 
-def _worst(before: Sequence[Replayed], after: Sequence[Replayed]) -> float:
+def _worst(before: Sequence[RequestReplay], after: Sequence[RequestReplay]) -> float:
     shares = [
         AcceptCounts.of(new).accept_length / AcceptCounts.of(old).accept_length
         for old, new in _by_domain(before, after).values()
@@ -143,11 +143,11 @@ def _worst(before: Sequence[Replayed], after: Sequence[Replayed]) -> float:
 
 
 def _by_domain(
-    before: Sequence[Replayed], after: Sequence[Replayed]
-) -> Mapping[str, tuple[list[Replayed], list[Replayed]]]:
-    found: dict[str, tuple[list[Replayed], list[Replayed]]] = {}
+    before: Sequence[RequestReplay], after: Sequence[RequestReplay]
+) -> Mapping[str, tuple[list[RequestReplay], list[RequestReplay]]]:
+    pairs: dict[str, tuple[list[RequestReplay], list[RequestReplay]]] = {}
     for old, new in zip(before, after, strict=True):
-        pair = found.setdefault(old.domain, ([], []))
+        pair = pairs.setdefault(old.domain, ([], []))
         pair[0].append(old)
         pair[1].append(new)
-    return found
+    return pairs

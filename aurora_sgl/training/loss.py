@@ -12,8 +12,8 @@ from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training import objectives
-from aurora_sgl.training.objectives import Loss, LossContext, Step
-from aurora_sgl.training.precision import autocasts
+from aurora_sgl.training.objectives import Loss, LossContext, UnrolledStep
+from aurora_sgl.training.precision import can_autocast
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.target_rows import TargetRows
 
@@ -105,7 +105,7 @@ class SequenceLoss:
         done: float,
         weight_of: WeightOf | None,
         whole: tuple[int, int] | None,  # the rows of which these are a part
-    ) -> tuple[Loss, list[Step]]:
+    ) -> tuple[Loss, list[UnrolledStep]]:
         if index not in self.best:
             self.best[index] = self.target.best_tokens(sequence)
         reference = None
@@ -142,7 +142,7 @@ class SequenceLoss:
         self, drafter: Drafter, sequence: Sequence, first: int, last: int
     ) -> list[torch.Tensor]:
         device = drafter.device
-        enabled = autocasts(self.settings, device)
+        enabled = can_autocast(self.settings, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             return drafter.unroll(
                 sequence.tokens,
@@ -155,24 +155,24 @@ class SequenceLoss:
 
 
 def _as_part(
-    steps: list[Step], sequence: Sequence, known: int, first: int, whole: tuple[int, int]
-) -> list[Step]:
+    steps: list[UnrolledStep], sequence: Sequence, logged: int, first: int, whole: tuple[int, int]
+) -> list[UnrolledStep]:
     """Weights with which the mean over a part's rows adds up to the mean over all rows.
 
     Deeper steps have fewer rows, and the last part lacks them all: with n_k of n rows in step k of
     the whole, and m_k of m in this part, the part counts m / n and its step k (m_k / n_k) n / m.
     """
 
-    share = len(steps[0].token) / _rows(0, sequence, known, *whole)
+    share = len(steps[0].token) / _rows(0, sequence, logged, *whole)
     return [
         replace(
             step,
-            weight=step.weight * (len(step.token) / _rows(k, sequence, known, *whole) / share),
+            weight=step.weight * (len(step.token) / _rows(k, sequence, logged, *whole) / share),
         )
         for k, step in enumerate(steps)
     ]
 
 
-def _rows(k: int, sequence: Sequence, known: int, first: int, last: int) -> int:
+def _rows(k: int, sequence: Sequence, logged: int, first: int, last: int) -> int:
     """Rows of step k from base rows ``first .. last - 1``, as ``TargetRows.steps`` has them."""
-    return min(last - first, known - 1 - first - k)
+    return min(last - first, logged - 1 - first - k)

@@ -8,6 +8,6 @@ from aurora_sgl.machine import native_bfloat16
 from aurora_sgl.training.settings import TrainSettings
 
 
-def autocasts(settings: TrainSettings, device: torch.device) -> bool:
+def can_autocast(settings: TrainSettings, device: torch.device) -> bool:
     """Whether to compute in bfloat16: where that is asked for and the device does it itself."""
     return settings.autocast and (device.type != "cpu" or native_bfloat16())

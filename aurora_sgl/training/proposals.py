@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from aurora_sgl.sequences.sequence import Sequence
-from aurora_sgl.training.objectives.base import Logged
+from aurora_sgl.training.objectives.base import LoggedTokens
 
 
 @dataclass(frozen=True)
-class Proposed:
+class LoggedToken:
     """One proposed token after the accepted part of a draft."""
 
     row: int  # of the base rows, counted from the first one
@@ -22,19 +22,19 @@ class Proposed:
     group: int  # number of the draft and depth: siblings share it
 
 
-def proposed_at(
+def logged_tokens(
     sequence: Sequence,
     first_row: int,
     draft_of: torch.Tensor,  # [vocab] draft id of each target id, on cpu
-) -> Mapping[int, list[Proposed]]:
+) -> Mapping[int, list[LoggedToken]]:
     """Siblings along the accepted path of each logged draft, by depth (0: the root's children).
 
     What a draft holds below a rejected node was judged by nobody and is left out. A token of the
     draft vocabulary of then that has no draft id now is left out too.
     """
-    found: dict[int, list[Proposed]] = defaultdict(list)
+    by_depth: dict[int, list[LoggedToken]] = defaultdict(list)
     if not sequence.proposals:
-        return found
+        return by_depth
     tokens = sequence.tokens.tolist()
     for number, proposal in enumerate(sequence.proposals):
         row, node = proposal.root - 1 - first_row, 0
@@ -53,19 +53,21 @@ def proposed_at(
                 draft = int(draft_of[token])
                 reward = float(proposal.accepted - depth) if matched else 0.0
                 if draft >= 0:
-                    found[depth].append(Proposed(row, draft, reward, number))
+                    by_depth[depth].append(LoggedToken(row, draft, reward, number))
             if not hit:
                 break
             node = hit
-    return found
+    return by_depth
 
 
-def logged_step(proposed: Iterable[Proposed], rows: int, device: torch.device) -> Logged | None:
+def logged_step(
+    proposed: Iterable[LoggedToken], rows: int, device: torch.device
+) -> LoggedTokens | None:
     """As tensors, for those rows that the step has; None when there are none."""
     kept = [one for one in proposed if one.row < rows]
     if not kept:
         return None
-    return Logged(
+    return LoggedTokens(
         row=torch.tensor([one.row for one in kept], device=device),
         token=torch.tensor([one.token for one in kept], device=device),
         reward=torch.tensor([one.reward for one in kept], device=device),

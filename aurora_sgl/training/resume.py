@@ -29,7 +29,7 @@ _STALE = 24 * 3600.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What fixes the outcome of a run: settings, base weights, and the requests in their parts."""
 
     settings: dict[str, Any]
@@ -59,19 +59,19 @@ class Checkpoints:
         self.saved = 0
         self.error = ""  # why the last checkpoint could not be written
 
-    def left_behind(self, settings: TrainSettings, base_sha256: str) -> Plan | None:
+    def left_behind(self, settings: TrainSettings, base_sha256: str) -> RunPlan | None:
         """What a killed run of these settings and this base was going to train on."""
         try:
             path = self.folder / "plan.json"
             if time.time() - path.stat().st_mtime > _STALE:
                 return None
-            plan = Plan(**json.loads(path.read_text()))
+            plan = RunPlan(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             return None
         same = plan.settings == settings_of(settings) and plan.base_sha256 == base_sha256
         return plan if same else None
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: RunPlan) -> None:
         """From here on checkpoints belong to this plan; those of another one go."""
         self.key = plan.key
         if self._read_key() == plan.key:
@@ -91,7 +91,7 @@ class Checkpoints:
         return state if state.get("key") == self.key else None
 
     @property
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         return bool(self.seconds) and time.monotonic() - self.saved_at >= self.seconds
 
     def save(self, state: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class Checkpoints:
 
     def _read_key(self) -> str:
         try:
-            return Plan(**json.loads((self.folder / "plan.json").read_text())).key
+            return RunPlan(**json.loads((self.folder / "plan.json").read_text())).key
         except (OSError, ValueError, TypeError):
             return ""
 

@@ -23,7 +23,7 @@ from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.gate import difference_of, pairs_of
 from aurora_sgl.evaluation.record import record
-from aurora_sgl.evaluation.replay import Replayed, replay_both
+from aurora_sgl.evaluation.replay import RequestReplay, replay_both
 from aurora_sgl.intervals import or_none
 from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.sequences import dataset
@@ -34,7 +34,7 @@ from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
 from aurora_sgl.training import line_search
 from aurora_sgl.training.maturity import peak_rate, trained_tokens
-from aurora_sgl.training.resume import Checkpoints, Plan, settings_of
+from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
 from aurora_sgl.training.selection import HELD_OUT, Selection, select
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import Progress, TrainResult, train
@@ -183,9 +183,9 @@ class _Run:
             selection = select(s, self.group_id, settings)
         if left is None:
             return selection
-        known = {row.request_id: row for row in selection.known}
+        recent = {row.request_id: row for row in selection.recent}
         window, replay, dev, held_out = (
-            [known[i] for i in ids if i in known]
+            [recent[i] for i in ids if i in recent]
             for ids in (left.window, left.replay, left.dev, left.held_out)
         )
         return replace(selection, window=window, replay=replay, dev=dev, held_out=held_out)
@@ -198,7 +198,7 @@ class _Run:
             base.config,
             dev_share=settings.dev_share,
             gate_share=settings.gate_share,
-            donors=selection.known,
+            donors=selection.recent,
             steps_of=_Steps(self.engine) if settings.needs_log else None,
             weights=by_recency(selection.window, settings.recency_half_life),
             after_rejection_weight=settings.after_rejection_weight,
@@ -265,9 +265,9 @@ class _Run:
             self._say({"event": "line_search", "done": done, "of": most})
 
         say(0, 1 + len(line_search.ALPHAS))
-        found = line_search.search(base, start, result.drafter, data.dev, head, self.settings, say)
-        self.columns["metrics"] |= found.metrics
-        return found.drafter
+        search = line_search.search(base, start, result.drafter, data.dev, head, self.settings, say)
+        self.columns["metrics"] |= search.metrics
+        return search.drafter
 
     def _train(
         self,
@@ -294,7 +294,7 @@ class _Run:
         self,
         base_version_id: int,
         result: TrainResult,
-        replays: tuple[list[Replayed], list[Replayed]],
+        replays: tuple[list[RequestReplay], list[RequestReplay]],
         work: Path,
     ) -> Outcome:
         folder = checkpoint.save(result.drafter, work / "candidate")
@@ -361,9 +361,9 @@ def _waiting(work: Callable[[], T]) -> T:
     return patiently(work, AWAY_SECONDS)
 
 
-def _plan(settings: TrainSettings, base_sha256: str, selection: Selection) -> Plan:
+def _plan(settings: TrainSettings, base_sha256: str, selection: Selection) -> RunPlan:
     parts = (selection.window, selection.replay, selection.dev, selection.held_out)
-    return Plan(
+    return RunPlan(
         settings_of(settings), base_sha256, *([row.request_id for row in part] for part in parts)
     )
 

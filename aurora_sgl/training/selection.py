@@ -29,7 +29,7 @@ class Selection:
     replay: list[RecentRequest]  # older, or of other domains, against forgetting
     dev: list[RecentRequest]  # of conversations that are only trained on with another dev share
     held_out: list[RecentRequest]  # that can be judged, of conversations that no run trains on
-    known: list[RecentRequest]  # all that may fill a cached prefix, the others among them
+    recent: list[RecentRequest]  # all that may fill a cached prefix, the others among them
     not_judged: Counter[str] = field(default_factory=Counter)  # held-out ones left out, by reason
 
     @property
@@ -43,8 +43,8 @@ def select(
     s: Session, group_id: int, settings: TrainSettings, now: datetime | None = None
 ) -> Selection:
     """The newest requests that may be learned from, by number, age and domain."""
-    known = queries.requests.recent_requests(s, group_id, limit=REACH)
-    wanted = [row for row in known if not settings.domains or row.domain in settings.domains]
+    recent = queries.requests.recent_requests(s, group_id, limit=REACH)
+    wanted = [row for row in recent if not settings.domains or row.domain in settings.domains]
     if settings.window_hours:
         since = (now or utc_now()) - timedelta(hours=settings.window_hours)
         wanted = [row for row in wanted if row.finished_at >= since]
@@ -53,10 +53,10 @@ def select(
         row.request_id: split_of(
             split_key(row), dev_share=settings.dev_share, gate_share=settings.gate_share
         )
-        for row in known
+        for row in recent
     }
     window = [row for row in wanted[: settings.window] if side[row.request_id] == "train"]
-    dev = [row for row in known if side[row.request_id] == "dev" and not why_not_judged(row)]
+    dev = [row for row in recent if side[row.request_id] == "dev" and not why_not_judged(row)]
     held_out, not_judged = [], Counter[str]()
     for row in wanted:
         if side[row.request_id] == "gate":
@@ -65,14 +65,14 @@ def select(
             else:
                 held_out.append(row)
     taken = {row.request_id for row in wanted[: settings.window]}
-    rest = [row for row in known
+    rest = [row for row in recent
             if row.request_id not in taken and side[row.request_id] == "train"]  # fmt: skip
     return Selection(
         window,
         _draw(rest, len(window), settings),
         _in_turns(dev, settings.dev_requests),
         held_out,
-        known,
+        recent,
         not_judged,
     )
 

@@ -9,8 +9,8 @@ from aurora_sgl.drafter import vocabulary
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.sequences.sequence import Sequence
-from aurora_sgl.training.objectives.base import Step
-from aurora_sgl.training.proposals import logged_step, proposed_at
+from aurora_sgl.training.objectives.base import UnrolledStep
+from aurora_sgl.training.proposals import logged_step, logged_tokens
 
 
 class TargetRows:
@@ -46,7 +46,7 @@ class TargetRows:
         needs_mass: bool,
         needs_proposals: bool = False,
         reference: list[torch.Tensor] | None = None,  # logits of the frozen drafter
-    ) -> list[Step]:
+    ) -> list[UnrolledStep]:
         """Pair the drafter's logits with the target's distribution of the same positions."""
         begin = first_row + 1
         end = min(len(best), begin + len(logits[0]) + len(logits) - 1)
@@ -55,22 +55,24 @@ class TargetRows:
         log_p = scores.log_softmax(-1)
         token = self.draft_of[best[begin:end]]
         follows = best[begin:end] == sequence.tokens[begin + 1 : end + 1]
-        logged = proposed_at(sequence, first_row, self.draft_of_on_host) if needs_proposals else {}
+        logged = (
+            logged_tokens(sequence, first_row, self.draft_of_on_host) if needs_proposals else {}
+        )
         mass = self._mass(last, scores) if needs_mass else None
         paired = []
         for k, step_logits in enumerate(logits):
             count = min(len(step_logits), len(last) - k)
             if count <= 0:
                 break
-            at = slice(k, k + count)
+            rows = slice(k, k + count)
             paired.append(
-                Step(
+                UnrolledStep(
                     log_q=F.log_softmax(step_logits[:count], -1),
-                    log_p=log_p[at],
-                    mass=mass[at] if mass is not None else None,
-                    token=token[at],
+                    log_p=log_p[rows],
+                    mass=mass[rows] if mass is not None else None,
+                    token=token[rows],
                     weight=weight[:count],
-                    follows=follows[at],
+                    follows=follows[rows],
                     log_r=F.log_softmax(reference[k][:count], -1) if reference else None,
                     logged=logged_step(logged.get(k, ()), count, log_p.device),
                 )

@@ -44,8 +44,8 @@ class Team:
             return dict(numbers)
         held: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(held, dict(numbers))
-        found: dict[str, float] = {}
+        sums: dict[str, float] = {}
         for each in held:
             for name, value in each.items():
-                found[name] = found.get(name, 0.0) + value
-        return found
+                sums[name] = sums.get(name, 0.0) + value
+        return sums

@@ -65,7 +65,7 @@ def train(
     head = head.to(device)
     learner = Learner(copy.deepcopy(drafter).float().to(device), sequences, head, settings, team)
     stopping = EarlyStop(dev, head, settings) if dev is not None and len(dev) else None
-    run = _Run(learner, stopping, checkpoints, progress, clock)
+    run = _RunState(learner, stopping, checkpoints, progress, clock)
     run.take_up()
     while run.number < len(run.plan) and not run.over:
         run.one_pass()
@@ -73,7 +73,7 @@ def train(
     return TrainResult(best.cpu(), learner.updates, run.tokens, run.metrics())
 
 
-class _Run:
+class _RunState:
     """How far a run came: all but the weights."""
 
     def __init__(
@@ -91,7 +91,7 @@ class _Run:
         self.plan = self._passes()
         self.total = sum(map(len, self.plan))
         self.number = self.place = 0  # of the pass, and of the next update in it
-        self.tokens = self.unreadable = self.seen = self.resumed_at = 0
+        self.tokens = self.unreadable = self.updates_done = self.resumed_at = 0
         self.seconds = self.before = 0.0  # as process 0 has them; spent before a kill
         self.why = "too short"
         self.over = False
@@ -102,7 +102,7 @@ class _Run:
     def one_pass(self) -> None:
         updates = self.plan[self.number]
         while self.place < len(updates):
-            if self._out_of_time():
+            if self._is_out_of_time():
                 self.over = True
                 return
             self._note(
@@ -124,10 +124,10 @@ class _Run:
 
     def take_up(self) -> None:
         """Go on from the last checkpoint, if there is one of this very run."""
-        found = None
+        own = None
         if self.checkpoints is not None and self.team.rank == 0:
-            found = self.checkpoints.load()
-        state = self.team.share(found)
+            own = self.checkpoints.load()
+        state = self.team.share(own)
         if state is None or state["requests"] != len(self.learner.sequences):
             return
         self.learner.load(state["learner"])
@@ -139,10 +139,10 @@ class _Run:
 
     def _save(self, *, always: bool) -> None:
         kept = self.checkpoints
-        if kept is None or self.team.rank or not (kept.seconds and (always or kept.due)):
+        if kept is None or self.team.rank or not (kept.seconds and (always or kept.is_due)):
             return
         names = (
-            "number", "place", "tokens", "unreadable", "seen", "seconds", "over", "losses",
+            "number", "place", "tokens", "unreadable", "updates_done", "seconds", "over", "losses",
             "statistics",
         )  # fmt: skip
         self.seconds = self._clock()
@@ -157,10 +157,10 @@ class _Run:
 
     def _passes(self) -> list[list[list[int]]]:
         """The updates of each pass; a small window gets more passes, up to ``least_updates``."""
-        found = [self._batches(number) for number in range(self.settings.passes)]
-        while sum(map(len, found)) < self.settings.least_updates:
-            found.append(self._batches(len(found)))
-        return found
+        passes = [self._batches(number) for number in range(self.settings.passes)]
+        while sum(map(len, passes)) < self.settings.least_updates:
+            passes.append(self._batches(len(passes)))
+        return passes
 
     def _batches(self, number: int) -> list[list[int]]:
         sequences, settings = self.learner.sequences, self.settings
@@ -174,7 +174,7 @@ class _Run:
         )
 
     def _note(self, update: Update) -> None:
-        self.seen += 1
+        self.updates_done += 1
         self.seconds = update.seconds
         self.tokens += update.positions
         self.unreadable += update.unreadable
@@ -187,12 +187,12 @@ class _Run:
         return self.before + self.now() - self.started
 
     def _done(self) -> float:
-        share = self.seen / max(1, self.total)
+        share = self.updates_done / max(1, self.total)
         if self.settings.max_seconds:
             share = max(share, self.seconds / self.settings.max_seconds)
         return min(1.0, share)
 
-    def _out_of_time(self) -> bool:
+    def _is_out_of_time(self) -> bool:
         limit = self.settings.max_seconds
         return bool(limit) and self.seconds > limit
 
@@ -216,7 +216,7 @@ class _Run:
                 "event": "update",
                 "pass": self.number + 1,
                 "passes": len(self.plan),
-                "update": self.seen,
+                "update": self.updates_done,
                 "updates": self.total,
                 "loss": self.losses[-1],
                 "tokens": self.tokens,
@@ -229,7 +229,7 @@ class _Run:
         seconds = max(1e-9, self._clock())
         share = max(1, len(self.losses) // len(self.plan))
         finite = [x for x in self.losses if math.isfinite(x)]
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "updates": self.learner.updates,
             "trained_tokens": self.tokens,
             "unreadable": self.unreadable,
@@ -241,19 +241,19 @@ class _Run:
             **{f"{name}_last_pass": _mean(x[-share:]) for name, x in self.statistics.items()},
         }
         if "reward_mean" in self.statistics:
-            found["reward_curve"] = _curve(self.statistics["reward_mean"])
+            values["reward_curve"] = _curve(self.statistics["reward_mean"])
         if self.resumed_at:
-            found["resumed_at"] = self.resumed_at
+            values["resumed_at"] = self.resumed_at
         if self.checkpoints is not None and self.checkpoints.error:
-            found["checkpoint_error"] = self.checkpoints.error
+            values["checkpoint_error"] = self.checkpoints.error
         if self.stopping is not None:
-            found["dev_accept_length"] = self.stopping.history
-        return found
+            values["dev_accept_length"] = self.stopping.history
+        return values
 
 
 def _length(sequences: Sequences, index: int) -> int:
-    known = getattr(sequences, "length", None)
-    return int(known(index)) if known is not None else sequences[index].rows
+    length_of = getattr(sequences, "length", None)
+    return int(length_of(index)) if length_of is not None else sequences[index].rows
 
 
 def _mean(values: list[float]) -> float | None:

@@ -12,7 +12,7 @@ from aurora_sgl import store
 from aurora_sgl.config import GateSettings
 from aurora_sgl.evaluation.gate import FAIL, INCONCLUSIVE, PASS, judge, spent_by
 from aurora_sgl.evaluation.record import record
-from aurora_sgl.evaluation.replay import Replayed
+from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.rollout import promote
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Evaluation
@@ -21,15 +21,17 @@ from aurora_sgl.training.settings import TrainSettings
 RECIPE = TrainSettings(depth=3, topk=1)
 
 
-def replayed(count: int, accepted: int, *, domain: str = "chat", first: int = 1) -> list[Replayed]:
+def replayed(
+    count: int, accepted: int, *, domain: str = "chat", first: int = 1
+) -> list[RequestReplay]:
     """Requests of 40 steps that accept this much each, give or take two."""
     return [
-        Replayed(number, 40, accepted + number % 5 - 2, domain)
+        RequestReplay(number, 40, accepted + number % 5 - 2, domain)
         for number in range(first, first + count)
     ]
 
 
-def more(found: list[Replayed], accepted: int) -> list[Replayed]:
+def more(found: list[RequestReplay], accepted: int) -> list[RequestReplay]:
     return [replace(one, accepted=one.accepted + accepted + one.request_id % 3) for one in found]
 
 
@@ -94,8 +96,8 @@ def test_the_row_has_what_repeats_the_comparison(engine: Engine) -> None:
                  recipe=RECIPE)  # fmt: skip
     told = row.details
     again = judge(
-        [Replayed(r[0], r[3], r[2], r[1]) for r in told["requests"]],
-        [Replayed(r[0], r[5], r[4], r[1]) for r in told["requests"]],
+        [RequestReplay(r[0], r[3], r[2], r[1]) for r in told["requests"]],
+        [RequestReplay(r[0], r[5], r[4], r[1]) for r in told["requests"]],
         attempt=row.attempt or 0,
         fewest=told["fewest"],
         seed=told["seed"],

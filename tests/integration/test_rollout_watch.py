@@ -14,7 +14,7 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.errors import Refused
 from aurora_sgl.evaluation.record import record
-from aurora_sgl.evaluation.replay import Replayed
+from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.rollout import promote, rollback, watch
 from aurora_sgl.rollout.watch import WatchStatus
 from aurora_sgl.scheduler.facts import recipe_as_served
@@ -111,7 +111,7 @@ def test_training_and_replay_take_whole_trees_whatever_most_steps_carried(engine
 
 def test_where_nothing_was_served_before_replay_says_what_to_expect(engine: Engine) -> None:
     house = RolloutHouse(engine)
-    requests = [Replayed(number, 60, 52, "chat") for number in range(1, 13)]
+    requests = [RequestReplay(number, 60, 52, "chat") for number in range(1, 13)]
     with store.session(engine, write=False) as s:
         recipe = TrainSettings(**recipe_as_served(s, house.group_id, {"depth": 3, "topk": 1}))
     worse = [replace(one, accepted=20) for one in requests]

@@ -13,7 +13,7 @@ from drafter_cases import requests, target_folder
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import architectures, scratch
 from aurora_sgl.drafter.architectures import ARCHITECTURES
-from aurora_sgl.drafter.model import Drafter, Proposal, accepted_of
+from aurora_sgl.drafter.model import Draft, Drafter, accepted_of
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
 
@@ -136,7 +136,7 @@ def test_accepted_drafts_are_counted_as_a_walk_through_the_whole_drafts_counts_t
 
 
 def test_a_walk_through_a_draft_stops_at_the_first_token_that_no_child_has() -> None:
-    draft = Proposal(tokens=[4, 5, 6, 5], parents=[0, 0, 2, 1])
+    draft = Draft(tokens=[4, 5, 6, 5], parents=[0, 0, 2, 1])
     assert [accepted_of(draft, log) for log in ([5, 6, 9], [4, 5], [4, 6], [6], [])] == [
         2, 2, 1, 0, 0,
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from drafter_cases import VOCAB, requests, target_folder
 
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.evaluation.replay import determined, replay_one
+from aurora_sgl.evaluation.replay import is_determined, replay_one
 from benchmarks.learning import served
 from benchmarks.measure import SHAPES
 from benchmarks.static_drafter import LARGEST
@@ -24,7 +24,7 @@ def test_the_verify_steps_of_a_served_request_are_those_of_replay(tmp_path: Path
         steps = [
             step
             for step in served(drafter, one, head)
-            if determined(step.root, step.accepted, len(one.tokens), shape.depth)
+            if is_determined(step.root, step.accepted, len(one.tokens), shape.depth)
         ]
         replayed = replay_one(drafter, one, shape, head)
         assert len(steps) == replayed.verify_steps

@@ -16,7 +16,7 @@ from aurora_sgl.drafter import scratch
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.evaluation.gate import PASS, judge
-from aurora_sgl.evaluation.replay import Replayed, replay_one
+from aurora_sgl.evaluation.replay import RequestReplay, replay_one
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
@@ -45,7 +45,7 @@ class World:
         drafter = scratch.make(self.folder, draft_vocab_size=VOCAB, seed=1)
         return train(drafter, served, self.head, SETTINGS).drafter.eval()
 
-    def replay(self, drafter: Drafter, held_out: list[Sequence]) -> list[Replayed]:
+    def replay(self, drafter: Drafter, held_out: list[Sequence]) -> list[RequestReplay]:
         return [replay_one(drafter, each, SETTINGS.shape, self.head) for each in held_out]
 
 

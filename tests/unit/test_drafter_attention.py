@@ -10,9 +10,9 @@ from attention_cases import Case, answers, cases, define, given, relative_errors
 
 from aurora_sgl.config import get_settings
 from aurora_sgl.drafter.attention import Seen, attend, backends, flashinfer, kernels, using
-from aurora_sgl.drafter.attention.function import Attention
+from aurora_sgl.drafter.attention.function import AttentionFunction
 from aurora_sgl.drafter.attention.kernels import Kernels, plain, sdpa
-from aurora_sgl.drafter.attention.states import State, merge
+from aurora_sgl.drafter.attention.states import AttentionState, merge
 from aurora_sgl.errors import AuroraError
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_autograd_agrees_with_finite_differences() -> None:
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *own: torch.Tensor):
         picked = seen.pick(key), seen.pick(value)
-        return Attention.apply(Kernels("plain", plain), seen, query, *picked, *own, None)
+        return AttentionFunction.apply(Kernels("plain", plain), seen, query, *picked, *own, None)
 
     assert torch.autograd.gradcheck(run, inputs.tensors, fast_mode=True)
 
@@ -112,7 +112,7 @@ def test_states_of_two_halves_merge_into_the_state_of_the_whole(kernel: kernels.
     query = 4 * torch.randn(5, 4, 8, generator=generator, dtype=torch.float64)
     key, value = (torch.randn(11, 2, 8, generator=generator, dtype=torch.float64) for _ in "kv")
 
-    def over(rows: slice) -> State:
+    def over(rows: slice) -> AttentionState:
         count = len(range(11)[rows])
         return kernel(query, key[rows], value[rows], Seen.masks([torch.ones(5, count) > 0]))
 
@@ -121,7 +121,7 @@ def test_states_of_two_halves_merge_into_the_state_of_the_whole(kernel: kernels.
     torch.testing.assert_close(merged.lse, whole.lse)
     scores = torch.einsum("qhd,thd->qht", query, key.repeat_interleave(2, 1)) / 8**0.5
     torch.testing.assert_close(whole.lse, torch.log2(scores.exp().sum(-1)))
-    nothing = State(torch.zeros_like(whole.out), torch.full_like(whole.lse, -math.inf))
+    nothing = AttentionState(torch.zeros_like(whole.out), torch.full_like(whole.lse, -math.inf))
     torch.testing.assert_close(merge(whole, nothing).out, whole.out)
 
 

@@ -16,11 +16,11 @@ from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.architectures import ARCHITECTURES, has_algorithm, read_config
 from aurora_sgl.drafter.config import DrafterConfig
-from aurora_sgl.drafter.model import Drafter, Proposal
+from aurora_sgl.drafter.model import Draft, Drafter
 from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.evaluation.replay import replay, replay_both
 from aurora_sgl.training.objectives import OBJECTIVES
-from aurora_sgl.training.objectives.base import Loss, LossContext, Step, decayed_mean
+from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep, decayed_mean
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
@@ -98,14 +98,14 @@ class Bigram(Drafter):
         roots: torch.Tensor,
         shape: DraftShape,
         head: TargetHead,
-    ) -> list[Proposal]:
+    ) -> list[Draft]:
         token, state, chain = tokens[roots], features[roots - 1], []
         for _ in range(shape.depth):
             state = self.step(head.embed(token, self.dtype), state)
             token = (state @ head.lm_head.to(state.dtype).T).argmax(-1)
             chain.append(token)
         parents = list(range(shape.depth))
-        return [Proposal(row, parents) for row in torch.stack(chain, 1).tolist()]
+        return [Draft(row, parents) for row in torch.stack(chain, 1).tolist()]
 
 
 class MarginLoss:
@@ -123,13 +123,13 @@ class MarginLoss:
     def from_settings(cls, settings: ObjectiveSettings) -> Self:
         return cls(settings.step_decay)
 
-    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
+    def __call__(self, steps: Sequence[UnrolledStep], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         losses = [self._behind(step) for step in steps]
         weights = [step.weight * (step.token >= 0) for step in steps]
         return Loss(decayed_mean(losses, weights, self.step_decay), {"margin": 1.0})
 
     @staticmethod
-    def _behind(step: Step) -> torch.Tensor:  # [rows]
+    def _behind(step: UnrolledStep) -> torch.Tensor:  # [rows]
         own = step.token.clamp(min=0)[:, None]
         rival = step.log_q.scatter(-1, own, float("-inf")).max(-1).values
         return (1 - step.log_q.gather(-1, own).squeeze(-1) + rival).clamp(min=0)

@@ -14,7 +14,7 @@ from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.drafter.vocabulary import maps
-from aurora_sgl.evaluation.replay import determined, replay, replay_one
+from aurora_sgl.evaluation.replay import is_determined, replay, replay_one
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequence
 
@@ -101,7 +101,7 @@ def test_fast_replay_agrees_with_a_plain_server_step_by_step(
                 shape.nodes,
             )
         length = len(sequence.tokens)
-        known = [(r, a) for r, a in steps if determined(r, a, length, shape.depth)]
+        known = [(r, a) for r, a in steps if is_determined(r, a, length, shape.depth)]
         result = replay_one(drafter, sequence, shape, head)
         assert (result.verify_steps, result.accepted) == (len(known), sum(a for _, a in known))
         seen.update(a for _, a in known)
@@ -110,10 +110,10 @@ def test_fast_replay_agrees_with_a_plain_server_step_by_step(
 
 def test_a_step_that_reaches_the_end_of_the_log_before_its_depth_is_undetermined() -> None:
     # 10 tokens, draft of depth 4: from root 7 two tokens are known.
-    assert determined(7, 1, 10, 4)
-    assert not determined(7, 2, 10, 4)
-    assert determined(7, 2, 10, 2)
-    assert not determined(9, 0, 10, 4)
+    assert is_determined(7, 1, 10, 4)
+    assert not is_determined(7, 2, 10, 4)
+    assert is_determined(7, 2, 10, 2)
+    assert not is_determined(9, 0, 10, 4)
 
 
 def test_features_that_end_early_end_the_replay_early() -> None:

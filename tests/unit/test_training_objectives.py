@@ -18,21 +18,21 @@ from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training import objectives
-from aurora_sgl.training.objectives.base import Step
+from aurora_sgl.training.objectives.base import UnrolledStep
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.lk import LK
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 from aurora_sgl.training.target_rows import TargetRows
 
 
-def steps_of(count: int, *, requires_grad: bool = False) -> list[Step]:
+def steps_of(count: int, *, requires_grad: bool = False) -> list[UnrolledStep]:
     generator = torch.Generator().manual_seed(0)
     steps = []
     for k in range(count):
         rows = 6 - k
         logits = torch.randn(rows, 5, generator=generator, requires_grad=requires_grad)
         steps.append(
-            Step(
+            UnrolledStep(
                 log_q=logits.log_softmax(-1),
                 log_p=torch.randn(rows, 5, generator=generator).log_softmax(-1),
                 mass=torch.rand(rows, generator=generator),
@@ -43,7 +43,7 @@ def steps_of(count: int, *, requires_grad: bool = False) -> list[Step]:
     return steps
 
 
-def plain_kl(steps: list[Step], decay: float) -> float:
+def plain_kl(steps: list[UnrolledStep], decay: float) -> float:
     total = 0.0
     for k, step in enumerate(steps):
         summed = 0.0
@@ -55,7 +55,7 @@ def plain_kl(steps: list[Step], decay: float) -> float:
     return total
 
 
-def plain_lk(steps: list[Step], decay: float, eta: float) -> float:
+def plain_lk(steps: list[UnrolledStep], decay: float, eta: float) -> float:
     total = 0.0
     for k, step in enumerate(steps):
         summed = 0.0
@@ -90,7 +90,9 @@ def test_a_drafter_that_equals_the_target_has_no_gradient(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(4, 5, generator=generator, requires_grad=True)
     log_p = logits.detach().log_softmax(-1)
-    step = Step(logits.log_softmax(-1), log_p, torch.ones(4), torch.zeros(4).long(), torch.ones(4))
+    step = UnrolledStep(
+        logits.log_softmax(-1), log_p, torch.ones(4), torch.zeros(4).long(), torch.ones(4)
+    )
     objectives.make(ObjectiveSettings(objective=name))([step]).value.backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None and float(logits.grad.abs().max()) < 1e-5
 
@@ -100,7 +102,7 @@ def test_positions_outside_the_draft_vocabulary_do_not_pull(name: str) -> None:
     logits = torch.zeros(2, 5, requires_grad=True)
     log_p = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     token = torch.tensor([-1, 2])
-    step = Step(logits.log_softmax(-1), log_p, torch.ones(2), token, torch.ones(2))
+    step = UnrolledStep(logits.log_softmax(-1), log_p, torch.ones(2), token, torch.ones(2))
     objectives.make(ObjectiveSettings(objective=name))([step]).value.backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     assert float(logits.grad[0].abs().max()) == 0 < float(logits.grad[1].abs().max())

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from aurora_sgl.sequences.sequence import LoggedProposal, Sequence
-from aurora_sgl.training.objectives.base import Logged, LossContext, Step
+from aurora_sgl.training.objectives.base import LoggedTokens, LossContext, UnrolledStep
 from aurora_sgl.training.objectives.distil_then_rl import DistilThenRL
 from aurora_sgl.training.objectives.expected_accept_length import ExpectedAcceptLength
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.policy_gradient import PolicyGradient, logged_advantage
-from aurora_sgl.training.proposals import proposed_at
+from aurora_sgl.training.proposals import logged_tokens
 
 VOCAB = 5
 
@@ -27,7 +27,7 @@ def leaves(rows: tuple[int, ...] = (4, 3, 2)) -> list[torch.Tensor]:
     ]
 
 
-def steps_of(logits: list[torch.Tensor], **more: object) -> list[Step]:
+def steps_of(logits: list[torch.Tensor], **more: object) -> list[UnrolledStep]:
     generator = torch.Generator().manual_seed(9)
     steps = []
     for one in logits:
@@ -35,7 +35,7 @@ def steps_of(logits: list[torch.Tensor], **more: object) -> list[Step]:
         token = torch.randint(0, VOCAB, (count,), generator=generator)
         token[0] = -1 if len(steps) == 1 else token[0]
         steps.append(
-            Step(
+            UnrolledStep(
                 log_q=one.log_softmax(-1),
                 log_p=torch.randn(count, VOCAB, generator=generator).double().log_softmax(-1),
                 mass=None,
@@ -48,7 +48,9 @@ def steps_of(logits: list[torch.Tensor], **more: object) -> list[Step]:
     return steps
 
 
-def plain_expected(logits: list[torch.Tensor], steps: list[Step], topk: int) -> list[torch.Tensor]:
+def plain_expected(
+    logits: list[torch.Tensor], steps: list[UnrolledStep], topk: int
+) -> list[torch.Tensor]:
     """Row by row, in scalars: sum over depths of the product of what is accepted on the way."""
     found = []
     for row in range(len(logits[0])):
@@ -98,7 +100,7 @@ def test_the_sampled_policy_gradient_is_the_gradient_of_the_exact_expected_rewar
     logits = leaves((1, 1))
     steps = steps_of(logits)
     steps = [
-        Step(s.log_q, s.log_p, None, torch.tensor([k]), torch.ones(1).double())
+        UnrolledStep(s.log_q, s.log_p, None, torch.tensor([k]), torch.ones(1).double())
         for k, s in enumerate(steps)
     ]
     exact = sum(plain_expected(logits, [_following(s) for s in steps], 1))
@@ -114,8 +116,8 @@ def test_the_sampled_policy_gradient_is_the_gradient_of_the_exact_expected_rewar
     assert float(rollouts.reward.mean()) == pytest.approx(float(exact), abs=0.02)  # type: ignore[arg-type]
 
 
-def _following(step: Step) -> Step:
-    return Step(step.log_q, step.log_p, None, step.token, step.weight, torch.tensor([True]))
+def _following(step: UnrolledStep) -> UnrolledStep:
+    return UnrolledStep(step.log_q, step.log_p, None, step.token, step.weight, torch.tensor([True]))
 
 
 def test_a_draft_earns_nothing_behind_its_first_rejection_and_deeper_drafts_earn_less() -> None:
@@ -174,13 +176,13 @@ def test_the_clipped_loss_equals_a_plain_loop_over_the_drafts() -> None:
 
 def test_rejected_proposals_are_pushed_down_and_accepted_ones_up() -> None:
     logits = torch.zeros(2, VOCAB, dtype=torch.float64, requires_grad=True)
-    logged = Logged(
+    logged = LoggedTokens(
         row=torch.tensor([0, 0, 1]),
         token=torch.tensor([2, 3, 4]),
         reward=torch.tensor([2.0, 0.0, 0.0]),
         group=torch.tensor([5, 5, 9]),
     )
-    step = Step(
+    step = UnrolledStep(
         logits.log_softmax(-1),
         torch.full((2, VOCAB), -math.log(VOCAB)).double(),
         None,
@@ -201,11 +203,14 @@ def test_the_reference_holds_the_drafter_and_its_distance_is_logged() -> None:
     logits = leaves()
     plain = steps_of(logits)
     held = [
-        Step(s.log_q, s.log_p, None, s.token, s.weight, s.follows, s.log_q.detach()) for s in plain
+        UnrolledStep(s.log_q, s.log_p, None, s.token, s.weight, s.follows, s.log_q.detach())
+        for s in plain
     ]
     same = PolicyGradient(beta=1.0)(held)
     assert same.statistics["kl_to_reference"] == pytest.approx(0, abs=1e-9)
-    away = [Step(s.log_q, s.log_p, None, s.token, s.weight, s.follows, s.log_p) for s in plain]
+    away = [
+        UnrolledStep(s.log_q, s.log_p, None, s.token, s.weight, s.follows, s.log_p) for s in plain
+    ]
     expected = sum(
         0.8**k * float(((s.log_q.exp() * (s.log_q - s.log_p)).sum(-1) * s.weight).mean())
         for k, s in enumerate(plain)
@@ -233,7 +238,7 @@ def test_logged_drafts_give_siblings_along_the_accepted_path_and_nothing_below_a
     )
     draft_of = torch.arange(10)
     draft_of[5] = -1  # token 5 has left the draft vocabulary
-    found = proposed_at(sequence, 1, draft_of)
+    found = logged_tokens(sequence, 1, draft_of)
     assert [(p.row, p.token, p.reward) for p in found[0]] == [(1, 2, 1.0)]
     assert [(p.row, p.token, p.reward) for p in found[1]] == [(1, 6, 0.0), (1, 0, 0.0)]
     assert set(found) == {0, 1}

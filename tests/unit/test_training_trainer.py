@@ -21,7 +21,7 @@ from aurora_sgl.evaluation.replay import replay, replay_both
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.objectives import OBJECTIVES
-from aurora_sgl.training.resume import Checkpoints, Plan
+from aurora_sgl.training.resume import Checkpoints, RunPlan
 from aurora_sgl.training.scale import train_on_workers
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_that_was_not(tmp_path: 
     drafter, head = world(tmp_path / "t")
     data, dev = requests(head, 6), requests(head, 4, seed=5)
     settings = TrainSettings(passes=3, checkpoint_seconds=1e-9, patience=3)
-    plan = Plan({}, "base", [1], [2], [3], [4])
+    plan = RunPlan({}, "base", [1], [2], [3], [4])
     whole = train(drafter, data, head, settings, dev=dev)
 
     class Killed(BaseException):
@@ -212,13 +212,13 @@ def test_a_broken_checkpoint_or_another_plan_starts_anew(tmp_path: Path) -> None
     drafter, head = world(tmp_path / "t")
     data, settings = requests(head, 3), TrainSettings(passes=1, checkpoint_seconds=1e-9)
     kept = Checkpoints(tmp_path / "kept", 1e-9)
-    kept.begin(Plan({}, "base", [1], [], [], []))
+    kept.begin(RunPlan({}, "base", [1], [], [], []))
     train(drafter, data, head, settings, checkpoints=kept)
     state = tmp_path / "kept" / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     result = train(drafter, data, head, settings, checkpoints=kept)
     assert result.updates == 3 and "resumed_at" not in result.metrics
-    kept.begin(Plan({}, "base", [1, 2], [], [], []))
+    kept.begin(RunPlan({}, "base", [1, 2], [], [], []))
     assert kept.load() is None and not state.exists()
 
 
@@ -226,7 +226,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path: Path) -> Non
     drafter, head = world(tmp_path / "t")
     (tmp_path / "file").write_text("in the way of a folder")
     kept = Checkpoints(tmp_path / "file" / "kept", 1e-9)
-    kept.begin(Plan({}, "base", [1], [], [], []))
+    kept.begin(RunPlan({}, "base", [1], [], [], []))
     result = train(drafter, requests(head, 2), head, TrainSettings(passes=1), checkpoints=kept)
     assert result.updates == 2 and "no checkpoint" in result.metrics["checkpoint_error"]
 

@@ -11,7 +11,7 @@ import torch
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.drafter import vocabulary
-from aurora_sgl.sequences.near_duplicates import alike
+from aurora_sgl.sequences.near_duplicates import near_duplicates
 from aurora_sgl.sequences.sample_weights import by_recency, by_rejection
 from aurora_sgl.sequences.splits import sides, split_of
 from aurora_sgl.store.queries.requests import RecentRequest
@@ -82,10 +82,13 @@ def test_prompts_that_differ_in_a_word_are_alike_and_others_are_not() -> None:
     prompts[100] = changed
     prompts[101] = prompts[7].copy()
     prompts[102] = np.concatenate([form, prompt(60, 9)[:30], prompt(60, 500)[:30]])
-    found = alike(prompts)
+    found = near_duplicates(prompts)
     assert set(found) == {3, 100, 7, 101}
     assert found[3] == found[100] != found[7] == found[101]
-    assert alike({5: prompts[3], 6: changed})[5] == alike({8: changed, 9: prompts[3]})[8]
+    assert (
+        near_duplicates({5: prompts[3], 6: changed})[5]
+        == near_duplicates({8: changed, 9: prompts[3]})[8]
+    )
 
 
 def test_no_prompt_is_trained_on_that_a_held_out_one_nearly_repeats() -> None:

@@ -21,7 +21,7 @@ from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import beam
 from aurora_sgl.drafter.attention import Seen, attend
 from aurora_sgl.drafter.config import DrafterConfig
-from aurora_sgl.drafter.model import Drafter, Proposal
+from aurora_sgl.drafter.model import Draft, Drafter
 from aurora_sgl.drafter.rope import inverse_frequencies, rotate
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
@@ -167,9 +167,9 @@ class OneLayerDrafter(Drafter):
         layer = self.layer
         attention = layer.self_attn
         query = rotate(attention.heads(attention.q_proj(mixed)), positions, self._frequencies())
-        seen = attend(query, *text, last_row, *(own or (None, None)))
+        attended = attend(query, *text, last_row, *(own or (None, None)))
         normed, residual = layer.post_attention_layernorm.after_add(
-            attention.o_proj(seen.flatten(-2)), residual
+            attention.o_proj(attended.flatten(-2)), residual
         )
         return self.read(layer.mlp(normed), residual)
 
@@ -222,7 +222,7 @@ class OneLayerDrafter(Drafter):
         roots: torch.Tensor,
         shape: DraftShape,
         head: TargetHead,
-    ) -> list[Proposal]:
+    ) -> list[Draft]:
         beams = beam.beams(self, tokens, features, roots, shape, head, whole=True)
         return [proposal for one in beams for proposal in one.proposals()]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from aurora_sgl.drafter.attention.backends import NAMES, choose, using
-from aurora_sgl.drafter.attention.function import Attention
+from aurora_sgl.drafter.attention.function import AttentionFunction
 from aurora_sgl.drafter.attention.seen import Seen
 
 __all__ = ["NAMES", "Seen", "attend", "using"]
@@ -43,7 +43,7 @@ def attend(
     if own_key is not None and own_value is not None:
         own_key, own_value = own_key.to(query.dtype), own_value.to(query.dtype)
     kernels = choose(query, key.shape[1])
-    out: torch.Tensor = Attention.apply(  # type: ignore[no-untyped-call]
+    out: torch.Tensor = AttentionFunction.apply(  # type: ignore[no-untyped-call]
         kernels, seen, query, key, value, own_key, own_value, own_seen
     )
     return out

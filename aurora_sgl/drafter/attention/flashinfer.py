@@ -1,7 +1,7 @@
 """FlashInfer's kernels on CUDA: ragged prefill for the text rows, ``merge_state`` for the rest.
 
 Written against flashinfer_python 0.6.15 (SGLang 0.5.17) and 0.6.18 (SGLang 0.5.21), whose wrappers
-take the same arguments. FlashInfer has no backward: :class:`function.Attention` supplies it. Its
+take the same arguments. FlashInfer has no backward: :class:`function.AttentionFunction` supplies it. Its
 first use compiles kernels, a minute once for each machine, unless flashinfer-jit-cache is there.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from aurora_sgl.drafter.attention.kernels import Kernels, plain
 from aurora_sgl.drafter.attention.seen import Seen
-from aurora_sgl.drafter.attention.states import State, merge
+from aurora_sgl.drafter.attention.states import AttentionState, merge
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
@@ -84,17 +84,21 @@ def _checkered(queries: int, rows: int, device: torch.device) -> torch.Tensor:
     return number % 3 != 0
 
 
-def _text(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen) -> State:
+def _text(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen
+) -> AttentionState:
     with torch.cuda.device(query.device):
         wrapper = _wrappers(query.device, seen.mask is not None).plan(seen, query, key.shape[1])
         tensors = (x.contiguous() for x in (query, key, value))
-        return State(*wrapper.run(*tensors, return_lse=True))
+        return AttentionState(*wrapper.run(*tensors, return_lse=True))
 
 
-def _merge(a: State, b: State) -> State:
+def _merge(a: AttentionState, b: AttentionState) -> AttentionState:
     from flashinfer import merge_state
 
-    return State(*merge_state(a.out, a.lse, b.out.to(a.out.dtype), b.lse.float().contiguous()))
+    return AttentionState(
+        *merge_state(a.out, a.lse, b.out.to(a.out.dtype), b.lse.float().contiguous())
+    )
 
 
 @lru_cache(maxsize=8)

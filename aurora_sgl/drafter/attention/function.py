@@ -36,7 +36,7 @@ from aurora_sgl.drafter.attention.states import (
 )
 
 
-class Attention(torch.autograd.Function):
+class AttentionFunction(torch.autograd.Function):
     """``apply(kernels, seen, query, key, value, own_key, own_value, own_seen)``, one at a time
     as :func:`aurora_sgl.drafter.attention.attend` documents them."""
 

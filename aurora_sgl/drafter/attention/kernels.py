@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from aurora_sgl.drafter.attention.seen import Seen
-from aurora_sgl.drafter.attention.states import LOG2_E, State, grouped, merge, wide
+from aurora_sgl.drafter.attention.states import LOG2_E, AttentionState, grouped, merge, wide
 
 #: (query [queries, heads, head_dim], key and value [text, kv_heads, head_dim], who sees what)
-TextKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Seen], State]
+TextKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Seen], AttentionState]
 
 #: Pairs of query and row, over all heads, in one block: bounds the memory of long texts.
 BLOCK_SCORES = 1 << 24
@@ -26,10 +26,12 @@ class Kernels:
 
     name: str
     text: TextKernel
-    merge: Callable[[State, State], State] = merge
+    merge: Callable[[AttentionState, AttentionState], AttentionState] = merge
 
 
-def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen) -> State:
+def plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen
+) -> AttentionState:
     """The definition, in blocks: any device, any dtype; scores and sums in float32 or float64."""
     queries, heads, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -42,10 +44,10 @@ def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: See
         outs.append(torch.einsum("qkgt,tkd->qkgd", scores.softmax(-1), wide(value[block.text])))
         lses.append(scores.logsumexp(-1) * LOG2_E)
     out = torch.cat(outs).reshape(query.shape)
-    return State(out.to(query.dtype), torch.cat(lses).reshape(queries, heads))
+    return AttentionState(out.to(query.dtype), torch.cat(lses).reshape(queries, heads))
 
 
-def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen) -> State:
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen) -> AttentionState:
     """The kernel that ``F.scaled_dot_product_attention`` runs on a CPU, in float32.
 
     Called by its own name because only it hands out the log-sum-exp (torch 2.11 to 2.13). On CPUs
@@ -69,7 +71,7 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen
         )
         out[queries] = part[0].transpose(0, 1)
         lse[queries] = scores[0].T * LOG2_E
-    return State(out, lse)
+    return AttentionState(out, lse)
 
 
 def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:  # [1, heads, rows, head_dim]

@@ -70,8 +70,10 @@ class Seen:
         masks = [
             torch.arange(rows) <= part[:, None] for rows, part in zip(reached, parts, strict=True)
         ]
-        made = cls.masks([mask.to(last_row.device) for mask in masks])
-        return cls(made.query_indptr, made.text_indptr, made.mask, _reached_rows(reached, texts))
+        pattern = cls.masks([mask.to(last_row.device) for mask in masks])
+        return cls(
+            pattern.query_indptr, pattern.text_indptr, pattern.mask, _reached_rows(reached, texts)
+        )
 
     @classmethod
     def masks(cls, masks: Sequence[torch.Tensor]) -> Seen:

@@ -17,18 +17,18 @@ import torch
 LOG2_E = math.log2(math.e)
 
 
-class State(NamedTuple):
+class AttentionState(NamedTuple):
     out: torch.Tensor  # [queries, heads, head_dim]
     lse: torch.Tensor  # [queries, heads], base 2; -inf where no row is seen
 
 
-def merge(a: State, b: State) -> State:
+def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     """The state over the rows of both, in the dtype of ``a``. ``a`` must have seen a row."""
     top = torch.maximum(a.lse, b.lse)
     weight_a, weight_b = (a.lse - top).exp2(), (b.lse - top).exp2()
     total = weight_a + weight_b
     out = a.out * (weight_a / total)[..., None] + b.out * (weight_b / total)[..., None]
-    return State(out.to(a.out.dtype), top + total.log2())
+    return AttentionState(out.to(a.out.dtype), top + total.log2())
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def own_state(
     own_key: torch.Tensor,
     own_value: torch.Tensor,  # [queries, own, kv_heads, head_dim]
     own_seen: torch.Tensor | None,
-) -> State:
+) -> AttentionState:
     """Attention of each query over its own drafted rows, out in :func:`wide`'s dtype."""
     scores = own_scores(query, own_key, own_seen)
     top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
@@ -90,4 +90,4 @@ def own_state(
     total = weights.sum(-1, keepdim=True)
     shares = weights / total.clamp(min=torch.finfo(total.dtype).tiny)
     lse = (top + total.log2()).reshape(query.shape[:2])
-    return State(mix(shares, own_value).reshape(query.shape), lse)
+    return AttentionState(mix(shares, own_value).reshape(query.shape), lse)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.training.objectives.base import Logged, Loss, LossContext, Objective, Step
+from aurora_sgl.training.objectives.base import (
+    LoggedTokens,
+    Loss,
+    LossContext,
+    Objective,
+    UnrolledStep,
+)
 from aurora_sgl.training.objectives.distil_then_rl import DistilThenRL
 from aurora_sgl.training.objectives.expected_accept_length import ExpectedAcceptLength
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
@@ -11,7 +17,16 @@ from aurora_sgl.training.objectives.lk import LK
 from aurora_sgl.training.objectives.policy_gradient import PolicyGradient
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
-__all__ = ["OBJECTIVES", "Logged", "Loss", "LossContext", "Objective", "Step", "make", "named"]
+__all__ = [
+    "OBJECTIVES",
+    "LoggedTokens",
+    "Loss",
+    "LossContext",
+    "Objective",
+    "UnrolledStep",
+    "make",
+    "named",
+]
 
 _ALL: tuple[type[Objective], ...] = (
     ForwardKL,

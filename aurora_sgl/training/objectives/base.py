@@ -12,7 +12,7 @@ from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 
 @dataclass(frozen=True)
-class Logged:
+class LoggedTokens:
     """What a server proposed after the accepted path of this step's rows, and how it fared."""
 
     row: torch.Tensor  # [m] int64: row of the step
@@ -22,7 +22,7 @@ class Logged:
 
 
 @dataclass(frozen=True)
-class Step:
+class UnrolledStep:
     """One unrolled step of one request: what the drafter says, and what the target would say.
 
     Row j of step k drafts from the j-th base row of the request; deeper steps have fewer rows
@@ -38,7 +38,7 @@ class Step:
     #: stands on a path that a greedy target would have accepted. None: it does everywhere.
     follows: torch.Tensor | None = None
     log_r: torch.Tensor | None = None  # [rows, draft_vocab]: the frozen reference drafter
-    logged: Logged | None = None
+    logged: LoggedTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class Objective(Protocol):
     """A loss over the unrolled steps of one request."""
 
     name: str  # in recipes
-    needs_mass: bool  # whether ``Step.mass`` must be computed (a pass of the whole lm_head)
-    needs_reference: bool  # whether ``Step.log_r`` must be computed (a pass of another drafter)
-    needs_proposals: bool  # whether ``Step.logged`` must be read (what servers proposed)
+    needs_mass: bool  # whether a step's ``mass`` is computed (a pass of the whole lm_head)
+    needs_reference: bool  # whether its ``log_r`` is computed (a pass of another drafter)
+    needs_proposals: bool  # whether its ``logged`` is read (what servers proposed)
 
     @classmethod
     def from_settings(cls, settings: ObjectiveSettings) -> Self: ...
 
-    def __call__(self, steps: Sequence[Step], context: LossContext = ...) -> Loss: ...
+    def __call__(self, steps: Sequence[UnrolledStep], context: LossContext = ...) -> Loss: ...
 
 
 def decayed_mean(
@@ -88,14 +88,14 @@ def decayed_mean(
     return total
 
 
-def log_prob_of(step: Step, token: torch.Tensor) -> torch.Tensor:  # [..., rows] like token
+def log_prob_of(step: UnrolledStep, token: torch.Tensor) -> torch.Tensor:  # [..., rows] like token
     """``log q`` of draft ids; -inf where the id is -1, a token outside the draft vocabulary."""
     index = token.reshape(-1, token.shape[-1]).T  # [rows, ...]: the gradient is one [rows, vocab]
-    found = step.log_q.gather(-1, index.clamp(min=0)).masked_fill(index < 0, float("-inf"))
-    return found.T.reshape(token.shape)
+    values = step.log_q.gather(-1, index.clamp(min=0)).masked_fill(index < 0, float("-inf"))
+    return values.T.reshape(token.shape)
 
 
-def on_path(step: Step) -> torch.Tensor:  # [rows] bool
+def on_path(step: UnrolledStep) -> torch.Tensor:  # [rows] bool
     """Whether the rows of the *next* step can still be part of an accepted draft."""
     inside = step.token >= 0
     return inside if step.follows is None else inside & step.follows

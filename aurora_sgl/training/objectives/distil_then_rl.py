@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from aurora_sgl.training.objectives.base import Loss, LossContext, Step
+from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.policy_gradient import PolicyGradient
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
@@ -42,7 +42,7 @@ class DistilThenRL:
             kl_weight=settings.rl_kl_weight,
         )
 
-    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
+    def __call__(self, steps: Sequence[UnrolledStep], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         if context.progress < 1 - self.rl_share:
             return self.distil(steps, context)
         rewarded = self.reinforce(steps, context)

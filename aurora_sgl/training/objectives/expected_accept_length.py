@@ -26,7 +26,7 @@ from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, LossContext, Step, on_path
+from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep, on_path
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
@@ -57,7 +57,7 @@ class ExpectedAcceptLength:
             temperature=settings.inclusion_temperature,
         )
 
-    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
+    def __call__(self, steps: Sequence[UnrolledStep], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         accepted = self.expected(steps)
         weight = steps[0].weight * (steps[0].token >= 0)
         value = self.distil.value(steps) - self.reward_weight * (accepted * weight).mean()
@@ -65,7 +65,7 @@ class ExpectedAcceptLength:
         spread = float(reward.std()) if len(reward) > 1 else 0.0
         return Loss(value, {"reward_mean": float(reward.mean()), "reward_std": spread})
 
-    def expected(self, steps: Sequence[Step]) -> torch.Tensor:  # [rows of step 0]
+    def expected(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:  # [rows of step 0]
         """Expected accepted drafts from each base row, at most one a step."""
         reached = torch.ones_like(steps[0].weight)
         total = torch.zeros_like(reached)
@@ -76,7 +76,7 @@ class ExpectedAcceptLength:
             reached = reached * on_path(step)
         return total
 
-    def _accepted(self, step: Step) -> torch.Tensor:  # [rows]
+    def _accepted(self, step: UnrolledStep) -> torch.Tensor:  # [rows]
         inside = step.token >= 0
         own = step.log_q.gather(-1, step.token.clamp(min=0)[:, None]).squeeze(-1)
         if self.topk == 1:

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, LossContext, Step, decayed_mean
+from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep, decayed_mean
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 
@@ -31,10 +31,10 @@ class ForwardKL:
     def from_settings(cls, settings: ObjectiveSettings) -> Self:
         return cls(step_decay=settings.step_decay)
 
-    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
+    def __call__(self, steps: Sequence[UnrolledStep], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         return Loss(self.value(steps))
 
-    def value(self, steps: Sequence[Step]) -> torch.Tensor:  # scalar
+    def value(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:  # scalar
         """The loss alone, for objectives that blend it with another."""
         losses = [-(step.log_p.exp() * step.log_q).sum(-1) for step in steps]
         weights = [step.weight * (step.token >= 0) for step in steps]

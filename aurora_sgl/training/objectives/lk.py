@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, LossContext, Step, decayed_mean
+from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep, decayed_mean
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 _SMALLEST = 1e-8
@@ -34,12 +34,12 @@ class LK:
     def from_settings(cls, settings: ObjectiveSettings) -> Self:
         return cls(step_decay=settings.step_decay, eta=settings.lk_eta)
 
-    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
+    def __call__(self, steps: Sequence[UnrolledStep], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         losses = [self._position_losses(step) for step in steps]
         weights = [step.weight * (step.token >= 0) for step in steps]
         return Loss(decayed_mean(losses, weights, self.step_decay))
 
-    def _position_losses(self, step: Step) -> torch.Tensor:  # [rows]
+    def _position_losses(self, step: UnrolledStep) -> torch.Tensor:  # [rows]
         assert step.mass is not None
         inside = step.log_p.exp()
         kl = (inside * (step.log_p.clamp(min=-1e4) - step.log_q)).sum(-1)

@@ -30,10 +30,10 @@ from typing import Self
 import torch
 
 from aurora_sgl.training.objectives.base import (
-    Logged,
+    LoggedTokens,
     Loss,
     LossContext,
-    Step,
+    UnrolledStep,
     decayed_mean,
     log_prob_of,
     on_path,
@@ -97,7 +97,7 @@ class PolicyGradient:
             seed=settings.seed,
         )
 
-    def __call__(self, steps: Sequence[Step], context: LossContext = LossContext()) -> Loss:  # noqa: B008
+    def __call__(self, steps: Sequence[UnrolledStep], context: LossContext = LossContext()) -> Loss:  # noqa: B008
         rollouts = self.kept.pop(context.key, None) or self._sample(steps, context.key)
         rollouts.used += 1
         if rollouts.used < self.reuse:
@@ -118,7 +118,7 @@ class PolicyGradient:
             value = value + self.beta * away
         return Loss(value, statistics)
 
-    def _sample(self, steps: Sequence[Step], key: int) -> _Rollouts:
+    def _sample(self, steps: Sequence[UnrolledStep], key: int) -> _Rollouts:
         """Drafts from the drafter as it is now. Their randomness depends on the request and on how
         often it was visited, not on which process visits it."""
         device = steps[0].log_q.device
@@ -127,22 +127,22 @@ class PolicyGradient:
         self.sampled[key] += 1
         rows = len(steps[0].token)
         alive = torch.ones(self.group, rows, dtype=torch.bool, device=device)
-        made = _Rollouts([], [], [], torch.zeros(self.group, rows, device=device))
+        rollouts = _Rollouts([], [], [], torch.zeros(self.group, rows, device=device))
         for k, step in enumerate(steps):
             count = len(step.token)
             alive = alive[:, :count]
             chance = step.log_q.detach().exp()
             token = torch.multinomial(chance, self.group, True, generator=generator).T
             accepted = alive & (token == step.token)
-            made.tokens.append(token)
-            made.log_prob.append(log_prob_of(step, token).detach())
-            made.alive.append(alive)
-            made.reward[:, :count] += accepted * (1 - self.depth_cost * k)
+            rollouts.tokens.append(token)
+            rollouts.log_prob.append(log_prob_of(step, token).detach())
+            rollouts.alive.append(alive)
+            rollouts.reward[:, :count] += accepted * (1 - self.depth_cost * k)
             alive = accepted & on_path(step)
-        return made
+        return rollouts
 
     def _rollout_loss(
-        self, steps: Sequence[Step], rollouts: _Rollouts
+        self, steps: Sequence[UnrolledStep], rollouts: _Rollouts
     ) -> tuple[torch.Tensor, float]:
         advantage = rollouts.advantage
         total = steps[0].log_q.new_zeros(())
@@ -159,7 +159,7 @@ class PolicyGradient:
             drawn += int(alive.sum())
         return total, clipped / max(1, drawn)
 
-    def _logged_loss(self, steps: Sequence[Step]) -> torch.Tensor:
+    def _logged_loss(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:
         total = steps[0].log_q.new_zeros(())
         for step in steps:
             if step.logged is None or not len(step.logged.row):
@@ -169,12 +169,12 @@ class PolicyGradient:
             total = total - (gain * chance).sum() / len(step.token)
         return total
 
-    def _reference_loss(self, steps: Sequence[Step]) -> torch.Tensor:
+    def _reference_loss(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:
         away = [(s.log_q.exp() * (s.log_q - s.log_r)).sum(-1) for s in steps if s.log_r is not None]
         return decayed_mean(away, [step.weight for step in steps], self.step_decay)
 
 
-def logged_advantage(step: Step, logged: Logged) -> torch.Tensor:  # [m]
+def logged_advantage(step: UnrolledStep, logged: LoggedTokens) -> torch.Tensor:  # [m]
     """Reward less the mean of its siblings, or for an only child less the drafter's own chance."""
     _, group, size = torch.unique(logged.group, return_inverse=True, return_counts=True)
     mean = torch.zeros_like(size, dtype=torch.float32).index_add_(0, group, logged.reward) / size
