@@ -15,6 +15,7 @@ from aurora_sgl.rollout import versions
 from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import OPERATOR, Account
+from aurora_sgl.store.liveness import training_lease_name
 
 from . import login, trainings
 from .context import Group, now
@@ -104,7 +105,7 @@ def train(here: Group, *, reason: str) -> None:
     """Start a training run. Raises ``Refused`` when one goes on, or learning is switched off."""
     actor = operator().name
     with store.session(here.engine, write=False) as s:
-        held = queries.leases.lease(s, f"train:{here.id}")
+        held = queries.leases.lease(s, training_lease_name(here.id))
         learning = queries.switches.is_on(s, here.id, LEARNING)
     if not learning:
         raise Refused("learning is switched off in this group; switch it on first")

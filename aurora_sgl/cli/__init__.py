@@ -71,10 +71,10 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
     if "sqlalchemy" in sys.modules:
-        from sqlalchemy.exc import OperationalError
+        from aurora_sgl.store.faults import in_words, is_away
 
-        if isinstance(error, OperationalError):
-            return f"the store did not answer: {error.orig}"
+        if is_away(error):
+            return f"the store can't be used now: {in_words(error)}"
     return None
 
 

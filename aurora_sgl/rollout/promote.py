@@ -18,13 +18,13 @@ from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.store import queries
+from aurora_sgl.store.liveness import is_silent
 from aurora_sgl.store.models import DeploymentGroup, DrafterVersion
 
 #: ``expected_live`` of a caller that expects that nothing is live yet.
 NONE_LIVE = 0
-#: Seconds that servers have to follow a deployment before another promotion may overtake it, and
-#: without a word after which a server is not waited for.
-SETTLE_SECONDS, SILENT_SECONDS = 60.0, 30.0
+#: Seconds that servers have to follow a deployment before another promotion may overtake it.
+SETTLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _require_settled(s: Session, group_id: int, version_id: int) -> None:
         for server in queries.servers.servers(s, group_id)
         if server.live_version_id not in (None, last[0].version_id)
         and not server.last_error
-        and now - server.last_seen_at < timedelta(seconds=SILENT_SECONDS)
+        and not is_silent(server.last_seen_at, now)
     ]
     if behind:
         raise Refused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Engine
@@ -16,10 +16,8 @@ from aurora_sgl.rollout import switches, trial, watch
 from aurora_sgl.sequences.held_out import HeldOut, held_out_counts
 from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store import queries
+from aurora_sgl.store.liveness import SILENT_SECONDS, is_silent
 from aurora_sgl.store.models import Audit, Drift
-
-#: Seconds without a word after which a server or scheduler counts as silent.
-SILENT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class ServerStatus:
     phase_reason: str
     speculation_share: float | None
     last_seen_at: datetime
-    silent: bool  # nothing was heard of it for ``SILENT_SECONDS``
+    silent: bool  # see ``store.liveness.is_silent``
     notices: tuple[str, ...] = ()  # sentences about what is wrong or switched off in it
 
 
@@ -92,7 +90,7 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
         for row in sorted(queries.servers.servers(s, group_id), key=lambda row: row.name):
             want = wanted.version_id if wanted else None
             same_bytes = not row.live_sha256 or row.live_sha256 == sha256
-            silent = now - row.last_seen_at > timedelta(seconds=SILENT_SECONDS)
+            silent = is_silent(row.last_seen_at, now)
             converged = want is None or (row.live_version_id == want and same_bytes)
             reason = ""
             if silent:

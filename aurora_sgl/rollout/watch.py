@@ -35,6 +35,7 @@ from aurora_sgl.rollout.live_traffic import (
 )
 from aurora_sgl.rollout.promote import rollback
 from aurora_sgl.store import queries
+from aurora_sgl.store.liveness import LOST_SECONDS, is_silent
 from aurora_sgl.store.models import Watch, WatchWindow
 from aurora_sgl.store.queries.request_counts import RequestCounts
 
@@ -48,8 +49,6 @@ BASELINE_REQUESTS = 400
 FEW_REQUESTS = 20
 #: How much longer a window may get for the sake of requests that can be compared.
 PATIENCE = 4
-#: Seconds without a word after which a server counts as gone.
-SILENT_SECONDS = 60.0
 #: Seconds by which the clocks of scheduler and servers may differ.
 SKEW_SECONDS = 60.0
 #: Smallest share of steps with drafts that stretches a window.
@@ -237,8 +236,7 @@ def _next_window(
         return None  # nothing speculates, nothing can be told
     first = queries.requests.first_finished(s, watch.group_id, begun)
     if first is None:
-        silent = now - timedelta(seconds=SILENT_SECONDS)
-        gone = not servers or all(server.last_seen_at < silent for server in servers)
+        gone = all(is_silent(server.last_seen_at, now, LOST_SECONDS) for server in servers)
         end = begun + timedelta(seconds=rules.seconds)
         if not gone or now < end:
             return None  # no traffic is no evidence

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from aurora_sgl.config import SchedulerSettings
 from aurora_sgl.scheduler.elapsed import Elapsed
+from aurora_sgl.store.liveness import STALE_SECONDS
 from aurora_sgl.store.models import Server
 
 FULL, HALF, NONE = "full", "half", "none"
-#: Seconds after which what a server said of itself is no news.
-FRESH_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def load_of(servers: Iterable[Server], rules: SchedulerSettings, elapsed: Elapse
     """From the counters that each running server sends along with its Hello."""
     busy = Load(FULL)
     for server in servers:
-        if elapsed.since(server.last_seen_at) > FRESH_SECONDS:
+        if elapsed.since(server.last_seen_at) > STALE_SECONDS:
             continue
         queue = float(server.counters.get("queue", 0.0))
         # of the last steps, however long ago they were: a server without requests is not slow

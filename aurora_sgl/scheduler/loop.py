@@ -26,6 +26,7 @@ from aurora_sgl.scheduler.lease import Hold, Leadership
 from aurora_sgl.scheduler.others import OtherRuns
 from aurora_sgl.store import locks, queries
 from aurora_sgl.store.link import StoreLink
+from aurora_sgl.store.liveness import scheduler_lease_name
 
 #: Seconds between two looks at what changes slowly: traffic, watch, drift, versions.
 LOOK_SECONDS = 3.0
@@ -131,7 +132,9 @@ class Scheduler:
                 self.group_id = known[self.group]
                 self._others = OtherRuns(self.group_id)
                 self._leadership = Leadership(
-                    f"scheduler:{self.group_id}", self.rules.lease_seconds, now=self.elapsed.now
+                    scheduler_lease_name(self.group_id),
+                    self.rules.lease_seconds,
+                    now=self.elapsed.now,
                 )
             assert self._leadership is not None
             before, self.hold = self.hold, self._leadership.hold(s)

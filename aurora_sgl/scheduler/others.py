@@ -11,7 +11,7 @@ import psutil
 from sqlalchemy.orm import Session
 
 from aurora_sgl.store import queries
-from aurora_sgl.training.lease import LEASE_SECONDS, lease_name
+from aurora_sgl.store.liveness import TRAINING_LEASE_SECONDS, training_lease_name
 
 
 class OtherRuns:
@@ -27,7 +27,7 @@ class OtherRuns:
 
     def going_on(self, s: Session, now: datetime) -> str:
         """Which process trains, as host:pid; empty: none."""
-        row = queries.leases.lease(s, lease_name(self._group_id))
+        row = queries.leases.lease(s, training_lease_name(self._group_id))
         if row is None or row.expires_at <= now:
             self._seen = None
             return ""
@@ -37,13 +37,13 @@ class OtherRuns:
         host, _, rest = row.holder.partition(":")
         pid = rest.partition(":")[0]
         gone = host == socket.gethostname() and pid.isdecimal() and not psutil.pid_exists(int(pid))
-        if gone or self._monotonic() - self._seen_at > LEASE_SECONDS:
+        if gone or self._monotonic() - self._seen_at > TRAINING_LEASE_SECONDS:
             queries.leases.release_lease(s, row.name, row.holder, row.token)
             return ""
         return f"{host}:{pid}"
 
     def hold_for(self, s: Session, pid: int) -> None:
         """Renew the lease of our own run, which can't while it is paused."""
-        row = queries.leases.lease(s, lease_name(self._group_id))
+        row = queries.leases.lease(s, training_lease_name(self._group_id))
         if row is not None and row.holder.startswith(f"{socket.gethostname()}:{pid}:"):
-            queries.leases.renew_lease(s, row.name, row.holder, row.token, LEASE_SECONDS)
+            queries.leases.renew_lease(s, row.name, row.holder, row.token, TRAINING_LEASE_SECONDS)

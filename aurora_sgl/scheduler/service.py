@@ -22,12 +22,11 @@ from aurora_sgl.scheduler import metrics
 from aurora_sgl.scheduler.loop import Scheduler
 from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store.link import StoreAway, StoreLink
+from aurora_sgl.store.liveness import STALE_SECONDS
 
 TICK_SECONDS = 1.0
 #: Seconds between two readings of what the store knows of the group, for the metrics.
 METRICS_SECONDS = 10.0
-#: Seconds without a round after which the process is not ready.
-FRESH_SECONDS = 15.0
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class Service:
         """Ready: rounds are done, and the store answered the last one."""
         age = time.monotonic() - self._done_at
         reason = self._reason
-        if not reason and age > FRESH_SECONDS:
+        if not reason and age > STALE_SECONDS:
             reason = f"no round for {age:.0f} s"
         hold = self.scheduler.hold
         return {

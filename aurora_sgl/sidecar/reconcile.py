@@ -23,6 +23,7 @@ from aurora_sgl.sidecar.swap.attempt import Swaps
 from aurora_sgl.sidecar.swap.staging import Stager, Wanted
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreAway, StoreLink
+from aurora_sgl.store.liveness import is_silent
 
 TICK_SECONDS = 1.0
 PHASE_SECONDS = 5.0
@@ -31,8 +32,6 @@ TIDY_SECONDS = 10.0
 STALL_SECONDS = 4.0
 #: Seconds back over which what was served tells the accept length of the live version.
 LIVE_SECONDS = 3600.0
-#: Seconds without a word after which another boot of the same server counts as dead.
-DEAD_SECONDS = 30.0
 IDENTIFY_BACKOFF = (2.0, 60.0)
 
 log = logging.getLogger(__name__)
@@ -272,10 +271,10 @@ class Reconciler:
         if time.monotonic() < self._tidy_at:
             return
         self._tidy_at = time.monotonic() + TIDY_SECONDS
-        silent = clock.utc_now() - timedelta(seconds=DEAD_SECONDS)
+        now = clock.utc_now()
         with self._link.session(write=False) as s:
             others = queries.servers.earlier_boots(s, queries.servers.server(s, known.server_id))
-            dead = [(o.id, o.boot_id) for o in others if o.last_seen_at < silent]
+            dead = [(o.id, o.boot_id) for o in others if is_silent(o.last_seen_at, now)]
         fresh = self._traces_lost() - self._traces_told
         if not dead and not fresh:
             return

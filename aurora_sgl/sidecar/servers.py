@@ -20,10 +20,8 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.spool.cursor import Cursor
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreLink
+from aurora_sgl.store.liveness import STALE_SECONDS
 
-#: Seconds without a Hello (there is one every two) after which a boot is over, once another one
-#: has spoken.
-SILENT_SECONDS = 15.0
 #: Seconds in which records of a boot that is over wait for the drafter of the next one: it is
 #: often the same.
 GRACE_SECONDS = 15.0
@@ -155,9 +153,10 @@ class Registry:
         return self._settle(boot_id, known, hello)
 
     def _over(self, boot_id: int) -> bool:
+        """Another boot has spoken, and this one has no more."""
         with self._lock:
             heard = self._live[boot_id].heard_at if boot_id in self._live else 0.0
-            silent = not heard or time.monotonic() - heard > SILENT_SECONDS
+            silent = not heard or time.monotonic() - heard > STALE_SECONDS
             return self.current not in (0, boot_id) and silent
 
     def _settle(self, boot_id: int, known: Known, hello: wire.Hello) -> str:

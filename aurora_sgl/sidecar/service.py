@@ -35,6 +35,7 @@ from aurora_sgl.sidecar.traces.assembler import Trace, TraceAssembler
 from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.writer import TraceWriter
 from aurora_sgl.store.link import StoreAway, StoreLink
+from aurora_sgl.store.liveness import STALE_SECONDS
 
 POLL_MS = 250
 #: Messages that are taken in one round before anything else gets its turn.
@@ -42,9 +43,8 @@ ROUND_RECORDS, ROUND_TRACES = 1000, 8
 #: Seconds that a leaving sidecar spends on what the engine sent last, and on the store.
 DRAIN_SECONDS = 5.0
 QUIET_SECONDS = 0.3
-#: Seconds after which a silent store or engine makes the sidecar unready.
-FRESH_SECONDS = 20.0
-#: The same for a record that the store doesn't take: after this when the reason is known.
+#: Seconds after which a record that the store doesn't take makes the sidecar unready, when the
+#: reason is known; else after ``STALE_SECONDS``, like a silent store or engine.
 LATE_SECONDS = 3.0
 #: Traces that wait for the disk; more stay with the assembler, whose memory is bounded.
 TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
@@ -287,11 +287,11 @@ class Service:
     def _reason(self, live: Live, age: float) -> str:
         """Why the sidecar is not ready, in words; "" when it is."""
         now, trouble = time.monotonic(), self._batcher.trouble
-        if age > (LATE_SECONDS if trouble else FRESH_SECONDS):
+        if age > (LATE_SECONDS if trouble else STALE_SECONDS):
             return f"records wait, the oldest for {age:.0f} s: {trouble or 'the store is slow'}"
-        if now - self._link.last_ok > FRESH_SECONDS or not self._link.last_ok:
+        if now - self._link.last_ok > STALE_SECONDS or not self._link.last_ok:
             return "the store is away"
-        if not live.heard_at or now - live.heard_at > FRESH_SECONDS:
+        if not live.heard_at or now - live.heard_at > STALE_SECONDS:
             return "the engine is silent"
         if self._reconciler.agrees:
             return ""

@@ -1,10 +1,9 @@
 """The store: every table, every SQL statement. See docs of the public names in the modules."""
 
-from aurora_sgl.store.connection import OperationalError, connect, reading, session
+from aurora_sgl.store.connection import connect, reading, session
 from aurora_sgl.store.schema import current, head, require_current, upgrade
 
 __all__ = [
-    "OperationalError",
     "connect",
     "current",
     "head",

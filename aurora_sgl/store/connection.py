@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from aurora_sgl.config import get_settings
@@ -138,7 +138,6 @@ def _postgres(url: URL) -> Engine:
 
 
 __all__ = [
-    "OperationalError",
     "Session",
     "connect",
     "is_sqlite",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlite3
 
 from sqlalchemy import Engine, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from aurora_sgl.store.connection import is_sqlite
+from aurora_sgl.store.faults import is_away
 from aurora_sgl.store.models import DeploymentGroup
 
 
@@ -24,7 +25,9 @@ def is_free(engine: Engine, group_id: int, seconds: float = 0.2) -> bool:
             row = select(DeploymentGroup.id).where(DeploymentGroup.id == group_id)
             connection.execute(row.with_for_update())
             connection.rollback()
-    except OperationalError:
+    except DBAPIError as error:
+        if not is_away(error):
+            raise
         return False
     return True
 
@@ -34,7 +37,9 @@ def _sqlite_is_free(path: str, seconds: float) -> bool:
     try:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("ROLLBACK")
-    except sqlite3.OperationalError:
+    except sqlite3.Error as error:
+        if not is_away(error):
+            raise
         return False
     finally:
         connection.close()

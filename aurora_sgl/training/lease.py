@@ -9,7 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Engine
@@ -17,9 +17,9 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store import queries
+from aurora_sgl.store.faults import in_words, is_away
+from aurora_sgl.store.liveness import TRAINING_LEASE_SECONDS, training_lease_name
 
-#: A trainer that says nothing for this long is taken for dead.
-LEASE_SECONDS = 300.0
 #: Seconds between two looks at the kill switch.
 LOOK_SECONDS = 2.0
 LEARNING = "learning"
@@ -27,13 +27,9 @@ LEARNING = "learning"
 log = logging.getLogger(__name__)
 
 
-def lease_name(group_id: int) -> str:
-    return f"train:{group_id}"
-
-
 @contextmanager
 def training_lease(
-    engine: Engine, group_id: int, seconds: float = LEASE_SECONDS
+    engine: Engine, group_id: int, seconds: float = TRAINING_LEASE_SECONDS
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Hold the lease ``train:<group>``; yields a progress callback that renews it now and then.
 
@@ -41,7 +37,7 @@ def training_lease(
     callback when either happens later. A store that is away for less than the lease lasts does not
     matter.
     """
-    name = lease_name(group_id)
+    name = training_lease_name(group_id)
     holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     with store.session(engine) as s:
         if not queries.switches.is_on(s, group_id, LEARNING):
@@ -68,10 +64,10 @@ def training_lease(
                     raise AuroraError(
                         "the training lease was lost to another trainer; this run stops"
                     )
-        except store.OperationalError as error:
-            if now - renewed > seconds:
+        except Exception as error:
+            if not is_away(error) or now - renewed > seconds:
                 raise
-            log.warning("the store is away, training goes on: %s", str(error.orig).splitlines()[0])
+            log.warning("the store is away, training goes on: %s", in_words(error))
             return
         if due:
             renewed = now
@@ -79,5 +75,9 @@ def training_lease(
     try:
         yield renew
     finally:
-        with suppress(store.OperationalError), store.session(engine) as s:
-            queries.leases.release_lease(s, name, holder, token)
+        try:
+            with store.session(engine) as s:
+                queries.leases.release_lease(s, name, holder, token)
+        except Exception as error:
+            if not is_away(error):  # else it expires
+                raise

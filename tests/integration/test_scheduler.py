@@ -36,7 +36,7 @@ from aurora_sgl.scheduler.lease import Leadership
 from aurora_sgl.scheduler.loop import Scheduler
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreAway, StoreLink
-from aurora_sgl.training.lease import lease_name
+from aurora_sgl.store.liveness import scheduler_lease_name, training_lease_name
 
 FAST = {"threads": 1, "nice": 0, "gate_share": 0.3, **RECIPE}
 RULES = SchedulerSettings(
@@ -242,7 +242,7 @@ def test_the_other_scheduler_takes_over_from_one_that_is_killed_and_from_one_tha
         with store.session(engine, write=False) as s:
             row, lease = (
                 queries.scheduler_states.scheduler_state(s, 1),
-                queries.leases.lease(s, "scheduler:1"),
+                queries.leases.lease(s, scheduler_lease_name(1)),
             )
         return {one.holder for one in (row, lease) if one is not None}
 
@@ -338,7 +338,7 @@ def test_a_run_is_paused_while_requests_wait_and_keeps_its_lease(
     time.sleep(1.0)
     assert child.progress == before
     with store.session(house.engine) as s:  # the store is not blocked by a stopped process
-        row = queries.leases.lease(s, lease_name(1))
+        row = queries.leases.lease(s, training_lease_name(1))
         assert row is not None and f":{child.pid}:" in row.holder
         assert row.expires_at > utc_now() + timedelta(seconds=250)
     queue(0)
@@ -540,16 +540,18 @@ def test_a_run_of_a_dead_process_of_this_machine_keeps_nobody_waiting(
     gone.wait()
     with store.session(engine) as s:
         queries.leases.acquire_lease(
-            s, lease_name(1), f"{socket.gethostname()}:{os.getpid()}:x", 300
+            s, training_lease_name(1), f"{socket.gethostname()}:{os.getpid()}:x", 300
         )
     closing.append(one := scheduler(engine))
     said = look(one)
     assert said.state == "training" and "goes on" in said.reason
     with store.session(engine) as s:
-        held = queries.leases.lease(s, lease_name(1))
+        held = queries.leases.lease(s, training_lease_name(1))
         assert held is not None
         queries.leases.release_lease(s, held.name, held.holder, held.token)
-        queries.leases.acquire_lease(s, lease_name(1), f"{socket.gethostname()}:{gone.pid}:x", 300)
+        queries.leases.acquire_lease(
+            s, training_lease_name(1), f"{socket.gethostname()}:{gone.pid}:x", 300
+        )
     assert look(one).state == "waiting"
 
 
@@ -575,6 +577,6 @@ def test_health_is_ready_only_when_rounds_are_done_and_metrics_say_what_is_serve
     wait_until(lambda: one.health()["state"] == "off", 5, "the switch")
     assert one.end() == 0
     with store.session(engine) as s:
-        lease = queries.leases.lease(s, "scheduler:1")
+        lease = queries.leases.lease(s, scheduler_lease_name(1))
         assert lease is not None and lease.expires_at <= utc_now(), "the next need not wait"
     assert not status.scheduler(engine, "default").alive

@@ -240,7 +240,7 @@ def test_a_boot_that_was_never_identified_waits_for_itself_only(
     assert not inside.batcher.drain()
     assert inside.batcher.trouble == servers.NOT_IDENTIFIED
     # It was started again, without a drafter to import; the first one is over.
-    monkeypatch.setattr(servers, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(servers, "STALE_SECONDS", 0.0)
     inside.send(samples.hello(last, "test:1"), boot_id=last, seq=1)
     inside.send(samples.started(1, boot_id=last), boot_id=last, seq=2)
     inside.send(samples.chain_step(1, 0, 1, boot_id=last, version_id=9), boot_id=last, seq=3)
@@ -260,7 +260,7 @@ def test_the_drafter_of_a_boot_that_is_over_is_found_when_the_next_one_has_the_s
     inside: Inside, same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, last = BOOT, BOOT + 1
-    monkeypatch.setattr(servers, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(servers, "STALE_SECONDS", 0.0)
     inside.send(unidentified(first, "a" * 64), samples.chain_step(1, 0, 1))
     inside.send(unidentified(last, "a" * 64 if same else "b" * 64), boot_id=last, seq=1)
     assert not inside.batcher.drain()  # the drafter may be the one that is being imported
@@ -278,7 +278,7 @@ def test_the_drafter_of_a_boot_that_is_over_is_found_when_the_next_one_has_the_s
 def test_a_boot_whose_successor_can_not_be_identified_either_does_not_wait_for_ever(
     inside: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servers, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(servers, "STALE_SECONDS", 0.0)
     monkeypatch.setattr(servers, "GRACE_SECONDS", 0.1)
     inside.send(unidentified(BOOT), samples.chain_step(1, 0, 1))
     inside.send(unidentified(BOOT + 1), boot_id=BOOT + 1, seq=1)

@@ -14,6 +14,7 @@ from streamlit.util import calc_hash
 from aurora_sgl import rollout, store
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
+from aurora_sgl.store.liveness import training_lease_name
 from aurora_sgl.store.queries.trends import Served, TrendPoint
 from dashboard import buckets, dialogs, version_questions
 from dashboard.context import Group
@@ -329,10 +330,14 @@ def test_training_does_not_start_while_another_run_holds_the_lease_or_learning_i
         return said(agree(app, make, "new prompts"))
 
     with store.session(house.engine) as s:
-        token = queries.leases.acquire_lease(s, f"train:{house.group_id}", "elsewhere", 60)
+        token = queries.leases.acquire_lease(
+            s, training_lease_name(house.group_id), "elsewhere", 60
+        )
     assert "a training run of this group is going on" in attempt()
     with store.session(house.engine) as s:
-        queries.leases.release_lease(s, f"train:{house.group_id}", "elsewhere", token or 0)
+        queries.leases.release_lease(
+            s, training_lease_name(house.group_id), "elsewhere", token or 0
+        )
     turn = rollout.switches.turn
     turn(house.engine, "default", "learning", False, actor="test", reason="quiet")
     try:
