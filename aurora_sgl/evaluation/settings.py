@@ -31,7 +31,7 @@ class EvaluationSettings(BaseModel):
     """Share of conversations that no run ever trains on: the evidence of the gate."""
 
     min_gate_requests: int = Field(default=4, ge=1)
-    """Fewer gate requests than this, and the verdict is inconclusive."""
+    """Fewest gate requests for a verdict; with fewer it is inconclusive."""
 
     seed: int = 0
     """Seed of the order of requests, and of the resamples of intervals."""

@@ -20,7 +20,7 @@ class TrainSettings(ObjectiveSettings):
     """Passes over the window. In the same setting one and three passes gave 1.59 and 1.91."""
 
     least_updates: int = Field(default=0, ge=0)
-    """Updates that a run makes at least: a small window gets more passes. 0: ``passes`` alone. From
+    """Fewest updates of a run: a small window gets more passes. 0: ``passes`` alone. From
     scratch over 50 requests of one narrow form, 50, 100 and 400 updates (one, two and eight passes)
     gave a tree of 16 the accept length 1.52, 1.68 and 1.97 in 22, 39 and 143 s of one core
     (benchmarks/recipes.py; one seed). At 400 requests 400 updates can't be told from two passes.
@@ -37,7 +37,7 @@ class TrainSettings(ObjectiveSettings):
     on a new domain for 2.4% on the old one."""
 
     schedule: str = Field(default="cosine", pattern="^(cosine|constant)$")
-    """How the rate goes on after the warm-up: down a half cosine, or not at all."""
+    """Learning rate after the warm-up: a half cosine down to ``final_rate``, or constant."""
 
     final_rate: float = Field(default=0.1, ge=0, le=1)
     """Rate at the end of the cosine as a share of the peak."""
@@ -49,13 +49,13 @@ class TrainSettings(ObjectiveSettings):
     """AdamW's decay of weight matrices."""
 
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averages of the gradient and of its square."""
+    """AdamW's decay rates for its averages of the gradient and of its square."""
 
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
 
     ema: float = Field(default=0.99, ge=0, lt=1)
-    """Average of the weights that is published; 0: the last weights."""
+    """Decay of the moving average of the weights, which is published; 0: the last weights."""
 
     train_on_prompt: bool = True
     """Whether the prompt's positions count too: the target's distribution is known there. In the
@@ -69,7 +69,7 @@ class TrainSettings(ObjectiveSettings):
     again, against other answer rows; in between where it partly failed."""
 
     recency_half_life: float = Field(default=0.0, ge=0)
-    """Newer requests after which a request of the window counts half as much; 0: all alike."""
+    """Half-life of a request's weight, counted in newer requests of the window; 0: equal ones."""
 
     replay_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of the trained requests that is drawn from traffic outside of the window, older or of
@@ -77,14 +77,14 @@ class TrainSettings(ObjectiveSettings):
     the old traffic where none lost 3.2%, and gained 14% on the new where none gained 17%."""
 
     batch_requests: int = Field(default=1, ge=1)
-    """Requests of one update."""
+    """Number of requests in one update."""
 
     batch_tokens: int = Field(default=0, ge=0)
     """Trained positions that one update gathers, whole requests at a time; 0: ``batch_requests``.
     From scratch (30,000 tokens, chain of 4) one request an update gave 1.248, four 1.216."""
 
     max_rows: int = Field(default=512, ge=8)
-    """Rows of one request in one update, the last ones: bounds the memory."""
+    """Largest number of rows of one request in one update, the last ones; it bounds the memory."""
 
     piece_bytes: int = Field(default=64 << 20, ge=1)
     """Bytes of one step's logits; a request with more rows is taken in parts, so that memory does
@@ -131,16 +131,16 @@ class TrainSettings(ObjectiveSettings):
     gave 1.45 and 1.54 (see drafter/refresh.py); at 90% it cost 200 requests before it paid."""
 
     min_requests: int = Field(default=8, ge=1)
-    """Fewer training requests than this, and the run is skipped."""
+    """Fewest training requests of a run; with fewer it is skipped."""
 
     dev_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of conversations kept for the line search and for early stopping. 0: neither."""
 
     dev_requests: int = Field(default=32, ge=1)
-    """Newest of them that are replayed, domains taking turns."""
+    """Number of requests of the dev split that are replayed: the newest, domains taking turns."""
 
     @model_validator(mode="after")
-    def _known(self) -> TrainSettings:
+    def _check(self) -> TrainSettings:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}")
         if self.dev_share + self.gate_share >= 1:

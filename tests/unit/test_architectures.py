@@ -81,7 +81,7 @@ def test_only_an_architectures_own_module_asks_which_one_it_is() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "if config.is_eagle3: pass",
+        "if config.is_eagle: pass",
         "x = architecture == EAGLE3",
         "x = name in ('EAGLE', 'EAGLE3')",
         "x = {'EAGLE3': 3, 'EAGLE': 1}[algorithm]",

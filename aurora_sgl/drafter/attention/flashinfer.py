@@ -1,8 +1,9 @@
 """FlashInfer's kernels on CUDA: ragged prefill for the text rows, ``merge_state`` for the rest.
 
 Written against flashinfer_python 0.6.15 (SGLang 0.5.17) and 0.6.18 (SGLang 0.5.21), whose wrappers
-take the same arguments. FlashInfer has no backward: :class:`function.AttentionFunction` supplies it. Its
-first use compiles kernels, a minute once for each machine, unless flashinfer-jit-cache is there.
+take the same arguments. FlashInfer has no backward: :class:`function.AttentionFunction` supplies
+it. Its first use compiles kernels, a minute once for each machine, unless flashinfer-jit-cache is
+there.
 """
 
 from __future__ import annotations
