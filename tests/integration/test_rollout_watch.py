@@ -71,6 +71,21 @@ def test_a_much_worse_version_is_rolled_back_after_one_window(house: RolloutHous
     assert promote(house.engine, house.b, actor="ada", reason="I know", force=True).changed
 
 
+def test_a_watch_from_before_nodes_were_in_its_keys_takes_its_baseline_anew(
+    house: RolloutHouse,
+) -> None:
+    before = tick(house, 1).watch.baseline
+    with store.session(house.engine) as s:
+        watching = queries.watches.running_watch(s, house.group_id)
+        assert watching is not None
+        strata = {key.replace("/4/", "/", 1): sums for key, sums in before["strata"].items()}
+        watching.baseline = {"strata": strata, "paces": {}}
+    house.serve(house.b, 0.2, since=begun(house), requests=4)
+    found = tick(house, 5)
+    assert found.watch.baseline["strata"] == before["strata"]
+    assert found.windows[0].verdict == "fail", "it was compared"
+
+
 @pytest.mark.parametrize("before", [6, 3])
 def test_little_traffic_before_is_enough_to_see_a_damaged_version(
     engine: Engine, before: int

@@ -160,6 +160,14 @@ def test_a_database_that_goes_away_while_a_page_is_open_is_said_there(
 # -- numbers -----------------------------------------------------------------------------------
 
 
+def test_versions_are_compared_in_one_draft_shape(house: House, settings_of: Use) -> None:
+    settings_of(house.home)
+    app = draw(house.home, "Acceptance", period="30 days", tab="Versions at equal draft shape")
+    assert not app.exception
+    drawn = said(app)
+    assert "depth, top-k and nodes" in drawn and "not known" not in drawn
+
+
 def test_the_pages_show_the_numbers_of_the_store(house: House, settings_of: Use) -> None:
     settings_of(house.home)
     app = draw(house.home, "Acceptance", lines=acceptance.ALL, period="30 days")
