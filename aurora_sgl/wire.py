@@ -12,7 +12,6 @@ was lost between the two processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -46,18 +45,6 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     dropped: int  # records dropped since boot because the buffer was full
     counters: dict[str, float]  # phase, step times, queue length and the like
     notices: dict[str, str] = {}  # code -> a sentence about what is wrong or off in this server
-
-
-def by_size(counters: Mapping[str, float], what: str = "break_even") -> dict[int, float]:
-    """Break-even accept length, ``gain`` (speed with drafts over that without) or ``depth`` by the
-    largest of each group of batch sizes (``batch_sizes.batch_bucket``), as the engine tells them."""
-    start = f"{what}_"
-    found = {
-        int(name.removeprefix(start)): float(value)
-        for name, value in counters.items()
-        if name.startswith(start)
-    }
-    return dict(sorted(found.items()))
 
 
 class RequestStarted(msgspec.Struct, array_like=True, tag="start", frozen=True):

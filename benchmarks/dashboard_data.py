@@ -128,7 +128,7 @@ class History:
         insert(db, "server", [dict(
             id=n, group_id=1, name=f"gpu-{n}:30000", boot_id=n, sglang_version="0.5.21",
             boot_version_id=1, live_version_id=live, live_sha256=f"{live:064x}", state="running",
-            dtype="bfloat16", phase="speculating", phase_reason="drafts pay", speculation_share=1,
+            dtype="bfloat16", phase="speculating", phase_reason="it is faster", speculation_share=1,
             counters=json.dumps({"step_ms_plain": 20.0, "step_ms_spec": 26.0}), last_error="",
             started_at=text(self.begin), last_seen_at=text(self.end))
             for n in range(1, SERVERS + 1)])  # fmt: skip

@@ -114,7 +114,7 @@ def trend(
     if break_even is not None:
         figure.add_hline(
             y=break_even, line={"dash": "dot", "width": 1, "color": "#7F7F7F"},
-            annotation={"text": f"drafts pay above {break_even:.2f}", "font": {"size": 11}},
+            annotation={"text": f"break-even {break_even:.2f}", "font": {"size": 11}},
             annotation_position="top right" if break_even == min(values) else "bottom right",
         )  # fmt: skip
     figure.update_xaxes(range=[local(begin), local(end)], tickformatstops=DATES)

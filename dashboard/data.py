@@ -13,6 +13,7 @@ import streamlit as st
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.rollout import status
+from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
 from aurora_sgl.store.queries import explorer, trends
@@ -125,15 +126,13 @@ def tokens_kept(url: str, group_id: int, since: datetime, until: datetime) -> tu
         return trends.tokens_kept(s, group_id, since, until)
 
 
-def step_times(group: Group) -> list[queries.step_times.StepTimes]:
+def step_cost(group: Group) -> StepCost:
+    """What steps cost, as a server measured it last: of those that run, else of one that did."""
     with store.session(group.engine, write=False) as s:
-        found = queries.step_times.step_times(s, group.id)
-        return found or queries.step_times.step_times(s, group.id, states=("stopped", "gone"))[:1]
-
-
-def break_even(group: Group) -> float | None:
-    """The accept length from which drafts pay, as a server measured it last."""
-    return next((time.break_even for time in step_times(group) if time.break_even), None)
+        rows = queries.step_times.step_times(s, group.id)
+        rows = rows or queries.step_times.step_times(s, group.id, states=("stopped", "gone"))[:1]
+    costs = [row.cost for row in rows]
+    return next((cost for cost in costs if cost.break_even), costs[0] if costs else StepCost())
 
 
 def look(group: Group) -> status.GroupStatus:

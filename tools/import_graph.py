@@ -30,7 +30,7 @@ ROOMS = (
         "memory",
         "wire",
     ),
-    ("compat", "console", "draft_shape", "health", "processes"),
+    ("compat", "console", "draft_shape", "health", "processes", "step_cost"),
     ("config",),
     ("artifacts",),
     ("drafter", "store"),

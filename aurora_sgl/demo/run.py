@@ -30,7 +30,7 @@ from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.processes.server import ServerProcess, free_port
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.serving import plan
-from aurora_sgl.sidecar.phase import break_even
+from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store import queries
 
 TRAIN_EVERY = 40  # served requests between training runs
@@ -418,7 +418,7 @@ class _Demo:
             },
             "tokens_per_second": {name: _round(speed) for name, speed in speeds.items()},
             "phase": phase,
-            "break_even": _round(break_even(counters)),
+            "break_even": _round(StepCost.of(counters).break_even),
             "dropped_records": dropped,
         }
 

@@ -21,15 +21,13 @@ from statistics import median
 from aurora_sgl import intervals
 from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
+from aurora_sgl.step_cost import MARGIN, is_worth
 
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
 #: Steps; bounds what a quiet time saves up, and the debt of requests that asked for drafts.
 _CREDIT_LIMIT = 256.0
 #: Share of the speed that trying may cost where drafts are known to lose.
 LOSS = 0.01
-#: How far the accept length must be above break-even before drafts start. Where they ride already,
-#: they go on until it falls below break-even itself, so that noise does not flip it.
-MARGIN = 1.02
 #: Steps for which a request that tries keeps its drafts where they are known to lose.
 TRY_STEPS = 24
 _KNOWN = 8  # steps of one kind from which their median counts
@@ -167,8 +165,7 @@ class SpeculationPolicy:
         gain = self.gain(batch_size)
         if gain is None:
             return None
-        bar = 1.0 if self._paying.get(group, False) else MARGIN
-        self._paying[group] = gain > bar
+        self._paying[group] = is_worth(gain, speculates=self._paying.get(group, False))
         untimed, plain = self._untimed(group), self._time(NO_DRAFT, group)
         if self._paying[group] or untimed is None or plain is None:
             return self._paying[group]

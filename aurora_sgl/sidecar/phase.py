@@ -1,16 +1,13 @@
-"""How much to speculate: a bounded share of the steps until drafts pay, then all of them."""
+"""How much to speculate: until speculation is faster than decoding without it, a bounded share of
+the steps carries drafts; then all of them do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aurora_sgl.intervals import accept_length
-from aurora_sgl.wire import by_size
+from aurora_sgl.step_cost import StepCost, is_worth
 
-#: How far above break-even the expected accept length must be before all steps speculate. Once
-#: they do, they go on until it falls below break-even itself, so that noise does not flip it.
-MARGIN = 1.02
 #: Speculative steps after a swap from which what was measured counts more than replay.
 ENOUGH_STEPS = 200
 
@@ -32,20 +29,6 @@ class Expected:
     source: str  # for the reason that people read
 
 
-def break_even(counters: Mapping[str, float]) -> float | None:
-    """The accept length at which a speculative step pays for itself, where it does so soonest.
-
-    Median time of a speculative step (drafts and verify) over that of a plain one, as the engine
-    measured them, at the batch size where that is least: the engine itself leaves drafts out at
-    those where they lose. None while one of them is missing.
-    """
-    sizes = by_size(counters)
-    if sizes:
-        return min(sizes.values())
-    plain, spec = counters.get("step_ms_plain", 0.0), counters.get("step_ms_spec", 0.0)
-    return spec / plain if plain > 0 and spec > 0 else None
-
-
 def expected(
     replayed: float | None, steps: int, accepted: int, enough: int = ENOUGH_STEPS
 ) -> Expected | None:
@@ -60,12 +43,10 @@ def expected(
 def decide(
     mode: str,
     explore_share: float,
-    needed: float | None,  # break-even accept length
-    hoped: Expected | None,
+    cost: StepCost,
+    expected: Expected | None,
     now: str,
     plain_steps_possible: bool = True,
-    sizes: Mapping[int, float] | None = None,  # break-even by group of batch sizes, to be told
-    gains: Mapping[int, float] | None = None,  # speed with drafts over that without, the same way
 ) -> Phase:
     """The phase for ``Settings.speculation`` = ``mode``; ``now`` is the present phase's name."""
     if not plain_steps_possible:
@@ -74,23 +55,25 @@ def decide(
         return Phase(SPECULATING, 1.0, "speculation is set to on")
     if mode == "off":
         return Phase(OFF, 0.0, "speculation is set to off")
-    if needed is None:
+    if cost.break_even is None:
         return Phase(EXPLORING, explore_share, "step times are not known yet")
-    if hoped is None:
+    if expected is None:
         return Phase(EXPLORING, explore_share, "accept length of the live drafter not known yet")
-    gain = max(gains.values()) if gains else hoped.accept_length / needed
-    said = f"accept length {hoped.accept_length:.2f} ({hoped.source})"
-    if gains:
-        told = ", ".join(f"{value:.2f} with {_requests(group)}" for group, value in gains.items())
-        said += f"; speed against plain decoding: {told}"
-    else:
-        said += f", break-even {needed:.2f}"
-        if sizes and len(sizes) > 1:
-            told = ", ".join(f"{_requests(group)}: {bar:.2f}" for group, bar in sizes.items())
-            said += f" ({told})"
-    if gain > (1.0 if now == SPECULATING else MARGIN):
-        return Phase(SPECULATING, 1.0, f"drafts pay: {said}")
-    return Phase(EXPLORING, explore_share, f"drafts do not pay yet: {said}")
+    gain = max(cost.gains.values(), default=expected.accept_length / cost.break_even)
+    evidence = _evidence(cost, expected)
+    if is_worth(gain, speculates=now == SPECULATING):
+        return Phase(SPECULATING, 1.0, f"speculation is faster: {evidence}")
+    return Phase(EXPLORING, explore_share, f"speculation is not faster yet: {evidence}")
+
+
+def _evidence(cost: StepCost, expected: Expected) -> str:
+    length = f"accept length {expected.accept_length:.2f} ({expected.source})"
+    if cost.gains:
+        gains = ", ".join(f"{gain:.2f} with {_requests(size)}" for size, gain in cost.gains.items())
+        return f"{length}; speed against plain decoding: {gains}"
+    bars = ", ".join(f"{_requests(size)}: {bar:.2f}" for size, bar in cost.break_evens.items())
+    by_size = f" ({bars})" if len(cost.break_evens) > 1 else ""
+    return f"{length}, break-even {cost.break_even:.2f}{by_size}"
 
 
 def _requests(group: int) -> str:

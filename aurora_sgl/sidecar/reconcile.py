@@ -21,6 +21,7 @@ from aurora_sgl.sidecar import boot_version, phase
 from aurora_sgl.sidecar.servers import Known, Live, Registry, drafter_path
 from aurora_sgl.sidecar.swap.attempt import Swaps
 from aurora_sgl.sidecar.swap.staging import Stager, Wanted
+from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import is_silent
@@ -195,24 +196,22 @@ class Reconciler:
         if time.monotonic() < self._phase_at:
             return
         self._phase_at = time.monotonic() + PHASE_SECONDS
-        hoped = None
+        expected = None
         version_id = live.version_id or known.boot_version_id
         if self._settings.speculation == "auto" and version_id is not None:
             with self._link.session(write=False) as s:
-                hoped = self._expected(s, known.group_id, version_id)
+                expected = self._expected(s, known.group_id, version_id)
         decided = phase.decide(
             self._settings.speculation,
             self._settings.explore_share,
-            phase.break_even(hello.counters),
-            hoped,
+            StepCost.of(hello.counters),
+            expected,
             self.phase.name,
             hello.server.get("plain_steps_possible") is not False,
-            wire.by_size(hello.counters),
-            wire.by_size(hello.counters, "gain"),
         )
         if (decided.name, decided.share) != (self.phase.name, self.phase.share):
             log.info("%s, share %.2f: %s", decided.name, decided.share, decided.reason)
-        length = round(hoped.accept_length, 2) if hoped is not None else 0.0
+        length = round(expected.accept_length, 2) if expected is not None else 0.0
         said = (
             float(hello.counters.get("speculation_share", -1.0)),
             float(hello.counters.get("hoped_accept_length", length)),

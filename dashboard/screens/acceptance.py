@@ -229,7 +229,7 @@ def _trend(here: Group, choice: Choice, series: Series, name: Namer) -> None:
     drawn = buckets.placed(series, period.width, ends)
     asked = choice.asked or period
     beside = buckets.near(data.deployments(here), drawn, period.width, asked)
-    figure = charts.trend(drawn, period.width, beside, break_even=data.break_even(here))
+    figure = charts.trend(drawn, period.width, beside, break_even=data.step_cost(here).break_even)
     charts.show(figure, "trend", "accept length over time, with 95% bands and promotions")
     told = (
         f"Points of {words.span(period.width.total_seconds())}, over the part of the period in "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import streamlit as st
 
 from aurora_sgl.rollout import status
+from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, Served
 
@@ -33,20 +33,17 @@ class Moment:
     tokens_per_second: float
     yesterday_tokens_per_second: float
     draft_share: float
-    plain_ms: float | None
-    draft_ms: float | None
-    gain: float | None  # speed with drafts over that without, as a server measured it
-    gains: Mapping[int, float]  # the same by group of batch sizes, named by the largest
+    cost: StepCost  # as a server measured it
 
     @property
     def break_even(self) -> float | None:
-        return self.draft_ms / self.plain_ms if self.plain_ms and self.draft_ms else None
+        return self.cost.break_even
 
     @property
     def speed_up(self) -> float | None:
         """Of steps with drafts over plain steps, at the times that the engine measured."""
-        if self.gain:
-            return self.gain
+        if self.cost.gain:
+            return self.cost.gain
         length = self.served.accept_length
         return length / self.break_even if length and self.break_even else None
 
@@ -54,7 +51,8 @@ class Moment:
     def stream(self) -> float | None:
         """Tokens per second of one stream whose steps all carry drafts."""
         length = self.served.accept_length
-        return 1000 * length / self.draft_ms if length and self.draft_ms else None
+        draft_ms = self.cost.draft_ms
+        return 1000 * length / draft_ms if length and draft_ms else None
 
 
 def show() -> None:
@@ -92,8 +90,6 @@ def measure(here: Group) -> Moment | None:
     day = Filter(here.id, midnight - timedelta(days=1), midnight)
     before = data.trend(here.url, day, "day")
     tokens, steps, with_drafts = data.tokens_kept(here.url, here.id, window.since, window.until)
-    times = data.step_times(here)
-    first = next((time for time in times if time.break_even), times[0] if times else None)
     return Moment(
         window=window,
         served=trends.total(points),
@@ -106,10 +102,7 @@ def measure(here: Group) -> Moment | None:
         )[0]
         / 86_400,
         draft_share=with_drafts / steps if steps else 0.0,
-        plain_ms=first.plain_ms if first else None,
-        draft_ms=first.draft_ms if first else None,
-        gain=first.gain if first else None,
-        gains=first.gains if first else {},
+        cost=data.step_cost(here),
     )
 
 
@@ -141,25 +134,30 @@ def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
         )
     elif up >= 1:
         st.success(
-            f"**Speculation pays: {up:.2f} times the speed of plain decoding.** {said}; "
-            f"it pays above {moment.break_even:.2f}.",
+            f"**Speculation is faster: {up:.2f} times the speed of decoding without it.** "
+            f"{said}; {_bar(moment)}.",
             icon=":material/check_circle:",
         )
     else:
         st.warning(
-            f"**Speculation does not pay yet: {up:.2f} times the speed of plain decoding.** "
-            f"{said}; it pays above {moment.break_even:.2f}. Drafts ride on "
-            f"{moment.draft_share:.0%} of the steps.",
+            f"**Speculation is not faster yet: {up:.2f} times the speed of decoding without it.** "
+            f"{said}; {_bar(moment)}. {moment.draft_share:.0%} of the steps carry drafts.",
             icon=":material/trending_down:",
         )
 
 
+def _bar(moment: Moment) -> str:
+    return f"break-even is {moment.break_even:.2f}" if moment.break_even else "not measured"
+
+
 def _by_load(moment: Moment) -> str:
-    """What drafts bring to one request alone and to several, or from where on they pay."""
-    if len(moment.gains) > 1:
-        some = [(group, gain) for group, gain in moment.gains.items() if group <= 8][:3]
+    """What drafts bring to one request alone and to several, or the accept length from which they
+    do."""
+    gains = moment.cost.gains
+    if len(gains) > 1:
+        some = [(group, gain) for group, gain in gains.items() if group <= 8][:3]
         return ", ".join(f"{gain:.2f} {_requests(group)}" for group, gain in some)
-    return f"pays above {moment.break_even:.2f}" if moment.break_even else "not measured"
+    return _bar(moment)
 
 
 def _requests(group: int) -> str:
@@ -191,7 +189,8 @@ def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
         "plain one, as a running server measured them; by requests at once where it knows more "
         "than one load. Where drafts lose they are left out",
     )  # fmt: skip
-    plain = 1000 / moment.plain_ms if moment.plain_ms else None
+    plain_ms = moment.cost.plain_ms
+    plain = 1000 / plain_ms if plain_ms else None
     columns[3].metric(
         "Tokens/s of a stream", words.number(moment.stream, 1), border=True,
         delta=f"{moment.stream - plain:+.1f} on no drafts" if moment.stream and plain

@@ -71,7 +71,7 @@ class House:
             for server_id in self.servers.values():
                 queries.servers.touch_server(
                     s, server_id, live_version_id=version.id, live_sha256=version.weights_sha256,
-                    state="running", phase="speculating", phase_reason="drafts pay",
+                    state="running", phase="speculating", phase_reason="speculation is faster",
                     speculation_share=1.0, last_error="", last_seen_at=clock.utc_now(),
                 )  # fmt: skip
 

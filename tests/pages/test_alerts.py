@@ -136,7 +136,7 @@ def test_the_speed_up_is_what_a_server_measured_by_load_where_it_did(small: Hous
     for boot in small.servers:
         touch(small, boot, counters=counters)
     app = draw(small.home, "Now")
-    assert "Speculation pays: 1.31 times" in app.success[0].value
+    assert "Speculation is faster: 1.31 times" in app.success[0].value
     metrics = {metric.label: metric for metric in app.metric}
     assert metrics["Speed-up"].value == "1.31x"
     assert metrics["Speed-up"].delta == "1.31 alone, 1.12 of 2, 1.05 of 3 to 4"

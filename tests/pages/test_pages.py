@@ -192,7 +192,7 @@ def test_the_pages_show_the_numbers_of_the_store(house: House, settings_of: Use)
         metrics["Speed-up"] == f"{length / 1.3:.2f}x"
         or abs(float(metrics["Speed-up"][:-1]) - length / 1.3) < 0.01
     )
-    assert "times the speed of plain decoding" in now.success[0].value
+    assert "times the speed of decoding without it" in now.success[0].value
 
 
 def test_histogram_and_positions_agree_with_the_accept_length(

@@ -1,0 +1,64 @@
+"""What a verify step with drafts costs a server against one without, as its engine measured it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+#: How far above break-even speculation must be before it starts. Once it has, it goes on until it
+#: falls below break-even itself, so that noise does not flip it.
+MARGIN = 1.02
+
+
+def is_worth(gain: float, *, speculates: bool) -> bool:
+    """Whether to speculate at this speed with drafts over that without; ``speculates``: it does
+    already."""
+    return gain > (1.0 if speculates else MARGIN)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Median times of a verify step in milliseconds at the batch size where both kinds are known
+    best, and ratios by the largest of each group of batch
+    sizes (``batch_sizes.batch_bucket``); ``None``: not measured."""
+
+    plain_ms: float | None = None
+    draft_ms: float | None = None
+    gain: float | None = None  # speed with drafts over that without
+    break_evens: Mapping[int, float] = field(default_factory=dict)
+    gains: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, counters: Mapping[str, float]) -> StepCost:
+        """From the counters of a heartbeat, see ``engine.policy.SpeculationPolicy.counters``."""
+        return cls(
+            _positive(counters, "step_ms_plain"),
+            _positive(counters, "step_ms_spec"),
+            _positive(counters, "gain"),
+            by_size(counters, "break_even"),
+            by_size(counters, "gain"),
+        )
+
+    @property
+    def break_even(self) -> float | None:
+        """The accept length at which a step with drafts pays for itself, at the batch size where
+        that is least: the engine itself leaves drafts out where they lose."""
+        if self.break_evens:
+            return min(self.break_evens.values())
+        return self.draft_ms / self.plain_ms if self.plain_ms and self.draft_ms else None
+
+
+def by_size(counters: Mapping[str, float], name: str) -> dict[int, float]:
+    """Counters ``name_N`` by N, the largest of each group of batch sizes, in their order."""
+    start = f"{name}_"
+    values = {
+        int(key.removeprefix(start)): float(value)
+        for key, value in counters.items()
+        if key.startswith(start)
+    }
+    return dict(sorted(values.items()))
+
+
+def _positive(counters: Mapping[str, float], name: str) -> float | None:
+    value = float(counters.get(name) or 0.0)
+    return value if value > 0 else None
