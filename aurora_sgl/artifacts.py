@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import fsspec
 
+from aurora_sgl import atomic
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_file
@@ -89,7 +90,7 @@ class ArtifactRoot:
                 if not self._holds(target, hashes):
                     raise OSError(errno.EIO, "the copy differs from what was written")
                 if self.is_local:
-                    swap_folders(Path(target), Path(full))
+                    atomic.swap(Path(target), Path(full))
             except BaseException:
                 if self.is_local:
                     shutil.rmtree(target, ignore_errors=True)
@@ -105,7 +106,7 @@ class ArtifactRoot:
                 beside.mkdir(parents=True)
                 for found in self._fs.ls(self._full(uri), detail=False):
                     self._fs.get_file(found, str(beside / PurePosixPath(found).name))
-                swap_folders(beside, into)
+                atomic.swap(beside, into)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         return into
@@ -175,15 +176,3 @@ class ArtifactRoot:
                 ) from None
             reason = error.strerror or str(error) or type(error).__name__
             raise AuroraError(f"can't {doing} under {self.url}: {reason}") from None
-
-
-def swap_folders(new: Path, place: Path) -> None:
-    """Rename ``new`` to ``place``; what was there goes after the new one stands."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists():
-        os.rename(new, place)
-        return
-    old = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.old")
-    os.rename(place, old)
-    os.rename(new, place)
-    shutil.rmtree(old, ignore_errors=True)

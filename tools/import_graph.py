@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: From the ground up; what stands on one line does not know each other.
 ROOMS = (
     (
+        "atomic",
         "batch_sizes",
         "clock",
         "environment",
@@ -30,7 +31,7 @@ ROOMS = (
         "memory",
         "wire",
     ),
-    ("compat", "console", "draft_shape", "health", "processes", "step_cost"),
+    ("compat", "console", "draft_shape", "health", "processes", "step_cost", "trace_format"),
     ("config",),
     ("artifacts",),
     ("drafter", "store"),

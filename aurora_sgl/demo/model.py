@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aurora_sgl import atomic
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_file
@@ -112,11 +113,7 @@ def put_in_place(beside: Path, folder: Path, digest: str) -> None:
     """Renames the finished folder to its name, unless another process was first."""
     if is_converted(folder, digest):
         return
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-        folder.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
-    beside.rename(folder)
+    atomic.swap(beside, folder)
 
 
 def convert(source: Path, digest: str, into: Path, *, quiet: bool) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from aurora_sgl import atomic
 from aurora_sgl.drafter import architectures, vocabulary
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.model import Drafter
@@ -84,25 +82,14 @@ def save(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
     Raises ``AuroraError`` when the disk does not take it; nothing half-written stays behind.
     """
     folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    config = {**architectures.to_json(drafter.config), "dtype": str(dtype).removeprefix("torch.")}
     try:
-        beside.mkdir(parents=True)
-        config = {
-            **architectures.to_json(drafter.config),
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(tensors_of(drafter, dtype), str(beside / WEIGHTS), metadata={"format": "pt"})
-        (beside / WEIGHTS).chmod(0o644)  # safetensors writes for its own user alone
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
-            os.rename(folder, old)
-            os.rename(beside, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(beside, folder)
+        with atomic.written(folder) as new:
+            new.mkdir()
+            (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_file(tensors_of(drafter, dtype), str(new / WEIGHTS), metadata={"format": "pt"})
+            (new / WEIGHTS).chmod(0o644)  # safetensors writes for its own user alone
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise AuroraError(f"cannot write the drafter to {folder}: {error}") from None
     return folder
 

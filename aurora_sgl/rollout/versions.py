@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from aurora_sgl import store
-from aurora_sgl.artifacts import ArtifactRoot, swap_folders
+from aurora_sgl import atomic, store
+from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment, DeploymentGroup, DrafterVersion, Evaluation
@@ -123,7 +123,7 @@ def export_version(
         version = queries.versions.version(s, version_id)
     beside = into.with_name(f".{into.name}.export")
     fetch_verified(artifacts, version, beside)
-    swap_folders(beside, into)
+    atomic.swap(beside, into)
     return into
 
 

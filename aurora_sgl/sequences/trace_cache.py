@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from pathlib import Path
 
+from aurora_sgl import atomic
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 
@@ -30,12 +30,12 @@ class TraceFiles:
         return path
 
     def _fetch(self, uri: str, path: Path) -> None:
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self.artifacts.open(uri) as source, beside.open("wb") as sink:
+            with (
+                atomic.written(path) as new,
+                self.artifacts.open(uri) as source,
+                new.open("wb") as sink,
+            ):
                 shutil.copyfileobj(source, sink)
-            beside.rename(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise AuroraError(f"cannot fetch trace {uri}: {error}") from None

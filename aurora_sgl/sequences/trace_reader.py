@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.trace_format import AUX, LAST, TOKENS, TraceMetadata
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ def read_trace(path: Path, *, start: int = 0) -> TraceFeatures:
     """A whole trace file. Raises ``AuroraError`` when it is missing, cut short or inconsistent."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            meta = file.metadata() or {}
+            meta = TraceMetadata.from_text(file.metadata() or {})
             trace = TraceFeatures(
-                request_id=int(meta["request_id"]),
-                tokens=file.get_tensor("tokens").to(torch.int64),
-                aux=file.get_tensor("aux"),
-                last=file.get_tensor("last"),
+                request_id=meta.request_id,
+                tokens=file.get_tensor(TOKENS).to(torch.int64),
+                aux=file.get_tensor(AUX),
+                last=file.get_tensor(LAST),
                 start=start,
-                output_start=int(meta["output_start"]),
-                greedy=meta.get("greedy", "1") == "1",
+                output_start=meta.output_start,
+                greedy=meta.greedy,
             )
     except (OSError, SafetensorError) as error:
         raise AuroraError(f"trace {path.name} is missing or cut short: {error}") from None
@@ -55,7 +56,7 @@ def read_tokens(path: Path) -> torch.Tensor:  # [T] int64
     """Only the tokens of a trace file. Raises ``AuroraError`` as :func:`read_trace` does."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            tokens: torch.Tensor = file.get_tensor("tokens").to(torch.int64)
+            tokens: torch.Tensor = file.get_tensor(TOKENS).to(torch.int64)
             return tokens
     except (OSError, SafetensorError) as error:
         raise AuroraError(f"trace {path.name} is missing or cut short: {error}") from None

@@ -1,4 +1,4 @@
-"""Locks and whole-file writes: the two things that must survive a kill at any instruction."""
+"""A lock on a folder that survives a kill at any instruction."""
 
 from __future__ import annotations
 
@@ -36,13 +36,3 @@ class FolderLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` beside ``path`` and rename it there, so that a reader sees all or nothing."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aurora_sgl.atomic import replace_file
 from aurora_sgl.health import HealthServer, Sample
 from aurora_sgl.intervals import accept_length
-from aurora_sgl.sidecar.files import replace_file
 from aurora_sgl.sidecar.served import Sums
 
 

@@ -10,15 +10,14 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from aurora_sgl import atomic
 from aurora_sgl.hashing import sha256_bytes
 from aurora_sgl.training.settings import TrainSettings
 
@@ -110,16 +109,12 @@ class Checkpoints:
             return ""
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        beside = self.folder / f".{name}.{uuid.uuid4().hex[:8]}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(beside)
-            os.replace(beside, self.folder / name)
+            with atomic.written(self.folder / name) as new:
+                write(new)
             self.error = ""
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, on a full disk
             self.error = f"no checkpoint: {' '.join(str(error).split())[:200]}"
-            with suppress(OSError):
-                beside.unlink()
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

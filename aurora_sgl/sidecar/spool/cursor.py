@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from aurora_sgl import wire
-from aurora_sgl.sidecar.files import replace_file
+from aurora_sgl.atomic import replace_file
 from aurora_sgl.sidecar.spool.log import Position, Spool
 
 #: Boots that are remembered; the oldest are forgotten first.

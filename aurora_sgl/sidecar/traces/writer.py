@@ -20,6 +20,7 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.sidecar.traces.assembler import Trace
+from aurora_sgl.trace_format import AUX, LAST, STEP_STARTS, TOKENS, TraceMetadata
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64"}
 
@@ -78,10 +79,6 @@ def write_safetensors(
     return digest.hexdigest()
 
 
-def _text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 class TraceWriter:
     """Puts traces under ``traces/<YYYYMMDD>/<request_id>.safetensors`` of the artifact root."""
 
@@ -114,21 +111,20 @@ class TraceWriter:
         now = clock.utc_now()
         uri = f"traces/{now:%Y%m%d}/{header.request_id}.safetensors"
         tensors: dict[str, tuple[str, tuple[int, ...], NDArray[np.generic]]] = {
-            "tokens": ("int64", trace.tokens.shape, trace.tokens),
-            "aux": (header.dtype, (trace.rows, header.aux_width), trace.aux),
-            "step_starts": ("int64", trace.step_starts.shape, trace.step_starts),
+            TOKENS: ("int64", trace.tokens.shape, trace.tokens),
+            AUX: (header.dtype, (trace.rows, header.aux_width), trace.aux),
+            STEP_STARTS: ("int64", trace.step_starts.shape, trace.step_starts),
         }
         if header.last_width:
-            tensors["last"] = (header.dtype, (trace.rows, header.last_width), trace.last)
-        metadata = {
-            "format": "1",
-            "request_id": str(header.request_id),
-            "output_start": str(header.output_start),
-            "greedy": str(int(header.greedy)),
-            "start": str(trace.start),
-            "aux_layers": _text(server.get("aux_layers", "")),
-            "target_model": _text(server.get("target_model", "")),
-        }
+            tensors[LAST] = (header.dtype, (trace.rows, header.last_width), trace.last)
+        metadata = TraceMetadata(
+            header.request_id,
+            header.output_start,
+            header.greedy,
+            trace.start,
+            aux_layers=",".join(map(str, server.get("aux_layers") or ())),
+            target_model=str(server.get("target_model", "")),
+        ).to_text()
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".trace") as file:
             sha256 = write_safetensors(file, tensors, metadata)  # type: ignore[arg-type]

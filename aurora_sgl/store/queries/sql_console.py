@@ -13,7 +13,6 @@ Viewers see no tokens: in SQLite the columns read as NULL, in PostgreSQL they ar
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import sqlite3
@@ -27,6 +26,7 @@ from typing import Any
 from sqlalchemy import Engine, inspect, make_url
 from sqlalchemy.engine import URL
 
+from aurora_sgl import atomic
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.models import Base
@@ -272,12 +272,7 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
 
 def keep_roles(path: Path, urls: Mapping[str, str]) -> None:
     """Write the URLs where only this user reads them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        json.dump(dict(urls), file)
-    beside.replace(path)
+    atomic.replace_file(path, json.dumps(dict(urls)).encode(), mode=0o600)
 
 
 def kept_role(path: Path, role: str) -> str:
