@@ -1,6 +1,7 @@
 # make demo and make test are all that is needed; both set the environment up first.
 #   make setup CUDA=1      SGLang's CUDA packages instead of the CPU list
-#   make test-fast         without the tests that start SGLang or download something
+#   make test-unit         what needs no process, browser or server: the inner loop
+#   make test-fast         without the tests that start SGLang or take long
 #   make demo ARGS="..."   flags of `aurora-sgl demo`
 
 PYTHON ?= python3.11
@@ -13,13 +14,13 @@ KIND   := $(if $(wildcard $(VENV)/.ready-cuda),cuda,cpu)
 endif
 STAMP  := $(VENV)/.ready-$(KIND)
 
-.PHONY: setup demo test test-fast lint format clean
+.PHONY: setup demo test test-unit test-fast lint format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^#//p' Makefile | head -4
-	@echo "   targets: setup demo test test-fast lint format clean"
+	@sed -n 's/^#//p' Makefile | head -5
+	@echo "   targets: setup demo test test-unit test-fast lint format clean"
 
 setup: $(STAMP)
 	@:
@@ -34,13 +35,19 @@ demo: $(STAMP)
 
 # Two processes: the tests that share running servers in one, the others in the other.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --durations=20 $(ARGS)
 
+# The inner loop: nothing that starts a process, a browser or a server.
+test-unit: $(STAMP)
+	@$(BIN)/python -m pytest tests/unit -n 2 -m "not (engine or browser or process or slow or gpu)" $(ARGS)
+
+# Also PostgreSQL, processes of ours and pages; no SGLang, nothing that takes long.
 test-fast: $(STAMP)
-	@$(BIN)/python -m pytest -m "not engine and not slow and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m "not (engine or slow or gpu)" $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
+	@$(BIN)/python tools/import_graph.py
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 

@@ -6,10 +6,10 @@ import itertools
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -22,9 +22,6 @@ from sqlalchemy import Engine, create_engine, text
 # test of five seconds took 150). Before anything imports PyTorch; processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# For the samples beside the tests, also those of another folder.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "unit")]
-
 _numbers = itertools.count(1)
 
 #: Of the end-to-end tests those that take minutes and share nothing with the others.
@@ -35,6 +32,34 @@ OWN_SERVERS = (
     "tests/e2e/test_identity.py::"
     "test_without_speculation_our_cpu_kernels_give_hugging_faces_tokens",
 )
+
+
+MARKS = ("engine", "browser", "process", "slow", "gpu")
+#: Folders whose tests are marked as a whole.
+MARKED = {"pages": "browser", "integration": "process", "unit/processes": "process"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here).as_posix() if here in item.path.parents else ""
+        for folder, mark in MARKED.items():
+            if place.startswith(f"{folder}/"):
+                item.add_marker(mark)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Where the time goes, by mark: a test counts under the first of its marks."""
+    seconds, counts = Counter[str](), Counter[str]()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                mark = next((name for name in MARKS if name in report.keywords), "unit")
+                seconds[mark] += report.duration
+                counts[mark] += report.when == "call"
+    terminalreporter.section("seconds by mark")
+    for mark, total in seconds.most_common():
+        terminalreporter.write_line(f"{mark:10} {counts[mark]:6d} tests {total:8.0f} s")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

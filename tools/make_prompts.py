@@ -2,7 +2,7 @@
 
     python tools/make_prompts.py
 
-The seed is fixed, so the file is the same each time (tests/unit/test_prompts.py holds it to that).
+The seed is fixed, so the file is the same each time (tests/unit/demo/test_prompts.py holds it to that).
 A tenth of each domain is held out: it measures drafters and is never trained on. Prompts about the
 same function are held out together.
 """

@@ -24,8 +24,8 @@ from aurora_sgl import store
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.processes.server import ServerProcess, free_port
 from aurora_sgl.store import queries
-from tests.e2e import breaking
-from tests.sidecar_engine import wait_until as until
+from tests.support import breaking
+from tests.support.sidecar_engine import wait_until as until
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [

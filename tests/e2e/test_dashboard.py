@@ -13,7 +13,7 @@ from aurora_sgl.rollout.promote import rollback
 from aurora_sgl.store import queries
 from tests.e2e.conftest import Running, until
 from tests.e2e.test_swap import a_relative
-from tests.pages import browser
+from tests.support import browser
 
 
 def test_the_page_shows_traffic_as_it_runs_and_puts_a_version_live_in_the_server(

@@ -18,7 +18,7 @@ import pytest
 from aurora_sgl import doctor, store
 from aurora_sgl.store import queries
 from tests.e2e.conftest import ROOT, Running, start
-from tests.sidecar_engine import wait_until as until
+from tests.support.sidecar_engine import wait_until as until
 
 VOCABULARY = 49_152
 REFUSED = "The prompt has the token id {}; this model knows 0 to 49151."

@@ -15,8 +15,8 @@ from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.engine.step_shape import shapes_within
 from aurora_sgl.store.models import AcceptanceEvent
 from tests.e2e.conftest import Running, start, until
-from tests.e2e.null_run import assert_null_runs_cover_zero
 from tests.e2e.test_sampling import assert_targets_law
+from tests.support.null_run import assert_null_runs_cover_zero
 
 TOKENS = 20
 

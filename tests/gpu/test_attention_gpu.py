@@ -5,19 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from attention_cases import Case, answers, cases, define, given, relative_errors
 
 from aurora_sgl.drafter.attention import Seen, attend, backends, flashinfer, using
 from aurora_sgl.drafter.attention.kernels import plain
 from aurora_sgl.drafter.attention.states import merge
 from aurora_sgl.errors import AuroraError
+from tests.support.attention_cases import Case, answers, cases, define, given, relative_errors
 
 pytestmark = [
     pytest.mark.gpu,

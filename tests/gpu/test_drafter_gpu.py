@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from drafter_cases import RECIPE, requests, target_folder
 
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import attention, scratch
@@ -20,6 +15,7 @@ from aurora_sgl.evaluation.replay import replay
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
+from tests.support.drafter_cases import RECIPE, requests, target_folder
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,10 +13,10 @@ from playwright.sync_api import Browser, expect
 from aurora_sgl import rollout, store
 from aurora_sgl.config import get_settings
 from aurora_sgl.store import queries
-from tests.pages import browser as chrome
-from tests.pages import house as samples
-from tests.pages.browser import Dashboard, Viewer
-from tests.pages.house import House
+from tests.support import browser as chrome
+from tests.support import dashboard_house as samples
+from tests.support.browser import Dashboard, Viewer
+from tests.support.dashboard_house import House
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ from aurora_sgl import rollout, store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.rollout.switches import turn
 from aurora_sgl.store import queries
-from tests.pages import house as samples
-from tests.pages.house import House
 from tests.pages.test_pages import draw, said
+from tests.support import dashboard_house as samples
+from tests.support.dashboard_house import House
 
 Use = Callable[..., None]
 #: Markdown that would make a browser ask another machine, and how it may not stand on a page.

@@ -16,11 +16,12 @@ from aurora_sgl import store
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment
 from dashboard.screens import acceptance
-from tests.pages import browser, labels
-from tests.pages import house as samples
-from tests.pages.browser import PAGES
-from tests.pages.house import House
 from tests.pages.test_pages import draw, said
+from tests.support import browser
+from tests.support import dashboard_house as samples
+from tests.support import page_labels as labels
+from tests.support.browser import PAGES
+from tests.support.dashboard_house import House
 
 Use = Callable[..., None]
 MINUTE = timedelta(minutes=1)

@@ -15,10 +15,10 @@ from playwright.sync_api import Browser, Page, expect
 from aurora_sgl import rollout, store
 from aurora_sgl.rollout import status
 from aurora_sgl.store import queries
-from tests.pages import browser
-from tests.pages.browser import PAGES, PASSWORDS, Dashboard, Viewer
 from tests.pages.conftest import only_loopback
-from tests.pages.house import House
+from tests.support import browser
+from tests.support.browser import PAGES, PASSWORDS, Dashboard, Viewer
+from tests.support.dashboard_house import House
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

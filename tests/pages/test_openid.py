@@ -11,8 +11,8 @@ from playwright.sync_api import Browser, expect
 pytest.importorskip("authlib", reason="the extra openid is not installed")
 
 from aurora_sgl.store.accounts import Accounts
-from tests.pages import browser, openid
 from tests.pages.conftest import only_loopback
+from tests.support import browser, openid
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

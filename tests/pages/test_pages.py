@@ -19,10 +19,10 @@ from aurora_sgl.store.queries.trends import Served, TrendPoint
 from dashboard import buckets, dialogs, version_questions
 from dashboard.context import Group
 from dashboard.screens import acceptance, training
-from tests.pages import browser
-from tests.pages import house as samples
-from tests.pages.browser import PAGES
-from tests.pages.house import House
+from tests.support import browser
+from tests.support import dashboard_house as samples
+from tests.support.browser import PAGES
+from tests.support.dashboard_house import House
 
 APP = Path(__file__).parents[2] / "dashboard" / "app.py"
 Use = Callable[..., None]

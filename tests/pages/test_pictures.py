@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.pages import labels
-from tests.pages.browser import PAGES, Viewer
-from tests.pages.house import House
+from tests.support import page_labels as labels
+from tests.support.browser import PAGES, Viewer
+from tests.support.dashboard_house import House
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -14,9 +14,9 @@ from playwright.sync_api import Page, expect
 
 from aurora_sgl import rollout, store
 from aurora_sgl.store import queries
-from tests.pages.browser import PAGES, Viewer
-from tests.pages.house import House
 from tests.pages.test_journeys import agree, ask
+from tests.support.browser import PAGES, Viewer
+from tests.support.dashboard_house import House
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -9,8 +9,8 @@ from streamlit.testing.v1 import AppTest
 from aurora_sgl import rollout, store
 from aurora_sgl.store import queries
 from aurora_sgl.store.queries import explorer
-from tests.pages.house import House
 from tests.pages.test_pages import draw, said
+from tests.support.dashboard_house import House
 
 Use = Callable[..., None]
 

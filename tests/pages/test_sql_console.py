@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import pytest
-import store_samples as samples
 from sqlalchemy import Engine
 
 from aurora_sgl import store
@@ -15,6 +14,7 @@ from aurora_sgl.store import queries
 from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.queries.sql_console import Answer, make_sql_roles, run_sql
+from tests.support import store_samples as samples
 
 Ask = Callable[..., Answer]
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_training_run import House, house  # noqa: F401 (a fixture)
-from test_training_trainer import RECIPE
 
 from aurora_sgl import cli
 from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.drafter import checkpoint, scratch
+from tests.unit.training.test_run import House, house  # noqa: F401 (a fixture)
+from tests.unit.training.test_trainer import RECIPE
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -160,7 +160,7 @@ def test_versions_go_in_are_listed_shown_and_come_out(
 
 
 def test_a_drafter_of_another_target_is_refused(run: Run, house: House, tmp_path: Path) -> None:  # noqa: F811
-    from drafter_cases import target_folder
+    from tests.support.drafter_cases import target_folder
 
     other = target_folder(tmp_path / "other", hidden_size=16, vocab_size=30)
     folder = checkpoint.save(scratch.make(other, draft_vocab_size=20), tmp_path / "wrong")

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import pytest
 import torch
-from drafter_cases import VOCAB, requests, target_folder
 from torch import nn
 
 from aurora_sgl.draft_shape import DraftShape
@@ -24,6 +23,7 @@ from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep,
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
+from tests.support.drafter_cases import VOCAB, requests, target_folder
 
 
 class Bigram(Drafter):

@@ -1,7 +1,7 @@
 """The drafter architectures: one module each, behind a table keyed by ``architectures[0]``.
 
 What differs between them is asked of :class:`~aurora_sgl.drafter.model.Drafter`'s methods and
-flags, never of a name (held by tests/unit/test_architectures.py). The other modules of this
+flags, never of a name (held by tests/unit/drafter/test_architectures.py). The other modules of this
 package hold what several of them share.
 """
 

@@ -1,0 +1,50 @@
+"""Two ranks swap together or not at all, and none waits for another whose part of it failed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from aurora_sgl.drafter.checkpoint import content_sha256
+from tests.support import SUPPORT
+
+SCRIPT = SUPPORT / "swap_ranks.py"
+CASES = ("no file", "no agent", "no text", "good", "apply fails", "good again")
+
+
+@pytest.mark.slow
+def test_whatever_fails_on_one_rank_the_other_goes_on_with_it(tmp_path: Path) -> None:
+    weights = {"fc.weight": torch.randn(4, 4), "fc.bias": torch.randn(4)}
+    save_file(weights, tmp_path / "weights.safetensors", {"format": "pt"})
+    (tmp_path / "cases.json").write_text(
+        json.dumps([(case, content_sha256(weights)) for case in CASES])
+    )
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(tmp_path), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=150) for rank in ranks]  # and not for ever
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in said)
+    assert first["ok"] == [False, False, False, True, True, True]
+    assert list(first["live"].values()) == [0, 0, 0, 4, 5, 6]
+    # The rank whose copy failed tells it, and takes part in the next swap.
+    assert list(second["live"].values()) == [0, 0, 0, 4, 4, 6]
+    assert second["ok"].count(False) == 3  # nothing is said where we did not start

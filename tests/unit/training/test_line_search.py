@@ -1,0 +1,121 @@
+"""How far a run goes from the live drafter towards the trained one, and how fast it may go."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora_sgl.training.line_search import ALPHAS, FLOOR, Way, choose, interpolate, search
+from aurora_sgl.training.maturity import MATURE_TOKENS, YOUNG_TOKENS, peak_rate
+from aurora_sgl.training.settings import TrainSettings
+from aurora_sgl.training.trainer import train
+from tests.unit.training.test_trainer import RECIPE, requests, world
+
+SETTINGS = TrainSettings(**RECIPE)
+
+
+def ways(*found: tuple[float, float, float]) -> list[Way]:
+    return [Way(*each) for each in found]
+
+
+@pytest.mark.parametrize(
+    ("tried", "alpha"),
+    [
+        (ways((1.0, 2.0, 1.0), (0.75, 1.9, 1.0), (0.5, 1.8, 1.0), (0.25, 1.7, 1.0)), 1.0),
+        (ways((1.0, 2.0, 0.92), (0.75, 1.9, 0.96), (0.5, 1.8, 0.985), (0.25, 1.7, 0.99)), 0.5),
+        (ways((1.0, 1.7, 1 - FLOOR), (0.75, 1.9, 0.99), (0.5, 1.8, 1.0)), 0.75),
+        (ways((1.0, 2.0, 0.90), (0.75, 1.9, 0.92), (0.5, 1.8, 0.94), (0.25, 1.7, 0.97)), 0.25),
+    ],
+)
+def test_the_longest_accept_length_that_keeps_the_floor_of_every_domain(
+    tried: list[Way], alpha: float
+) -> None:
+    assert choose(tried).alpha == alpha
+
+
+def test_the_way_begins_at_the_live_drafter_and_ends_at_the_trained_one(tmp_path: Path) -> None:
+    live, _ = world(tmp_path)
+    trained = noisy(live, 0.1)
+    for alpha, end in ((0.0, live), (1.0, trained)):
+        found = interpolate(live, trained, alpha).state_dict()
+        assert all(torch.allclose(found[name], value) for name, value in end.state_dict().items())
+    half = interpolate(live, trained, 0.5)
+    name, value = next(iter(half.named_parameters()))
+    middle = (live.get_parameter(name) + trained.get_parameter(name)) / 2
+    assert torch.allclose(value, middle, atol=1e-6)
+
+
+def test_a_run_that_learnt_goes_the_whole_way_and_one_that_broke_its_drafter_hardly_moves(
+    tmp_path: Path,
+) -> None:
+    untrained, head = world(tmp_path)
+    data = requests(head, 40)
+    good = train(untrained, data[:30], head, SETTINGS).drafter
+    dev = [replace(one, domain="ab"[one.request_id % 2]) for one in data[30:]]
+    found = search(untrained, untrained, good, dev, head, SETTINGS)
+    assert found.alpha == 1.0 and found.drafter is good
+    assert found.tried[1].accept_length > 1.05 * found.tried[0].accept_length
+    broken = search(good, good, noisy(good, 1.0), dev, head, SETTINGS)
+    assert broken.alpha < 1.0
+    assert [way.alpha for way in broken.tried] == [0.0, *ALPHAS]
+    lost = {way.alpha: way.worst for way in broken.tried}
+    assert lost[broken.alpha] > lost[1.0]
+
+
+def test_a_domain_that_loses_keeps_a_run_from_going_the_whole_way(tmp_path: Path) -> None:
+    """Half of the requests go on as they did, the others were never seen: what is learnt of these
+    must not cost those more than the floor."""
+    untrained, head = world(tmp_path)
+    old, new = requests(head, 40), requests(head, 40, seed=5)
+    live = train(untrained, old[:30], head, SETTINGS).drafter
+    trained = train(noisy(live, 0.3), new[:30], head, SETTINGS).drafter
+    dev = [replace(each, domain="old") for each in old[30:]]
+    dev += [replace(each, domain="new") for each in new[30:]]
+    found = search(live, live, trained, dev, head, SETTINGS)
+    kept = {way.alpha: way.worst for way in found.tried}
+    best = max(kept[alpha] for alpha in kept if alpha)
+    assert kept[found.alpha] >= 1 - FLOOR or kept[found.alpha] == best
+
+
+def test_too_few_dev_requests_take_the_whole_way(tmp_path: Path) -> None:
+    live, head = world(tmp_path)
+    trained = noisy(live, 0.1)
+    found = search(live, live, trained, requests(head, 3), head, SETTINGS)
+    assert (found.alpha, found.requests, found.tried) == (1.0, 3, ())
+    assert found.drafter is trained
+
+
+def test_dev_requests_without_a_determined_step_leave_no_number_that_json_lacks(
+    tmp_path: Path,
+) -> None:
+    live, head = world(tmp_path)
+    short = [replace(one, tokens=one.tokens[: one.output_start + 2]) for one in requests(head, 5)]
+    found = search(live, live, noisy(live, 0.1), short, head, SETTINGS)
+    assert found.alpha == 1.0
+    assert json.loads(json.dumps(found.metrics, allow_nan=False))["dev_requests"] == 5
+
+
+def noisy(drafter, scale: float):  # type: ignore[no-untyped-def]
+    found = copy.deepcopy(drafter)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in found.parameters():
+            value += scale * value.std() * torch.randn(value.shape, generator=generator)
+    return found
+
+
+def test_the_peak_rate_goes_from_young_to_mature_and_never_up() -> None:
+    settings = TrainSettings()
+    tokens = [0.0, 1e4, YOUNG_TOKENS, 2e5, 5e5, MATURE_TOKENS, 1e9, math.inf]
+    rates = [peak_rate(settings, each) for each in tokens]
+    assert rates[:3] == [settings.learning_rate] * 3
+    assert rates[5:] == [settings.mature_learning_rate] * 3
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 4
+    one_rate = TrainSettings(learning_rate=1e-4)
+    assert {peak_rate(one_rate, each) for each in tokens} == {1e-4}

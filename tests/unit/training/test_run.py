@@ -1,0 +1,395 @@
+"""A training run from the store to the store, on a real database and real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sqlalchemy import Engine, select
+
+from aurora_sgl import rollout, store, wire
+from aurora_sgl.artifacts import ArtifactRoot
+from aurora_sgl.clock import utc_now
+from aurora_sgl.config import get_settings
+from aurora_sgl.drafter import checkpoint, scratch
+from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.evaluation.compare import replay_versions
+from aurora_sgl.hashing import sha256_ints
+from aurora_sgl.rollout.promote import promote
+from aurora_sgl.rollout.versions import import_version
+from aurora_sgl.sequences.held_out import held_out_counts
+from aurora_sgl.store import connection, queries
+from aurora_sgl.store.models import Evaluation, Request, TrainingRun
+from aurora_sgl.training import run
+from aurora_sgl.training.run import train_once
+from aurora_sgl.training.settings import TrainSettings
+from tests.support.drafter_cases import target_folder
+from tests.unit.training.test_trainer import RECIPE, requests
+
+SETTINGS = TrainSettings(**{**RECIPE, "gate_share": 0.3})
+
+
+@dataclass
+class House:
+    home: Path
+    engine: Engine
+    artifacts: ArtifactRoot
+    target: Path
+    live: int
+    rule_of: Callable[[int], str] = lambda number: "greedy"
+
+    def serve(self, count: int) -> None:
+        """Requests as the sidecar would have stored them, with their trace files."""
+        head = TargetHead.load(self.target)
+        with store.session(self.engine) as s:
+            group = queries.groups.group_by_name(s, "default")
+            hello = wire.Hello(7, 1, {"name": "tiny"}, 0, 0, 0, {})
+            server = queries.servers.register_server(s, group.id, hello)
+            for sequence in requests(head, count):
+                self._store(s, server.id, sequence)
+
+    def _store(self, s: Any, server_id: int, sequence: Any) -> None:
+        number = wire.request_id(7, sequence.request_id + 1)
+        rule = self.rule_of(sequence.request_id)
+        uri = f"traces/20260101/{number}.safetensors"
+        path = self.artifacts.local_path(uri)
+        assert path is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {
+                "tokens": sequence.tokens,
+                "aux": sequence.features.contiguous(),
+                "last": sequence.last.contiguous(),
+                "step_starts": torch.zeros(0, dtype=torch.int64),
+            },
+            str(path),
+            metadata={"request_id": str(number), "output_start": "6", "greedy": "1"},
+        )
+        tokens = sequence.tokens.tolist()
+        s.add(
+            Request(
+                id=number,
+                server_id=server_id,
+                admitted_at=utc_now(),
+                finished_at=utc_now(),
+                status="finished",
+                domain=sequence.domain,
+                prompt_tokens=6,
+                may_train=True,
+                completion_tokens=18,
+                conversation_hash=f"c{sequence.request_id}",
+                sampling={},
+                accept_rule=rule,
+            )
+        )
+        s.flush()
+        queries.traces.add_trace(
+            s,
+            request_id=number,
+            uri=uri,
+            bytes=path.stat().st_size,
+            sha256="",
+            start=0,
+            end=23,
+            output_start=6,
+            prompt_sha256=sha256_ints(tokens[:6]),
+            head_sha256=sha256_ints(tokens[:16]),
+            greedy=rule == "greedy",
+            aux_width=48,
+            last_width=16,
+            dtype="float32",
+        )
+
+    def runs(self) -> list[TrainingRun]:
+        with store.session(self.engine, write=False) as s:
+            return list(s.scalars(select(TrainingRun).order_by(TrainingRun.id)))
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    home = tmp_path / "home"
+    monkeypatch.setenv("AURORA_HOME", str(home))
+    get_settings.cache_clear()
+    engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
+    store.upgrade(engine)
+    target = target_folder(tmp_path / "target")
+    artifacts = ArtifactRoot(str(home / "artifacts"))
+    drafter = scratch.make(target, draft_vocab_size=40, seed=1, model=str(target))
+    folder = checkpoint.save(drafter, tmp_path / "scratch")
+    with store.session(engine) as s:
+        queries.groups.ensure_group(s, "default", str(target), "", drafter.config.architecture)
+    version = import_version(engine, artifacts, folder, "default", source="scratch")
+    promote(engine, version.id, actor="test", reason="first")
+    yield House(home, engine, artifacts, target, version.id)
+    get_settings.cache_clear()
+
+
+def test_a_run_makes_a_version_and_an_evaluation_against_the_live_one(house: House) -> None:
+    house.serve(60)
+    seen: list[dict[str, Any]] = []
+    outcome = train_once(
+        house.engine, house.artifacts, "default", SETTINGS, trigger="test", progress=seen.append
+    )
+    assert (outcome.status, outcome.verdict, outcome.error) == ("succeeded", "pass", "")
+    assert {event["event"] for event in seen} == {"window", "update", "line_search", "gate"}
+    (run,) = house.runs()
+    assert run.status == "succeeded" and run.base_version_id == house.live
+    assert run.requests > 20 and run.tokens > 0 and run.window_start is not None
+    assert outcome.version_id is not None
+    with store.session(house.engine, write=False) as s:
+        version = queries.versions.version(s, outcome.version_id)
+        evaluation = s.get(Evaluation, outcome.evaluation_id)
+        live = queries.aliases.desired_version(s, version.group_id)
+    assert live is not None and live[0] == house.live, "a run promotes nothing"
+    assert (version.parent_id, version.training_run_id) == (house.live, run.id)
+    assert version.source == "train"
+    assert evaluation is not None and evaluation.baseline_id == house.live
+    # Sixty requests of so small a vocabulary ask for the same more than once.
+    parts = (evaluation.requests, run.requests, outcome.metrics["dev_requests"],
+             outcome.metrics["left_out"]["duplicate"])  # fmt: skip
+    assert sum(parts) == 60 and all(parts)
+    assert evaluation.ci_low > 0 and evaluation.candidate_accept_length > 1.5
+    folder = house.artifacts.local_path(version.weights_uri)
+    assert folder is not None and checkpoint.validate(folder) == []
+    assert list((house.home / "training").iterdir()) == [], "the work folder is gone"
+
+
+def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
+    house.rule_of = lambda number: "target_sampling"
+    house.serve(60)
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert (outcome.status, outcome.verdict) == ("succeeded", "pass"), outcome.reason
+    with store.session(house.engine, write=False) as s:
+        evaluation = s.get_one(Evaluation, outcome.evaluation_id)
+        counts = held_out_counts(s, 1, gate_share=SETTINGS.gate_share)
+    assert evaluation.requests >= 8
+    left = outcome.metrics["gate_left_out"]  # of so small a vocabulary: near-duplicates
+    assert set(left) <= {"duplicate"}
+    assert evaluation.details["judged"] == {"requests": evaluation.requests, "left_out": left}
+    assert counts.judged >= evaluation.requests and counts.left_out == {}
+    assert rollout.status.last_verdict(house.engine, "default").reason == outcome.reason
+    lines = replay_versions(
+        house.engine, house.artifacts, rollout_group(house), [house.live, outcome.version_id],
+        SETTINGS, limit=50,
+    )  # fmt: skip
+    assert lines[-1].requests and lines[-1].ci_low > 0
+
+
+@pytest.mark.parametrize("rule", ["rejection_sampling", "", "typical"])
+def test_what_replay_does_not_cover_is_left_out_counted_and_said(house: House, rule: str) -> None:
+    house.rule_of = lambda number: rule
+    house.serve(60)
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert (outcome.status, outcome.verdict) == ("succeeded", "inconclusive")
+    reason = rule or "unknown_rule"
+    left = outcome.metrics["gate_left_out"]
+    assert left[reason] > 8 and outcome.metrics["gate_requests"] == 0
+    assert outcome.reason.startswith("0 held-out requests can be judged, at least 4 needed (")
+    assert f"{left[reason]} " in outcome.reason and "left out" in outcome.reason
+    with store.session(house.engine, write=False) as s:
+        counts = held_out_counts(s, 1, gate_share=SETTINGS.gate_share)
+        assert s.get_one(Evaluation, outcome.evaluation_id).details["judged"]["left_out"] == left
+    assert counts.judged == 0 and counts.left_out[reason] == left[reason]
+    assert counts.sentence.startswith("0 held-out requests can be judged (")
+
+
+def test_what_can_be_judged_is_chosen_before_the_newest_are_cut(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "HELD_OUT", 5)
+    house.rule_of = lambda number: "rejection_sampling" if number >= 40 else "target_sampling"
+    house.serve(60)  # the newest twenty can't be judged
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert outcome.metrics["gate_requests"] == 5, outcome.reason
+    assert outcome.metrics["gate_left_out"]["rejection_sampling"] >= 2
+
+
+def rollout_group(house: House) -> Any:
+    with store.session(house.engine, write=False) as s:
+        return queries.groups.group_by_name(s, "default")
+
+
+def test_the_peak_rate_falls_with_what_the_lineage_was_trained_on(house: House) -> None:
+    house.serve(40)
+    first = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    promote(house.engine, first.version_id, actor="test", reason="better")
+    second = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert first.metrics["base_trained_tokens"] == 0
+    assert first.metrics["peak_rate"] == SETTINGS.learning_rate
+    (run_1, _) = house.runs()
+    assert second.metrics["base_trained_tokens"] == run_1.tokens > 0
+    elsewhere = scratch.make(house.target, draft_vocab_size=40, seed=9, model=str(house.target))
+    folder = checkpoint.save(elsewhere, house.home / "elsewhere")
+    brought = import_version(house.engine, house.artifacts, folder, "default", source="import")
+    third = train_once(
+        house.engine, house.artifacts, "default", SETTINGS, trigger="test",
+        base_version_id=brought.id,
+    )  # fmt: skip
+    assert third.metrics["base_trained_tokens"] is None
+    assert third.metrics["peak_rate"] == SETTINGS.mature_learning_rate
+
+
+def test_too_few_requests_skip_the_run_and_say_so(house: House) -> None:
+    house.serve(3)
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert outcome.status == "skipped" and "at least 8 needed" in outcome.error
+    (run,) = house.runs()
+    assert (run.status, run.error) == ("skipped", outcome.error)
+
+
+def test_broken_weights_of_the_base_fail_the_run_and_make_no_version(house: House) -> None:
+    house.serve(30)
+    with store.session(house.engine, write=False) as s:
+        uri = queries.versions.version(s, house.live).weights_uri
+    path = house.artifacts.local_path(uri)
+    assert path is not None
+    weights = path / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-50])
+    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    assert outcome.status == "failed" and "\n" not in outcome.error and outcome.error
+    assert [run.status for run in house.runs()] == ["failed"]
+    with store.session(house.engine, write=False) as s:
+        group = queries.groups.group_by_name(s, "default")
+        assert len(queries.versions.versions(s, group.id)) == 1
+
+
+def test_a_run_that_a_killed_trainer_left_is_ended_by_the_next_one(house: House) -> None:
+    with store.session(house.engine) as s:
+        group = queries.groups.group_by_name(s, "default")
+        queries.runs.start_run(s, group.id, trigger="killed")
+    train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="next")
+    assert [run.status for run in house.runs()] == ["failed", "skipped"]
+    assert "without a word" in house.runs()[0].error
+
+
+def test_what_is_raised_in_between_is_written_down_and_raised_again(house: House) -> None:
+    house.serve(30)
+
+    def stop(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt("stopped by hand")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_once(
+            house.engine, house.artifacts, "default", SETTINGS, trigger="test", progress=stop
+        )
+    (run,) = house.runs()
+    assert run.status == "failed" and run.error == "KeyboardInterrupt: stopped by hand"
+
+
+def test_the_process_prints_one_json_result_and_progress_lines(house: House) -> None:
+    house.serve(40)
+    command = [sys.executable, "-m", "aurora_sgl.training", "--trigger", "test"]
+    command += ["--settings", SETTINGS.model_copy(update={"nice": 0}).model_dump_json()]
+    environment = {**os.environ, "AURORA_HOME": str(house.home), "AURORA_DATABASE_URL": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["status"] == "succeeded" and outcome["version_id"] > house.live
+    events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert events[0]["event"] == "window" and events[-1]["event"] == "gate"
+
+
+def test_the_process_refuses_settings_that_do_not_exist(house: House) -> None:
+    command = [sys.executable, "-m", "aurora_sgl.training", "--settings", '{"pases": 1}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "pases" in done.stderr
+
+
+def test_a_run_that_was_killed_goes_on_with_its_requests_and_from_its_checkpoint(
+    house: House,
+) -> None:
+    house.serve(40)
+    settings = SETTINGS.model_copy(
+        update={"nice": 0, "passes": 40, "checkpoint_seconds": 0.2, "replay_share": 0.0}
+    )
+    command = [sys.executable, "-m", "aurora_sgl.training", "--trigger", "test"]
+    command += ["--settings", settings.model_dump_json()]
+    environment = {**os.environ, "AURORA_HOME": str(house.home), "AURORA_DATABASE_URL": ""}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        event = json.loads(line) if line.startswith("{") else {}
+        if event.get("update", 0) > 60:
+            break
+    process.kill()
+    process.communicate()
+    outcome = train_once(house.engine, house.artifacts, "default", settings, trigger="next")
+    assert outcome.status == "succeeded", outcome.error
+    assert 0 < outcome.metrics["resumed_at"] < outcome.metrics["updates"]
+    assert [run.status for run in house.runs()] == ["failed", "succeeded"]
+    assert list((house.home / "training").glob("group-*")) == []
+
+
+def test_a_vocabulary_that_lost_touch_with_traffic_is_refreshed(
+    house: House, tmp_path: Path
+) -> None:
+    house.serve(40)
+    small = scratch.make(house.target, draft_vocab_size=24, seed=1, model=str(house.target))
+    folder = checkpoint.save(small, tmp_path / "small")
+    version = import_version(house.engine, house.artifacts, folder, "default", source="scratch")
+    promote(house.engine, version.id, actor="test", reason="fewer draft tokens")
+    settings = SETTINGS.model_copy(update={"vocabulary_threshold": 0.1, "passes": 1})
+    kept = train_once(house.engine, house.artifacts, "default", settings, trigger="test")
+    held = kept.metrics["vocabulary_coverage"]
+    assert 0.1 < held < 1 and "vocabulary_replaced" not in kept.metrics
+    settings = settings.model_copy(update={"vocabulary_threshold": held + 0.001})
+    fresh = train_once(house.engine, house.artifacts, "default", settings, trigger="test")
+    assert fresh.metrics["vocabulary_replaced"] > 0
+    assert fresh.metrics["vocabulary_coverage_after"] > held
+    with store.session(house.engine, write=False) as s:
+        old, new = (queries.versions.version(s, outcome.version_id) for outcome in (kept, fresh))
+        assert old.vocab_sha256 != new.vocab_sha256
+
+
+def test_a_window_by_domain_and_time_takes_only_what_lies_in_it(house: House) -> None:
+    house.serve(40)
+    settings = SETTINGS.model_copy(update={"domains": ("d0",), "replay_share": 0.0, "passes": 1})
+    one = train_once(house.engine, house.artifacts, "default", settings, trigger="test")
+    both = settings.model_copy(update={"domains": ()})
+    two = train_once(house.engine, house.artifacts, "default", both, trigger="test")
+    assert house.runs()[0].requests < house.runs()[1].requests
+    assert one.status == two.status == "succeeded"
+    none = settings.model_copy(update={"domains": ("nobody",)})
+    outcome = train_once(house.engine, house.artifacts, "default", none, trigger="test")
+    assert outcome.status == "skipped" and "0 requests to train on" in outcome.error
+
+
+def test_a_store_that_is_away_at_the_end_of_a_run_is_waited_for(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.serve(60)
+    monkeypatch.setattr(connection, "BUSY_SECONDS", 0)  # a lock is an error at once
+    engine = store.connect(str(house.engine.url))
+    other = sqlite3.connect(house.home / "aurora.db", check_same_thread=False)
+    back = threading.Timer(3.0, other.rollback)
+
+    def away_at_the_gate(event: dict[str, Any]) -> None:
+        if event["event"] == "gate":
+            other.execute("BEGIN EXCLUSIVE")
+            back.start()
+
+    outcome = train_once(
+        engine, house.artifacts, "default", SETTINGS, trigger="test", progress=away_at_the_gate
+    )
+    back.join()
+    other.close()
+    engine.dispose()
+    assert (outcome.status, outcome.verdict) == ("succeeded", "pass")
+    assert "the store is away, waiting: the database is busy (database is locked)" in caplog.text
+    (run,) = house.runs()
+    assert run.status == "succeeded"
+    with store.session(house.engine, write=False) as s:
+        assert len(queries.evaluations.evaluations(s, outcome.version_id or 0)) > 1, (
+            "overall and by domain"
+        )
