@@ -26,17 +26,54 @@ def print_table(
     if not rows:
         print(empty or f"{title}: none")
         return
+    numeric = [
+        all(isinstance(row.get(key), int | float | None) for row in rows)
+        for key in columns.values()
+    ]
+    cells = [[text_of(row.get(key)) for key in columns.values()] for row in rows]
+    print_cells(title, list(columns), cells, numeric)
+
+
+#: Characters that a column of text is left at least, before its lines are broken.
+_TEXT_WIDTH = 12
+
+
+def print_cells(
+    title: str,
+    headings: Sequence[str],
+    cells: Sequence[Sequence[str]],  # a list of texts for each row
+    numeric: Sequence[bool],  # for each column: stands at the right and is never broken
+) -> None:
+    """A table as wide as the terminal (80 characters into a pipe). Where its numbers don't fit in
+    a line, each row is printed below the other, a line a column."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    least = [w if n else min(w, _TEXT_WIDTH) for w, n in zip(widths, numeric, strict=True)]
+    if sum(least) + 3 * len(least) + 1 > console.width:
+        _print_below(title, headings, cells)
+        return
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for heading, key in columns.items():
-        numeric = all(isinstance(row.get(key), int | float | None) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(text_of(row.get(key))) for key in columns.values()))
-    Console().print(table)
+    for heading, width, number in zip(headings, widths, numeric, strict=True):
+        if number:
+            table.add_column(Text(heading), justify="right", no_wrap=True, min_width=width)
+        else:
+            table.add_column(Text(heading), overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _print_below(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    print(title)
+    width = max(map(len, headings))
+    for row in cells:
+        print()
+        for heading, text in zip(headings, row, strict=True):
+            print(f"  {heading:<{width}}  {text}")
 
 
 def text_of(value: Any) -> str:

@@ -23,12 +23,11 @@ from pathlib import Path
 
 import psutil
 from playwright.sync_api import expect
-from rich.console import Console
-from rich.table import Table
 
+from aurora_sgl.console import print_cells
 from benchmarks import dashboard_data
-from tests.pages import browser
-from tests.pages.browser import Viewer
+from tests.support import browser
+from tests.support.browser import Viewer
 
 AIM = 1.0
 #: Without an aim of its own.
@@ -221,18 +220,17 @@ def report(clock: Clock, held: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"seconds": taken, "cpu_seconds": clock.busy}, indent=2))
         return
-    table = Table(title=f"Dashboard on {held} (seconds)")
-    for heading in ("what", "first", "median", "slowest", "CPU", f"within {AIM:.0f} s"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
+    headings = ("what", "first", "median", "slowest", "CPU", f"within {AIM:.0f} s")
+    cells = []
     for name, seconds in taken.items():
         slowest = max(seconds)
         busy = clock.busy.get(name)
         said = "" if name.endswith(WHOLE) else "yes" if slowest <= AIM else "no"
-        table.add_row(
+        cells.append([
             name, f"{seconds[0]:.2f}", f"{statistics.median(seconds):.2f}", f"{slowest:.2f}",
             f"{statistics.median(busy):.2f}" if busy else "", said,
-        )  # fmt: skip
-    Console(width=100).print(table)
+        ])  # fmt: skip
+    print_cells(f"Dashboard on {held} (seconds)", headings, cells, [h != "what" for h in headings])
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy import func, select
 
 from aurora_sgl import store, wire
+from aurora_sgl.console import print_cells
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import Batch, ingest
 from aurora_sgl.store.models import AcceptanceEvent
@@ -169,12 +168,10 @@ def main() -> None:
     if given.json:
         print(json.dumps({"goal_sqlite_rows_per_second": GOAL_SQLITE, "results": results}))
         return
-    table = Table(title=f"Ingest of verify steps (goal: {GOAL_SQLITE:,} rows/s in SQLite)")
-    for name in results[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name == "database" else "right")
-    for row in results:
-        table.add_row(*(f"{v:,}" if isinstance(v, int | float) else v for v in row.values()))
-    Console().print(table)
+    title = f"Ingest of verify steps (goal: {GOAL_SQLITE:,} rows/s in SQLite)"
+    headings = [name.replace("_", " ") for name in results[0]]
+    cells = [[f"{v:,}" if isinstance(v, int | float) else v for v in r.values()] for r in results]
+    print_cells(title, headings, cells, [name != "database" for name in results[0]])
 
 
 if __name__ == "__main__":

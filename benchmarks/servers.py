@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import Settings
+from aurora_sgl.console import print_table
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, sample_prompts
 from aurora_sgl.engine.flags import server_flags
@@ -152,9 +151,4 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, keep
     if as_json:
         print(json.dumps({"title": title, "rows": list(rows)}, indent=2))
         return
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+    print_table(title, {name: name for name in rows[0]}, rows)

@@ -27,6 +27,19 @@ LEARNING = "learning"
 log = logging.getLogger(__name__)
 
 
+def _acquire(engine: Engine, group_id: int, name: str, holder: str, seconds: float) -> int:
+    """The fencing token. Raises ``AuroraError`` when the lease can't be had."""
+    with store.session(engine) as s:
+        if not queries.switches.is_on(s, group_id, LEARNING):
+            raise AuroraError("learning is switched off; see: aurora-sgl switch list")
+        token = queries.leases.acquire_lease(s, name, holder, seconds)
+        held = queries.leases.lease(s, name)
+    if token is None:
+        who = held.holder.rpartition(":")[0] if held is not None else "another trainer"
+        raise AuroraError(f"a training run of this group is going on ({who}); wait until it ends")
+    return token
+
+
 @contextmanager
 def training_lease(
     engine: Engine, group_id: int, seconds: float = TRAINING_LEASE_SECONDS
@@ -39,14 +52,7 @@ def training_lease(
     """
     name = training_lease_name(group_id)
     holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-    with store.session(engine) as s:
-        if not queries.switches.is_on(s, group_id, LEARNING):
-            raise AuroraError("learning is switched off; see: aurora-sgl switch list")
-        token = queries.leases.acquire_lease(s, name, holder, seconds)
-        held = queries.leases.lease(s, name)
-    if token is None:
-        who = held.holder.rpartition(":")[0] if held is not None else "another trainer"
-        raise AuroraError(f"a training run of this group is going on ({who}); wait until it ends")
+    token = _acquire(engine, group_id, name, holder, seconds)
     renewed = looked = time.monotonic()
 
     def renew(_: dict[str, Any]) -> None:

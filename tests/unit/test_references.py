@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.import_graph import RANK, ROOT, files, module_of
+from tools.import_graph import RANK, ROOT, files, imports_of, module_of
 
 MODULES = {module_of(path): path for path in files()}
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([\w.]+)`")
@@ -82,3 +82,23 @@ def test_what_docstrings_refer_to_is_there() -> None:
 )
 def test_a_name_that_is_not_there_is_seen(name: str, there: bool) -> None:
     assert resolves(name) is there
+
+
+def test_every_module_of_ours_that_is_imported_is_there() -> None:
+    ours = ("aurora_sgl", "dashboard", "benchmarks", "tests", "tools")
+    folders = ("aurora_sgl", "dashboard", "benchmarks", "tests", "tools", "migrations")
+    wrong = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for name in imports_of(path):
+            if name.partition(".")[0] in ours and not is_there(name):
+                wrong.add(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == set()
+
+
+def is_there(name: str) -> bool:
+    """Whether a module, or a name in one, is in the repository."""
+    place = ROOT / name.replace(".", "/")
+    if place.is_dir() or place.with_suffix(".py").exists():
+        return True
+    modules = (place.parent.with_suffix(".py"), place.parent / "__init__.py")
+    return any(module.exists() and place.name in names_of(module) for module in modules)

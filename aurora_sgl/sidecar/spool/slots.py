@@ -32,6 +32,18 @@ def open_spool(home: Path, explicit: Path | None, limit_bytes: int) -> Spool:
     raise AuroraError(f"{MAX_SLOTS} sidecars use the spools in {home / 'spool'}; stop some of them")
 
 
+def _copy(source: Spool, left: Cursor, target: Spool) -> tuple[int, bool]:
+    """Frames that came over, and whether the target had room for all."""
+    count = 0
+    while frames := source.read(left.position):
+        for frame in frames:
+            if not target.append(frame.kind, frame.payload):
+                return count, False
+            count += 1
+        left.position = frames[-1].end
+    return count, True
+
+
 def adopt(home: Path, spool: Spool, cursor: Cursor) -> int:
     """Take over what dead sidecars left in the other slots; the number of frames.
 
@@ -46,14 +58,8 @@ def adopt(home: Path, spool: Spool, cursor: Cursor) -> int:
         except AuroraError:
             continue
         left = Cursor(other)
-        whole = True
-        while whole and (frames := other.read(left.position)):
-            for frame in frames:
-                whole = spool.append(frame.kind, frame.payload)
-                if not whole:
-                    break
-                taken += 1
-            left.position = frames[-1].end
+        copied, whole = _copy(other, left, spool)
+        taken += copied
         if whole:
             for boot_id, boot in left.boots.items():
                 if boot.last_seq >= cursor.boot(boot_id).last_seq:
