@@ -27,7 +27,7 @@ def code_of(text: str) -> str:
 
 
 def test_an_accept_length_is_computed_in_one_place() -> None:
-    found = {
+    places = {
         str(path.relative_to(ROOT))
         for path in files()
         if SPELLING.search(code_of(path.read_text()))
