@@ -87,7 +87,8 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def _global(
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="And exit.")
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print it and exit."),
     ] = False,
 ) -> None:
     pass

@@ -33,8 +33,8 @@ def _pages(module: str) -> ModuleType:
 def dashboard(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8501,
-    nice: Annotated[int, typer.Option(min=0, max=19, help="How far to step back.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free port.")] = 8501,
+    nice: Annotated[int, typer.Option(min=0, max=19, help="Niceness of the process.")] = 0,
 ) -> None:
     """Start the web page for operators. The first start prints a link that makes an account."""
     if context.invoked_subcommand is not None:
@@ -61,7 +61,7 @@ def add_user(
         bool, typer.Option("--password-stdin", help="Read the password from standard input.")
     ] = False,
 ) -> None:
-    """Make an account, or change role and password of the one that is there."""
+    """Add an account, or change the role and password of an existing one."""
     import getpass
 
     password: str | None = None
@@ -86,7 +86,7 @@ def remove_user(name: Name) -> None:
 
 @dashboard_app.command("users")
 def users(as_json: AsJson = False) -> None:
-    """Who may open the page."""
+    """List the accounts."""
     rows = [
         {"name": one.name, "role": one.role, "login": "password" if one.has_password else "openid"}
         for one in _accounts().all()

@@ -14,7 +14,7 @@ db_app = typer.Typer(help="The store: its schema and how much it keeps.")
 
 @db_app.command("upgrade")
 def db_upgrade() -> None:
-    """Bring the store's schema to the newest."""
+    """Upgrade the store's schema to what this release needs."""
     from aurora_sgl import store
 
     print(store.upgrade(store.connect()))
@@ -22,7 +22,7 @@ def db_upgrade() -> None:
 
 @db_app.command("current")
 def db_current(as_json: AsJson = False) -> None:
-    """The schema of the store, and the one that this release needs."""
+    """Show the store's schema version and the one that this release needs."""
     from aurora_sgl import store
 
     found, needed = store.current(store.connect()), store.head()
@@ -35,12 +35,10 @@ def db_current(as_json: AsJson = False) -> None:
 
 @db_app.command("prune")
 def db_prune(
-    days: Annotated[int | None, typer.Option(min=1, help="Keep events of so many days.")] = None,
-    trace_bytes: Annotated[int | None, typer.Option(min=0, help="Keep so much of traces.")] = None,
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Also weights that nothing points to.")
-    ] = False,
-    keep_versions: Annotated[int, typer.Option(min=0, help="Newest ones whose weights stay.")] = 10,
+    days: Annotated[int | None, typer.Option(min=1, help="Days of events to keep.")] = None,
+    trace_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes of traces to keep.")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Delete unused weights too.")] = False,
+    keep_versions: Annotated[int, typer.Option(min=0, help="Newest versions to keep.")] = 10,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -67,7 +65,7 @@ def db_prune(
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """What this machine has, and what is missing. Exit code 1 when something needed is missing."""
+    """Check this machine; exit code 1 when something that is needed is missing."""
     from aurora_sgl.doctor import examine
 
     findings = examine()

@@ -20,7 +20,7 @@ from aurora_sgl.console import print_error, print_json
 
 
 def train(
-    once: Annotated[bool, typer.Option("--once", help="One run, now.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Train once and exit.")] = False,
     group: Group = "",
     base: Annotated[str, typer.Option(help="Version to start from (default: the live one).")] = "",
     objective: Annotated[str | None, typer.Option(help="Training loss.")] = None,
@@ -31,7 +31,7 @@ def train(
     target: Annotated[Path | None, typer.Option(help="Folder of the target model.")] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A knob of the recipe, such as passes=2."),
+        typer.Option("--set", metavar="NAME=VALUE", help="A training setting, such as passes=2."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,12 +77,13 @@ def replay(
         list[str] | None, typer.Argument(help="Versions; the first is the baseline.")
     ] = None,
     version: Annotated[
-        list[str] | None, typer.Option(help="A version to set against the baseline; repeat it.")
+        list[str] | None,
+        typer.Option(help="A version to compare (repeatable)."),
     ] = None,
     group: Group = "",
-    requests: Annotated[int, typer.Option(min=1, help="Newest requests that are replayed.")] = 200,
+    requests: Annotated[int, typer.Option(min=1, help="Newest requests to replay.")] = 200,
     every: Annotated[
-        bool, typer.Option("--all", help="Also requests that were trained on.")
+        bool, typer.Option("--all", help="Replay requests that were trained on too.")
     ] = False,
     domain: Annotated[list[str] | None, typer.Option(help="Only these domains.")] = None,
     target: Annotated[Path | None, typer.Option(help="Folder of the target model.")] = None,
@@ -92,7 +93,7 @@ def replay(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The accept length that versions would have had on held-out requests, computed offline."""
+    """Replay versions offline: the accept length that each would have had on held-out requests."""
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.cli.progress import counted_progress
     from aurora_sgl.evaluation.compare import replay_versions

@@ -35,10 +35,10 @@ def scheduler(
     group: Group = "",
     recipe: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A knob of the recipe, such as passes=2."),
+        typer.Option("--set", metavar="NAME=VALUE", help="A training setting, such as passes=2."),
     ] = None,
 ) -> None:
-    """Train by itself, promote what passed the gate, watch it, roll back; until Ctrl-C."""
+    """Run the scheduler until Ctrl-C: train, promote what passes the gate, watch it, roll back."""
     from aurora_sgl.config import SchedulerSettings, get_settings
     from aurora_sgl.scheduler.service import run
 
@@ -50,7 +50,7 @@ def scheduler(
 
 
 def status(group: Group = "", as_json: AsJson = False) -> None:
-    """What is live where, what goes on, and what the scheduler will do next and why."""
+    """Show what is live, what is running, and what the scheduler will do next and why."""
     from aurora_sgl import rollout
 
     engine, owner = open_group(group)
@@ -98,11 +98,11 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
 def watch(
     group: Group = "",
     carry_on: Annotated[
-        bool, typer.Option("--carry-on", help="Carry it on until it ends, without a scheduler.")
+        bool, typer.Option("--carry-on", help="Continue the watch to its end without a scheduler.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The watch over the last promotion: its windows, and what became of it."""
+    """Show the watch over the last promotion: its windows and its result."""
     import time
 
     from aurora_sgl import rollout
@@ -126,7 +126,7 @@ def watch(
 
 @switch_app.command("list")
 def switch_list(group: Group = "", as_json: AsJson = False) -> None:
-    """Every switch, and who turned it last."""
+    """List the switches and who changed each last."""
     from aurora_sgl import rollout
 
     engine, owner = open_group(group)
@@ -158,7 +158,7 @@ def switch_off(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a switch off; it is obeyed within five seconds."""
+    """Turn a switch off; this takes effect within five seconds."""
     _turn(name, False, reason, group, actor, dry_run, as_json)
 
 
@@ -186,11 +186,11 @@ def trial_start(
     reason: Reason,
     group: Group = "",
     actor: Actor = "",
-    seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the windows.")] = 0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a version and the live one take turns on real traffic, and compare window by window."""
+    """Start a live comparison: a version and the live one take turns on real traffic."""
     from aurora_sgl import rollout
     from aurora_sgl.console import print_error
 
@@ -241,7 +241,7 @@ def trial_stop(
 
 @trial_app.command("status")
 def trial_status(group: Group = "", as_json: AsJson = False) -> None:
-    """The newest trial, its windows and its verdict."""
+    """Show the newest trial, its windows and its verdict."""
     from aurora_sgl import rollout
 
     engine, owner = open_group(group)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from aurora_sgl.rollout.promote import Change
 
-Reason = Annotated[str, typer.Option("--reason", help="Why; kept with the deployment.")]
-Actor = Annotated[str, typer.Option("--actor", help="Who (default: the user and host).")]
+Reason = Annotated[str, typer.Option("--reason", help="The reason, kept with the deployment.")]
+Actor = Annotated[str, typer.Option("--actor", help="Your name (default: user and host).")]
 ExpectLive = Annotated[
     str,
     typer.Option(
@@ -33,9 +33,9 @@ def promote(
     actor: Actor = "",
     expect_live: ExpectLive = "",
     evaluation: Annotated[
-        int | None, typer.Option(help="The evaluation that speaks for it.")
+        int | None, typer.Option(help="The evaluation that this rests on.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Although it did not pass.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote without a pass.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +65,7 @@ def rollback(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put the version live again that was live before."""
+    """Roll back: put the previous version live again."""
     from aurora_sgl import rollout
 
     engine, owner = open_group(group)

@@ -33,9 +33,9 @@ def serve(
 
 def demo(
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Stop sending after so many (default: go on).")
+        int | None, typer.Option(min=1, help="How many requests to send (default: no limit).")
     ] = None,
-    exit_: Annotated[bool, typer.Option("--exit", help="Measure, sum up and end.")] = False,
+    exit_: Annotated[bool, typer.Option("--exit", help="Measure, report and exit.")] = False,
     prompts: Annotated[
         Path | None, typer.Option(help="Your own prompts: JSON Lines with 'prompt'.")
     ] = None,

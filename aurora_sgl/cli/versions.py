@@ -30,7 +30,7 @@ versions_app = typer.Typer(help="Drafter versions: list, show, import, export, p
 
 @versions_app.command("list")
 def versions_list(group: Group = "", as_json: AsJson = False) -> None:
-    """All versions of a group, oldest first."""
+    """List the versions of a group, oldest first."""
     from aurora_sgl.rollout.versions import list_versions
 
     engine, owner = open_group(group)
@@ -50,7 +50,7 @@ def versions_list(group: Group = "", as_json: AsJson = False) -> None:
 
 @versions_app.command("show")
 def versions_show(version: Version, group: Group = "", as_json: AsJson = False) -> None:
-    """One version: what it is, where it comes from, how it was judged, when it was live."""
+    """Show one version: where it comes from, how it was judged, when it was live."""
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.rollout.versions import show_version
 
@@ -80,10 +80,10 @@ def versions_show(version: Version, group: Group = "", as_json: AsJson = False) 
 def versions_import(
     folder: Annotated[Path, typer.Argument(help="A drafter folder in Hugging Face's format.")],
     group: Group = "",
-    note: Annotated[str, typer.Option(help="What it is.")] = "",
+    note: Annotated[str, typer.Option(help="A note that is kept with the version.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Check a drafter folder and keep it as a version; it is not live yet."""
+    """Check a drafter folder and store it as a version, which is not live yet."""
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.rollout.versions import import_version
 
@@ -102,9 +102,9 @@ def versions_export(
     version: Version,
     into: Annotated[Path, typer.Argument(help="A new folder; any SGLang loads it.")],
     group: Group = "",
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing one.")] = False,
 ) -> None:
-    """Copy a version out, checked by its hash."""
+    """Copy a version into a folder, checked by its hash."""
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.rollout.versions import export_version
 
@@ -122,7 +122,7 @@ def versions_pin(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Keep a version's weights whatever is pruned."""
+    """Keep a version's weights from being pruned."""
     _pin(version, True, reason, group, actor, dry_run, as_json)
 
 
@@ -135,7 +135,7 @@ def versions_unpin(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Leave a version's weights to pruning again."""
+    """Let a version's weights be pruned again."""
     _pin(version, False, reason, group, actor, dry_run, as_json)
 
 
