@@ -34,9 +34,15 @@ OWN_SERVERS = (
 )
 
 
+COUNTED = "counted under"  # a property of a test
 MARKS = ("engine", "browser", "process", "slow", "gpu")
 #: Folders whose tests are marked as a whole.
-MARKED = {"pages": "browser", "integration": "process", "unit/processes": "process"}
+MARKED = {
+    "e2e": "engine",
+    "pages": "browser",
+    "integration": "process",
+    "unit/processes": "process",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for folder, mark in MARKED.items():
             if place.startswith(f"{folder}/"):
                 item.add_marker(mark)
+        first = next((mark for mark in MARKS if item.get_closest_marker(mark)), "unit")
+        item.user_properties.append((COUNTED, first))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -54,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                mark = next((name for name in MARKS if name in report.keywords), "unit")
+                mark = str(dict(report.user_properties).get(COUNTED, "unit"))
                 seconds[mark] += report.duration
                 counts[mark] += report.when == "call"
     terminalreporter.section("seconds by mark")

@@ -72,7 +72,7 @@ def started(home: Path, base_home: Path) -> Iterator[tuple[subprocess.Popen[byte
 
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, base_home: Path, model: Path) -> None:
     with started(tmp_path / "home", base_home) as (demo, said):
-        until(lambda: "dashboard: http://127.0.0.1:" in said.read_text(), 400, "its page")
+        until(lambda: "dashboard: http://127.0.0.1:" in said.read_text(), 1000, "its page")
         time.sleep(2)
         family = psutil.Process(demo.pid).children(recursive=True)
         assert len(family) >= 4  # the server, its scheduler, its sidecar, the dashboard, ...

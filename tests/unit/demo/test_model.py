@@ -21,6 +21,8 @@ from aurora_sgl.hashing import sha256_file
 
 compat.install()
 
+pytestmark = pytest.mark.slow  # converts a model
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,7 +39,6 @@ def test_the_folder_is_converted_once_and_then_kept(home: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-@pytest.mark.slow
 def test_transformers_reads_the_same_weights_out_of_the_gguf_file(home: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -52,7 +53,6 @@ def test_transformers_reads_the_same_weights_out_of_the_gguf_file(home: Path) ->
         assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
 
 
-@pytest.mark.slow
 def test_the_model_answers_a_question_and_stops(home: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -73,6 +73,7 @@ def upstream(folder: Path) -> list[list[dict[str, list[int]]]]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("number", range(len(SHAPES)))
 def test_sglang_and_ours_draft_the_same_tokens_in_the_same_tree(

@@ -15,6 +15,7 @@ subprocess.run([sys.executable, '-c', 'import torch'], check=True)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("said", "spins"),
     [

@@ -287,6 +287,7 @@ def test_what_is_raised_in_between_is_written_down_and_raised_again(house: House
     assert run.status == "failed" and run.error == "KeyboardInterrupt: stopped by hand"
 
 
+@pytest.mark.process
 def test_the_process_prints_one_json_result_and_progress_lines(house: House) -> None:
     house.serve(40)
     command = [sys.executable, "-m", "aurora_sgl.training", "--trigger", "test"]
@@ -300,12 +301,14 @@ def test_the_process_prints_one_json_result_and_progress_lines(house: House) -> 
     assert events[0]["event"] == "window" and events[-1]["event"] == "gate"
 
 
+@pytest.mark.process
 def test_the_process_refuses_settings_that_do_not_exist(house: House) -> None:
     command = [sys.executable, "-m", "aurora_sgl.training", "--settings", '{"pases": 1}']
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "pases" in done.stderr
 
 
+@pytest.mark.process
 def test_a_run_that_was_killed_goes_on_with_its_requests_and_from_its_checkpoint(
     house: House,
 ) -> None:

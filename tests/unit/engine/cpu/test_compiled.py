@@ -334,6 +334,7 @@ def test_a_source_that_does_not_compile_is_one_line_with_the_compilers_words(
     assert list(native.cache_folder().iterdir()) == []
 
 
+@pytest.mark.process
 @needs_compiler
 def test_kernels_are_compiled_once_by_however_many_start_together(elsewhere):
     said: list[str] = []

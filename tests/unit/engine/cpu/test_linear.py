@@ -91,6 +91,7 @@ def test_two_threads_compute_what_one_does():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.process
 @needs_compiler
 @pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"])
 def test_builds_for_lesser_processors_give_the_same(tmp_path: Path, monkeypatch, target):
