@@ -1,0 +1,160 @@
+"""Which drafts a step carries: what requests asked for, what is worth it, and what a server can."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import aurora_sgl.compat  # noqa: F401  (torchvision must import before transformers asks for it)
+from aurora_sgl.engine import cpu
+
+cpu.install()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from aurora_sgl.config import get_settings  # noqa: E402
+from aurora_sgl.draft_shape import NO_DRAFT, DraftShape  # noqa: E402
+from aurora_sgl.engine.agent import Agent  # noqa: E402
+from aurora_sgl.engine.request_state import RequestState  # noqa: E402
+
+WHOLE = DraftShape(3, 4, 8)
+
+
+def agent(**change: Any) -> Agent:
+    """An agent beside a worker of SGLang's that makes no step, without a sidecar."""
+    description = {
+        "depth": 3, "topk": 4, "nodes": 8, "dp_rank": 0, "tp_size": 1, "device": "cpu",
+        "plain_steps_possible": True, "rejection_sampling": False, **change,
+    }  # fmt: skip
+    drafter = torch.nn.Module()
+    drafter.fc = torch.nn.Linear(2, 2)
+    worker = SimpleNamespace(
+        speculative_num_steps=3,
+        speculative_num_draft_tokens=8,
+        topk=description["topk"],
+        device="cpu",
+        target_worker=SimpleNamespace(
+            model_runner=SimpleNamespace(
+                model=torch.nn.Linear(2, 2),
+                max_total_num_tokens=64,
+                token_to_kv_pool=SimpleNamespace(size=64),
+            ),
+            model_config=SimpleNamespace(vocab_size=10),
+        ),
+        draft_worker=SimpleNamespace(
+            draft_runner=SimpleNamespace(model=drafter, token_to_kv_pool=SimpleNamespace(size=64)),
+            hot_token_id=None,
+            draft_attn_backend=SimpleNamespace(speculative_num_steps=3),
+            speculative_num_steps=3,
+            speculative_num_draft_tokens=8,
+        ),
+    )
+    return Agent(worker, description, leads=True)
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("AURORA_SPECULATION", "auto")
+    monkeypatch.delenv("AURORA_ENDPOINT", raising=False)
+    get_settings.cache_clear()
+    yield
+    get_settings.cache_clear()
+
+
+def batch(*speculates: bool, **change: Any) -> SimpleNamespace:
+    states = [RequestState(n, False, each, True, 0, **change) for n, each in enumerate(speculates)]
+    return SimpleNamespace(reqs=[SimpleNamespace(_aurora=state) for state in states])
+
+
+def test_a_batch_without_drafting_requests_makes_a_plain_step() -> None:
+    mine = agent()
+    assert mine.choose_shape(batch(False, False)) == NO_DRAFT
+    assert mine.choose_shape(SimpleNamespace(reqs=[SimpleNamespace()])) == NO_DRAFT
+
+
+def test_a_batch_with_one_drafting_request_carries_drafts() -> None:
+    assert agent().choose_shape(batch(False, True)) != NO_DRAFT
+
+
+def test_a_request_that_asks_for_whole_drafts_gets_them() -> None:
+    assert agent().choose_shape(batch(True, whole=True)) == WHOLE
+
+
+def test_a_server_that_can_make_no_plain_step_always_carries_whole_drafts() -> None:
+    mine = agent(plain_steps_possible=False)
+    assert mine.choose_shape(batch(False)) == WHOLE and mine.policy.shapes == (WHOLE,)
+
+
+@pytest.mark.parametrize(("tp_size", "device"), [(2, "cpu"), (1, "cuda")])
+def test_ranks_and_gpus_make_every_step_of_the_whole_shape(tp_size: int, device: str) -> None:
+    mine = agent(tp_size=tp_size, device=device)
+    assert mine.policy.shapes == (WHOLE,)
+    assert mine.choose_shape(batch(True)) == WHOLE
+
+
+def test_on_one_cpu_smaller_shapes_are_at_hand() -> None:
+    shapes = agent().policy.shapes
+    assert shapes[0] == DraftShape(1) and shapes[-1] == WHOLE and len(shapes) > 2
+
+
+def test_where_drafts_are_not_worth_it_requests_lose_them_but_those_that_try_keep_some() -> None:
+    mine = agent()
+    mine.policy.keeps = lambda size: False  # type: ignore[method-assign]
+    some = batch(True, True)
+    some.reqs[1]._aurora.keeps = 2
+    assert mine.choose_shape(some) != NO_DRAFT
+    assert [req._aurora.speculates for req in some.reqs] == [False, True]
+    mine.choose_shape(some)
+    assert mine.choose_shape(some) == NO_DRAFT, "after its two steps it loses them too"
+
+
+@pytest.mark.parametrize(("mode", "share"), [("on", 1.0), ("off", 0.0), ("auto", 0.1)])
+def test_the_setting_says_which_share_carries_drafts(
+    monkeypatch: pytest.MonkeyPatch, mode: str, share: float
+) -> None:
+    monkeypatch.setenv("AURORA_SPECULATION", mode)
+    get_settings.cache_clear()
+    mine = agent()
+    assert mine.policy.share == share and mine.policy.by_size is (mode == "auto")
+
+
+def test_a_step_is_counted_under_its_shape() -> None:
+    mine = agent()
+    mine.account_step(2, shape=WHOLE, seconds=0.01)
+    mine.account_step(2, shape=NO_DRAFT, seconds=0.01)
+    counters = mine.policy.counters()
+    assert (counters["speculative_steps"], counters["plain_steps"]) == (1, 1)
+    assert mine.recorder.live.steps_since_swap == 2
+
+
+def test_within_a_step_its_shape_is_known_and_after_it_the_whole_one() -> None:
+    mine = agent()
+    with mine.step_shape.set_to(DraftShape(1)):
+        assert mine.step_shape.of_step(2) == DraftShape(1)
+        assert mine.worker.speculative_num_draft_tokens == 2
+    assert mine.step_shape.of_step(8) == WHOLE
+    assert mine.worker.speculative_num_draft_tokens == 8
+
+
+def test_a_chain_that_sglangs_adaptive_mode_shortened_is_told_as_it_was() -> None:
+    mine = agent(depth=3, topk=1, nodes=4)
+    assert mine.step_shape.of_step(3) == DraftShape(2)
+    assert mine.step_shape.of_step(4) == DraftShape(3)
+
+
+def test_requests_whose_step_was_missed_are_recorded_no_further() -> None:
+    mine, some = agent(), batch(True, True)
+    for req in some.reqs:
+        req._aurora.recorded = True
+    mine.let_go_of(some)
+    assert not any(req._aurora.recorded for req in some.reqs)
+
+
+def test_a_part_that_fails_is_told_and_the_step_goes_on() -> None:
+    def fail() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    mine = agent()
+    assert mine.guard("timing steps", fail) is False
+    assert len(mine.notices) == 1 and "a mistake of ours" in repr(mine.notices)
