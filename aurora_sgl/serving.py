@@ -33,7 +33,7 @@ GIB = 1024**3
 
 
 @dataclass(frozen=True)
-class Plan:
+class ServePlan:
     """How SGLang is going to be started."""
 
     flags: list[str]
@@ -60,7 +60,7 @@ def plan(
     settings: Settings,
     *,
     sample_texts: Iterable[str] = (),
-) -> Plan:
+) -> ServePlan:
     """Check everything that would stop the server later, and choose the drafter.
 
     ``drafter`` is a folder, ``scratch``, or None: then the live version of the deployment group,
@@ -94,7 +94,7 @@ def plan(
     environment = _environment(settings, on_cpu)
     if folder.name.startswith(SCRATCH):
         environment[DRAFTER_SOURCE] = SCRATCH
-    return Plan(flags, environment, folder, note, room)
+    return ServePlan(flags, environment, folder, note, room)
 
 
 def _pool(target: TargetInfo, drafter: Path, flags: list[str]) -> pool.Pool | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from aurora_sgl.store.models import Deployment
-from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
+from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
 
 from . import data
 
@@ -17,7 +17,7 @@ LENGTHS = {"minute": MINUTE, "10 minutes": 10 * MINUTE, "hour": HOUR}
 #: Points of all lines together: a browser needs a second for a thousand with their bands.
 MOST_POINTS = 250
 
-Series = dict[str, list[tuple[datetime, Served]]]
+Series = dict[str, list[tuple[datetime, ServedCounts]]]
 Namer = Callable[[TrendPoint], str]
 
 

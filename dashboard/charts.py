@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from aurora_sgl.store.models import Deployment
-from aurora_sgl.store.queries.trends import Served
+from aurora_sgl.store.queries.trends import ServedCounts
 
 from . import words
 from .context import local, zone
@@ -26,7 +26,7 @@ DASHES = ("solid", "dot", "dash", "longdash", "dashdot", "longdashdot", "solid",
 BAND = 0.22
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
-Series = Mapping[str, Sequence[tuple[datetime, Served]]]
+Series = Mapping[str, Sequence[tuple[datetime, ServedCounts]]]
 MILLISECOND = timedelta(milliseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -154,7 +154,9 @@ def _up(values: Sequence[float], marked: bool) -> tuple[float, float, float]:
     return low - BELOW * room, high + MARKS * room, high + (ABOVE if marked else BELOW) * room
 
 
-def _columns(points: Sequence[tuple[datetime, Served]], width: timedelta) -> tuple[list[Any], ...]:
+def _columns(
+    points: Sequence[tuple[datetime, ServedCounts]], width: timedelta
+) -> tuple[list[Any], ...]:
     x: list[Any] = []
     y: list[float | None] = []
     low: list[float | None] = []
@@ -279,7 +281,7 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
 
 
 def heat(
-    rows: Sequence[str], columns: Sequence[datetime | str], cells: Mapping[Any, Served]
+    rows: Sequence[str], columns: Sequence[datetime | str], cells: Mapping[Any, ServedCounts]
 ) -> go.Figure:
     """Accept length by domain and hour, which is a name or a time of the wall's clock; a cell says
     its number."""
@@ -320,11 +322,11 @@ def _put_hours(figure: go.Figure, columns: Sequence[datetime | str]) -> None:
         figure.update_xaxes(type="category", side="bottom")
 
 
-def _length(served: Served | None) -> float | None:
+def _length(served: ServedCounts | None) -> float | None:
     return served.accept_length if served else None
 
 
-def _told(row: str, column: datetime | str, served: Served | None) -> str:
+def _told(row: str, column: datetime | str, served: ServedCounts | None) -> str:
     column = f"{column:%-d %b %Hh}" if isinstance(column, datetime) else column
     if served is None:
         return f"{escape(row)}, {column}: nothing served"

@@ -17,7 +17,7 @@ from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
 from aurora_sgl.store.queries import explorer, trends
-from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
+from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
 
 from . import tokens
 from .context import Group, engine_of, find_groups
@@ -177,7 +177,7 @@ def versions(group: Group) -> Sequence[DrafterVersion]:
 
 
 @st.cache_data(ttl=LONG, max_entries=20, show_spinner=False)
-def served_by_version(url: str, version_ids: tuple[int, ...]) -> dict[int, Served]:
+def served_by_version(url: str, version_ids: tuple[int, ...]) -> dict[int, ServedCounts]:
     with store.session(engine_of(url), write=False) as s:
         return trends.served_by_version(s, version_ids)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sqlalchemy.orm import Session
 
 from aurora_sgl.demo.prompts import Prompt
-from aurora_sgl.demo.traffic import Sample
+from aurora_sgl.demo.traffic import TrafficSample
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.intervals import Difference, accept_length, or_none, paired_difference
 from aurora_sgl.store import queries
@@ -40,7 +40,7 @@ class WholeDrafts:
 
 
 def whole_drafts(
-    s: Session, sample: Sample, prompts: Sequence[Prompt], shape: DraftShape
+    s: Session, sample: TrafficSample, prompts: Sequence[Prompt], shape: DraftShape
 ) -> WholeDrafts | None:
     """What the store has of a sample's requests; ``None`` until all of them are finished there."""
     numbers = {prompt.prompt: number for number, prompt in enumerate(prompts)}

@@ -21,7 +21,7 @@ from aurora_sgl.demo.measurement import WholeDrafts, whole_drafts
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, load_prompts, sample_prompts, to_measure, to_serve
 from aurora_sgl.demo.screen import Screen, VersionRow
-from aurora_sgl.demo.traffic import Sample, Sent, measure, send_all
+from aurora_sgl.demo.traffic import Sent, TrafficSample, measure, send_all
 from aurora_sgl.demo.trainer import BackgroundTrainer
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.engine.flags import value_of
@@ -152,7 +152,7 @@ class _Demo:
         self.sent: list[Sent] = []
         self.failed = 0
         self.trained_at = 0  # requests served when the last training run began
-        self.speeds: dict[str, Sample] = {}
+        self.speeds: dict[str, TrafficSample] = {}
         self.lengths: dict[str, WholeDrafts] = {}
         self.group_id = 0
         self.server_id = 0
@@ -279,7 +279,7 @@ class _Demo:
 
     # -- measuring ---------------------------------------------------------------------------
 
-    async def _measure(self, label: str, drafts: str) -> Sample:
+    async def _measure(self, label: str, drafts: str) -> TrafficSample:
         total, seen = len(self.held_out), itertools.count(1)
         sample = await measure(
             self.server.url,

@@ -27,7 +27,7 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TrafficSample:
     """Some requests and the wall-clock time that they took together."""
 
     sent: tuple[Sent, ...]
@@ -85,7 +85,7 @@ async def send_all(
     headers: dict[str, str] | None = None,
     salt: str = "",
     streams: int = STREAMS,
-) -> Sample:
+) -> TrafficSample:
     """Send prompts over ``streams`` connections; ``done`` is called for each answer."""
     waiting: Iterator[Prompt] = iter(prompts)
     sent: list[Sent] = []
@@ -108,7 +108,7 @@ async def send_all(
     ):
         for _ in range(streams):
             group.create_task(stream(client))
-    return Sample(tuple(sent), time.monotonic() - begun)
+    return TrafficSample(tuple(sent), time.monotonic() - begun)
 
 
 async def measure(
@@ -119,7 +119,7 @@ async def measure(
     drafts: str,
     tokens: int,
     temperature: float = 0.0,
-) -> Sample:
+) -> TrafficSample:
     """Prompts that are not to be trained on.
 
     ``drafts`` is the header x-aurora-speculate: ``yes``, ``no``, or ``whole`` for the whole draft

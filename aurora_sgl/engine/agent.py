@@ -28,7 +28,7 @@ from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.consent import Consent
 from aurora_sgl.engine.draft_tree import StepRows, VerifyObservation, to_host
 from aurora_sgl.engine.parts import Parts
-from aurora_sgl.engine.plan import Plan, Plans, put, requests
+from aurora_sgl.engine.plan import Plans, RequestPlan, put, requests
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
 from aurora_sgl.engine.recorder import Recorder, new_boot_id
 from aurora_sgl.engine.request_state import RequestState
@@ -88,7 +88,7 @@ class Agent:
             shapes=shapes_within(whole) if may_shrink else (whole,),
         )
         self.can_skip = can_skip
-        self.plans = Plans(Plan(speculates=not can_skip))
+        self.plans = Plans(RequestPlan(speculates=not can_skip))
         target_model = worker.target_worker.model_runner.model
         self.capture = Capture(self.channel, self.boot_id) if self.channel else None
         self.last_hidden = (
@@ -246,7 +246,7 @@ class Agent:
         if traced:
             recv_req.extra_key = f"{recv_req.extra_key or ''}{_TRACED}"
         renews = self.cached_kv.renews(recv_req)
-        put(recv_req, Plan(speculates, keeps, traced, renews, said))
+        put(recv_req, RequestPlan(speculates, keeps, traced, renews, said))
 
     def observe_verify(self, batch: Any, result: Any) -> None:
         """After the verify forward: take references to what records need."""

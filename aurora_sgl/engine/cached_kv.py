@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from aurora_sgl.engine.draft_kv import DraftKV, Live
+from aurora_sgl.engine.draft_kv import DraftKV, LiveVersion
 from aurora_sgl.engine.draft_tree import to_host
 from aurora_sgl.engine.parts import Parts
 from aurora_sgl.engine.renewal import StaleHeads, leave_cache, renew
@@ -25,7 +25,7 @@ _RENEWING = "renewing draft KV"
 class CachedKV:
     """One per scheduler process; ``leads``: whether this rank says what is renewed."""
 
-    def __init__(self, worker: Any, live: Live, parts: Parts) -> None:
+    def __init__(self, worker: Any, live: LiveVersion, parts: Parts) -> None:
         self._live, self._parts = live, parts
         self._marks = DraftKV(_places(worker), worker.device)
         self._heads = StaleHeads()

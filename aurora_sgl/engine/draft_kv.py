@@ -17,7 +17,7 @@ _UNKNOWN = -2
 
 
 @dataclass(slots=True)
-class Live:
+class LiveVersion:
     """What the drafter is at this moment, as far as records need it."""
 
     version_id: int = 0

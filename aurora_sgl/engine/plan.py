@@ -18,7 +18,7 @@ _MOST_WAITING = 65_536  # requests that were aborted before their prefill stay u
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RequestPlan:
     """What is done with one request."""
 
     speculates: bool
@@ -30,7 +30,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    plan: Plan
+    plan: RequestPlan
     custom_params: Any  # what stood in the field
 
 
@@ -44,12 +44,12 @@ def requests(received: Iterable[Any]) -> Iterator[Any]:
             yield from one
 
 
-def put(request: Any, plan: Plan) -> None:
+def put(request: Any, plan: RequestPlan) -> None:
     params = request.sampling_params
     params.custom_params = _Carried(plan, params.custom_params)
 
 
-def take(request: Any) -> Plan | None:
+def take(request: Any) -> RequestPlan | None:
     """The plan that :func:`put` put there, which leaves the request as it was."""
     params: Any = getattr(request, "sampling_params", None)
     carried = getattr(params, "custom_params", None)
@@ -62,11 +62,13 @@ def take(request: Any) -> Plan | None:
 class Plans:
     """Plans of requests that wait for their prefill, on each rank."""
 
-    def __init__(self, without: Plan) -> None:
+    def __init__(self, without: RequestPlan) -> None:
         self._without = without  # for a request for which nothing was chosen
-        self._waiting: OrderedDict[int, Plan] = OrderedDict()  # a client's rid can be megabytes
+        self._waiting: OrderedDict[int, RequestPlan] = (
+            OrderedDict()
+        )  # a client's rid can be megabytes
 
-    def keep(self, rid: object, plan: Plan) -> None:
+    def keep(self, rid: object, plan: RequestPlan) -> None:
         self._waiting[hash(rid)] = plan
         if len(self._waiting) > _MOST_WAITING:
             self._waiting.popitem(last=False)
@@ -76,5 +78,5 @@ class Plans:
         nothing of what they do in a step follows from these."""
         self.keep(rid, replace(self._without, said=replace(said, whole=False, warmup=False)))
 
-    def pop(self, rid: object) -> Plan:
+    def pop(self, rid: object) -> RequestPlan:
         return self._waiting.pop(hash(rid), self._without)

@@ -14,9 +14,9 @@ from typing import Any
 from aurora_sgl import wire
 from aurora_sgl.draft_shape import NO_DRAFT
 from aurora_sgl.engine import clean, labels
-from aurora_sgl.engine.draft_kv import Live
+from aurora_sgl.engine.draft_kv import LiveVersion
 from aurora_sgl.engine.draft_tree import StepRows, parents_from_links
-from aurora_sgl.engine.plan import Plan
+from aurora_sgl.engine.plan import RequestPlan
 from aurora_sgl.engine.request_state import (
     RequestState,
     describe_sampling,
@@ -34,7 +34,7 @@ class Recorder:
         self, boot_id: int, *, train_by_default: bool, capture_share: float, dp_rank: int
     ) -> None:
         self.boot_id = boot_id
-        self.live = Live()
+        self.live = LiveVersion()
         self.capture_share = capture_share
         self._train_by_default = train_by_default
         self._dp_rank = dp_rank
@@ -66,7 +66,7 @@ class Recorder:
         self._capture_credit -= 1.0
         return True
 
-    def begin(self, req: Any, plan: Plan, *, follow: bool) -> RequestState | None:
+    def begin(self, req: Any, plan: RequestPlan, *, follow: bool) -> RequestState | None:
         """Register a request at its first prefill; None for warm-ups and health checks.
 
         On every rank, and without a look at anything that a client can set but its labels: what

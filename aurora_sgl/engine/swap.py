@@ -70,7 +70,7 @@ def find_home(name: str, parameters: dict[str, torch.nn.Parameter]) -> Home:
 
 
 @dataclass(slots=True)
-class Staged:
+class StagedWeights:
     """Shadows of all parameters of one version, ready to be copied."""
 
     version_id: int
@@ -116,7 +116,7 @@ class Swapper:
         self._hot = hot_token_id
         self._target_vocabulary = target_vocabulary
         self._thread: threading.Thread | None = None
-        self.staged: Staged | None = None
+        self.staged: StagedWeights | None = None
         self.failure: tuple[int, str] | None = None  # (version, reason) of a failed staging
 
     @property
@@ -139,7 +139,7 @@ class Swapper:
         self._thread = threading.Thread(target=work, name="aurora-stage", daemon=True)
         self._thread.start()
 
-    def stage(self, version_id: int, path: Path, weights_sha256: str | None) -> Staged:
+    def stage(self, version_id: int, path: Path, weights_sha256: str | None) -> StagedWeights:
         """Load a file (or a folder's) into shadows; a hash, when given, must be the content's.
 
         Raises :class:`SwapRefused` with the reason when the weights cannot go live here.
@@ -159,7 +159,7 @@ class Swapper:
             for name, tensor in tensors.items()
             if name not in _VOCABULARY and not name.endswith(_SHARED)
         }
-        staged = Staged(
+        staged = StagedWeights(
             version_id=version_id,
             weights_sha256=actual,
             homes={name: find_home(name, self._parameters) for name in weights},
@@ -187,7 +187,7 @@ class Swapper:
         staged.staged_ms = 1000 * (time.perf_counter() - begun)
         return staged
 
-    def _pack(self, staged: Staged) -> None:
+    def _pack(self, staged: StagedWeights) -> None:
         """Where the CPU kernels keep packed copies of weights, make those of the shadows too."""
         for name, shadow in staged.shadows.items():
             if linear.uses(self._parameters[name]):
@@ -209,7 +209,7 @@ class Swapper:
                 f"'{name}' {tuple(tensor.shape)} does not fit the running drafter ({error})"
             ) from error
 
-    def _check_complete(self, staged: Staged, filled: dict[str, int]) -> None:
+    def _check_complete(self, staged: StagedWeights, filled: dict[str, int]) -> None:
         for name, parameter in self._parameters.items():
             shared = parameter.untyped_storage().data_ptr() in self._target_storages
             if not shared and not name.endswith(_SHARED) and name not in filled:
@@ -240,7 +240,7 @@ class Swapper:
             raise SwapRefused("'d2t' names tokens that the target does not have")
         return None if torch.equal(new, hot) else new.to(self._hot.device)
 
-    def apply(self, staged: Staged, forward_stream: Any = None) -> float:
+    def apply(self, staged: StagedWeights, forward_stream: Any = None) -> float:
         """Copy the shadows into the running model; returns milliseconds. Call between two steps.
 
         On a GPU the last step may still run, on ``forward_stream``: the copies wait for it there,
@@ -264,7 +264,7 @@ class Swapper:
                 shadow.data.record_stream(stream)
         return 1000 * (time.perf_counter() - begun)
 
-    def read_back(self, staged: Staged, *, whole: bool) -> str:
+    def read_back(self, staged: StagedWeights, *, whole: bool) -> str:
         """Content hash of the tensors that the model holds now, in the file's names and dtypes.
 
         Where a rank of a tensor-parallel group holds shards only (``whole`` is false), the shards

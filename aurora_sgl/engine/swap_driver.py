@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from aurora_sgl import wire
-from aurora_sgl.engine.draft_kv import Live
-from aurora_sgl.engine.swap import Staged, Swapper, yield_to_the_step
+from aurora_sgl.engine.draft_kv import LiveVersion
+from aurora_sgl.engine.swap import StagedWeights, Swapper, yield_to_the_step
 
 logger = logging.getLogger("aurora_sgl")
 
@@ -72,7 +72,7 @@ class SwapDriver:
     def __init__(
         self,
         swapper: Swapper,
-        live: Live,
+        live: LiveVersion,
         boot_id: int,
         *,
         tp_size: int,
@@ -148,7 +148,7 @@ class SwapDriver:
     def _done(self, version_id: int, ok: bool, *rest: Any) -> wire.SwapDone:
         return wire.SwapDone(self._boot_id, wire.now_us(), version_id, ok, *rest)
 
-    def _go_live(self, staged: Staged) -> None:
+    def _go_live(self, staged: StagedWeights) -> None:
         try:
             apply_ms = self._swapper.apply(staged, self.forward_stream)
         except Exception as error:
@@ -171,7 +171,7 @@ class SwapDriver:
 
         threading.Thread(target=read_back, name="aurora-read-back", daemon=True).start()
 
-    def read_back(self, staged: Staged) -> str:
+    def read_back(self, staged: StagedWeights) -> str:
         """The live hash, computed from the model's own tensors."""
         return self._swapper.read_back(staged, whole=self._tp_size == 1)
 

@@ -32,7 +32,7 @@ def run_uvicorn(original: Callable[..., Any], app: Any, *args: Any, **kw: Any) -
     """Around ``uvicorn.run``."""
     if app != SGLANGS_APP or int(kw.get("workers") or 1) < 2:
         return original(app, *args, **kw)
-    watch = Watch(multiprocessing.active_children())
+    watch = ProcessWatch(multiprocessing.active_children())
     watch.start()
     app = OUR_APP if environment.value(environment.STAMP) else app
     try:
@@ -44,7 +44,7 @@ def run_uvicorn(original: Callable[..., Any], app: Any, *args: Any, **kw: Any) -
     return result
 
 
-class Watch:
+class ProcessWatch:
     """Ends this server when one of the processes that it can't do without has ended."""
 
     def __init__(self, needed: Sequence[BaseProcess]) -> None:

@@ -14,16 +14,16 @@ FULL, HALF, NONE = "full", "half", "none"
 
 
 @dataclass(frozen=True)
-class Load:
+class ServingLoad:
     """``pace``: full, half (every second moment) or none. ``reason`` is empty at full pace."""
 
     pace: str
     reason: str = ""
 
 
-def load_of(servers: Iterable[Server], rules: SchedulerSettings, elapsed: Elapsed) -> Load:
+def load_of(servers: Iterable[Server], rules: SchedulerSettings, elapsed: Elapsed) -> ServingLoad:
     """From the counters that each running server sends along with its Hello."""
-    busy = Load(FULL)
+    busy = ServingLoad(FULL)
     for server in servers:
         if elapsed.since(server.last_seen_at) > STALE_SECONDS:
             continue
@@ -33,10 +33,10 @@ def load_of(servers: Iterable[Server], rules: SchedulerSettings, elapsed: Elapse
         step_ms = float(server.counters.get("step_ms", 0.0)) if running else 0.0
         if rules.pause_queue and queue >= rules.pause_queue:
             said = f"{queue:.0f} requests wait at {server.name} (limit {rules.pause_queue:.0f})"
-            return Load(NONE, said)
+            return ServingLoad(NONE, said)
         if rules.pause_step_ms and step_ms >= rules.pause_step_ms:
             limit = f"(limit {rules.pause_step_ms:.0f})"
-            return Load(NONE, f"a step of {server.name} takes {step_ms:.0f} ms {limit}")
+            return ServingLoad(NONE, f"a step of {server.name} takes {step_ms:.0f} ms {limit}")
         if rules.slow_queue and queue >= rules.slow_queue:
-            busy = Load(HALF, f"{queue:.0f} requests wait at {server.name}")
+            busy = ServingLoad(HALF, f"{queue:.0f} requests wait at {server.name}")
     return busy

@@ -82,7 +82,7 @@ class Scheduler:
         self._cursor: Any = None
         self._decision = policy.Decision("", policy.WAITING, "starting", "look at the triggers")
         self._candidate: candidate.Waiting | None = None
-        self._load = load.Load(load.FULL)
+        self._load = load.ServingLoad(load.FULL)
         self._other = ""
         self._looked = self._held_for = self._said_at = float("-inf")
         self._said: dict[str, Any] = {}

@@ -31,7 +31,7 @@ METRICS_SECONDS = 10.0
 log = logging.getLogger(__name__)
 
 
-class Service:
+class SchedulerService:
     """One scheduler with its clock and its endpoint."""
 
     def __init__(self, scheduler: Scheduler, rules: SchedulerSettings) -> None:
@@ -144,7 +144,7 @@ def run(
         recipe=recipe,
         environment=environment,
     )
-    service = Service(scheduler, rules)
+    service = SchedulerService(scheduler, rules)
     service.start()
     log.info("scheduler of group %s", scheduler.group)
     stop.wait()

@@ -11,7 +11,7 @@ from pathlib import Path
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.processes.priority import step_back
-from aurora_sgl.sidecar.service import Service
+from aurora_sgl.sidecar.service import SidecarService
 
 #: Serving comes first on a machine that has few cores.
 NICENESS = 10
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # two lines a look at the revision
     step_back(NICENESS)
     try:
-        service = Service(
+        service = SidecarService(
             get_settings(), chosen.endpoint, spool=chosen.spool, parent_pid=chosen.parent_pid
         )
     except AuroraError as error:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from aurora_sgl import wire
-from aurora_sgl.sidecar.frames import ENVELOPE, LOSS, TRACE, Loss, open_envelope
-from aurora_sgl.sidecar.refused import Refused, RefusedFile
+from aurora_sgl.sidecar.frames import ENVELOPE, LOSS, TRACE, LossFrame, open_envelope
+from aurora_sgl.sidecar.refused import RefusedFile, RefusedRecord
 from aurora_sgl.sidecar.servers import Registry
 from aurora_sgl.sidecar.sift import Sift
 from aurora_sgl.sidecar.spool.cursor import Boot, Cursor
@@ -39,11 +39,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Load:
+class IntakeLoad:
     """What a run of frames holds, by boot."""
 
     batches: dict[int, Batch] = field(default_factory=lambda: defaultdict(list))
-    notes: dict[int, list[Loss]] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[int, list[LossFrame]] = field(default_factory=lambda: defaultdict(list))
     traces: list[TraceRow] = field(default_factory=list)
     unreadable: list[tuple[bytes, str]] = field(default_factory=list)  # bytes, and why
     end: Position | None = None  # None: not even the first frame may be stored yet
@@ -70,7 +70,7 @@ class Intake:
         self.envelopes += 1
         boot = envelope.boot_id
         if boot in self._refused:
-            loss = Loss(boot, *self._refused[boot])
+            loss = LossFrame(boot, *self._refused[boot])
             if self._spool.append(LOSS, msgspec.msgpack.encode(loss)):
                 del self._refused[boot]
         if not self._spool.append(ENVELOPE, data):
@@ -155,7 +155,7 @@ class Batcher:
         if load.end is None:
             return False
         boots = {}
-        refused: list[Refused] = []
+        refused: list[RefusedRecord] = []
         for boot_id in [*load.batches, *(b for b in load.notes if b not in load.batches)]:
             boots[boot_id] = msgspec.structs.replace(self._cursor.boot(boot_id))
             refused += self._store_boot(
@@ -175,9 +175,9 @@ class Batcher:
             self._spool.release(load.end)
         return True
 
-    def _gather(self, frames: list[Frame]) -> Load:
+    def _gather(self, frames: list[Frame]) -> IntakeLoad:
         """What of the frames may be stored now: all up to the first that has to wait."""
-        load = Load()
+        load = IntakeLoad()
         for frame in frames:
             try:
                 if not self._add(load, frame):
@@ -187,7 +187,7 @@ class Batcher:
             load.end = frame.end
         return load
 
-    def _add(self, load: Load, frame: Frame) -> bool:
+    def _add(self, load: IntakeLoad, frame: Frame) -> bool:
         if frame.kind == ENVELOPE:
             envelope, unreadable = open_envelope(frame.payload)
             for record in envelope.records:
@@ -199,15 +199,15 @@ class Batcher:
             load.batches[envelope.boot_id].append((envelope.seq, envelope.records))
             load.unreadable += [(one, "this release can't read it") for one in unreadable]
         elif frame.kind == LOSS:
-            loss = msgspec.msgpack.decode(frame.payload, type=Loss)
+            loss = msgspec.msgpack.decode(frame.payload, type=LossFrame)
             load.notes[loss.boot_id].append(loss)
         elif frame.kind == TRACE:
             load.traces.append(msgspec.msgpack.decode(frame.payload, type=TraceRow))
         return True
 
     def _store_boot(
-        self, boot_id: int, boot: Boot, batch: Batch, notes: list[Loss]
-    ) -> list[Refused]:
+        self, boot_id: int, boot: Boot, batch: Batch, notes: list[LossFrame]
+    ) -> list[RefusedRecord]:
         """Store what one boot sent; the records that will never be stored."""
         known = self._registry.known(boot_id)
         if known is None:
@@ -234,7 +234,7 @@ class Batcher:
                 queries.drops.set_drops(s, known.server_id, place, count)
         return refused
 
-    def _set_aside(self, refused: list[Refused], unreadable: list[tuple[bytes, str]]) -> None:
+    def _set_aside(self, refused: list[RefusedRecord], unreadable: list[tuple[bytes, str]]) -> None:
         """Raises ``StoreAway`` when the file can't be written: then they wait."""
         try:
             self._refused.keep(refused)
@@ -248,7 +248,7 @@ class Batcher:
             log.error("%d records are set aside in %s: %s", count, self._refused.path, why)
 
 
-def _account(boot: Boot, batch: Batch, notes: list[Loss]) -> None:
+def _account(boot: Boot, batch: Batch, notes: list[LossFrame]) -> None:
     """Count what the numbers of the envelopes say is missing."""
     for loss in notes:
         boot.spool_full += loss.records
@@ -266,5 +266,7 @@ def _account(boot: Boot, batch: Batch, notes: list[Loss]) -> None:
                 boot.dropped = max(boot.dropped, record.dropped)
 
 
-def _all(boot_id: int, batch: Batch, why: str) -> list[Refused]:
-    return [Refused(boot_id, seq, record, why) for seq, records in batch for record in records]
+def _all(boot_id: int, batch: Batch, why: str) -> list[RefusedRecord]:
+    return [
+        RefusedRecord(boot_id, seq, record, why) for seq, records in batch for record in records
+    ]

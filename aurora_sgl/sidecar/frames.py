@@ -10,7 +10,7 @@ from aurora_sgl import wire
 ENVELOPE, TRACE, LOSS = b"E", b"T", b"L"
 
 
-class Loss(msgspec.Struct, array_like=True, frozen=True):
+class LossFrame(msgspec.Struct, array_like=True, frozen=True):
     """Envelopes that the full spool refused, noted when it had room again."""
 
     boot_id: int

@@ -18,7 +18,7 @@ from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.sidecar import boot_version, phase
-from aurora_sgl.sidecar.servers import Known, Live, Registry, drafter_path
+from aurora_sgl.sidecar.servers import Known, Registry, ReportedLive, drafter_path
 from aurora_sgl.sidecar.swap.attempt import Swaps
 from aurora_sgl.sidecar.swap.staging import Stager, Wanted
 from aurora_sgl.step_cost import StepCost
@@ -65,8 +65,8 @@ class Reconciler:
         self._stop = threading.Event()
         self._boot_id = 0
         self._reported: dict[str, Any] = {}
-        self._told_hellos = -1  # Live.hellos when the engine was told its version
-        self._told_store = -1  # Live.hellos when the store was told of the engine
+        self._told_hellos = -1  # ReportedLive.hellos when the engine was told its version
+        self._told_store = -1  # ReportedLive.hellos when the store was told of the engine
         self._phase_at = 0.0
         self._tidy_at = 0.0
         self._identify_at = 0.0
@@ -149,7 +149,7 @@ class Reconciler:
         else:
             self._error = ""
 
-    def _tell_identity(self, known: Known, live: Live) -> None:
+    def _tell_identity(self, known: Known, live: ReportedLive) -> None:
         """Once per Hello of an engine that does not know yet what it was started with."""
         if live.version_id == 0 and live.hellos != self._told_hellos:
             assert known.boot_version_id is not None
@@ -173,7 +173,7 @@ class Reconciler:
         if hello.counters.get("capture_share", wanted) != wanted:
             self._send(wire.SetCapture(wanted))
 
-    def _reconcile(self, known: Known, hello: wire.Hello, live: Live) -> None:
+    def _reconcile(self, known: Known, hello: wire.Hello, live: ReportedLive) -> None:
         with self._link.session(write=False) as s:
             desired = queries.aliases.wanted_version(s, known.group_id)
             if desired is None:
@@ -192,7 +192,7 @@ class Reconciler:
         elif not self.swaps.busy and (failed := self.swaps.begin(wanted, generation, hello)):
             self._error = failed
 
-    def _decide_phase(self, known: Known, hello: wire.Hello, live: Live) -> None:
+    def _decide_phase(self, known: Known, hello: wire.Hello, live: ReportedLive) -> None:
         if time.monotonic() < self._phase_at:
             return
         self._phase_at = time.monotonic() + PHASE_SECONDS
@@ -234,7 +234,7 @@ class Reconciler:
                 steps, accepted = row.verify_steps, row.accepted
         return phase.expected(replays[0] if replays else None, steps, accepted)
 
-    def _report(self, known: Known, live: Live) -> None:
+    def _report(self, known: Known, live: ReportedLive) -> None:
         """Write the server's row when something of it changed, and at every Hello.
 
         Ingest writes the counters of the Hello itself.

@@ -25,7 +25,7 @@ LIMIT_BYTES = 256 << 20
 log = logging.getLogger(__name__)
 
 
-class Refused(NamedTuple):
+class RefusedRecord(NamedTuple):
     """A record of an envelope, and why it is not in the store."""
 
     boot_id: int
@@ -52,7 +52,7 @@ class RefusedFile:
         self.path = folder / FILE
         self._full = False
 
-    def keep(self, refused: Iterable[Refused]) -> None:
+    def keep(self, refused: Iterable[RefusedRecord]) -> None:
         """Raises ``OSError`` on a failing disk."""
         self._write(_line(one) for one in refused)
 
@@ -88,7 +88,7 @@ class RefusedFile:
             os.close(fd)
 
 
-def read(path: Path) -> Iterator[Refused]:
+def read(path: Path) -> Iterator[RefusedRecord]:
     """The records of a file, each once; what is no record and torn lines are left out."""
     seen = set()
     for raw in path.read_bytes().splitlines():
@@ -100,10 +100,10 @@ def read(path: Path) -> Iterator[Refused]:
             continue
         seen.add(line.data)
         (record,) = wire.decode_envelope(line.data).records
-        yield Refused(line.boot_id, line.seq, record, line.why)
+        yield RefusedRecord(line.boot_id, line.seq, record, line.why)
 
 
-def _line(one: Refused) -> Line:
+def _line(one: RefusedRecord) -> Line:
     kind = str(type(one.record).__struct_config__.tag)
     data = wire.encode(wire.Envelope(one.boot_id, one.seq, [one.record]))
     return Line(utc_now().isoformat(), one.why, one.boot_id, one.seq, kind, data)

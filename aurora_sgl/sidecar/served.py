@@ -25,7 +25,7 @@ class Sums:
     accepted: int = 0
 
 
-class Served:
+class LiveCounts:
     """Filled by the receiving thread, read by the one that answers Prometheus."""
 
     def __init__(self) -> None:

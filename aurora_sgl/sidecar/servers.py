@@ -52,7 +52,7 @@ def drafter_path(hello: wire.Hello) -> str:
 
 
 @dataclass
-class Live:
+class ReportedLive:
     """What a boot last said of its drafter."""
 
     version_id: int = 0  # 0: the one that it was started with
@@ -73,7 +73,7 @@ class Registry:
         self._known: dict[int, Known] = {}
         self._connects = 0
         self._swaps: list[wire.SwapDone] = []
-        self._live: dict[int, Live] = {}
+        self._live: dict[int, ReportedLive] = {}
         self.news = threading.Event()  # set when the engine has answered to a swap
         self.current = 0  # boot that said hello last in this process; 0: none yet
 
@@ -83,7 +83,7 @@ class Registry:
             with self._lock:
                 self._hellos[record.boot_id] = record
                 self.current = record.boot_id
-                live = self._live.setdefault(record.boot_id, Live())
+                live = self._live.setdefault(record.boot_id, ReportedLive())
                 if record.live_version_id != live.version_id:
                     live.version_id, live.sha256 = record.live_version_id, ""
                 if not record.swap_count:  # afterwards SwapDone says it
@@ -95,7 +95,7 @@ class Registry:
             with self._lock:
                 self._swaps.append(record)
                 if record.ok:
-                    live = self._live.setdefault(record.boot_id, Live())
+                    live = self._live.setdefault(record.boot_id, ReportedLive())
                     live.version_id, live.sha256 = record.version_id, record.live_sha256
             self.news.set()
 
@@ -108,9 +108,9 @@ class Registry:
         with self._lock:
             return self._hellos.get(boot_id)
 
-    def live(self, boot_id: int) -> Live:
+    def live(self, boot_id: int) -> ReportedLive:
         with self._lock:
-            return self._live.setdefault(boot_id, Live())
+            return self._live.setdefault(boot_id, ReportedLive())
 
     def take_swaps(self) -> list[wire.SwapDone]:
         with self._lock:

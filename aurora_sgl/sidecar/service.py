@@ -26,12 +26,12 @@ from aurora_sgl.sidecar.endpoint import Endpoint
 from aurora_sgl.sidecar.frames import TRACE
 from aurora_sgl.sidecar.health import Status, open_health
 from aurora_sgl.sidecar.reconcile import Reconciler
-from aurora_sgl.sidecar.served import Served, Sums
-from aurora_sgl.sidecar.servers import NOT_IDENTIFIED, Live, Registry
+from aurora_sgl.sidecar.served import LiveCounts, Sums
+from aurora_sgl.sidecar.servers import NOT_IDENTIFIED, Registry, ReportedLive
 from aurora_sgl.sidecar.spool.cursor import Cursor
 from aurora_sgl.sidecar.spool.slots import adopt, open_spool
 from aurora_sgl.sidecar.swap.staging import Stager
-from aurora_sgl.sidecar.traces.assembler import Trace, TraceAssembler
+from aurora_sgl.sidecar.traces.assembler import AssembledTrace, TraceAssembler
 from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.writer import TraceWriter
 from aurora_sgl.store.link import StoreAway, StoreLink
@@ -54,7 +54,7 @@ _ENGINE = ("queue", "running_requests", "step_ms", "failures", "parts_down", "dr
 log = logging.getLogger(__name__)
 
 
-class Service:
+class SidecarService:
     """Everything of one sidecar process."""
 
     def __init__(
@@ -76,10 +76,10 @@ class Service:
         self._link = StoreLink(settings.store_url, "records wait in the spool")
         self._registry = Registry(self._link, self._cursor, settings.group)
         self._intake = Intake(self._spool, self._registry)
-        self._served = Served()
+        self._served = LiveCounts()
         self._assembler = TraceAssembler(settings.trace_memory_bytes)
         self._writer = TraceWriter(artifacts, home / "tmp")
-        self._traces: queue.Queue[tuple[Trace, wire.Hello | None] | None] = queue.Queue()
+        self._traces: queue.Queue[tuple[AssembledTrace, wire.Hello | None] | None] = queue.Queue()
         self._queued_bytes = 0
         self._queued_lock = threading.Lock()
         self._trace_store = TraceStore(self._link, artifacts, settings.capture_bytes)
@@ -284,7 +284,7 @@ class Service:
             oldest_unstored_seconds=age,
         )
 
-    def _reason(self, live: Live, age: float) -> str:
+    def _reason(self, live: ReportedLive, age: float) -> str:
         """Why the sidecar is not ready, in words; "" when it is."""
         now, trouble = time.monotonic(), self._batcher.trouble
         if age > (LATE_SECONDS if trouble else STALE_SECONDS):

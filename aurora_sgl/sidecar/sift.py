@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aurora_sgl import wire
-from aurora_sgl.sidecar.refused import Refused
+from aurora_sgl.sidecar.refused import RefusedRecord
 from aurora_sgl.store.faults import Kind, fault_of, in_words
 from aurora_sgl.store.ingest import ingest, rehearse
 from aurora_sgl.store.link import StoreLink
@@ -27,7 +27,7 @@ class Sift:
         self._boot_id = boot_id
         self._rehearsed = False
         self.events = 0  # verify steps that are new in the store
-        self.refused: list[Refused] = []
+        self.refused: list[RefusedRecord] = []
 
     def store(self, batch: Sequence[Envelope]) -> None:
         """Raises ``StoreAway``, and ``LostRow`` when the server's row is gone."""
@@ -46,7 +46,7 @@ class Sift:
     def _divide(self, seq: int, records: Sequence[wire.Record], why: str) -> None:
         if len(records) == 1:
             self._rehearse()
-            self.refused.append(Refused(self._boot_id, seq, records[0], why))
+            self.refused.append(RefusedRecord(self._boot_id, seq, records[0], why))
             return
         half = len(records) // 2
         for part in (records[:half], records[half:]):

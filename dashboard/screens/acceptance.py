@@ -12,7 +12,7 @@ import streamlit as st
 
 from aurora_sgl.intervals import unpaired_difference
 from aurora_sgl.store.queries import trends
-from aurora_sgl.store.queries.trends import Filter, Served, TrendPoint
+from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
 
 from .. import buckets, charts, data, words
 from ..buckets import Namer, Period, Series, coarser, floor, period
@@ -34,7 +34,7 @@ ALL, BY_VERSION, BY_DOMAIN = "all together", "by version", "by domain"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChartChoice:
     """``period``: the part with data of the one that was ``asked`` for; ``servers``: empty for all
     of them; ``narrowed``: less than all that was served in the period."""
 
@@ -90,7 +90,7 @@ def _tabs(shown: Shown) -> None:
 # -- what is looked at --------------------------------------------------------------------------
 
 
-def _choose(here: Group) -> Choice | None:
+def _choose(here: Group) -> ChartChoice | None:
     top = st.columns([3, 2], gap="large")
     with top[0]:
         name = st.segmented_control(
@@ -128,7 +128,7 @@ def _choose(here: Group) -> Choice | None:
         part = replace(wanted, since=fitted.since, until=fitted.until)
         kept = asked.of(_read(here, part, fitted.bucket))
         fitted = buckets.fitted(fitted, kept)
-    return Choice(fitted, str(split), kept, narrowed, chosen, period)
+    return ChartChoice(fitted, str(split), kept, narrowed, chosen, period)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _period(name: str) -> Period | None:
     return period(begin, min(end + timedelta(days=1), now()))
 
 
-def _nothing(choice: Choice, last: datetime) -> None:
+def _nothing(choice: ChartChoice, last: datetime) -> None:
     if choice.narrowed:
         st.info("Nothing was served that fits all of these. Take one of them away.")
         return
@@ -187,13 +187,13 @@ class Shown:
     """What the parts of the page draw."""
 
     here: Group
-    choice: Choice
+    choice: ChartChoice
     points: Sequence[TrendPoint]
     name: Namer
     series: Series
 
 
-def _series(points: Sequence[TrendPoint], choice: Choice, name: Namer) -> Series:
+def _series(points: Sequence[TrendPoint], choice: ChartChoice, name: Namer) -> Series:
     width = choice.period.width
     at = {point.bucket: floor(point.bucket, width) for point in points}
     sums = trends.by(points, lambda p: (name(p), at[p.bucket]))
@@ -208,7 +208,7 @@ def _number(line: str) -> int:
     return int(line.split()[1]) if line.startswith("version ") else 0
 
 
-def _namer(points: Sequence[TrendPoint], choice: Choice, live: int | None) -> Namer:
+def _namer(points: Sequence[TrendPoint], choice: ChartChoice, live: int | None) -> Namer:
     """The line that a point belongs to."""
     if choice.split == ALL:
         return lambda point: "all together"
@@ -222,7 +222,7 @@ def _namer(points: Sequence[TrendPoint], choice: Choice, live: int | None) -> Na
     return lambda point: names[point.version_id]
 
 
-def _trend(here: Group, choice: Choice, series: Series, name: Namer) -> None:
+def _trend(here: Group, choice: ChartChoice, series: Series, name: Namer) -> None:
     st.subheader("Accept length")
     period, servers = choice.period, Filter(here.id, server_ids=choice.servers)
     ends = buckets.ends(here.url, servers, period.bucket, choice.points, name)
@@ -306,7 +306,7 @@ def _hour(moment: datetime) -> datetime:
 
 def _equal_shape(shown: Shown) -> None:
     here, points = shown.here, shown.points
-    shapes: dict[tuple[int, int, int], dict[int, Served]] = {}
+    shapes: dict[tuple[int, int, int], dict[int, ServedCounts]] = {}
     sums = trends.by(points, lambda p: (p.depth, p.topk, p.nodes, p.version_id))
     for (*shape, version), served in sorted(sums.items(), key=lambda item: item[0]):
         shapes.setdefault((shape[0], shape[1], shape[2]), {})[version] = served
@@ -343,7 +343,7 @@ def _equal_shape(shown: Shown) -> None:
     )
 
 
-def _less(served: Served, against: Served | None, same: bool) -> str:
+def _less(served: ServedCounts, against: ServedCounts | None, same: bool) -> str:
     if same:
         return "itself"
     if against is None:

@@ -10,7 +10,7 @@ import streamlit as st
 from aurora_sgl.rollout import status
 from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store.queries import trends
-from aurora_sgl.store.queries.trends import Filter, Served
+from aurora_sgl.store.queries.trends import Filter, ServedCounts
 
 from .. import buckets, charts, data, words
 from ..alerts import Alert, alerts
@@ -26,10 +26,10 @@ class Moment:
     """Numbers of the present window and of yesterday."""
 
     window: data.Window
-    served: Served
-    by_domain: dict[str, Served]
-    yesterday: Served
-    yesterday_by_domain: dict[str, Served]
+    served: ServedCounts
+    by_domain: dict[str, ServedCounts]
+    yesterday: ServedCounts
+    yesterday_by_domain: dict[str, ServedCounts]
     tokens_per_second: float
     yesterday_tokens_per_second: float
     draft_share: float
@@ -253,8 +253,8 @@ def _for_whom(moment: Moment) -> None:
     st.subheader("For whom")
     rows = []
     for domain in sorted({*moment.by_domain, *moment.yesterday_by_domain}):
-        today = moment.by_domain.get(domain, Served())
-        before = moment.yesterday_by_domain.get(domain, Served())
+        today = moment.by_domain.get(domain, ServedCounts())
+        before = moment.yesterday_by_domain.get(domain, ServedCounts())
         rows.append(
             {
                 "domain": domain,
@@ -269,7 +269,7 @@ def _for_whom(moment: Moment) -> None:
     )  # fmt: skip
 
 
-def verdict(today: Served, before: Served) -> str:
+def verdict(today: ServedCounts, before: ServedCounts) -> str:
     """Better or worse only where the 95% intervals do not overlap."""
     if not today.interval or not before.interval:
         return "too few to tell"

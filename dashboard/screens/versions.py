@@ -10,7 +10,7 @@ import streamlit as st
 
 from aurora_sgl.rollout import status
 from aurora_sgl.store.models import DrafterVersion, Evaluation
-from aurora_sgl.store.queries.trends import Served
+from aurora_sgl.store.queries.trends import ServedCounts
 
 from .. import charts, data, dialogs, lineage, login, verdicts, version_questions, words
 from ..context import Group, group, now
@@ -93,12 +93,12 @@ def _table(
     versions: Sequence[DrafterVersion],
     aliases: dict[str, int],
     judged: dict[int, Evaluation],
-    served: dict[int, Served],
+    served: dict[int, ServedCounts],
 ) -> None:
     roles = {version: ROLES[name] for name, version in aliases.items()}
     rows = []
     for version in versions[::-1]:
-        evaluation, sums = judged.get(version.id), served.get(version.id, Served())
+        evaluation, sums = judged.get(version.id), served.get(version.id, ServedCounts())
         rows.append(
             {
                 "version": version.id,
@@ -158,12 +158,12 @@ def _lineage(
     versions: Sequence[DrafterVersion],
     aliases: dict[str, int],
     judged: dict[int, Evaluation],
-    served: dict[int, Served],
+    served: dict[int, ServedCounts],
 ) -> None:
     roles = {version: name for name, version in aliases.items()}
     nodes = []
     for version in versions:
-        evaluation, sums = judged.get(version.id), served.get(version.id, Served())
+        evaluation, sums = judged.get(version.id), served.get(version.id, ServedCounts())
         replayed = evaluation.candidate_accept_length if evaluation else None
         length = replayed if replayed is not None else sums.accept_length
         hover = (
@@ -184,7 +184,7 @@ def _lineage(
 
 
 def _one(
-    here: Group, version: DrafterVersion, aliases: dict[str, int], served: Served | None
+    here: Group, version: DrafterVersion, aliases: dict[str, int], served: ServedCounts | None
 ) -> None:
     live = aliases.get("live", 0)
     role = next((ROLES[name] for name, of in aliases.items() if of == version.id), "")
@@ -229,7 +229,7 @@ def _buttons(here: Group, version: DrafterVersion, aliases: dict[str, int]) -> N
                        help="Its folder, as any SGLang loads it")  # fmt: skip
 
 
-def _facts(here: Group, version: DrafterVersion, served: Served | None) -> None:
+def _facts(here: Group, version: DrafterVersion, served: ServedCounts | None) -> None:
     run = data.run_of(here, version.training_run_id)
     facts: dict[str, Any] = {
         "made": words.time(version.created_at),

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from aurora_sgl.store.models import Deployment
-from aurora_sgl.store.queries.trends import Served, TrendPoint
+from aurora_sgl.store.queries.trends import ServedCounts, TrendPoint
 from dashboard import buckets
 from dashboard.buckets import LENGTHS, MINUTE
 
@@ -20,7 +20,7 @@ def served(begin: datetime, end: datetime, bucket: str) -> list[TrendPoint]:
     """A point in each bucket from the first step to the last."""
     at, found = buckets.floor(begin, LENGTHS[bucket]), []
     while at <= end:
-        found.append(TrendPoint(at, 1, "chat", 3, 4, 8, Served(1, 10, 30, 12)))
+        found.append(TrendPoint(at, 1, "chat", 3, 4, 8, ServedCounts(1, 10, 30, 12)))
         at += LENGTHS[bucket]
     return found
 
@@ -61,7 +61,7 @@ def test_points_lie_in_the_middle_of_their_bucket_and_never_outside_of_their_lin
 ) -> None:
     begin = buckets.floor(NOW, width)
     first, last = begin + share * width, begin + (5 + share) * width
-    points = [(begin + i * width, Served(1, 10)) for i in range(6)]
+    points = [(begin + i * width, ServedCounts(1, 10)) for i in range(6)]
     drawn = buckets.placed({"chat": points}, width, {"chat": (first, last)})["chat"]
     moments = [moment for moment, _ in drawn]
     assert all(first <= moment <= last for moment in moments)
@@ -73,7 +73,7 @@ def test_points_lie_in_the_middle_of_their_bucket_and_never_outside_of_their_lin
 
 
 def test_deployments_far_from_all_that_was_served_do_not_push_it_into_a_corner() -> None:
-    series = {"all": [(NOW - i * MINUTE, Served(1, 10)) for i in range(9)]}
+    series = {"all": [(NOW - i * MINUTE, ServedCounts(1, 10)) for i in range(9)]}
     ages = [-3 * DAY, -20 * MINUTE, -9 * MINUTE, -5 * MINUTE, MINUTE, HOUR]
     rows = [Deployment(version_id=i, created_at=NOW + age) for i, age in enumerate(ages)]
     day, part = buckets.period(NOW - DAY, NOW), buckets.period(NOW - 8 * MINUTE, NOW)

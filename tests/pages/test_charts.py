@@ -5,12 +5,12 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from aurora_sgl.store.models import Deployment
-from aurora_sgl.store.queries.trends import Served
+from aurora_sgl.store.queries.trends import ServedCounts
 from dashboard import charts
 
 BEGIN = datetime(2026, 11, 24, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
-SERVED = Served(4, 40, 120, 50, 90, 420, 640, 500)
+SERVED = ServedCounts(4, 40, 120, 50, 90, 420, 640, 500)
 EIGHT = [f"version {i}" for i in range(1, 9)]
 
 

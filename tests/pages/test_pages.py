@@ -15,7 +15,7 @@ from aurora_sgl import rollout, store
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
 from aurora_sgl.store.liveness import training_lease_name
-from aurora_sgl.store.queries.trends import Served, TrendPoint
+from aurora_sgl.store.queries.trends import ServedCounts, TrendPoint
 from dashboard import buckets, dialogs, version_questions
 from dashboard.context import Group
 from dashboard.screens import acceptance, training
@@ -265,14 +265,16 @@ def test_many_lines_are_drawn_with_fewer_points_each(domains: int, factor: int) 
     until = datetime(2026, 11, 24, tzinfo=UTC)
     month = acceptance.period(until - timedelta(days=30), until)
     points = [
-        TrendPoint(until - timedelta(hours=hour), 1, f"d{domain}", 3, 4, 8, Served(1, 1))
+        TrendPoint(until - timedelta(hours=hour), 1, f"d{domain}", 3, 4, 8, ServedCounts(1, 1))
         for hour in range(1, 721)
         for domain in range(domains)
     ]
     wider = acceptance.coarser(month, points, lambda point: point.domain)
     assert wider.width == factor * month.width
     drawn = acceptance._series(
-        points, acceptance.Choice(wider, acceptance.BY_DOMAIN, points, False), lambda p: p.domain
+        points,
+        acceptance.ChartChoice(wider, acceptance.BY_DOMAIN, points, False),
+        lambda p: p.domain,
     )
     assert sum(map(len, drawn.values())) <= buckets.MOST_POINTS + domains
     assert sum(served.requests for line in drawn.values() for _, served in line) == len(points)

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 
 from aurora_sgl import wire  # noqa: E402
 from aurora_sgl.engine import swap_driver  # noqa: E402
-from aurora_sgl.engine.draft_kv import Live  # noqa: E402
+from aurora_sgl.engine.draft_kv import LiveVersion  # noqa: E402
 from aurora_sgl.engine.parts import Parts  # noqa: E402
 from aurora_sgl.engine.swap import Swapper  # noqa: E402
 
@@ -45,7 +45,7 @@ def main() -> None:
     drafter.fc = torch.nn.Linear(4, 4)
     swapper = Swapper(drafter, torch.nn.Linear(2, 2), None, 40)
     said: list[wire.SwapDone] = []
-    driver = swap_driver.SwapDriver(swapper, Live(), 7, tp_size=2, report=said.append)
+    driver = swap_driver.SwapDriver(swapper, LiveVersion(), 7, tp_size=2, report=said.append)
     parts = Parts({})
 
     def obey(command: swap_driver.StageSwap | swap_driver.ApplySwap) -> None:

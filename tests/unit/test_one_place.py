@@ -65,3 +65,13 @@ def test_no_function_is_longer_than_a_screen_or_two() -> None:
         and node.end_lineno - node.lineno >= LONGEST
     }
     assert long == set()
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    places: dict[str, set[str]] = {}
+    for path in files():
+        if path.parts[len(ROOT.parts)] in ("aurora_sgl", "dashboard"):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, set()).add(str(path.relative_to(ROOT)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

@@ -47,7 +47,7 @@ class ForwardPlan:
             self.keep.append(tree_mask)
             tree_at = tree_mask.data_ptr()
         self.longest_new = longest
-        self.struct = native.Plan(
+        self.struct = native.KernelPlan(
             table=req_to_token.data_ptr(),
             rows=rows.data_ptr(),
             lengths=lengths.data_ptr(),

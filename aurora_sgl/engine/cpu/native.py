@@ -49,7 +49,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
 }
 
 
-class Plan(ctypes.Structure):
+class KernelPlan(ctypes.Structure):
     """``struct Plan`` of the source: what is the same for all layers of a forward."""
 
     _fields_ = (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from aurora_sgl import wire
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.processes.priority import when_idle
-from aurora_sgl.sidecar.swap.staging import Staged, Stager, Wanted
+from aurora_sgl.sidecar.swap.staging import StagedFile, Stager, Wanted
 
 #: Seconds that the engine has to answer a Stage command.
 DEADLINE_SECONDS = 60.0
@@ -24,7 +24,7 @@ class Swaps:
     def __init__(self, stager: Stager, send: Callable[[wire.Command], bool]) -> None:
         self._stager = stager
         self._send = send
-        self._pending: Staged | None = None
+        self._pending: StagedFile | None = None
         self._boot_id = 0
         self._deadline = 0.0
         self._failed: tuple[int, int] = (0, 0)  # version and generation that failed

@@ -39,7 +39,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedFile:
     wanted: Wanted
     folder: Path
     path: Path  # of the safetensors file
@@ -63,7 +63,7 @@ class Stager:
                     if folder.name.startswith(self._mine) or (old and not _alive(folder.name)):
                         shutil.rmtree(folder)
 
-    def stage(self, wanted: Wanted, hello: wire.Hello) -> Staged:
+    def stage(self, wanted: Wanted, hello: wire.Hello) -> StagedFile:
         """Fetch, check and copy. Raises ``AuroraError`` when the version must not go live."""
         from aurora_sgl.drafter import checkpoint  # torch: only when there is something to stage
 
@@ -92,7 +92,7 @@ class Stager:
                 if isinstance(error, AuroraError):
                     raise
                 raise AuroraError(f"can't stage the weights in {folder}: {error}") from error
-        return Staged(wanted, folder, folder / checkpoint.WEIGHTS)
+        return StagedFile(wanted, folder, folder / checkpoint.WEIGHTS)
 
     @staticmethod
     def _refuse_other_shape(source: Path, hello: wire.Hello, wanted: Wanted, layers: int) -> None:
@@ -134,7 +134,7 @@ class Stager:
         return folder
 
     @staticmethod
-    def discard(staged: Staged) -> None:
+    def discard(staged: StagedFile) -> None:
         shutil.rmtree(staged.folder, ignore_errors=True)
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Trace:
+class AssembledTrace:
     """A finished trace: features of positions ``start .. start + rows - 1``, as raw bytes."""
 
     header: wire.TraceHeader  # the last one of the request
@@ -87,7 +87,7 @@ class _Open:
         self.size += added
         return added
 
-    def build(self) -> Trace | None:
+    def build(self) -> AssembledTrace | None:
         """None when tokens are missing or there are no rows."""
         if not self.chunks or -1 in self.tokens:
             return None
@@ -106,7 +106,7 @@ class _Open:
         if not seen.all():
             log.warning("trace of request %d has holes", self.header.request_id)
         lo, hi = longest_run(seen, max(0, self.header.output_start - 1 - first))
-        return Trace(
+        return AssembledTrace(
             header=self.header,
             tokens=np.asarray(self.tokens, np.int64),
             start=first + lo,
@@ -173,9 +173,9 @@ class TraceAssembler:
             self.bytes -= entry.size
             self.dropped[reason] += 1
 
-    def take_finished(self, at_most: int) -> list[Trace]:
+    def take_finished(self, at_most: int) -> list[AssembledTrace]:
         """Traces that are whole and may be kept; gives up the ones that waited too long."""
-        traces: list[Trace] = []
+        traces: list[AssembledTrace] = []
         now = time.monotonic()
         for key, entry in list(self._open.items()):
             age = now - entry.touched

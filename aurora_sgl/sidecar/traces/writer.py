@@ -19,7 +19,7 @@ from aurora_sgl import clock, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
-from aurora_sgl.sidecar.traces.assembler import Trace
+from aurora_sgl.sidecar.traces.assembler import AssembledTrace
 from aurora_sgl.trace_format import AUX, LAST, STEP_STARTS, TOKENS, TraceMetadata
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64"}
@@ -89,7 +89,7 @@ class TraceWriter:
         self.written = 0
         self.failing = False
 
-    def write(self, trace: Trace, hello: wire.Hello | None) -> TraceRow | None:
+    def write(self, trace: AssembledTrace, hello: wire.Hello | None) -> TraceRow | None:
         """Write one file. None when it couldn't be: one line in the log, and a count."""
         try:
             row = self._write(trace, hello)
@@ -105,7 +105,7 @@ class TraceWriter:
             log.info("traces can be written again")
         return row
 
-    def _write(self, trace: Trace, hello: wire.Hello | None) -> TraceRow:
+    def _write(self, trace: AssembledTrace, hello: wire.Hello | None) -> TraceRow:
         header = trace.header
         server = hello.server if hello else {}
         now = clock.utc_now()

@@ -30,7 +30,7 @@ from aurora_sgl.store.models import AcceptanceEvent, AcceptanceMinute, Request, 
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S", bound=Select[Any])
 
-SUMS = 8  # numbers of a ``Served``
+SUMS = 8  # numbers of a ``ServedCounts``
 #: Width of a bucket, and how many characters of SQLite's text of a time name it.
 BUCKETS = {"minute": 16, "10 minutes": 15, "hour": 13, "day": 10}
 MINUTE = timedelta(minutes=1)  # of a roll-up
@@ -38,7 +38,7 @@ _REST = "1970-01-01 00:00:00"
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedCounts:
     """Sums over verify steps with drafts; squares are over requests, see ``AcceptanceMinute``."""
 
     requests: int = 0
@@ -87,7 +87,7 @@ class TrendPoint:
     depth: int
     topk: int
     nodes: int  # 0: not known
-    served: Served
+    served: ServedCounts
     histogram: tuple[int, ...] = ()
 
 
@@ -125,24 +125,24 @@ def trend(
     for row in s.execute(query):
         moment = moments.get(row[0]) or moments.setdefault(row[0], _time(row[0]))
         numbers = [int(value) for value in row[len(keys) :]]
-        served = Served(*numbers[:SUMS])
+        served = ServedCounts(*numbers[:SUMS])
         key = (row[1], row[2], row[3], row[4], row[5])
         points.append(TrendPoint(moment, *key, served, tuple(numbers[SUMS:])))
     return points
 
 
-def total(points: Iterable[TrendPoint]) -> Served:
-    return by(points, lambda p: 0).get(0, Served())
+def total(points: Iterable[TrendPoint]) -> ServedCounts:
+    return by(points, lambda p: 0).get(0, ServedCounts())
 
 
-def by(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, Served]:
+def by(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, ServedCounts]:
     """Sums by what ``key`` says of a point, in the order of first appearance."""
     totals: dict[K, list[int]] = {}
     for point in points:
         name, values = key(point), point.served.values()
         sums = totals.get(name)
         totals[name] = list(values) if sums is None else list(map(add, sums, values))
-    return {name: Served(*sums) for name, sums in totals.items()}
+    return {name: ServedCounts(*sums) for name, sums in totals.items()}
 
 
 def histograms(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, list[int]]:
@@ -187,7 +187,7 @@ def _steps_of_minute(
     return row[0], row[1]
 
 
-def served_by_version(s: Session, version_ids: Sequence[int]) -> dict[int, Served]:
+def served_by_version(s: Session, version_ids: Sequence[int]) -> dict[int, ServedCounts]:
     """All that versions served so far, from the sums of single requests: exact intervals."""
     t = RequestTally
     n, y = func.sum(t.verify_steps), func.sum(t.accepted)
@@ -202,7 +202,7 @@ def served_by_version(s: Session, version_ids: Sequence[int]) -> dict[int, Serve
         .group_by(t.drafter_version_id)
     )
     asked = set(version_ids)
-    return {row[0]: Served(*map(int, row[1:])) for row in s.execute(query) if row[0] in asked}
+    return {row[0]: ServedCounts(*map(int, row[1:])) for row in s.execute(query) if row[0] in asked}
 
 
 def last_minute(s: Session, group_id: int) -> datetime | None:

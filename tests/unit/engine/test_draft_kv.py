@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aurora_sgl.engine.draft_kv import DraftKV, Live
+from aurora_sgl.engine.draft_kv import DraftKV, LiveVersion
 from aurora_sgl.engine.renewal import StaleHeads
 
 
@@ -18,7 +18,7 @@ def strange(kv: DraftKV, found: torch.Tensor, maker: int) -> int:
 
 
 def test_strangers_are_places_that_another_drafter_or_nobody_filled() -> None:
-    kv, live = DraftKV(32, "cpu"), Live()
+    kv, live = DraftKV(32, "cpu"), LiveVersion()
     kv.mark(places(1, 2, 3, 4), live.maker)
     assert strange(kv, places(1, 2, 3, 4), live.maker) == 0
     live.swapped(7)
@@ -32,7 +32,7 @@ def test_strangers_are_places_that_another_drafter_or_nobody_filled() -> None:
 
 
 def test_a_version_that_comes_back_finds_its_own() -> None:
-    kv, live = DraftKV(32, "cpu"), Live()
+    kv, live = DraftKV(32, "cpu"), LiveVersion()
     live.identified(3)  # the drafter that the server was started with
     kv.mark(places(1, 2), live.maker)
     live.swapped(4)
@@ -47,7 +47,7 @@ def test_a_version_that_comes_back_finds_its_own() -> None:
 
 
 def test_a_boot_drafter_that_nobody_identified_is_no_version_that_comes_later() -> None:
-    kv, live = DraftKV(8, "cpu"), Live()
+    kv, live = DraftKV(8, "cpu"), LiveVersion()
     kv.mark(places(1), live.maker)
     live.swapped(3)
     live.identified(3)  # too late: another one is live
@@ -59,7 +59,7 @@ def test_a_boot_drafter_that_nobody_identified_is_no_version_that_comes_later() 
 
 
 def test_after_a_step_that_was_not_marked_all_that_was_before_is_uncertain() -> None:
-    kv, live = DraftKV(8, "cpu"), Live()
+    kv, live = DraftKV(8, "cpu"), LiveVersion()
     kv.mark(places(1, 2), live.maker)
     kv.doubt()
     assert strange(kv, places(1, 2), live.maker) == 2

@@ -30,7 +30,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from aurora_sgl.engine import front, labels  # noqa: E402
 from aurora_sgl.engine.consent import NOTICE, NOTICE_SECONDS, Consent  # noqa: E402
-from aurora_sgl.engine.plan import Plan, Plans  # noqa: E402
+from aurora_sgl.engine.plan import Plans, RequestPlan  # noqa: E402
 from aurora_sgl.engine.recorder import Recorder  # noqa: E402
 
 Headers = list[tuple[bytes, bytes]]
@@ -218,10 +218,12 @@ def test_sglang_meets_a_clients_parameters_as_they_were_sent_and_no_cycle_of_our
 
 
 def test_labels_hold_for_a_request_for_which_nothing_was_chosen() -> None:
-    plans = Plans(Plan(speculates=True))
+    plans = Plans(RequestPlan(speculates=True))
     assert plans.pop("unheard of").said == labels.UNKNOWN
     plans.keep_unchosen("r", labels.Labels("code", may_train=True, whole=True, warmup=True))
-    assert plans.pop("r") == Plan(speculates=True, said=labels.Labels("code", may_train=True))
+    assert plans.pop("r") == RequestPlan(
+        speculates=True, said=labels.Labels("code", may_train=True)
+    )
 
 
 def test_a_warm_up_of_sglangs_is_known_in_every_worker_and_nobody_can_claim_one() -> None:

@@ -22,7 +22,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from aurora_sgl import wire  # noqa: E402
 from aurora_sgl.engine import clean, labels  # noqa: E402
-from aurora_sgl.engine.plan import Plan  # noqa: E402
+from aurora_sgl.engine.plan import RequestPlan  # noqa: E402
 from aurora_sgl.engine.recorder import Recorder  # noqa: E402
 
 labels.new_stamp()
@@ -64,7 +64,7 @@ def records(req: Req) -> tuple[wire.RequestStarted, wire.RequestFinished]:
     said = labels.take(req.sampling_params)
     assert said.stamped
     recorder.choose_to_trace(said, req.session_id)
-    state = recorder.begin(req, Plan(True, said=said), follow=True)
+    state = recorder.begin(req, RequestPlan(True, said=said), follow=True)
     assert state is not None
     made = [recorder.started(req, state), recorder.finish(req, state)]
     started, finished = wire.decode_envelope(wire.encode(wire.Envelope(9, 1, made))).records

@@ -21,7 +21,7 @@ from sglang.srt.managers.io_struct import (  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from aurora_sgl.engine import labels, plan  # noqa: E402
-from aurora_sgl.engine.plan import Plan, Plans  # noqa: E402
+from aurora_sgl.engine.plan import Plans, RequestPlan  # noqa: E402
 from aurora_sgl.engine.recorder import Recorder  # noqa: E402
 
 PARAMS: tuple[Any, ...] = (
@@ -57,7 +57,7 @@ def received(params: Any, rid: str = "r", key: str | None = None) -> TokenizedGe
 @pytest.mark.parametrize("params", PARAMS, ids=str)
 def test_a_plan_reaches_other_ranks_and_leaves_the_request_as_it_was(params: Any) -> None:
     request = received(params)
-    chosen = Plan(speculates=True, keeps=24.0, traced=True)
+    chosen = RequestPlan(speculates=True, keeps=24.0, traced=True)
     plan.put(request, chosen)
     elsewhere = pickle.loads(pickle.dumps([request]))[0]  # as SGLang's ranks send requests
     for rank in (request, elsewhere):
@@ -71,7 +71,7 @@ def test_a_client_cannot_send_a_plan(params: Any) -> None:
     request = received(params, key="mine:drafts:traced|aurora:traced")
     assert plan.take(request) is None
     assert request.sampling_params.custom_params == params
-    assert Plans(Plan(speculates=False)).pop(request.rid) == Plan(speculates=False)
+    assert Plans(RequestPlan(speculates=False)).pop(request.rid) == RequestPlan(speculates=False)
 
 
 def test_requests_of_a_batch_are_planned_one_by_one() -> None:
@@ -81,13 +81,13 @@ def test_requests_of_a_batch_are_planned_one_by_one() -> None:
 
 
 def test_plans_of_requests_that_never_start_do_not_pile_up() -> None:
-    plans = Plans(Plan(speculates=False))
+    plans = Plans(RequestPlan(speculates=False))
     for number in range(70_000):
-        plans.keep(f"rid {number}", Plan(speculates=True))
+        plans.keep(f"rid {number}", RequestPlan(speculates=True))
     assert plans.pop("rid 69999").speculates
     assert not plans.pop("rid 69999").speculates  # taken
     assert not plans.pop("rid 0").speculates  # forgotten
-    plans.keep("\ud83d", Plan(speculates=True, traced=True))
+    plans.keep("\ud83d", RequestPlan(speculates=True, traced=True))
     assert plans.pop("\ud83d").traced
 
 

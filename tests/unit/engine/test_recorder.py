@@ -25,7 +25,7 @@ from aurora_sgl.engine.draft_tree import (  # noqa: E402
     parents_from_links,
 )
 from aurora_sgl.engine.labels import Labels  # noqa: E402
-from aurora_sgl.engine.plan import Plan  # noqa: E402
+from aurora_sgl.engine.plan import RequestPlan  # noqa: E402
 from aurora_sgl.engine.recorder import Recorder, new_boot_id  # noqa: E402
 from aurora_sgl.engine.request_state import (  # noqa: E402
     RequestState,
@@ -52,7 +52,7 @@ def request(rid: str = "rid", **sampling: Any) -> Req:
 
 
 def begin(recorder: Recorder, req: Req, **plan: Any) -> RequestState:
-    state = recorder.begin(req, Plan(True, **plan), follow=True)
+    state = recorder.begin(req, RequestPlan(True, **plan), follow=True)
     assert state is not None
     return state
 
@@ -234,18 +234,20 @@ def test_a_request_that_a_failure_let_go_of_is_neither_finished_nor_aborted() ->
 @pytest.mark.parametrize("rid", ["HEALTH_CHECK_1", "HEALTH_CHECK"])
 def test_health_checks_are_no_requests(rid: str) -> None:
     mine = recorder()
-    assert mine.begin(request(rid), Plan(True), follow=True) is None and mine.running == 0
+    assert mine.begin(request(rid), RequestPlan(True), follow=True) is None and mine.running == 0
 
 
 def test_warm_ups_are_no_requests() -> None:
-    plan = Plan(True, said=Labels(warmup=True))
+    plan = RequestPlan(True, said=Labels(warmup=True))
     assert recorder().begin(request(), plan, follow=True) is None
 
 
 def test_a_rank_that_does_not_record_counts_requests_alike() -> None:
     leads, follows = recorder(), recorder()
     for _ in range(3):
-        one, other = (r.begin(request(), Plan(True), follow=r is leads) for r in (leads, follows))
+        one, other = (
+            r.begin(request(), RequestPlan(True), follow=r is leads) for r in (leads, follows)
+        )
         assert one is not None and other is not None and one.request_id == other.request_id
     assert (leads.running, follows.running) == (3, 0)
 

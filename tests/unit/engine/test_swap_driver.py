@@ -17,7 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from aurora_sgl import wire  # noqa: E402
 from aurora_sgl.drafter.checkpoint import content_sha256  # noqa: E402
-from aurora_sgl.engine.draft_kv import Live  # noqa: E402
+from aurora_sgl.engine.draft_kv import LiveVersion  # noqa: E402
 from aurora_sgl.engine.swap import Swapper  # noqa: E402
 from aurora_sgl.engine.swap_driver import ApplySwap, StageSwap, SwapDriver  # noqa: E402
 
@@ -29,7 +29,7 @@ class House:
         self.folder = folder
         self.model = torch.nn.Module()
         self.model.fc = torch.nn.Linear(4, 4, bias=False)
-        self.live = Live()
+        self.live = LiveVersion()
         self.reports: list[wire.SwapDone] = []
         swapper = Swapper(self.model, torch.nn.Linear(2, 2), None, 40)
         self.driver = SwapDriver(swapper, self.live, 7, tp_size=1, report=self.reports.append)

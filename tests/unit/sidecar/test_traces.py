@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load
 
 from aurora_sgl import wire
-from aurora_sgl.sidecar.traces.assembler import Trace, TraceAssembler
+from aurora_sgl.sidecar.traces.assembler import AssembledTrace, TraceAssembler
 from aurora_sgl.sidecar.traces.writer import write_safetensors
 
 AUX, LAST = 6, 2
@@ -55,13 +55,13 @@ def chunk(assembler: TraceAssembler, start: int, count: int, *, extra: int = 0, 
     )
 
 
-def only(assembler: TraceAssembler) -> Trace:
+def only(assembler: TraceAssembler) -> AssembledTrace:
     (trace,) = assembler.take_finished(8)
     assert len(assembler) == 0 and assembler.bytes == 0
     return trace
 
 
-def values(trace: Trace) -> list[float]:
+def values(trace: AssembledTrace) -> list[float]:
     return trace.aux.view(np.float32)[:, 0].tolist()
 
 
