@@ -41,7 +41,8 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 NODES_OF_MINUTE = """
-    CASE WHEN proposed % verify_steps = 0 THEN 1 + proposed / verify_steps ELSE 0 END
+    CASE WHEN verify_steps = 0 THEN 0
+        WHEN proposed % verify_steps = 0 THEN 1 + proposed / verify_steps ELSE 0 END
 """
 #: Trees of each server as its minutes have them, ``m`` being ``acceptance_minute`` with nodes.
 TREES = """
