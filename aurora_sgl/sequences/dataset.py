@@ -133,10 +133,6 @@ class SequenceSet:
         """Rows of a request, without reading its file."""
         return self.items[index][0].end
 
-    @property
-    def output_tokens(self) -> int:
-        return sum(row.completion_tokens for row, _ in self.items)
-
 
 @dataclass
 class Dataset:

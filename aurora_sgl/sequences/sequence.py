@@ -57,10 +57,6 @@ class Sequence:
         """Drafter rows that the features allow: row i takes feature i and token i + 1."""
         return min(len(self.features), len(self.tokens) - 1)
 
-    @property
-    def output_tokens(self) -> int:
-        return len(self.tokens) - self.output_start
-
 
 class Sequences(Protocol):
     """Requests, loaded one at a time; indexing raises ``AuroraError`` when a file went or broke."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -112,17 +111,6 @@ def earlier_boots(s: Session, server: Server) -> Sequence[Server]:
     ).all()
 
 
-def silent_servers(
-    s: Session, silent_for: timedelta, now: datetime | None = None
-) -> Sequence[Server]:
-    """Servers that count as running but were not heard of for that long."""
-    return s.scalars(
-        select(Server).where(
-            Server.state == "running", Server.last_seen_at < (now or utc_now()) - silent_for
-        )
-    ).all()
-
-
 def mark_lost(s: Session, server_id: int, boot_id: int) -> int:
     """A boot is gone: its running requests are ``lost``. Returns how many were."""
     first = boot_id << wire.REQUEST_COUNTER_BITS
@@ -141,16 +129,6 @@ def mark_lost(s: Session, server_id: int, boot_id: int) -> int:
         .values(state="gone")
     )
     return int(lost.rowcount)  # type: ignore[attr-defined]
-
-
-def live_versions(s: Session, group_id: int) -> Mapping[int, int | None]:
-    """Version that each running server of the group last said was live, by server id."""
-    rows = s.execute(
-        select(Server.id, Server.live_version_id).where(
-            Server.group_id == group_id, Server.state == "running"
-        )
-    )
-    return {row.id: row.live_version_id for row in rows}
 
 
 def served_shape(s: Session, group_id: int) -> tuple[int, int, int] | None:

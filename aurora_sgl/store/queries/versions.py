@@ -106,13 +106,6 @@ def set_pinned(s: Session, version_id: int, pinned: bool) -> DrafterVersion:
     return row
 
 
-def set_metrics(s: Session, version_id: int, metrics: Mapping[str, Any]) -> None:
-    """Add to the metrics of a version; a name that is there is replaced."""
-    row = version(s, version_id)
-    row.metrics = {**row.metrics, **metrics}
-    s.flush()
-
-
 def set_pruned(s: Session, version_id: int) -> None:
     """Its weights are deleted."""
     version(s, version_id).pruned_at = utc_now()
