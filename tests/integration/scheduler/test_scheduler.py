@@ -38,6 +38,9 @@ from tests.support.rollout_house import RolloutHouse
 from tests.support.sidecar_engine import wait_until
 from tests.unit.training.test_run import House
 
+#: The scheduler's own behaviour; what it asks of the store is tried on both databases elsewhere.
+ON_SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+
 FAST = {"threads": 1, "nice": 0, "gate_share": 0.3, **RECIPE}
 RULES = SchedulerSettings(
     minutes=0, requests=20, min_new_requests=8, cooldown_minutes=0, port=-1, lease_seconds=3
@@ -133,6 +136,7 @@ def test_of_two_schedulers_one_leads_until_it_stops_renewing(engine: Engine) -> 
     assert hold(engine, a)
 
 
+@ON_SQLITE
 def test_a_leader_that_was_away_alone_knows_that_nobody_else_led(engine: Engine) -> None:
     clocks = Clocks()
     a, b = clocks.leader("a"), clocks.leader("b")
@@ -148,6 +152,7 @@ def test_a_leader_that_was_away_alone_knows_that_nobody_else_led(engine: Engine)
         assert a.hold(s).fresh
 
 
+@ON_SQLITE
 def test_a_lease_whose_expiry_lies_hours_ahead_is_taken_after_its_length(engine: Engine) -> None:
     clocks = Clocks()
     a, b = clocks.leader("a"), clocks.leader("b")
@@ -160,6 +165,7 @@ def test_a_lease_whose_expiry_lies_hours_ahead_is_taken_after_its_length(engine:
     assert hold(engine, b)
 
 
+@ON_SQLITE
 def test_a_leader_whose_clock_is_set_back_goes_on_and_keeps_the_other_out(engine: Engine) -> None:
     clocks = Clocks()
     a, b = clocks.leader("a"), clocks.leader("b")
@@ -291,6 +297,7 @@ def test_enough_new_requests_train_a_version_that_passes_and_goes_live_and_is_wa
     assert said.state == "watch" and "new requests" in said.next_action
 
 
+@ON_SQLITE
 def test_a_run_ends_within_five_seconds_of_the_switch_and_starts_when_it_is_on_again(
     house: House, closing: list[Scheduler]
 ) -> None:
@@ -314,6 +321,7 @@ def test_a_run_ends_within_five_seconds_of_the_switch_and_starts_when_it_is_on_a
     rounds(one, lambda: one.child)
 
 
+@ON_SQLITE
 def test_a_run_is_paused_while_requests_wait_and_keeps_its_lease(
     house: House, closing: list[Scheduler]
 ) -> None:
@@ -386,6 +394,7 @@ def aliases(engine: Engine) -> dict[str, int]:
         return queries.aliases.aliases(s, 1)
 
 
+@ON_SQLITE
 def test_what_passed_waits_while_auto_promote_is_off_and_goes_live_when_it_is_on(
     home: Path, engine: Engine, closing: list[Scheduler]
 ) -> None:
@@ -401,6 +410,7 @@ def test_what_passed_waits_while_auto_promote_is_off_and_goes_live_when_it_is_on
     assert aliases(engine) == {"live": made, "previous": house.a}
 
 
+@ON_SQLITE
 def test_only_what_passed_against_what_is_live_now_goes_live_by_itself(
     home: Path, engine: Engine, closing: list[Scheduler]
 ) -> None:
@@ -417,6 +427,7 @@ def test_only_what_passed_against_what_is_live_now_goes_live_by_itself(
     assert aliases(engine)["live"] == house.b != stale
 
 
+@ON_SQLITE
 def test_a_worse_version_is_rolled_back_rests_and_is_not_promoted_again(
     home: Path, engine: Engine, closing: list[Scheduler]
 ) -> None:
@@ -442,6 +453,7 @@ def test_a_worse_version_is_rolled_back_rests_and_is_not_promoted_again(
     assert "rest after a rollback" in said.reason
 
 
+@ON_SQLITE
 def test_a_fall_of_the_live_accept_length_is_stored_with_its_evidence_and_is_a_trigger(
     home: Path, engine: Engine, closing: list[Scheduler]
 ) -> None:
@@ -468,6 +480,7 @@ def test_a_fall_of_the_live_accept_length_is_stored_with_its_evidence_and_is_a_t
     assert len(status.drifts(engine, "default")) == 1, "the next scheduler does not tell it again"
 
 
+@ON_SQLITE
 def test_with_trials_what_passed_the_gate_is_tried_before_it_goes_live(
     home: Path, engine: Engine, closing: list[Scheduler]
 ) -> None:
@@ -516,6 +529,7 @@ def test_a_store_that_is_away_is_waited_for_and_the_round_goes_on(
     one.close()
 
 
+@ON_SQLITE
 def test_a_clock_that_is_set_back_keeps_neither_rest_nor_period_for_hours(
     home: Path, engine: Engine, closing: list[Scheduler]
 ) -> None:
@@ -532,6 +546,7 @@ def test_a_clock_that_is_set_back_keeps_neither_rest_nor_period_for_hours(
     assert said.state == "waiting" and "0 new requests" in said.reason
 
 
+@ON_SQLITE
 def test_a_run_of_a_dead_process_of_this_machine_keeps_nobody_waiting(
     home: Path, engine: Engine, closing: list[Scheduler]
 ) -> None:
@@ -555,6 +570,7 @@ def test_a_run_of_a_dead_process_of_this_machine_keeps_nobody_waiting(
     assert look(one).state == "waiting"
 
 
+@ON_SQLITE
 def test_health_is_ready_only_when_rounds_are_done_and_metrics_say_what_is_served(
     home: Path, engine: Engine, processes: list[Process]
 ) -> None:
