@@ -4,33 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
+from typing import NamedTuple, Self
 
 #: How much wider a tree is by the logarithm of its drafts a level (replays of two SmolLM2-135M
 #: drafters).
 _WIDER = 0.53
 
 
-@dataclass(frozen=True)
-class DraftShape:
+class _Numbers(NamedTuple):
+    depth: int
+    topk: int
+    nodes: int
+
+
+class DraftShape(_Numbers):
     """Depth, top-k and nodes (the root counted) of a draft; a chain has ``topk`` 1.
 
     SGLang's ``--speculative-num-steps``, ``-eagle-topk`` and ``-num-draft-tokens``. Raises
     ``ValueError`` for more nodes than the shape has candidates, and for a chain of another length.
+    ``nodes`` 0: depth + 1, a chain's. A tuple, since each step looks up many things by it.
     """
 
-    depth: int
-    topk: int = 1
-    nodes: int = 0  # 0: depth + 1, a chain
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if self.nodes == 0:
-            object.__setattr__(self, "nodes", self.depth + 1)
+    def __new__(cls, depth: int, topk: int = 1, nodes: int = 0) -> Self:
+        self = super().__new__(cls, depth, topk, nodes or depth + 1)
         if self.depth < 0 or self.topk < 1:
             raise ValueError(f"a draft of depth {self.depth} and top-k {self.topk} is none")
         if self.is_chain and self.nodes != self.depth + 1:
             raise ValueError(f"a chain of depth {self.depth} has {self.depth + 1} nodes")
         if not 1 <= self.nodes <= self.candidates + 1:
-            raise ValueError(f"{self.nodes} nodes are more than the candidates and the root")
+            raise ValueError(
+                f"depth {depth} and top-k {topk} have room for 1 to {self.candidates + 1} nodes, "
+                f"not {self.nodes}"
+            )
+        return self
 
     @property
     def is_chain(self) -> bool:
