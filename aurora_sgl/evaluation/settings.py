@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.sequences.splits import GATE_SHARE
@@ -38,6 +38,11 @@ class EvaluationSettings(BaseModel):
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """Where training and the gate's replay run; auto: the GPU when there is one."""
+
+    @model_validator(mode="after")
+    def _can_be_drafted(self) -> Self:
+        _ = self.shape  # raises ValueError for one that no server can draft
+        return self
 
     @property
     def shape(self) -> DraftShape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import architectures
@@ -14,8 +15,10 @@ from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.drafter.vocabulary import maps
 from aurora_sgl.evaluation.replay import is_determined, replay, replay_one
+from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequence
+from aurora_sgl.training.settings import TrainSettings
 from tests.support.drafter_twin import PlainDrafter, served
 
 VOCAB, HIDDEN = 23, 16
@@ -128,6 +131,17 @@ def test_shapes_that_no_server_can_serve_are_refused() -> None:
     for bad in ({"depth": 3, "topk": 1, "nodes": 7}, {"depth": 1, "topk": 4, "nodes": 9}):
         with pytest.raises(ValueError, match="nodes"):
             DraftShape(**bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"nodes": 500}, {"depth": 2, "topk": 2, "nodes": 8}, {"depth": 1, "nodes": 6}]
+)
+def test_settings_with_a_shape_that_no_server_can_serve_are_refused_before_anything_is_read(
+    bad: dict[str, int],
+) -> None:
+    for settings in (EvaluationSettings, TrainSettings):
+        with pytest.raises(ValidationError, match="nodes"):
+            settings(**bad)
 
 
 def test_replay_in_bfloat16_differs_from_float32_only_a_little() -> None:
