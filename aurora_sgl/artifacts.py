@@ -100,15 +100,10 @@ class ArtifactRoot:
     def fetch_folder(self, uri: str, into: Path) -> Path:
         """Copy a folder of artifacts to the local folder ``into``, whole or not at all."""
         into = Path(into)
-        beside = into.with_name(f".{into.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with self._errors(f"fetch {uri}"):
-                beside.mkdir(parents=True)
-                for found in self._fs.ls(self._full(uri), detail=False):
-                    self._fs.get_file(found, str(beside / PurePosixPath(found).name))
-                atomic.swap(beside, into)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with self._errors(f"fetch {uri}"), atomic.written(into) as new:
+            new.mkdir()
+            for found in self._fs.ls(self._full(uri), detail=False):
+                self._fs.get_file(found, str(new / PurePosixPath(found).name))
         return into
 
     def delete(self, uri: str) -> None:

@@ -47,9 +47,9 @@ class AcceptCounts:
     requests: int = 0
     steps: int = 0
     accepted: int = 0
-    steps_squared: float = 0
-    accepted_squared: float = 0
-    steps_accepted: float = 0
+    steps2: float = 0.0
+    accepted2: float = 0.0
+    product: float = 0.0
 
     @classmethod
     def of(cls, requests: Iterable[Counted]) -> AcceptCounts:
@@ -69,9 +69,9 @@ class AcceptCounts:
             self.requests + other.requests,
             self.steps + other.steps,
             self.accepted + other.accepted,
-            self.steps_squared + other.steps_squared,
-            self.accepted_squared + other.accepted_squared,
-            self.steps_accepted + other.steps_accepted,
+            self.steps2 + other.steps2,
+            self.accepted2 + other.accepted2,
+            self.product + other.product,
         )
 
     @property
@@ -80,22 +80,32 @@ class AcceptCounts:
         return accept_length(self.accepted, self.steps)
 
     @property
-    def error(self) -> float:
-        """Standard error of the accept length; nan below two requests.
+    def ratio(self) -> float:
+        """Accepted drafts per step. Raises ``ZeroDivisionError`` without a step."""
+        return self.accepted / self.steps
+
+    @property
+    def variance(self) -> float:
+        """Of the ratio and of the accept length, with requests as clusters; 0 for one request.
 
         Delta method for a ratio of means (Cochran, Sampling Techniques, 6.4):
         var R = m / (m - 1) * sum (y - R n)^2 / (sum n)^2.
         """
+        r, m = self.ratio, self.requests
+        squares = self.accepted2 - 2 * r * self.product + r * r * self.steps2
+        return max(0.0, squares) * m / max(m - 1, 1) / self.steps**2
+
+    @property
+    def weight(self) -> float:
+        """Of one request in the ratio: 1 / requests if all are equally long."""
+        return self.steps2 / self.steps**2
+
+    @property
+    def error(self) -> float:
+        """Standard error of the accept length; nan below two requests."""
         if self.requests < 2 or not self.steps:
             return math.nan
-        ratio = self.accepted / self.steps
-        squares = (
-            self.accepted_squared
-            - 2 * ratio * self.steps_accepted
-            + ratio * ratio * self.steps_squared
-        )
-        spread = math.sqrt(max(0.0, squares) * self.requests / (self.requests - 1))
-        return spread / self.steps
+        return math.sqrt(self.variance)
 
     @property
     def interval(self) -> tuple[float, float] | None:

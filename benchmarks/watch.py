@@ -18,7 +18,8 @@ from itertools import count
 import numpy as np
 
 from aurora_sgl.config import WatchSettings
-from aurora_sgl.rollout.live_traffic import Stratum, strata
+from aurora_sgl.intervals import AcceptCounts
+from aurora_sgl.rollout.live_traffic import strata
 from aurora_sgl.rollout.watch import filled, judge
 from aurora_sgl.store.queries.request_counts import RequestCounts
 from benchmarks.gate import DEPTH, draw, replay
@@ -47,7 +48,7 @@ def served(
 
 
 def window(
-    rng: np.random.Generator, before: dict[str, Stratum], rules: WatchSettings, gain: float
+    rng: np.random.Generator, before: dict[str, AcceptCounts], rules: WatchSettings, gain: float
 ) -> list[RequestCounts]:
     """Requests until the window is full, as the watch cuts it."""
     found: list[RequestCounts] = []

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from scipy.special import stdtr
 
 from aurora_sgl.batch_sizes import batch_bucket
+from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store.queries.request_counts import RequestCounts
 from aurora_sgl.store.queries.steps import Step
 
@@ -23,34 +24,6 @@ SPREAD, SPREAD_FREEDOM = 0.25, 6
 LONG_GAP = 10.0
 
 
-@dataclass(frozen=True)
-class Stratum:
-    """Sums over the requests of one domain and draft shape: steps n, accepted y, squares."""
-
-    requests: int = 0
-    steps: int = 0
-    accepted: int = 0
-    steps2: float = 0.0
-    accepted2: float = 0.0
-    product: float = 0.0
-
-    @property
-    def ratio(self) -> float:
-        return self.accepted / self.steps
-
-    @property
-    def variance(self) -> float:
-        """Of the ratio, requests as clusters (delta method)."""
-        r, m = self.ratio, self.requests
-        squares = self.accepted2 - 2 * r * self.product + r * r * self.steps2
-        return max(0.0, squares) * m / max(m - 1, 1) / self.steps**2
-
-    @property
-    def weight(self) -> float:
-        """Of one request in the ratio: 1 / requests if all are equally long."""
-        return self.steps2 / self.steps**2
-
-
 def shape_of(served: RequestCounts | Step) -> str:
     """The draft shape as text: depth, top-k and nodes."""
     return f"{served.depth}/{served.topk}/{served.nodes}"
@@ -60,20 +33,13 @@ def key_of(cluster: RequestCounts) -> str:
     return f"{shape_of(cluster)}/{cluster.domain}"
 
 
-def strata(clusters: Iterable[RequestCounts]) -> dict[str, Stratum]:
+def strata(clusters: Iterable[RequestCounts]) -> dict[str, AcceptCounts]:
     """Requests by draft shape and domain."""
-    found: dict[str, Stratum] = {}
-    for c in clusters:
-        old, n, y = found.get(key_of(c), Stratum()), c.verify_steps, c.accepted
-        found[key_of(c)] = Stratum(
-            old.requests + 1,
-            old.steps + n,
-            old.accepted + y,
-            old.steps2 + n * n,
-            old.accepted2 + y * y,
-            old.product + n * y,
-        )
-    return found
+    sums: dict[str, AcceptCounts] = {}
+    for cluster in clusters:
+        key = key_of(cluster)
+        sums[key] = sums.get(key, AcceptCounts()) + AcceptCounts.of([cluster])
+    return sums
 
 
 @dataclass(frozen=True)
@@ -100,13 +66,13 @@ class Comparison:
         return float(stdtr(self.freedom, score))
 
 
-def telling(baseline: Mapping[str, Stratum]) -> dict[str, Stratum]:
+def telling(baseline: Mapping[str, AcceptCounts]) -> dict[str, AcceptCounts]:
     """The strata that something can be compared with."""
     return {key: s for key, s in baseline.items() if s.accepted and s.steps >= FEWEST_STEPS}
 
 
 def compare(
-    clusters: Sequence[RequestCounts], baseline: Mapping[str, Stratum]
+    clusters: Sequence[RequestCounts], baseline: Mapping[str, AcceptCounts]
 ) -> Comparison | None:
     """``None`` when fewer than two requests have a counterpart in the baseline.
 

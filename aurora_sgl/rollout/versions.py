@@ -121,9 +121,8 @@ def export_version(
         raise AuroraError(f"{into} is not empty; choose another folder or add --force")
     with store.session(engine, write=False) as s:
         version = queries.versions.version(s, version_id)
-    beside = into.with_name(f".{into.name}.export")
-    fetch_verified(artifacts, version, beside)
-    atomic.swap(beside, into)
+    with atomic.written(into) as new:
+        fetch_verified(artifacts, version, new)
     return into
 
 

@@ -21,11 +21,10 @@ from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import WatchSettings
 from aurora_sgl.errors import AuroraError, Refused
-from aurora_sgl.intervals import accept_length, or_none
+from aurora_sgl.intervals import AcceptCounts, accept_length, or_none
 from aurora_sgl.rollout.live_traffic import (
     Comparison,
     Pace,
-    Stratum,
     compare,
     key_of,
     paces,
@@ -118,7 +117,7 @@ def tick(
 
 
 def filled(
-    clusters: Sequence[RequestCounts], baseline: dict[str, Stratum], rules: WatchSettings
+    clusters: Sequence[RequestCounts], baseline: dict[str, AcceptCounts], rules: WatchSettings
 ) -> int:
     """How many of the clusters fill a window; 0: it goes on. Requests of a kind that was not served
     before tell nothing and do not count, unless there are ``PATIENCE`` times as many of them."""
@@ -142,7 +141,7 @@ def filled(
 
 
 def judge(
-    clusters: Sequence[RequestCounts], baseline: dict[str, Stratum], rules: WatchSettings
+    clusters: Sequence[RequestCounts], baseline: dict[str, AcceptCounts], rules: WatchSettings
 ) -> tuple[Verdict, Comparison | None]:
     """Accept length of a window's requests against the baseline on the same mix."""
     found = compare(clusters, baseline)
@@ -157,8 +156,8 @@ def judge(
     return Verdict("pass", said), found
 
 
-def _known(watch: Watch) -> dict[str, Stratum]:
-    return {key: Stratum(**sums) for key, sums in watch.baseline["strata"].items()}
+def _known(watch: Watch) -> dict[str, AcceptCounts]:
+    return {key: AcceptCounts(**sums) for key, sums in watch.baseline["strata"].items()}
 
 
 def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:

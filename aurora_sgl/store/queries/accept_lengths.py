@@ -55,17 +55,21 @@ def accept_length_by_version(
     Only requests whose draft KV is of one version, unless ``with_mixed``. Read from the roll-ups
     (times are then cut to the minute); with ``min_swap_age`` from the events themselves.
     """
-    source = _from_events if min_swap_age > 0 else _from_minutes
-    query = source(min_swap_age, since, until, with_mixed, by_domain, accept_rule)
     table = AcceptanceEvent if min_swap_age > 0 else AcceptanceMinute
     domain = Request.domain if min_swap_age > 0 else AcceptanceMinute.domain
+    if min_swap_age > 0:
+        query = _from_events(since, until, by_domain).where(
+            AcceptanceEvent.swap_age >= min_swap_age
+        )
+    else:
+        query = _from_minutes(since, until, by_domain)
     query = query.where(Server.group_id == group_id)
-    if depth is not None:
-        query = query.where(table.depth == depth)
-    if topk is not None:
-        query = query.where(table.topk == topk)
-    if nodes is not None:
-        query = query.where(table.nodes == nodes)
+    equal = {"depth": depth, "topk": topk, "nodes": nodes, "accept_rule": accept_rule}
+    for name, value in equal.items():
+        if value is not None:
+            query = query.where(getattr(table, name) == value)
+    if not with_mixed:
+        query = query.where(~table.mixed)
     if domains is not None:
         query = query.where(domain.in_(domains))
     if min_swap_age > 0:
@@ -112,12 +116,7 @@ def per_request(
 
 
 def _from_minutes(
-    _: int,
-    since: datetime | None,
-    until: datetime | None,
-    with_mixed: bool,
-    by_domain: bool,
-    accept_rule: str | None,
+    since: datetime | None, until: datetime | None, by_domain: bool
 ) -> Select[*tuple[object, ...]]:
     m = AcceptanceMinute
     keys = [m.drafter_version_id, *([m.domain] if by_domain else [])]
@@ -142,20 +141,11 @@ def _from_minutes(
         query = query.where(m.bucket_start >= since.replace(second=0, microsecond=0))
     if until is not None:
         query = query.where(m.bucket_start < until)
-    if not with_mixed:
-        query = query.where(~m.mixed)
-    if accept_rule is not None:
-        query = query.where(m.accept_rule == accept_rule)
     return query
 
 
 def _from_events(
-    min_swap_age: int,
-    since: datetime | None,
-    until: datetime | None,
-    with_mixed: bool,
-    by_domain: bool,
-    accept_rule: str | None,
+    since: datetime | None, until: datetime | None, by_domain: bool
 ) -> Select[*tuple[object, ...]]:
     e = AcceptanceEvent
     keys = [e.drafter_version_id, *([Request.domain] if by_domain else [])]
@@ -169,17 +159,13 @@ def _from_events(
         )
         .join(Request, Request.id == e.request_id)
         .join(Server, Server.id == Request.server_id)
-        .where(e.depth > 0, e.swap_age >= min_swap_age)
+        .where(e.depth > 0)
         .group_by(*keys, e.request_id)
     )
     if since is not None:
         query = query.where(e.at >= since)
     if until is not None:
         query = query.where(e.at < until)
-    if not with_mixed:
-        query = query.where(~e.mixed)
-    if accept_rule is not None:
-        query = query.where(e.accept_rule == accept_rule)
     return query
 
 
