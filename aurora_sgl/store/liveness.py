@@ -5,6 +5,9 @@ Servers are heard of every two seconds, schedulers every five.
 
 from __future__ import annotations
 
+import os
+import socket
+import uuid
 from datetime import datetime, timedelta
 
 #: Seconds after which what somebody said is no news: it is not acted on, and who waits for it is
@@ -17,6 +20,11 @@ LOST_SECONDS = 60.0
 #: Seconds for which a training run holds its lease. Longer than any of the above, since a run that
 #: is paused or whose store is away goes on afterwards.
 TRAINING_LEASE_SECONDS = 300.0
+
+
+def name_of_this_process() -> str:
+    """host:pid:random, which no other process has."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 def training_lease_name(group_id: int) -> str:

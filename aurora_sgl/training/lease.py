@@ -4,10 +4,7 @@ switched off."""
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +13,17 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.store import queries
 from aurora_sgl.store.faults import in_words, is_away
-from aurora_sgl.store.liveness import TRAINING_LEASE_SECONDS, training_lease_name
+from aurora_sgl.store.liveness import (
+    TRAINING_LEASE_SECONDS,
+    name_of_this_process,
+    training_lease_name,
+)
 
 #: Seconds between two looks at the kill switch.
 LOOK_SECONDS = 2.0
-LEARNING = "learning"
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def training_lease(
     matter.
     """
     name = training_lease_name(group_id)
-    holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    holder = name_of_this_process()
     token = _acquire(engine, group_id, name, holder, seconds)
     renewed = looked = time.monotonic()
 
