@@ -36,6 +36,9 @@ def demo(
         int | None, typer.Option(min=1, help="How many requests to send (default: no limit).")
     ] = None,
     exit_: Annotated[bool, typer.Option("--exit", help="Measure, report and exit.")] = False,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="How many prompts are measured and never trained on.")
+    ] = 24,
     prompts: Annotated[
         Path | None, typer.Option(help="Your own prompts: JSON Lines with 'prompt'.")
     ] = None,
@@ -64,6 +67,7 @@ def demo(
         run(
             requests=requests,
             stop=exit_,
+            held_out=held_out,
             prompts=prompts,
             drafter=drafter,
             temperature=temperature,

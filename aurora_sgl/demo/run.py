@@ -17,11 +17,12 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.demo.dashboard import DashboardProcess
-from aurora_sgl.demo.measurement import WholeDrafts, whole_drafts
+from aurora_sgl.demo.held_out import HeldOut, spread
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, load_prompts, sample_prompts, to_measure, to_serve
 from aurora_sgl.demo.screen import Screen, VersionRow
-from aurora_sgl.demo.traffic import Sent, TrafficSample, measure, send_all
+from aurora_sgl.demo.summary import number, rounded, sentence
+from aurora_sgl.demo.traffic import Sent, send_all
 from aurora_sgl.demo.trainer import BackgroundTrainer
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.engine.flags import value_of
@@ -35,8 +36,7 @@ from aurora_sgl.store import queries
 
 TRAIN_EVERY = 40  # served requests between training runs
 MAX_TOKENS = 64  # of one answer: keeps the first improvement within minutes on two cores
-MEASURED = 24  # held-out prompts, of all domains
-MEASURED_TOKENS = 40
+MEASURED = 24  # held-out prompts, of all domains, unless a user says otherwise
 AGAIN_TEMPERATURE = 0.7  # of prompts that come again
 _SWAP_SECONDS = 60.0
 
@@ -51,6 +51,7 @@ def run(
     *,
     requests: int | None = None,
     stop: bool = False,
+    held_out: int = MEASURED,
     prompts: Path | None = None,
     drafter: str | None = None,
     temperature: float | None = None,
@@ -62,12 +63,14 @@ def run(
 
     ``requests``: how many to send (None: go on until Ctrl-C). ``stop``: measure the first and the
     last version on the same held-out prompts, sum up, and end; nobody looks at a dashboard then,
-    so none is started. ``drafter``: a folder to begin with, or ``scratch`` (None: what was live in
+    so none is started. ``held_out``: how many prompts are measured and never trained on.
+    ``drafter``: a folder to begin with, or ``scratch`` (None: what was live in
     this data folder, else scratch). ``temperature``: of traffic that has none of its own (None:
     greedy, and 0.7 when the prompts come again).
     """
     settings = get_settings()
     chosen = load_prompts(prompts) if prompts is not None else sample_prompts()
+    measured = spread(to_measure(chosen), held_out)
     if stop and requests is None:
         requests = 120
     model = demo_model(settings.home, quiet=as_json)
@@ -95,8 +98,12 @@ def run(
     with Screen(quiet=as_json) as screen:
         screen.say(ready.note)
         pages = DashboardProcess(settings.home / "logs" / "dashboard.log", screen.say)
-        demo = _Demo(settings, engine, server, screen, chosen, requests, stop,
-                     _shape(ready.flags), temperature)  # fmt: skip
+        shape = _shape(ready.flags)
+        held = HeldOut(
+            server.url, engine, screen, measured, DraftShape(**shape), temperature or 0.0
+        )
+        demo = _Demo(settings, engine, server, screen, to_serve(chosen), held, requests, stop,
+                     shape, temperature)  # fmt: skip
         if dashboard and not stop:
             demo.dashboard = pages
         try:
@@ -113,7 +120,7 @@ def run(
         if as_json:
             print(json.dumps(summary, indent=2))
         else:
-            screen.say(_sentence(summary))
+            screen.say(sentence(summary))
     return 130 if failed else 0
 
 
@@ -137,23 +144,20 @@ class _Demo:
         server: ServerProcess,
         screen: Screen,
         prompts: list[Prompt],
+        held_out: HeldOut,
         requests: int | None,
         stop: bool,
         shape: dict[str, int],  # depth, topk, nodes
         temperature: float | None,
     ) -> None:
-        self.shape, self.temperature = DraftShape(**shape), temperature
         self.settings, self.engine, self.server, self.screen = settings, engine, server, screen
-        self.requests, self.stop = requests, stop
-        self.to_serve = to_serve(prompts)
-        self.held_out = _spread(to_measure(prompts), MEASURED)
+        self.requests, self.stop, self.temperature = requests, stop, temperature
+        self.to_serve, self.held_out = prompts, held_out
         self.trainer = BackgroundTrainer(dict(shape), {"AURORA_HOME": str(settings.home)})
         self.dashboard: DashboardProcess | None = None
         self.sent: list[Sent] = []
         self.failed = 0
         self.trained_at = 0  # requests served when the last training run began
-        self.speeds: dict[str, TrafficSample] = {}
-        self.lengths: dict[str, WholeDrafts] = {}
         self.group_id = 0
         self.server_id = 0
 
@@ -180,16 +184,23 @@ class _Demo:
             await asyncio.to_thread(self._refresh)
 
     async def _all(self) -> None:
-        await self._measure_speed("no_speculation", drafts="no")
-        await self._measure_speed("first")
+        await self.held_out.measure_speed("no_speculation", drafts="no")
+        await self.held_out.measure_speed("first")
         await self._measure_length("first")
         await self._traffic()
         if self.stop:
             await self._last_training()
             # Machines drift: what the last version gains is set against plain steps of now.
-            await self._measure_speed("no_speculation_last", drafts="no")
-            await self._measure_speed("last")
+            await self.held_out.measure_speed("no_speculation_last", drafts="no")
+            await self.held_out.measure_speed("last")
             await self._measure_length("last")
+
+    async def _measure_length(self, name: str) -> None:
+        sample = await self.held_out.serve_whole_drafts(name)
+        await self._until(
+            lambda: self.held_out.is_stored(name, sample), 30.0,
+            "the store did not receive the measured requests",
+        )  # fmt: skip
 
     async def _while_it_serves(self, work: Coroutine[Any, Any, None]) -> None:
         """Raises ``AuroraError`` with the last telling line of its log when SGLang ends."""
@@ -253,7 +264,7 @@ class _Demo:
         """Promote what replay on held-out requests calls better."""
         version, metrics = outcome["version_id"], outcome["metrics"]
         before, after = metrics.get("accept_length_before"), metrics.get("accept_length_after")
-        told = f"version {version}: replay {_number(before)} -> {_number(after)}"
+        told = f"version {version}: replay {number(before)} -> {number(after)}"
         if outcome["verdict"] != "pass":
             why = outcome.get("reason", "")
             self.screen.say(f"{told}, not promoted: {outcome['verdict']} ({why})")
@@ -263,7 +274,7 @@ class _Demo:
                 self.engine,
                 version,
                 actor="demo",
-                reason=f"replay on held-out requests: {_number(before)} -> {_number(after)}",
+                reason=f"replay on held-out requests: {number(before)} -> {number(after)}",
                 evaluation_id=outcome["evaluation_id"],
             )
         except Refused as refusal:
@@ -276,44 +287,6 @@ class _Demo:
             self.trained_at = len(self.sent)
             await self._train("last requests")
         await self._until(self._converged, _SWAP_SECONDS, "the promoted version did not go live")
-
-    # -- measuring ---------------------------------------------------------------------------
-
-    async def _measure(self, label: str, drafts: str) -> TrafficSample:
-        total, seen = len(self.held_out), itertools.count(1)
-        sample = await measure(
-            self.server.url,
-            self.held_out,
-            lambda one: self.screen.bar(label, next(seen), total),
-            drafts=drafts,
-            tokens=MEASURED_TOKENS,
-            temperature=self.temperature or 0.0,
-        )
-        self.screen.end_bar(label)
-        self.failed += sample.failed
-        return sample
-
-    async def _measure_speed(self, name: str, *, drafts: str = "") -> None:
-        """Tokens per second on the held-out prompts, with drafts as the server decides."""
-        what = name.replace("_", " ")
-        sample = self.speeds[name] = await self._measure(f"measuring {what}", drafts)
-        self.screen.speeds[what] = f"{sample.tokens_per_second:.1f}"
-        self.screen.say(f"held-out prompts, {what}: {sample.tokens_per_second:.1f} tokens/s")
-
-    async def _measure_length(self, name: str) -> None:
-        """Accept length on the held-out prompts, with whole drafts in every step."""
-        sample = await self._measure(f"measuring accept length, {name}", "whole")
-
-        def is_stored() -> bool:
-            with store.session(self.engine, write=False) as s:
-                counts = whole_drafts(s, sample, self.held_out, self.shape)
-            if counts is not None:
-                self.lengths[name] = counts
-            return counts is not None
-
-        await self._until(is_stored, 30.0, "the store did not receive the measured requests")
-        shown = _number(self.lengths[name].accept_length)
-        self.screen.say(f"held-out prompts, {name}: accept length {shown} with whole drafts")
 
     # -- the store ---------------------------------------------------------------------------
 
@@ -373,11 +346,11 @@ class _Demo:
         evaluations = queries.evaluations.evaluations(s, version.id)
         row = VersionRow(version.id, origin, live=live)
         if evaluations:
-            row.replayed = _number(evaluations[-1].candidate_accept_length)
+            row.replayed = number(evaluations[-1].candidate_accept_length)
             row.verdict = evaluations[-1].verdict
         if served is not None:
             row.served = served.requests
-            row.accept_length = _number(served.accept_length)
+            row.accept_length = number(served.accept_length)
         return row
 
     # -- the end -----------------------------------------------------------------------------
@@ -398,27 +371,17 @@ class _Demo:
             phase, counters = row.phase, dict(row.counters or {})
             events = queries.events.count_events(s, self.server_id)
             dropped = sum(queries.drops.drops(s, self.group_id).values())
-        paired = self.lengths["first"].difference(self.lengths["last"])
-        speeds = {name: sample.tokens_per_second for name, sample in self.speeds.items()}
         return {
             "requests": len(self.sent),
-            "failed_requests": self.failed,
+            "failed_requests": self.failed + self.held_out.failed,
             "events": events,
             "versions": versions,
             "live_version": live_version,
             "live_sha256": live_sha256,
-            "accept_length": {
-                "first": _round(paired.baseline),
-                "last": _round(paired.candidate),
-                "difference": _round(paired.difference),
-                "ci_low": _round(paired.ci_low),
-                "ci_high": _round(paired.ci_high),
-                "requests": paired.requests,
-                "shape": {name: getattr(self.shape, name) for name in ("depth", "topk", "nodes")},
-            },
-            "tokens_per_second": {name: _round(speed) for name, speed in speeds.items()},
+            "accept_length": self.held_out.accept_length("first", "last"),
+            "tokens_per_second": self.held_out.tokens_per_second(),
             "phase": phase,
-            "break_even": _round(StepCost.of(counters).break_even),
+            "break_even": rounded(StepCost.of(counters).break_even),
             "dropped_records": dropped,
         }
 
@@ -431,42 +394,8 @@ class _Demo:
             "parent": version.parent_id,
             "source": version.source,
             "weights_sha256": version.weights_sha256,
-            "accept_length": _round(measured if measured is not None else replayed),
-            "accept_length_replayed": _round(replayed),
-            "accept_length_served": _round(measured),
+            "accept_length": rounded(measured if measured is not None else replayed),
+            "accept_length_replayed": rounded(replayed),
+            "accept_length_served": rounded(measured),
             "verdict": evaluations[-1].verdict if evaluations else None,
         }
-
-
-def _spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """The first ``count`` distinct prompts, taken from the domains in turn."""
-    by_domain: dict[str, list[Prompt]] = {}
-    for prompt in {prompt.prompt: prompt for prompt in prompts}.values():
-        by_domain.setdefault(prompt.domain, []).append(prompt)
-    turns = itertools.zip_longest(*by_domain.values())
-    return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None or value != value else round(value, 4)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _sentence(summary: dict[str, Any]) -> str:
-    length, speed = summary["accept_length"], summary["tokens_per_second"]
-    depth, nodes = length["shape"]["depth"], length["shape"]["nodes"]
-    return (
-        f"{summary['requests']} requests, {summary['failed_requests']} failed; accept length with "
-        f"whole drafts (depth {depth}, {nodes} nodes) {_number(length['first'])} -> "
-        f"{_number(length['last'])} (95% of the difference: {_signed(length['ci_low'])} to "
-        f"{_signed(length['ci_high'])}); tokens/s as served {speed['first']:.1f}, without "
-        f"speculation {speed['no_speculation']:.1f}; at the end {speed['last']:.1f}, without "
-        f"{speed['no_speculation_last']:.1f}; live version {summary['live_version']}"
-    )
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"

@@ -11,7 +11,10 @@ from aurora_sgl.drafter.config import DrafterConfig
 
 def inverse_frequencies(config: DrafterConfig) -> torch.Tensor:  # [head_dim / 2] float32
     """Frequencies of a default, linear or llama3 rope (SGLang 0.5.21, layers/rotary_embedding)."""
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    # On the CPU even where a drafter is laid out on the meta device, which would import three
+    # seconds' worth of PyTorch's compiler for this one line.
+    places = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    steps = places / config.head_dim
     plain = 1.0 / config.rope_theta**steps
     rope = config.rope
     if rope is None:

@@ -52,6 +52,7 @@ PROMPTS = [
 ]
 TREE = (3, 4, 8)  # steps, top-k, nodes
 DEMO_REQUESTS = 56  # two training runs; keeps the suite short
+HELD_OUT = 8  # prompts that the demo measures, three times first and three times last
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -220,6 +221,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory, model: Path, base_home: Path)
             "demo",
             "--requests",
             str(DEMO_REQUESTS),
+            "--held-out",
+            str(HELD_OUT),
             "--exit",
             "--json",
         ],

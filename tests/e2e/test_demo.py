@@ -53,7 +53,7 @@ def started(home: Path, base_home: Path) -> Iterator[tuple[subprocess.Popen[byte
     (home / "models").symlink_to(base_home / "models")
     said = home / "demo.err"
     demo = subprocess.Popen(
-        [sys.executable, "-m", "aurora_sgl.cli", "demo"],
+        [sys.executable, "-m", "aurora_sgl.cli", "demo", "--held-out", "2"],
         stdout=subprocess.DEVNULL,
         stderr=said.open("wb"),
         env={**os.environ, "AURORA_HOME": str(home)},

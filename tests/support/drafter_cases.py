@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from aurora_sgl.drafter import scratch
+from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.sequences.sequence import Sequence
+from aurora_sgl.training.settings import TrainSettings
+from aurora_sgl.training.trainer import train
 
 HIDDEN, VOCAB, LAYERS = 16, 40, 8
 
@@ -79,3 +86,18 @@ def requests(head: TargetHead, count: int, seed: int = 0) -> list[Sequence]:
         features = head.embedding[ids[:-1]].repeat(1, 3)
         found.append(Sequence(number, ids, features, last, 6, domain=f"d{number % 2}"))
     return found
+
+
+def good_drafter() -> Drafter:
+    """An untrained drafter of :func:`target_folder` (seed 1) after thirty :func:`requests` with
+    :data:`RECIPE`: a copy of the one that a test process makes once."""
+    return copy.deepcopy(_good_drafter())
+
+
+@functools.cache
+def _good_drafter() -> Drafter:
+    with tempfile.TemporaryDirectory(prefix="aurora-test-") as folder:
+        target = target_folder(Path(folder))
+        drafter = scratch.make(target, draft_vocab_size=VOCAB, seed=1)
+        head = TargetHead.load(target)
+        return train(drafter, requests(head, 30), head, TrainSettings(**RECIPE)).drafter

@@ -112,6 +112,7 @@ class Engine:
         self.dropped = 0
         self.counters: dict[str, float] = {}
         self.heard: list[wire.Command] = []
+        self.staged_at: list[float] = []  # seconds of the monotonic clock
         self.refuse = ""
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -178,6 +179,7 @@ class Engine:
     def _swap(self, command: wire.Stage) -> None:
         from aurora_sgl.drafter import checkpoint
 
+        self.staged_at.append(time.monotonic())
         sha256 = ""
         if not self.refuse:
             sha256 = checkpoint.content_sha256(checkpoint.read_tensors(Path(command.path).parent))

@@ -15,7 +15,8 @@ from aurora_sgl.training.line_search import ALPHAS, FLOOR, Way, choose, interpol
 from aurora_sgl.training.maturity import MATURE_TOKENS, YOUNG_TOKENS, peak_rate
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
-from tests.unit.training.test_trainer import RECIPE, requests, world
+from tests.support.drafter_cases import RECIPE, good_drafter, requests
+from tests.unit.training.test_trainer import world
 
 SETTINGS = TrainSettings(**RECIPE)
 
@@ -56,7 +57,7 @@ def test_a_run_that_learnt_goes_the_whole_way_and_one_that_broke_its_drafter_har
 ) -> None:
     untrained, head = world(tmp_path)
     data = requests(head, 40)
-    good = train(untrained, data[:30], head, SETTINGS).drafter
+    good = good_drafter()
     dev = [replace(one, domain="ab"[one.request_id % 2]) for one in data[30:]]
     found = search(untrained, untrained, good, dev, head, SETTINGS)
     assert found.alpha == 1.0 and found.drafter is good
@@ -71,9 +72,9 @@ def test_a_run_that_learnt_goes_the_whole_way_and_one_that_broke_its_drafter_har
 def test_a_domain_that_loses_keeps_a_run_from_going_the_whole_way(tmp_path: Path) -> None:
     """Half of the requests go on as they did, the others were never seen: what is learnt of these
     must not cost those more than the floor."""
-    untrained, head = world(tmp_path)
+    _, head = world(tmp_path)
     old, new = requests(head, 40), requests(head, 40, seed=5)
-    live = train(untrained, old[:30], head, SETTINGS).drafter
+    live = good_drafter()
     trained = train(noisy(live, 0.3), new[:30], head, SETTINGS).drafter
     dev = [replace(each, domain="old") for each in old[30:]]
     dev += [replace(each, domain="new") for each in new[30:]]

@@ -38,6 +38,7 @@ from tests.support.drafter_cases import target_folder
 from tests.unit.training.test_trainer import RECIPE, requests
 
 SETTINGS = TrainSettings(**{**RECIPE, "gate_share": 0.3})
+BRIEF = SETTINGS.model_copy(update={"passes": 1})  # where what is learnt is not the matter
 
 
 @dataclass
@@ -190,7 +191,7 @@ def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
 def test_what_replay_does_not_cover_is_left_out_counted_and_said(house: House, rule: str) -> None:
     house.rule_of = lambda number: rule
     house.serve(60)
-    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert (outcome.status, outcome.verdict) == ("succeeded", "inconclusive")
     reason = rule or "unknown_rule"
     left = outcome.metrics["gate_left_out"]
@@ -210,7 +211,7 @@ def test_what_can_be_judged_is_chosen_before_the_newest_are_cut(
     monkeypatch.setattr(run, "HELD_OUT", 5)
     house.rule_of = lambda number: "rejection_sampling" if number >= 40 else "target_sampling"
     house.serve(60)  # the newest twenty can't be judged
-    outcome = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert outcome.metrics["gate_requests"] == 5, outcome.reason
     assert outcome.metrics["gate_left_out"]["rejection_sampling"] >= 2
 
@@ -222,9 +223,9 @@ def rollout_group(house: House) -> Any:
 
 def test_the_peak_rate_falls_with_what_the_lineage_was_trained_on(house: House) -> None:
     house.serve(40)
-    first = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    first = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     promote(house.engine, first.version_id, actor="test", reason="better")
-    second = train_once(house.engine, house.artifacts, "default", SETTINGS, trigger="test")
+    second = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert first.metrics["base_trained_tokens"] == 0
     assert first.metrics["peak_rate"] == SETTINGS.learning_rate
     (run_1, _) = house.runs()
@@ -233,7 +234,7 @@ def test_the_peak_rate_falls_with_what_the_lineage_was_trained_on(house: House) 
     folder = checkpoint.save(elsewhere, house.home / "elsewhere")
     brought = import_version(house.engine, house.artifacts, folder, "default", source="import")
     third = train_once(
-        house.engine, house.artifacts, "default", SETTINGS, trigger="test",
+        house.engine, house.artifacts, "default", BRIEF, trigger="test",
         base_version_id=brought.id,
     )  # fmt: skip
     assert third.metrics["base_trained_tokens"] is None
@@ -280,9 +281,7 @@ def test_what_is_raised_in_between_is_written_down_and_raised_again(house: House
         raise KeyboardInterrupt("stopped by hand")
 
     with pytest.raises(KeyboardInterrupt):
-        train_once(
-            house.engine, house.artifacts, "default", SETTINGS, trigger="test", progress=stop
-        )
+        train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test", progress=stop)
     (run,) = house.runs()
     assert run.status == "failed" and run.error == "KeyboardInterrupt: stopped by hand"
 

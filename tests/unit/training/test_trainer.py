@@ -24,7 +24,7 @@ from aurora_sgl.training.resume import Checkpoints, RunPlan
 from aurora_sgl.training.scale import train_on_workers
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
-from tests.support.drafter_cases import HIDDEN, RECIPE, VOCAB, requests, target_folder
+from tests.support.drafter_cases import HIDDEN, RECIPE, VOCAB, good_drafter, requests, target_folder
 
 
 def world(folder: Path) -> tuple[Drafter, TargetHead]:
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: 
 def test_a_worse_drafter_fails_the_gate_and_the_same_one_is_inconclusive(tmp_path: Path) -> None:
     drafter, head = world(tmp_path / "t")
     settings = TrainSettings(**RECIPE)
-    good = train(drafter, requests(head, 30), head, settings).drafter
+    good = good_drafter()
     held_out = requests(head, 12, seed=7)
     assert judged(good, drafter, held_out, head, settings).verdict == "fail"
     assert judged(good, good, held_out, head, settings).verdict == "inconclusive"
