@@ -1,4 +1,4 @@
-"""Traffic turns from A to B, to C, and back to A: what does a drafter that adapts gain over one
+r"""Traffic turns from A to B, to C, and back to A: what does a drafter that adapts gain over one
 that does not, and what does it lose on A?
 
 Both are the same drafter, trained on ``--trained`` requests of A (broad chat) by our recipe. Then
@@ -9,6 +9,9 @@ is being served, and of A all along, as the demo's tree (4, 4, 16) and as a chai
 
     python -m benchmarks.domain_shift [--trained 200] [--each 200] [--seed 0] [--show] [--json]
         [--picture domain_shift.png]
+    python -m benchmarks.domain_shift --trained 400 --each 600 --show --shape tree \
+        --cells benchmarks/results/h200 --well-trained narrow=2.77,code=2.26,chat=2.30 \
+        --picture docs/pictures/domain_shift.svg
     python -m benchmarks.domain_shift --serve [--prompts 12] ...
 
 ``--serve`` then starts a real SGLang server and swaps the drafters of five checkpoints (the turn to
@@ -21,6 +24,7 @@ Cells are kept in ``benchmarks/results/domain_shift.jsonl``: stop it at any time
 from __future__ import annotations
 
 import argparse
+import base64
 import shutil
 import sys
 import time
@@ -28,6 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 
@@ -41,7 +46,7 @@ from benchmarks.corpus.features import CACHE, CorpusSet, target_folder
 from benchmarks.learning import head, in_rounds, untrained
 from benchmarks.measure import SHAPES, accept_length, measure
 from benchmarks.recipes import OURS
-from benchmarks.results import Cells, as_measured, settings_hash
+from benchmarks.results import RESULTS, Cells, as_measured, settings_hash
 from benchmarks.servers import first_live, put_live, report, server, sglang_flags
 from benchmarks.traffic import HELD_OUT, held_out, stream
 
@@ -252,46 +257,79 @@ def until_ninety(rows: Sequence[dict[str, Any]], each: int) -> list[dict[str, An
     return found
 
 
-def picture(cells: Cells, shift: Shift, path: Path) -> None:
-    """Accept lengths over requests as a Plotly page; for a ``.png`` also as that."""
+COLOURS = {"adapting": "#1f77b4", "static": "#888888", "well trained": "#c44e00"}
+
+
+def picture(
+    cells: Cells, shift: Shift, path: Path, shapes: Sequence[str], well_trained: dict[str, float]
+) -> None:
+    """Accept lengths over requests: ``.html`` as a Plotly page, ``.svg`` and ``.png`` from it.
+
+    ``well_trained``: by domain what ``benchmarks.static_drafter`` prints, drawn beside them.
+    """
     import plotly.graph_objects as go  # type: ignore[import-untyped]
 
     figure = go.Figure()
-    for shape, dash in (("tree", "solid"), ("chain", "dot")):
+    for shape in shapes:
         rows = table(cells, shift, shape)
-        x = [row["requests"] for row in rows]
-        for who, colour in (("static", "#888888"), ("adapting", "#1f77b4")):
-            y = [row[who] for row in rows]
-            line = {"dash": dash, "color": colour}
-            figure.add_scatter(x=x, y=y, name=f"{who}, {shape}", line=line, mode="lines+markers")
+        for who in ("static", "adapting"):
+            name = (
+                "adapting, every 50 requests" if who == "adapting" else "the same drafter, static"
+            )
+            style = {"dash": "dot" if shape == "chain" else "solid", "color": COLOURS[who]}
+            figure.add_scatter(
+                x=[row["requests"] for row in rows], y=[row[who] for row in rows],
+                name=name if len(shapes) == 1 else f"{name}, {shape}", line=style,
+                mode="lines+markers" if who == "adapting" else "lines",
+            )  # fmt: skip
     for number, domain in enumerate(PHASES):
+        begin, end = number * shift.each, (number + 1) * shift.each
         figure.add_vrect(
-            x0=number * shift.each, x1=(number + 1) * shift.each, annotation_text=domain,
-            fillcolor="#eeeeee" if number % 2 else "#ffffff", layer="below", line_width=0,
+            x0=begin, x1=end, annotation_text=domain, annotation_position="top",
+            annotation_yshift=20, fillcolor="#f1f1f1" if number % 2 else "#ffffff",
+            layer="below", line_width=0,
         )  # fmt: skip
+        if domain in well_trained:
+            figure.add_scatter(
+                x=[begin, end], y=2 * [well_trained[domain]], mode="lines",
+                name="a static drafter trained on all three", showlegend=number == 0,
+                line={"dash": "dash", "color": COLOURS["well trained"]},
+            )  # fmt: skip
     figure.update_layout(
-        title=f"Traffic turns from {A} to {B}, {C} and back",
-        xaxis_title="requests since the turn", yaxis_title="accept length", template="plotly_white",
+        xaxis_title=f"requests since the traffic turned away from {A}",
+        yaxis_title=f"accept length ({' and '.join(shapes)})",
+        template="plotly_white", width=880, height=400, margin={"t": 40, "r": 20, "b": 90, "l": 60},
+        legend={"orientation": "h", "y": -0.2},
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     page = path.with_suffix(".html")
     figure.write_html(page, include_plotlyjs=True)
-    if path.suffix == ".png":
-        _photograph(page, path)
+    if path.suffix in (".png", ".svg"):
+        _drawn(page, path)
+        page.unlink()
     print(f"picture: {path}", file=sys.stderr)
 
 
-def _photograph(page: Path, path: Path) -> None:
-    """The page as a PNG, by the browser that the dashboard's tests use."""
+def _drawn(page: Path, path: Path) -> None:
+    """The page's chart as an image, by the browser that the dashboard's tests use."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        tab = browser.new_page(viewport={"width": 1000, "height": 520})
+        tab = browser.new_page()
         tab.goto(page.resolve().as_uri())
         tab.wait_for_selector(".main-svg")
-        tab.screenshot(path=str(path))
+        url = tab.evaluate(
+            "kind => Plotly.toImage(document.querySelector('.js-plotly-plot'), {format: kind})",
+            path.suffix[1:],
+        )
         browser.close()
+    text = url.partition(",")[2]
+    path.write_bytes(base64.b64decode(text) if path.suffix == ".png" else unquote(text).encode())
+
+
+def _by_domain(text: str) -> dict[str, float]:
+    return {name: float(number) for name, number in (one.split("=") for one in text.split(","))}
 
 
 def main() -> None:
@@ -304,11 +342,17 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="also on real servers")
     parser.add_argument("--prompts", type=int, default=12, help="of each checkpoint, with --serve")
     parser.add_argument("--flags", default="", help="more flags of SGLang, with --serve")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--picture", type=Path, help="a file .html, .svg or .png")
+    parser.add_argument("--shape", choices=("tree", "chain"), help="of the picture; default: both")
+    parser.add_argument(
+        "--well-trained", type=_by_domain, default={}, metavar="DOMAIN=LENGTH,...",
+        help="in the picture too: what benchmarks.static_drafter prints",
+    )  # fmt: skip
     parser.add_argument("--show", action="store_true", help="only print what is there")
+    parser.add_argument("--cells", type=Path, default=RESULTS, help="the folder that they lie in")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    cells, shift = Cells("domain_shift"), Shift(given.trained, given.each, given.seed)
+    cells, shift = Cells("domain_shift", given.cells), Shift(given.trained, given.each, given.seed)
     if not given.show:
         head()
         replay_all(cells, shift)
@@ -320,7 +364,8 @@ def main() -> None:
             if ends := until_ninety(rows, shift.each):
                 report(f"how fast, {shape}", ends, as_json=given.json)
     if given.picture:
-        picture(cells, shift, given.picture)
+        shapes = [given.shape] if given.shape else ["tree", "chain"]
+        picture(cells, shift, given.picture, shapes, given.well_trained)
 
 
 if __name__ == "__main__":
