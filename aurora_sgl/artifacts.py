@@ -102,8 +102,8 @@ class ArtifactRoot:
         into = Path(into)
         with self._errors(f"fetch {uri}"), atomic.written(into) as new:
             new.mkdir()
-            for found in self._fs.ls(self._full(uri), detail=False):
-                self._fs.get_file(found, str(new / PurePosixPath(found).name))
+            for path in self._fs.ls(self._full(uri), detail=False):
+                self._fs.get_file(path, str(new / PurePosixPath(path).name))
         return into
 
     def delete(self, uri: str) -> None:
@@ -145,11 +145,11 @@ class ArtifactRoot:
 
     def _holds(self, full: str, hashes: dict[str, str]) -> bool:
         try:
-            found = {PurePosixPath(path).name: path for path in self._fs.ls(full, detail=False)}
+            paths = {PurePosixPath(path).name: path for path in self._fs.ls(full, detail=False)}
         except FileNotFoundError:
             return False
-        return found.keys() == hashes.keys() and all(
-            self._hash(found[name]) == hashes[name] for name in hashes
+        return paths.keys() == hashes.keys() and all(
+            self._hash(paths[name]) == hashes[name] for name in hashes
         )
 
     def _hash(self, full: str) -> str:

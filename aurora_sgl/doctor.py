@@ -56,11 +56,11 @@ def examine(settings: Settings | None = None) -> list[Finding]:
 
 
 def _python() -> Iterator[Finding]:
-    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    interpreter = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if sys.version_info < (3, 11):  # noqa: UP036 (an environment may be older than pyproject says)
-        yield Finding("Python", "missing", found, "install Python 3.11 or newer")
+        yield Finding("Python", "missing", interpreter, "install Python 3.11 or newer")
     else:
-        yield Finding("Python", "ok", found)
+        yield Finding("Python", "ok", interpreter)
 
 
 def _torch() -> Iterator[Finding]:
@@ -89,11 +89,11 @@ def _cuda() -> Iterator[Finding]:
         return
     yield Finding("CUDA", "ok", f"{torch.cuda.device_count()} GPU, CUDA {torch.version.cuda}")
     for package in ("flashinfer-python", "sglang-kernel"):
-        found = _installed(package)
-        if found is None:
+        release = _installed(package)
+        if release is None:
             yield Finding(package, "missing", "not installed", "run: make setup CUDA=1")
         else:
-            yield Finding(package, "ok", found)
+            yield Finding(package, "ok", release)
 
 
 def _cpu() -> Iterator[Finding]:
@@ -111,26 +111,26 @@ def _cpu() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if found is None:
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
         yield Finding("C++ compiler", "missing", "none", "on Debian: apt install g++")
     else:
-        yield Finding("C++ compiler", "ok", found)
+        yield Finding("C++ compiler", "ok", compiler)
 
 
 def _sglang() -> Iterator[Finding]:
-    found = _installed("sglang")
-    if found is None:
+    release = _installed("sglang")
+    if release is None:
         yield Finding("SGLang", "missing", "not installed", "run: make setup")
-    elif not is_supported(found):
+    elif not is_supported(release):
         yield Finding(
             "SGLang",
             "missing",
-            f"{found}, which the plugin does not know",
+            f"{release}, which the plugin does not know",
             f"install sglang {SGLANG_FIRST} to {SGLANG_LAST} (tested: {SGLANG_TESTED})",
         )
     else:
-        yield sglang_finding(found)
+        yield sglang_finding(release)
 
 
 def sglang_finding(release: str) -> Finding:
@@ -138,8 +138,8 @@ def sglang_finding(release: str) -> Finding:
     if release == SGLANG_TESTED:
         return Finding("SGLang", "ok", f"{release}, supported (the tested release, on CPU)")
     if release in SGLANG_RUN:
-        known = f"run on CPU; the whole test suite runs on {SGLANG_TESTED}"
-        return Finding("SGLang", "ok", f"{release}, supported ({known})")
+        coverage = f"run on CPU; the whole test suite runs on {SGLANG_TESTED}"
+        return Finding("SGLang", "ok", f"{release}, supported ({coverage})")
     return Finding(
         "SGLang",
         "note",
@@ -160,9 +160,9 @@ def is_supported(release: str) -> bool:
 
 
 def _plugin() -> Iterator[Finding]:
-    found = [e.value for e in entry_points(group="sglang.srt.plugins") if e.name == "aurora"]
-    if found:
-        yield Finding("plugin", "ok", f"SGLang finds {found[0]}")
+    plugins = [e.value for e in entry_points(group="sglang.srt.plugins") if e.name == "aurora"]
+    if plugins:
+        yield Finding("plugin", "ok", f"SGLang finds {plugins[0]}")
     else:
         yield Finding("plugin", "missing", "SGLang does not find it", "run: make setup")
 
@@ -188,18 +188,21 @@ def _store(settings: Settings) -> Iterator[Finding]:
         return
     try:
         engine = store.connect(settings.store_url)
-        found, needed = store.current(engine), store.head()
+        revision, needed = store.current(engine), store.head()
     except AuroraError as error:
         yield Finding("store", "missing", str(error), "see AURORA_DATABASE_URL")
         return
     where = make_url(settings.store_url).render_as_string(hide_password=True)
     engine.dispose()
-    if found != needed:
+    if revision != needed:
         yield Finding(
-            "store", "missing", f"{where}: schema {found or 'none'}", "run: aurora-sgl db upgrade"
+            "store",
+            "missing",
+            f"{where}: schema {revision or 'none'}",
+            "run: aurora-sgl db upgrade",
         )
     else:
-        yield Finding("store", "ok", f"{where}: schema {found}")
+        yield Finding("store", "ok", f"{where}: schema {revision}")
 
 
 def _disk(settings: Settings) -> Iterator[Finding]:
@@ -207,12 +210,12 @@ def _disk(settings: Settings) -> Iterator[Finding]:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    found = f"{free / GIB:.1f} GiB free for {settings.home.resolve()}"
+    space = f"{free / GIB:.1f} GiB free for {settings.home.resolve()}"
     if free < NEEDED_DISK:
         advice = f"free {NEEDED_DISK / GIB:.0f} GiB, or set AURORA_HOME to another place"
-        yield Finding("disk", "missing", found, advice)
+        yield Finding("disk", "missing", space, advice)
     else:
-        yield Finding("disk", "ok", found)
+        yield Finding("disk", "ok", space)
 
 
 def _demo_model(settings: Settings) -> Iterator[Finding]:

@@ -30,14 +30,14 @@ class Sample:
 
 def families(samples: Iterable[Sample]) -> list[Metric]:
     """Samples as Prometheus takes them: those of one name together."""
-    found: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+    by_name: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
     for sample in samples:
-        if sample.name not in found:
+        if sample.name not in by_name:
             kind = GaugeMetricFamily if sample.kind == "gauge" else CounterMetricFamily
             names = [name for name, _ in sample.labels]
-            found[sample.name] = kind(sample.name, sample.help, labels=names)
-        found[sample.name].add_metric([value for _, value in sample.labels], sample.value)
-    return list(found.values())
+            by_name[sample.name] = kind(sample.name, sample.help, labels=names)
+        by_name[sample.name].add_metric([value for _, value in sample.labels], sample.value)
+    return list(by_name.values())
 
 
 class _Collector(Collector):

@@ -148,10 +148,10 @@ def _live(engine: Engine, settings: Settings) -> tuple[Path, int] | None:
 
 def _live_id(s: Session, settings: Settings) -> int | None:
     """The version that the group's servers should run; None when nothing was promoted yet."""
-    known = {group.name: group.id for group in queries.groups.groups(s)}
+    group_ids = {group.name: group.id for group in queries.groups.groups(s)}
     desired = (
-        queries.aliases.desired_version(s, known[settings.group])
-        if settings.group in known
+        queries.aliases.desired_version(s, group_ids[settings.group])
+        if settings.group in group_ids
         else None
     )
     return None if desired is None else desired[0]
@@ -181,12 +181,12 @@ def _untrained(
 
 def serve(model: str, drafter: str | None, sglang_args: list[str], settings: Settings) -> None:
     """Become the server: replaces this process. Raises ``AuroraError`` before that."""
-    made = plan(model, drafter, sglang_args, settings)
-    for line in (f"{made.note}; store: {_shown(settings)}", made.room):
+    serve_plan = plan(model, drafter, sglang_args, settings)
+    for line in (f"{serve_plan.note}; store: {_shown(settings)}", serve_plan.room):
         if line:
             print(f"aurora-sgl: {line}", file=sys.stderr, flush=True)
-    os.environ.update(made.environment)
-    os.execv(sys.executable, [sys.executable, "-m", "aurora_sgl.engine.launch", *made.flags])
+    os.environ.update(serve_plan.environment)
+    os.execv(sys.executable, [sys.executable, "-m", "aurora_sgl.engine.launch", *serve_plan.flags])
 
 
 def _shown(settings: Settings) -> str:

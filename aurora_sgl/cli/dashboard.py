@@ -73,8 +73,8 @@ def add_user(
         password = getpass.getpass("password: ")
         if getpass.getpass("again: ") != password:
             raise AuroraError("the two passwords differ")
-    made = _accounts().add(name, role, None if openid else password)
-    print(f"{made.role} {made.name!r} may log in{' with OpenID Connect' if openid else ''}")
+    account = _accounts().add(name, role, None if openid else password)
+    print(f"{account.role} {account.name!r} may log in{' with OpenID Connect' if openid else ''}")
 
 
 @dashboard_app.command("remove-user")

@@ -25,12 +25,12 @@ def db_current(as_json: AsJson = False) -> None:
     """Show the store's schema version and the one that this release needs."""
     from aurora_sgl import store
 
-    found, needed = store.current(store.connect()), store.head()
+    revision, needed = store.current(store.connect()), store.head()
     if as_json:
-        print_json({"current": found, "needed": needed, "up_to_date": found == needed})
+        print_json({"current": revision, "needed": needed, "up_to_date": revision == needed})
     else:
-        print(f"{found or 'none'} (needed: {needed})")
-    raise typer.Exit(0 if found == needed else 1)
+        print(f"{revision or 'none'} (needed: {needed})")
+    raise typer.Exit(0 if revision == needed else 1)
 
 
 @db_app.command("prune")

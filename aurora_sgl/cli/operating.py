@@ -110,18 +110,18 @@ def watch(
     engine, owner = open_group(group)
     while carry_on and rollout.watch.tick(engine, owner.id) is not None:
         time.sleep(2.0)
-    found = rollout.watch.status(engine, owner.name)
+    report = rollout.watch.status(engine, owner.name)
     if as_json:
-        print_json(_watch_json(found))
-    elif found is None:
+        print_json(_watch_json(report))
+    elif report is None:
         print(f"nothing was promoted over another version in group {owner.name!r} yet")
     else:
-        print(_watch_line(found))
+        print(_watch_line(report))
         columns = {"window": "number", "requests": "requests", "steps": "verify_steps",
                    "accept length": "accept_length", "expected": "expected_accept_length",
                    "tokens/s": "tokens_per_second", "before": "expected_tokens_per_second",
                    "verdict": "verdict"}  # fmt: skip
-        print_table("windows", columns, [columns_of(row) for row in found.windows])
+        print_table("windows", columns, [columns_of(row) for row in report.windows])
 
 
 @switch_app.command("list")
@@ -171,13 +171,13 @@ def _turn(
     change = rollout.switches.turn(
         engine, owner.name, name, on, actor=actor or user(), reason=reason, dry_run=dry_run
     )
-    said = "on" if on else "off"
+    state = "on" if on else "off"
     if as_json:
         print_json(change)
     elif not change.changed:
-        print(f"{name} is {said} already; nothing was changed")
+        print(f"{name} is {state} already; nothing was changed")
     else:
-        print(f"{name} {'would be' if dry_run else 'is'} {said} in group {owner.name!r}")
+        print(f"{name} {'would be' if dry_run else 'is'} {state} in group {owner.name!r}")
 
 
 @trial_app.command("start")
@@ -228,15 +228,15 @@ def trial_stop(
     from aurora_sgl import rollout
 
     engine, owner = open_group(group)
-    found = rollout.trial.stop(
+    report = rollout.trial.stop(
         engine, owner.name, actor=actor or user(), reason=reason, dry_run=dry_run
     )
     if as_json:
-        print_json(_trial_json(found))
-    elif found is None:
+        print_json(_trial_json(report))
+    elif report is None:
         print(f"no trial is running in group {owner.name!r}; nothing was changed")
     else:
-        print(f"trial {found.trial.id} {'would be' if dry_run else 'is'} stopped")
+        print(f"trial {report.trial.id} {'would be' if dry_run else 'is'} stopped")
 
 
 @trial_app.command("status")
@@ -245,52 +245,52 @@ def trial_status(group: Group = "", as_json: AsJson = False) -> None:
     from aurora_sgl import rollout
 
     engine, owner = open_group(group)
-    found = rollout.trial.status(engine, owner.name)
+    report = rollout.trial.status(engine, owner.name)
     if as_json:
-        print_json(_trial_json(found))
-    elif found is None:
+        print_json(_trial_json(report))
+    elif report is None:
         print(f"there was no trial in group {owner.name!r} yet")
     else:
-        print(_trial_line(found))
+        print(_trial_line(report))
         columns = {"window": "number", "version": "version_id", "requests": "requests",
                    "steps": "verify_steps", "accept length": "accept_length",
                    "tokens/s of a stream": "stream_tokens_per_second"}  # fmt: skip
-        rows = [{**columns_of(row), **row.metrics} for row in found.windows]
+        rows = [{**columns_of(row), **row.metrics} for row in report.windows]
         print_table("windows", columns, rows)
 
 
-def _watch_json(found: WatchStatus | None) -> dict[str, Any] | None:
-    if found is None:
+def _watch_json(report: WatchStatus | None) -> dict[str, Any] | None:
+    if report is None:
         return None
-    windows = [columns_of(row) for row in found.windows]
-    return {**columns_of(found.watch), "windows": windows}
+    windows = [columns_of(row) for row in report.windows]
+    return {**columns_of(report.watch), "windows": windows}
 
 
-def _watch_line(found: WatchStatus) -> str:
-    row = found.watch
-    told = f": {row.reason}" if row.reason else ""
-    done = f"{len(found.windows)} windows so far" if row.status == "running" else row.status
-    return f"watch over version {row.version_id} (against {row.baseline_id}): {done}{told}"
+def _watch_line(report: WatchStatus) -> str:
+    row = report.watch
+    reason = f": {row.reason}" if row.reason else ""
+    done = f"{len(report.windows)} windows so far" if row.status == "running" else row.status
+    return f"watch over version {row.version_id} (against {row.baseline_id}): {done}{reason}"
 
 
-def _trial_json(found: TrialStatus | None) -> dict[str, Any] | None:
-    if found is None:
+def _trial_json(report: TrialStatus | None) -> dict[str, Any] | None:
+    if report is None:
         return None
     return {
-        **columns_of(found.trial),
-        "planned": found.planned,
-        "windows": [columns_of(row) for row in found.windows],
-        "evaluation": columns_of(found.evaluation) if found.evaluation is not None else None,
+        **columns_of(report.trial),
+        "planned": report.planned,
+        "windows": [columns_of(row) for row in report.windows],
+        "evaluation": columns_of(report.evaluation) if report.evaluation is not None else None,
     }
 
 
-def _trial_line(found: TrialStatus) -> str:
-    row = found.trial
-    done = f"{len(found.windows)} of {found.planned} windows"
+def _trial_line(report: TrialStatus) -> str:
+    row = report.trial
+    done = f"{len(report.windows)} of {report.planned} windows"
     why = row.details.get("why") or row.details.get("stopped_by") or ""
     verdict = f", {row.verdict}" if row.verdict else ""
-    told = f": {why}" if why else ""
+    reason = f": {why}" if why else ""
     return (
         f"trial {row.id} of version {row.candidate_id} against {row.baseline_id}: {row.status} "
-        f"({done}){verdict}{told}"
+        f"({done}){verdict}{reason}"
     )

@@ -55,15 +55,15 @@ def versions_show(version: Version, group: Group = "", as_json: AsJson = False) 
     from aurora_sgl.rollout.versions import show_version
 
     engine, owner = open_group(group)
-    found = show_version(engine, ArtifactRoot(), version_id(engine, owner.name, version))
+    details = show_version(engine, ArtifactRoot(), version_id(engine, owner.name, version))
     row = {
-        **columns_of(found.line.version),
-        **version_row(found.line),
-        "lineage": found.lineage,
-        "has_weights": found.has_weights,
+        **columns_of(details.line.version),
+        **version_row(details.line),
+        "lineage": details.lineage,
+        "has_weights": details.has_weights,
     }
-    evaluations = [columns_of(each) for each in found.evaluations]
-    deployments = [columns_of(each) for each in found.deployments]
+    evaluations = [columns_of(each) for each in details.evaluations]
+    deployments = [columns_of(each) for each in details.deployments]
     if as_json:
         print_json({**row, "evaluations": evaluations, "deployments": deployments})
         return
@@ -148,13 +148,13 @@ def _pin(
     act = rollout.pin if pinned else rollout.unpin
     number = version_id(engine, owner.name, version)
     change = act(engine, number, actor=actor or user(), reason=reason, dry_run=dry_run)
-    said = "pinned" if pinned else "not pinned"
+    state = "pinned" if pinned else "not pinned"
     if as_json:
         print_json(change)
     elif not change.changed:
-        print(f"version {number} is {said} already; nothing was changed")
+        print(f"version {number} is {state} already; nothing was changed")
     else:
-        print(f"version {number} {'would be' if dry_run else 'is'} {said}")
+        print(f"version {number} {'would be' if dry_run else 'is'} {state}")
 
 
 def version_row(line: VersionLine) -> dict[str, Any]:

@@ -44,11 +44,11 @@ class DashboardProcess:
     def _pass_on(self) -> None:
         process = self._process
         assert process is not None and process.stdout is not None
-        told = False
+        has_address = False
         for line in process.stdout:
-            told = told or line.startswith("dashboard:")
+            has_address = has_address or line.startswith("dashboard:")
             self._say(line.strip())
-        if not told:
+        if not has_address:
             self._say(f"the dashboard did not start (log: {self._log})")
 
     def stop(self) -> None:

@@ -117,10 +117,10 @@ def _with_some_held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
         texts[prompt.domain].add(prompt.prompt)
     chosen = {
         (domain, text)
-        for domain, found in texts.items()
-        if len(found) > 1
-        for text in sorted(found, key=lambda text: sha256_bytes(text.encode()))[
-            : max(1, round(len(found) * HELD_OUT_SHARE))
+        for domain, domain_texts in texts.items()
+        if len(domain_texts) > 1
+        for text in sorted(domain_texts, key=lambda text: sha256_bytes(text.encode()))[
+            : max(1, round(len(domain_texts) * HELD_OUT_SHARE))
         ]
     }
     return [

@@ -264,10 +264,10 @@ class _Demo:
         """Promote what replay on held-out requests calls better."""
         version, metrics = outcome["version_id"], outcome["metrics"]
         before, after = metrics.get("accept_length_before"), metrics.get("accept_length_after")
-        told = f"version {version}: replay {number(before)} -> {number(after)}"
+        summary = f"version {version}: replay {number(before)} -> {number(after)}"
         if outcome["verdict"] != "pass":
             why = outcome.get("reason", "")
-            self.screen.say(f"{told}, not promoted: {outcome['verdict']} ({why})")
+            self.screen.say(f"{summary}, not promoted: {outcome['verdict']} ({why})")
             return
         try:
             promote(
@@ -278,9 +278,9 @@ class _Demo:
                 evaluation_id=outcome["evaluation_id"],
             )
         except Refused as refusal:
-            self.screen.say(f"{told}, not promoted: {refusal}")
+            self.screen.say(f"{summary}, not promoted: {refusal}")
             return
-        self.screen.say(f"{told}, promoted")
+        self.screen.say(f"{summary}, promoted")
 
     async def _last_training(self) -> None:
         if len(self.sent) - self.trained_at > TRAIN_EVERY // 4:

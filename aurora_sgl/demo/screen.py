@@ -53,7 +53,7 @@ class Screen:
         )
         self._live: Live | None = None
         self._tasks: dict[str, Any] = {}
-        self._said: dict[str, float] = {}
+        self._line_times: dict[str, float] = {}
         self._begun = time.monotonic()
 
     def __enter__(self) -> Screen:
@@ -85,14 +85,14 @@ class Screen:
             self._progress.update(self._tasks[name], completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        if done == total or now - self._said.get(name, 0.0) >= 10.0:
-            self._said[name] = now
+        if done == total or now - self._line_times.get(name, 0.0) >= 10.0:
+            self._line_times[name] = now
             self.say(f"{name}: {done}{f'/{total}' if total else ''} {note}".rstrip())
 
     def end_bar(self, name: str) -> None:
         if name in self._tasks:
             self._progress.remove_task(self._tasks.pop(name))
-        self._said.pop(name, None)
+        self._line_times.pop(name, None)
 
     def _draw(self) -> RenderableType:
         parts: list[RenderableType] = []

@@ -81,38 +81,40 @@ def compare(
     It is estimated from both and from ``SPREAD``, which counts as ``SPREAD_FREEDOM`` requests
     (a moderated t, Smyth 2004): two requests that happen to be alike are no proof that all are.
     """
-    known = telling(baseline)
-    here = [c for c in clusters if key_of(c) in known]
+    base_strata = telling(baseline)
+    here = [c for c in clusters if key_of(c) in base_strata]
     requests: dict[int, list[float]] = {}  # steps, accepted, accepted by the baseline's ratios
     shares: dict[str, float] = {}
     steps = sum(c.verify_steps for c in here)
     for c in here:
         sums = requests.setdefault(c.request_id, [0.0, 0.0, 0.0])
-        for at, more in enumerate((1.0, c.accepted / c.verify_steps, known[key_of(c)].ratio)):
-            sums[at] += more * c.verify_steps
+        for index, more in enumerate(
+            (1.0, c.accepted / c.verify_steps, base_strata[key_of(c)].ratio)
+        ):
+            sums[index] += more * c.verify_steps
         shares[key_of(c)] = shares.get(key_of(c), 0.0) + c.verify_steps / steps
     if len(requests) < 2:
         return None
-    expected = sum(share * known[key].ratio for key, share in shares.items())
-    found = sum(c.accepted for c in here) / steps
+    expected = sum(share * base_strata[key].ratio for key, share in shares.items())
+    ratio = sum(c.accepted for c in here) / steps
     weight = sum(n * n for n, _, _ in requests.values()) / steps**2  # about 1 / requests
     spreads = [(SPREAD**2, SPREAD_FREEDOM)]
-    if found:
-        each = found / expected
+    if ratio:
+        each = ratio / expected
         residuals = sum((y - each * of_baseline) ** 2 for _, y, of_baseline in requests.values())
         freedom = len(requests) - 1
         variance = residuals * len(requests) / freedom / steps**2
-        spreads.append((variance / weight / (4 * found), freedom))
+        spreads.append((variance / weight / (4 * ratio), freedom))
     for key in shares:
-        s = known[key]
+        s = base_strata[key]
         spreads.append((s.variance / s.weight / (4 * s.ratio), s.requests - 1))
     freedom = sum(n for _, n in spreads)
     spread2 = sum(value * n for value, n in spreads) / freedom
     error_of_baseline = sum(
-        share**2 * known[key].ratio * known[key].weight for key, share in shares.items()
+        share**2 * base_strata[key].ratio * base_strata[key].weight for key, share in shares.items()
     )
     error = (spread2 * (weight + error_of_baseline / expected)) ** 0.5
-    return Comparison(len(requests), 1 + found, 1 + expected, error, freedom)
+    return Comparison(len(requests), 1 + ratio, 1 + expected, error, freedom)
 
 
 class Pace(NamedTuple):
@@ -139,12 +141,12 @@ def paces(steps: Sequence[Step]) -> dict[str, Pace]:
     if not gaps:
         return {}
     longest = LONG_GAP * median(seconds for _, _, seconds in gaps)
-    found: dict[str, Pace] = {}
+    by_key: dict[str, Pace] = {}
     for key, kept, seconds in gaps:
         if seconds <= longest:
-            old = found.get(key, Pace(0, 0, 0.0))
-            found[key] = Pace(old.steps + 1, old.tokens + kept, old.seconds + seconds)
-    return found
+            old = by_key.get(key, Pace(0, 0, 0.0))
+            by_key[key] = Pace(old.steps + 1, old.tokens + kept, old.seconds + seconds)
+    return by_key
 
 
 def speeds(

@@ -68,7 +68,7 @@ def promote(
     _require(actor, reason)
     with store.session(engine, write=False) as s:
         group_id = queries.versions.version(s, version_id).group_id
-        seen = queries.aliases.aliases(s, group_id).get("live", NONE_LIVE)
+        live_at_start = queries.aliases.aliases(s, group_id).get("live", NONE_LIVE)
     with store.session(engine) as s:
         group = queries.groups.lock_group(s, group_id)
         version = queries.versions.version(s, version_id)
@@ -76,7 +76,9 @@ def promote(
         live = before.get("live")
         if live == version_id:
             return _unchanged("promote", group, version_id, before, dry_run)
-        _expect(seen if expected_live is None else expected_live, live, "promote", version_id)
+        _expect(
+            live_at_start if expected_live is None else expected_live, live, "promote", version_id
+        )
         _require_weights(version)
         _require_target(version, group)
         if only_if_on and not queries.switches.is_on(s, group_id, only_if_on):
@@ -120,7 +122,7 @@ def rollback(
     _require(actor, reason)
     with store.session(engine, write=False) as s:
         group_id = queries.groups.group_by_name(s, group).id
-        seen = queries.aliases.aliases(s, group_id).get("live", NONE_LIVE)
+        live_at_start = queries.aliases.aliases(s, group_id).get("live", NONE_LIVE)
     with store.session(engine) as s:
         row = queries.groups.lock_group(s, group_id)
         before = queries.aliases.aliases(s, group_id)
@@ -140,7 +142,9 @@ def rollback(
                 f"version {live} is the first that was live in group {group!r}; "
                 "there is nothing to roll back to, promote another version instead"
             )
-        _expect(seen if expected_live is None else expected_live, live, "roll back to", target)
+        _expect(
+            live_at_start if expected_live is None else expected_live, live, "roll back to", target
+        )
         version = queries.versions.version(s, target)
         was = queries.deployments.promotion_of(s, group_id, target)
         if version.group_id != group_id or was is None:

@@ -86,7 +86,7 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
         group_id = queries.groups.group_by_name(s, group).id
         wanted = queries.aliases.wanted_version(s, group_id)
         sha256 = queries.versions.version(s, wanted.version_id).weights_sha256 if wanted else ""
-        found = []
+        statuses = []
         for row in sorted(queries.servers.servers(s, group_id), key=lambda row: row.name):
             want = wanted.version_id if wanted else None
             same_bytes = not row.live_sha256 or row.live_sha256 == sha256
@@ -97,13 +97,13 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
                 reason = f"not heard of since {row.last_seen_at:%Y-%m-%d %H:%M:%S} UTC"
             elif not converged:
                 reason = row.last_error or f"version {want} is on its way"
-            found.append(
+            statuses.append(
                 ServerStatus(row.id, row.name, row.live_version_id, row.live_sha256, want,
                              converged and not silent, reason, row.phase, row.phase_reason,
                              row.speculation_share, row.last_seen_at, silent,
                              tuple(str(row.notices[code]) for code in sorted(row.notices)))
             )  # fmt: skip
-    return found
+    return statuses
 
 
 def scheduler(engine: Engine, group: str) -> SchedulerStatus:

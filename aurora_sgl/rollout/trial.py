@@ -88,14 +88,14 @@ def start(
         assert live is not None
         trial_id = None
         if not dry_run:
-            told = {"settings": chosen.model_dump(mode="json"), "actor": actor, "reason": reason}
+            details = {"settings": chosen.model_dump(mode="json"), "actor": actor, "reason": reason}
             trial_id = queries.trials.add_trial(
-                s, group.id, baseline_id=live, candidate_id=candidate_id, seed=seed, details=told
+                s, group.id, baseline_id=live, candidate_id=candidate_id, seed=seed, details=details
             ).id
             queries.audit.add_audit(
                 s, group.id, actor=actor, action="trial_start",
                 subject=f"version {candidate_id}", reason=reason,
-                after={"trial": trial_id, "baseline": live, "settings": told["settings"]},
+                after={"trial": trial_id, "baseline": live, "settings": details["settings"]},
             )  # fmt: skip
     seconds = 2 * chosen.pairs * chosen.window_seconds
     return TrialPlan(trial_id, live, candidate_id, 2 * chosen.pairs, seconds, dry_run)
@@ -145,8 +145,8 @@ def stop(
 def status(engine: Engine, group: str) -> TrialStatus | None:
     """The newest trial of a group, running or not; ``None``: there was none."""
     with store.session(engine, write=False) as s:
-        found = queries.trials.trials(s, queries.groups.group_by_name(s, group).id, limit=1)
-        return _status(s, found[0]) if found else None
+        trials = queries.trials.trials(s, queries.groups.group_by_name(s, group).id, limit=1)
+        return _status(s, trials[0]) if trials else None
 
 
 def tick(engine: Engine, group_id: int, *, now: datetime | None = None) -> TrialStatus | None:
@@ -186,8 +186,8 @@ def tick(engine: Engine, group_id: int, *, now: datetime | None = None) -> Trial
 
 
 def _status(s: Session, trial: Trial) -> TrialStatus:
-    known = queries.evaluations.evaluations(s, trial.candidate_id)
-    mine = [e for e in known if e.kind == "trial" and e.details.get("trial_id") == trial.id]
+    evaluations = queries.evaluations.evaluations(s, trial.candidate_id)
+    mine = [e for e in evaluations if e.kind == "trial" and e.details.get("trial_id") == trial.id]
     return TrialStatus(trial, queries.trials.trial_windows(s, trial.id), mine[0] if mine else None)
 
 
@@ -278,16 +278,16 @@ def _lengths(pair: tuple[TrialWindow, TrialWindow]) -> tuple[float | None, float
 
 def _interval(pairs: Sequence[tuple[float | None, float | None]], level: float) -> dict[str, Any]:
     """Mean difference over pairs of windows, candidate less baseline, with Student's interval."""
-    known = [pair for pair in pairs if None not in pair]
-    if len(known) < FEWEST_PAIRS:
-        return {"pairs": len(known)}
-    a, b = (np.array([pair[side] for pair in known], dtype=float) for side in (0, 1))
+    complete_pairs = [pair for pair in pairs if None not in pair]
+    if len(complete_pairs) < FEWEST_PAIRS:
+        return {"pairs": len(complete_pairs)}
+    a, b = (np.array([pair[side] for pair in complete_pairs], dtype=float) for side in (0, 1))
     difference = b - a
-    half = float(-stdtrit(len(known) - 1, (1 - level) / 2) * difference.std(ddof=1))
-    half /= len(known) ** 0.5
+    half = float(-stdtrit(len(complete_pairs) - 1, (1 - level) / 2) * difference.std(ddof=1))
+    half /= len(complete_pairs) ** 0.5
     middle = float(difference.mean())
     return {
-        "pairs": len(known),
+        "pairs": len(complete_pairs),
         "baseline": float(a.mean()),
         "candidate": float(b.mean()),
         "difference": middle,
@@ -306,14 +306,14 @@ def _verdict(
     longer accept length, are proven. Fail: either is proven worse."""
     if "difference" not in lengths or "difference" not in speed:
         return "inconclusive", f"{len(pairs)} whole pairs of windows, {FEWEST_PAIRS} needed"
-    said = (
+    summary = (
         f"accept length {lengths['baseline']:.3f} -> {lengths['candidate']:.3f}, "
         f"{speed['baseline']:.1f} -> {speed['candidate']:.1f} tokens/s of a stream, "
         f"over {lengths['pairs']} pairs of windows"
     )
     floor = -rules.speed_margin * speed["baseline"]
     if speed["ci_high"] < floor or lengths["ci_high"] < 0:
-        return "fail", f"{said}: worse"
+        return "fail", f"{summary}: worse"
     if speed["ci_low"] > floor and (lengths["ci_low"] > 0 or speed["ci_low"] > 0):
-        return "pass", f"{said}: better"
-    return "inconclusive", f"{said}: not told apart"
+        return "pass", f"{summary}: better"
+    return "inconclusive", f"{summary}: not told apart"

@@ -82,8 +82,8 @@ def import_version(
             )
         if parent_id is not None and queries.versions.version(s, parent_id).group_id != owner.id:
             raise AuroraError(f"parent version {parent_id} belongs to another group")
-        known = queries.versions.version_by_sha256(s, owner.id, weights_sha256)
-    if known is None or known.pruned_at is not None or not artifacts.exists(uri):
+        stored_version = queries.versions.version_by_sha256(s, owner.id, weights_sha256)
+    if stored_version is None or stored_version.pruned_at is not None or not artifacts.exists(uri):
         artifacts.put_folder(path, uri)
     with store.session(engine) as s:
         version, _ = queries.versions.add_version(
@@ -137,10 +137,10 @@ def fetch_verified(artifacts: ArtifactRoot, version: DrafterVersion, into: Path)
         raise AuroraError(f"the weights of version {version.id} were deleted by db prune")
     artifacts.fetch_folder(version.weights_uri, into)
     try:
-        found = checkpoint.content_sha256(checkpoint.read_tensors(into))
-        if found != version.weights_sha256:
+        sha256 = checkpoint.content_sha256(checkpoint.read_tensors(into))
+        if sha256 != version.weights_sha256:
             raise AuroraError(
-                f"{version.weights_uri} has hash {found[:16]}, version {version.id} says "
+                f"{version.weights_uri} has hash {sha256[:16]}, version {version.id} says "
                 f"{version.weights_sha256[:16]}: the file was changed or damaged"
             )
     except AuroraError:
@@ -197,9 +197,9 @@ def resolve_version(engine: Engine, group: str, name: str) -> int:
         if name.isdecimal() and len(name) < 12:
             return queries.versions.version(s, int(name)).id
         if len(name) >= 6:
-            found = queries.versions.version_by_sha256(s, group_id, name.lower())
-            if found is not None:
-                return found.id
+            version = queries.versions.version_by_sha256(s, group_id, name.lower())
+            if version is not None:
+                return version.id
     raise AuroraError(f"no version {name!r} in group {group!r}; see: aurora-sgl versions list")
 
 

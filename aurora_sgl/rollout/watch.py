@@ -75,9 +75,11 @@ class Verdict:
 def status(engine: Engine, group: str) -> WatchStatus | None:
     """The newest watch of a group, running or not; ``None``: there was none."""
     with store.session(engine, write=False) as s:
-        found = queries.watches.watches(s, queries.groups.group_by_name(s, group).id, limit=1)
+        watches = queries.watches.watches(s, queries.groups.group_by_name(s, group).id, limit=1)
         return (
-            WatchStatus(found[0], queries.watches.watch_windows(s, found[0].id)) if found else None
+            WatchStatus(watches[0], queries.watches.watch_windows(s, watches[0].id))
+            if watches
+            else None
         )
 
 
@@ -121,22 +123,22 @@ def filled(
 ) -> int:
     """How many of the clusters fill a window; 0: it goes on. Requests of a kind that was not served
     before tell nothing and do not count, unless there are ``PATIENCE`` times as many of them."""
-    known = telling(baseline)
+    base_strata = telling(baseline)
     steps = counted_steps = 0
     requests: set[int] = set()
     counted: set[int] = set()
-    for at, cluster in enumerate(clusters, start=1):
+    for count, cluster in enumerate(clusters, start=1):
         requests.add(cluster.request_id)
         steps += cluster.verify_steps
-        if not known or key_of(cluster) in known:
+        if not base_strata or key_of(cluster) in base_strata:
             counted.add(cluster.request_id)
             counted_steps += cluster.verify_steps
-        if at < len(clusters) and clusters[at].request_id == cluster.request_id:
+        if count < len(clusters) and clusters[count].request_id == cluster.request_id:
             continue  # it had drafts of another shape too
         if len(counted) >= rules.requests and counted_steps >= rules.steps:
-            return at
+            return count
         if len(requests) >= PATIENCE * rules.requests and steps >= PATIENCE * rules.steps:
-            return at
+            return count
     return 0
 
 
@@ -144,19 +146,19 @@ def judge(
     clusters: Sequence[RequestCounts], baseline: dict[str, AcceptCounts], rules: WatchSettings
 ) -> tuple[Verdict, Comparison | None]:
     """Accept length of a window's requests against the baseline on the same mix."""
-    found = compare(clusters, baseline)
-    if found is None:
+    comparison = compare(clusters, baseline)
+    if comparison is None:
         return Verdict("pass", "nothing of the kind was served before; nothing to compare"), None
-    said = f"accept length {found.accept_length:.3f}, expected {found.expected:.3f}"
-    floor = -rules.margin * found.expected
-    if found.chance(rules.margin) < DOUBTLESS:
-        return Verdict("fail", f"{said}: worse beyond doubt"), found
-    if found.difference < floor and found.chance() < TELLING:
-        return Verdict("bad", f"{said}: worse than the margin allows"), found
-    return Verdict("pass", said), found
+    summary = f"accept length {comparison.accept_length:.3f}, expected {comparison.expected:.3f}"
+    floor = -rules.margin * comparison.expected
+    if comparison.chance(rules.margin) < DOUBTLESS:
+        return Verdict("fail", f"{summary}: worse beyond doubt"), comparison
+    if comparison.difference < floor and comparison.chance() < TELLING:
+        return Verdict("bad", f"{summary}: worse than the margin allows"), comparison
+    return Verdict("pass", summary), comparison
 
 
-def _known(watch: Watch) -> dict[str, AcceptCounts]:
+def _baseline_strata(watch: Watch) -> dict[str, AcceptCounts]:
     return {key: AcceptCounts(**sums) for key, sums in watch.baseline["strata"].items()}
 
 
@@ -167,23 +169,25 @@ def _baseline(s: Session, watch: Watch, rules: WatchSettings) -> dict[str, Any]:
         return {"keys": BASELINE_KEYS, "strata": {}, "paces": {}}
     until = watch.started_at
     since = until - timedelta(hours=rules.look_back_hours)
-    found = queries.request_counts.request_counts(
+    clusters = queries.request_counts.request_counts(
         s, watch.group_id, watch.baseline_id,
         since=since, until=until, limit=BASELINE_REQUESTS, newest=True,
     )  # fmt: skip
-    steps = queries.steps.steps_of_requests(s, [c.request_id for c in found], watch.baseline_id)
-    live = Counter(key_of(c) for c in found)
+    steps = queries.steps.steps_of_requests(s, [c.request_id for c in clusters], watch.baseline_id)
+    live = Counter(key_of(c) for c in clusters)
     evaluation_id, replayed = _replayed(s, watch)
-    seen = {c.request_id for c in found}
-    more = [c for c in replayed if live[key_of(c)] < FEW_REQUESTS and c.request_id not in seen]
+    request_ids = {c.request_id for c in clusters}
+    more = [
+        c for c in replayed if live[key_of(c)] < FEW_REQUESTS and c.request_id not in request_ids
+    ]
     return {
         "keys": BASELINE_KEYS,
         "version_id": watch.baseline_id,
-        "requests": len(found),
+        "requests": len(clusters),
         "replayed": {"requests": len(more), "evaluation_id": evaluation_id} if more else None,
         "since": since.isoformat(),
         "until": until.isoformat(),
-        "strata": {key: asdict(stratum) for key, stratum in strata([*found, *more]).items()},
+        "strata": {key: asdict(stratum) for key, stratum in strata([*clusters, *more]).items()},
         "paces": paces(steps),
     }
 
@@ -200,18 +204,18 @@ def _replayed(s: Session, watch: Watch) -> tuple[int | None, list[RequestCounts]
         if e.baseline_id == watch.baseline_id
     ]
     ways = [
-        (e, at)
-        for e, at in ways
+        (e, column)
+        for e, column in ways
         if e.kind == "replay" and not e.domain and e.depth and e.details.get("requests")
     ]
     if not ways:
         return None, []
-    newest, at = max(ways, key=lambda way: way[0].id)
+    newest, column = max(ways, key=lambda way: way[0].id)
     return newest.id, [
         RequestCounts(row[0], row[1], newest.depth or 0, newest.topk or 0, newest.nodes or 0,
-                row[at + 1], row[at], newest.created_at)
+                row[column + 1], row[column], newest.created_at)
         for row in newest.details["requests"]
-        if row[at + 1]
+        if row[column + 1]
     ]  # fmt: skip
 
 
@@ -227,7 +231,7 @@ def _next_window(
     clusters = queries.request_counts.request_counts(
         s, watch.group_id, watch.version_id, since=begun
     )
-    if count := filled(clusters, _known(watch), rules):
+    if count := filled(clusters, _baseline_strata(watch), rules):
         end = clusters[count - 1].finished_at + timedelta(microseconds=1)
         return _close(s, watch, windows, begun, end, clusters[:count], rules)
     servers = queries.servers.servers(s, watch.group_id)
@@ -276,14 +280,14 @@ def _close(
     if len(clusters) < 2:
         reason = f"requests were served, {len(clusters)} with drafts of version {watch.version_id}"
         return _write(s, watch, windows, begun, end, clusters, Verdict("empty", reason))
-    verdict, compared = judge(clusters, _known(watch), rules)
+    verdict, compared = judge(clusters, _baseline_strata(watch), rules)
     steps = queries.steps.steps_of_requests(s, [c.request_id for c in clusters], watch.version_id)
     before = {key: Pace(*pace) for key, pace in watch.baseline["paces"].items()}
     gain = compared.accept_length / compared.expected if compared else 1.0
     speed = speeds(paces(steps), before, gain)
     if verdict.verdict == "pass" and speed and speed[0] < (1 - rules.speed_margin) * speed[1]:
-        told = f"{verdict.reason}; {speed[0]:.1f} tokens/s of a stream, expected {speed[1]:.1f}"
-        verdict = Verdict("bad", told)
+        reason = f"{verdict.reason}; {speed[0]:.1f} tokens/s of a stream, expected {speed[1]:.1f}"
+        verdict = Verdict("bad", reason)
     return _write(s, watch, windows, begun, end, clusters, verdict, compared, speed)
 
 
@@ -355,16 +359,16 @@ def _conclude(
             reason = f"{last}; the rollback failed: {error}"
         log.warning("watch over version %d: %s", watch.version_id, reason)
     with store.session(engine) as s:
-        found = queries.watches.watches(s, watch.group_id)
-        row = next(each for each in found if each.id == watch.id)
+        watches = queries.watches.watches(s, watch.group_id)
+        row = next(each for each in watches if each.id == watch.id)
         queries.watches.end_watch(s, row, str(outcome), reason)
         return WatchStatus(row, queries.watches.watch_windows(s, row.id))
 
 
 def _mark(s: Session, watch: Watch, windows: Sequence[WatchWindow], verdict: str) -> None:
     """The version's evaluation by live traffic; once a watch."""
-    known = queries.evaluations.evaluations(s, watch.version_id)
-    if any(e.kind == "live" and e.details.get("watch_id") == watch.id for e in known):
+    evaluations = queries.evaluations.evaluations(s, watch.version_id)
+    if any(e.kind == "live" and e.details.get("watch_id") == watch.id for e in evaluations):
         return
     weighed = [w for w in windows if w.expected_accept_length and w.accept_length]
     total = sum(w.verify_steps for w in weighed)

@@ -60,14 +60,14 @@ def pending(engine: Engine, group_id: int, *, with_trial: bool) -> Evaluation | 
 def carry_on(
     engine: Engine,
     group_id: int,
-    found: Evaluation,
+    evaluation: Evaluation,
     *,
     rules: SchedulerSettings,
     trials: TrialSettings,
     resting: bool,
 ) -> Waiting:
     """The next step of a version that passed the gate, if it may be taken now."""
-    number, baseline = found.candidate_id, found.baseline_id
+    number, baseline = evaluation.candidate_id, evaluation.baseline_id
     with store.session(engine, write=False) as s:
         aliases = queries.aliases.aliases(s, group_id)
         automatic = queries.switches.is_on(s, group_id, AUTO_PROMOTE)
@@ -86,16 +86,16 @@ def carry_on(
         return Waiting(number, f"version {watch.version_id} is still being watched")
     if running_trial is not None:
         return Waiting(number, f"trial {running_trial.id} is running")
-    evidence: dict[str, Any] = {"training_run_id": run, "replay": _numbers(found)}
+    evidence: dict[str, Any] = {"training_run_id": run, "replay": _numbers(evaluation)}
     try:
         if trials.automatic and by_trial is None:
             trial.start(
                 engine,
                 number,
                 actor=ACTOR,
-                reason=f"it passed the gate (evaluation {found.id})",
+                reason=f"it passed the gate (evaluation {evaluation.id})",
                 settings=trials,
-                seed=found.id,
+                seed=evaluation.id,
             )
             return Waiting(number, "its trial has begun")
         if by_trial is not None:
@@ -104,9 +104,9 @@ def carry_on(
             engine,
             number,
             actor=ACTOR,
-            reason=_reason(found),
+            reason=_reason(evaluation),
             expected_live=baseline,
-            evaluation_id=found.id,
+            evaluation_id=evaluation.id,
             evidence=evidence,
             only_if_on=AUTO_PROMOTE,
         )
@@ -116,12 +116,12 @@ def carry_on(
     return Waiting(number, "")
 
 
-def _reason(found: Evaluation) -> str:
-    before, after = found.baseline_accept_length, found.candidate_accept_length
-    return f"replay on {found.requests} held-out requests: {before:.3f} -> {after:.3f}"
+def _reason(evaluation: Evaluation) -> str:
+    before, after = evaluation.baseline_accept_length, evaluation.candidate_accept_length
+    return f"replay on {evaluation.requests} held-out requests: {before:.3f} -> {after:.3f}"
 
 
-def _numbers(found: Evaluation) -> dict[str, Any]:
+def _numbers(evaluation: Evaluation) -> dict[str, Any]:
     names = ("id", "requests", "baseline_accept_length", "candidate_accept_length", "difference",
              "ci_low", "ci_high", "verdict", "attempt", "alpha")  # fmt: skip
-    return {name: getattr(found, name) for name in names}
+    return {name: getattr(evaluation, name) for name in names}

@@ -36,7 +36,7 @@ class Fall:
     domain: str
     last_request_id: int
     began_at: datetime  # when the first request after the change finished
-    at: datetime  # when the request at which it was seen finished
+    detected_at: datetime  # when the request at which it was seen finished
     accept_length_before: float
     accept_length_after: float
     requests_before: int
@@ -90,9 +90,9 @@ class DriftDetector:
         stream.detector.update(_value(stream.requests[-1]) / stream.deviation)
         if not stream.detector.drift_detected:
             return None
-        seen = list(stream.requests)
-        at = self._change_point(seen, stream.deviation)
-        before, after = seen[:at], seen[at:]
+        requests = list(stream.requests)
+        change_point = self._change_point(requests, stream.deviation)
+        before, after = requests[:change_point], requests[change_point:]
         self._streams[key] = _Stream(requests=deque(after, maxlen=MEMORY))
         if len(after) >= WARM_UP:
             self._begin(self._streams[key])
@@ -100,7 +100,7 @@ class DriftDetector:
             domain=request.domain,
             last_request_id=request.request_id,
             began_at=after[0].finished_at,
-            at=request.finished_at,
+            detected_at=request.finished_at,
             accept_length_before=_accept_length(before),
             accept_length_after=_accept_length(after),
             requests_before=len(before),
@@ -135,12 +135,12 @@ class DriftDetector:
     def _change_point(self, requests: Sequence[RequestCounts], deviation: float) -> int:
         """Where the fall begins: behind the peak of the sum that the test watches."""
         values = [_value(each) for each in requests]
-        level, total, peak, at = mean(values), 0.0, 0.0, 1
+        level, total, peak, change_point = mean(values), 0.0, 0.0, 1
         for number, value in enumerate(values[:-1], start=1):
             total += (value - level) / deviation
             if total > peak:
-                peak, at = total, number
-        return at
+                peak, change_point = total, number
+        return change_point
 
 
 def _value(request: RequestCounts) -> float:

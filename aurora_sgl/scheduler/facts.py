@@ -75,11 +75,11 @@ def facts(s: Session, group_id: int, now: Pulse, elapsed: Elapsed) -> Facts:
 
 def _drift(s: Session, group_id: int, live_id: int | None, since: datetime | None) -> str:
     falls = [d for d in queries.drifts.drifts(s, group_id, since=since) if d.version_id == live_id]
-    said = (
+    changes = (
         f"{fall.domain}: {fall.accept_length_before:.2f} -> {fall.accept_length_after:.2f}"
         for fall in falls[:3]
     )
-    return f"the accept length of version {live_id} fell ({'; '.join(said)})" if falls else ""
+    return f"the accept length of version {live_id} fell ({'; '.join(changes)})" if falls else ""
 
 
 def recipe_as_served(s: Session, group_id: int, recipe: dict[str, Any]) -> dict[str, Any]:

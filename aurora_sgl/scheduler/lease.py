@@ -45,8 +45,8 @@ class Leadership:
         self.holder = holder or name_of_this_process()
         self._now, self._monotonic = now, monotonic
         self._token = 0
-        self._seen: tuple[int, datetime] | None = None
-        self._seen_at = 0.0
+        self._stamp: tuple[int, datetime] | None = None  # its token and expires_at, as last read
+        self._stamp_at = 0.0  # monotonic, when it was first read
         self._renewed = 0.0
 
     def hold(self, s: Session) -> Hold:
@@ -66,21 +66,21 @@ class Leadership:
             self._token = 0
             row = queries.leases.lease(s, self.name)
             return Hold(False, False, row.holder if row is not None else "")
-        self._token, self._seen, self._renewed = token, None, self._monotonic()
+        self._token, self._stamp, self._renewed = token, None, self._monotonic()
         return Hold(True, not before or token != before + 1, self.holder)
 
     def _take_over(self, s: Session) -> int | None:
         row = queries.leases.lease(s, self.name)
         if row is None:
             return None
-        seen = (row.token, row.expires_at)
-        if seen != self._seen:
-            self._seen, self._seen_at = seen, self._monotonic()
+        stamp = (row.token, row.expires_at)
+        if stamp != self._stamp:
+            self._stamp, self._stamp_at = stamp, self._monotonic()
             return None
-        if self._monotonic() - self._seen_at < self.seconds:
+        if self._monotonic() - self._stamp_at < self.seconds:
             return None
         return queries.leases.take_lease_over(
-            s, self.name, self.holder, self.seconds, seen, self._now()
+            s, self.name, self.holder, self.seconds, stamp, self._now()
         )
 
     def release(self, s: Session) -> None:

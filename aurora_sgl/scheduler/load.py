@@ -32,8 +32,8 @@ def load_of(servers: Iterable[Server], rules: SchedulerSettings, elapsed: Elapse
         running = server.counters.get("running_requests", 0.0)
         step_ms = float(server.counters.get("step_ms", 0.0)) if running else 0.0
         if rules.pause_queue and queue >= rules.pause_queue:
-            said = f"{queue:.0f} requests wait at {server.name} (limit {rules.pause_queue:.0f})"
-            return ServingLoad(NONE, said)
+            reason = f"{queue:.0f} requests wait at {server.name} (limit {rules.pause_queue:.0f})"
+            return ServingLoad(NONE, reason)
         if rules.pause_step_ms and step_ms >= rules.pause_step_ms:
             limit = f"(limit {rules.pause_step_ms:.0f})"
             return ServingLoad(NONE, f"a step of {server.name} takes {step_ms:.0f} ms {limit}")

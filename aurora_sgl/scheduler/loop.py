@@ -84,8 +84,8 @@ class Scheduler:
         self._candidate: candidate.Waiting | None = None
         self._load = load.ServingLoad(load.FULL)
         self._other = ""
-        self._looked = self._held_for = self._said_at = float("-inf")
-        self._said: dict[str, Any] = {}
+        self._looked = self._held_for = self._message_at = float("-inf")
+        self._message: dict[str, Any] = {}
         self._turn = False  # half pace: every second round
 
     # -- the round ---------------------------------------------------------------------------
@@ -126,10 +126,10 @@ class Scheduler:
     def _lead(self) -> bool:
         with self.link.session() as s:
             if not self.group_id:
-                known = {row.name: row.id for row in queries.groups.groups(s)}
-                if self.group not in known:
+                group_ids = {row.name: row.id for row in queries.groups.groups(s)}
+                if self.group not in group_ids:
                     return False
-                self.group_id = known[self.group]
+                self.group_id = group_ids[self.group]
                 self._others = OtherRuns(self.group_id)
                 self._leadership = Leadership(
                     scheduler_lease_name(self.group_id),
@@ -141,7 +141,7 @@ class Scheduler:
         if self.hold.held and self.hold.fresh:
             log.info("this scheduler leads group %s", self.group)
             self._detector = None
-            self._said = {}
+            self._message = {}
             self.look_now()
         if self.child is not None and (not self.hold.held or self.hold.fresh):
             self.child.stop(f"the lease went to {self.hold.holder}")
@@ -173,7 +173,7 @@ class Scheduler:
             with self.link.session() as s:
                 queries.runs.explain_stop(s, self.group_id, child.stopped_because)
         self.child, self.last_outcome = None, outcome
-        log.info("training %s: %s", outcome.get("status"), _told(outcome))
+        log.info("training %s: %s", outcome.get("status"), _summary(outcome))
         self.look_now()
 
     def _must_pause(self) -> bool:
@@ -216,17 +216,17 @@ class Scheduler:
                 self._look_for_drift(now)
             with store.session(engine, write=False) as s:
                 now = pulse(s, self.group_id)  # the watch may have rolled back
-                known = facts(s, self.group_id, now, self.elapsed)
+                group_facts = facts(s, self.group_id, now, self.elapsed)
             with store.session(engine) as s:
                 self._other = "" if self.child else self._others.going_on(s, self.elapsed.now())
-            self._decision = policy.decide(known, self.rules)
+            self._decision = policy.decide(group_facts, self.rules)
             self.details = {
-                "new_requests": known.new_requests,
+                "new_requests": group_facts.new_requests,
                 "needed_requests": self.rules.requests,
-                "drift": known.drift,
+                "drift": group_facts.drift,
             }
-            resting = known.since_rollback is not None and (
-                known.since_rollback < self.rules.cooldown_minutes * 60
+            resting = group_facts.since_rollback is not None and (
+                group_facts.since_rollback < self.rules.cooldown_minutes * 60
             )
             self._promote_what_passed(engine, resting)
         if self._decision.trigger and self.child is None and not self._other:
@@ -236,12 +236,12 @@ class Scheduler:
                 self._start(self._decision.trigger, now.live_id)
 
     def _promote_what_passed(self, engine: Any, resting: bool) -> None:
-        found = candidate.pending(engine, self.group_id, with_trial=self.trials.automatic)
-        if found is None:
+        evaluation = candidate.pending(engine, self.group_id, with_trial=self.trials.automatic)
+        if evaluation is None:
             self._candidate = None
             return
         self._candidate = candidate.carry_on(
-            engine, self.group_id, found, rules=self.rules, trials=self.trials, resting=resting
+            engine, self.group_id, evaluation, rules=self.rules, trials=self.trials, resting=resting
         )
         if not self._candidate.reason:
             self.look_now()
@@ -254,23 +254,23 @@ class Scheduler:
                     now.live_id,
                     DriftDetector(self.rules.drift_threshold, self.rules.drift_slack),
                 )
-                told = queries.drifts.drifts(s, self.group_id, version_id=now.live_id)
-                seen = queries.request_counts.request_counts(
+                drifts = queries.drifts.drifts(s, self.group_id, version_id=now.live_id)
+                requests = queries.request_counts.request_counts(
                     s, self.group_id, now.live_id,
                     since=now.live_since, limit=REBUILD_REQUESTS, newest=True,
                 )  # fmt: skip
             else:
-                told = ()
-                seen = queries.request_counts.request_counts(
+                drifts = ()
+                requests = queries.request_counts.request_counts(
                     s, self.group_id, now.live_id, after=self._cursor, limit=REBUILD_REQUESTS
                 )
-        if not seen:
+        if not requests:
             return
-        self._cursor = (seen[-1].finished_at, seen[-1].request_id)
-        falls = self._detector[1].feed(seen)
+        self._cursor = (requests[-1].finished_at, requests[-1].request_id)
+        falls = self._detector[1].feed(requests)
         with self.link.session() as s:
             for fall in falls:
-                if was_told(fall, told):
+                if was_told(fall, drifts):
                     continue  # whoever led before has seen it
                 log.warning(
                     "accept length of version %d in %s: %.3f -> %.3f",
@@ -294,12 +294,12 @@ class Scheduler:
     def _say(self, now: Pulse) -> None:
         state, reason, action, next_in = self._state(now)
         self.state = state
-        said = {"state": state, "reason": reason, "next_action": action}
-        if said == self._said and time.monotonic() - self._said_at < REPEAT_SECONDS:
+        message = {"state": state, "reason": reason, "next_action": action}
+        if message == self._message and time.monotonic() - self._message_at < REPEAT_SECONDS:
             return
         with self.link.session() as s:
             self._write(s, state, reason, action, next_in)
-        self._said, self._said_at = said, time.monotonic()
+        self._message, self._message_at = message, time.monotonic()
 
     def _write(self, s: Any, state: str, reason: str, action: str, next_in: float | None) -> None:
         candidate_now = self._candidate
@@ -362,12 +362,12 @@ class Scheduler:
         if decision.trigger and self._load.pace == load.NONE:
             return policy.WAITING, f"training is due, but {self._load.reason}", "train", None
         if now.watched is not None and decision.state == policy.WAITING:
-            said = f"version {now.watched} is being watched; {decision.reason}"
-            return "watch", said, decision.next_action, decision.next_in
+            reason = f"version {now.watched} is being watched; {decision.reason}"
+            return "watch", reason, decision.next_action, decision.next_in
         return decision.state, decision.reason, decision.next_action, decision.next_in
 
 
-def _told(outcome: Mapping[str, Any]) -> str:
+def _summary(outcome: Mapping[str, Any]) -> str:
     """What came of a run, and what the gate said of it and why."""
     if outcome.get("error"):
         return str(outcome["error"])

@@ -22,13 +22,13 @@ STATES = ("waiting", "training", "gate", "trial", "watch", "cooldown", "off")
 
 def of_group(s: Session, group_id: int, gate_share: float = GATE_SHARE) -> list[Sample]:
     """Accept length and verify steps by version and domain, runs, verdicts, evidence, drops."""
-    found: list[Sample] = []
+    samples: list[Sample] = []
     since = utc_now() - BACK
     for row in queries.accept_lengths.accept_length_by_version(
         s, group_id, since=since, by_domain=True
     ):
         labels = (("version", str(row.version_id)), ("domain", row.domain))
-        found += [
+        samples += [
             Sample("aurora_accept_length", "gauge", "accept length, last hour",
                    row.accept_length, labels),
             Sample("aurora_verify_steps", "gauge", "verify steps with drafts, last hour",
@@ -36,27 +36,27 @@ def of_group(s: Session, group_id: int, gate_share: float = GATE_SHARE) -> list[
         ]  # fmt: skip
     runs = Counter(run.status for run in queries.runs.runs(s, group_id))
     for status in ("running", "succeeded", "failed", "skipped"):
-        found.append(Sample("aurora_training_runs", "gauge", "training runs by how they ended",
-                            runs[status], (("status", status),)))  # fmt: skip
+        samples.append(Sample("aurora_training_runs", "gauge", "training runs by how they ended",
+                              runs[status], (("status", status),)))  # fmt: skip
     for (kind, verdict), count in queries.evaluations.count_verdicts(s, group_id).items():
-        found.append(Sample("aurora_verdicts", "gauge", "evaluations by kind and verdict", count,
-                            (("kind", kind), ("verdict", verdict))))  # fmt: skip
+        samples.append(Sample("aurora_verdicts", "gauge", "evaluations by kind and verdict", count,
+                              (("kind", kind), ("verdict", verdict))))  # fmt: skip
     evidence = held_out_counts(s, group_id, gate_share=gate_share)
     for state, count in {"judged": evidence.judged, **evidence.left_out}.items():
-        found.append(Sample("aurora_held_out_requests", "gauge", "held-out requests that can be "
-                            "judged, and those that can't by the reason", count,
-                            (("state", state),)))  # fmt: skip
+        samples.append(Sample("aurora_held_out_requests", "gauge", "held-out requests that can be "
+                              "judged, and those that can't by the reason", count,
+                              (("state", state),)))  # fmt: skip
     for place, count in queries.drops.drops(s, group_id).items():
-        found.append(Sample("aurora_drops", "counter", "records lost, by the place where", count,
-                            (("place", place),)))  # fmt: skip
+        samples.append(Sample("aurora_drops", "counter", "records lost, by the place where", count,
+                              (("place", place),)))  # fmt: skip
     deployed = Counter(row.action for row in queries.deployments.deployments(s, group_id))
     for action in ("promote", "rollback"):
-        found.append(Sample("aurora_deployments", "counter", "promotions and rollbacks",
-                            deployed[action], (("action", action),)))  # fmt: skip
+        samples.append(Sample("aurora_deployments", "counter", "promotions and rollbacks",
+                              deployed[action], (("action", action),)))  # fmt: skip
     live = queries.aliases.aliases(s, group_id).get("live")
-    found.append(Sample("aurora_live_version", "gauge", "the version that should be live",
-                        live or 0))  # fmt: skip
-    return found
+    samples.append(Sample("aurora_live_version", "gauge", "the version that should be live",
+                          live or 0))  # fmt: skip
+    return samples
 
 
 def of_itself(scheduler: Scheduler, state: str, ticked: float) -> Iterator[Sample]:

@@ -22,22 +22,22 @@ class OtherRuns:
     def __init__(self, group_id: int, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._group_id = group_id
         self._monotonic = monotonic
-        self._seen: tuple[int, datetime] | None = None
-        self._seen_at = 0.0
+        self._stamp: tuple[int, datetime] | None = None  # its token and expires_at, as last read
+        self._stamp_at = 0.0  # monotonic, when it was first read
 
     def going_on(self, s: Session, now: datetime) -> str:
         """Which process trains, as host:pid; empty: none."""
         row = queries.leases.lease(s, training_lease_name(self._group_id))
         if row is None or row.expires_at <= now:
-            self._seen = None
+            self._stamp = None
             return ""
-        seen = (row.token, row.expires_at)
-        if seen != self._seen:
-            self._seen, self._seen_at = seen, self._monotonic()
+        stamp = (row.token, row.expires_at)
+        if stamp != self._stamp:
+            self._stamp, self._stamp_at = stamp, self._monotonic()
         host, _, rest = row.holder.partition(":")
         pid = rest.partition(":")[0]
         gone = host == socket.gethostname() and pid.isdecimal() and not psutil.pid_exists(int(pid))
-        if gone or self._monotonic() - self._seen_at > TRAINING_LEASE_SECONDS:
+        if gone or self._monotonic() - self._stamp_at > TRAINING_LEASE_SECONDS:
             queries.leases.release_lease(s, row.name, row.holder, row.token)
             return ""
         return f"{host}:{pid}"

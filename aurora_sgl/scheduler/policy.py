@@ -54,12 +54,12 @@ def decide(facts: Facts, rules: SchedulerSettings) -> Decision:
     if rules.drift and facts.drift:
         return Decision(DRIFT, TRAINING, facts.drift, "train now")
     if rules.requests and new >= rules.requests:
-        said = f"{new} new requests (every {rules.requests})"
-        return Decision(REQUESTS, TRAINING, said, "train now")
+        reason = f"{new} new requests (every {rules.requests})"
+        return Decision(REQUESTS, TRAINING, reason, "train now")
     period = rules.minutes * 60
     if period and facts.since_success >= period:
-        said = f"{rules.minutes:g} minutes have passed, {new} new requests"
-        return Decision(PERIOD, TRAINING, said, "train now")
+        reason = f"{rules.minutes:g} minutes have passed, {new} new requests"
+        return Decision(PERIOD, TRAINING, reason, "train now")
     return _wait(facts, rules)
 
 
@@ -89,6 +89,6 @@ def _wait(facts: Facts, rules: SchedulerSettings) -> Decision:
         ways.append(f"{rules.minutes:g} minutes after the last run")
     if rules.drift:
         ways.append("when the accept length falls in a domain")
-    said = f"{facts.new_requests} new requests since the last run"
+    reason = f"{facts.new_requests} new requests since the last run"
     action = f"train {', or '.join(ways)}" if ways else "nothing: every trigger is off"
-    return Decision("", WAITING, said, action, next_in)
+    return Decision("", WAITING, reason, action, next_in)

@@ -209,14 +209,14 @@ class Batcher:
         self, boot_id: int, boot: Boot, batch: Batch, notes: list[LossFrame]
     ) -> list[RefusedRecord]:
         """Store what one boot sent; the records that will never be stored."""
-        known = self._registry.known(boot_id)
-        if known is None:
+        registration = self._registry.registration(boot_id)
+        if registration is None:
             return _all(boot_id, batch, NEVER_SAID)
         _account(boot, batch, notes)
-        if known.refused:
-            refused = _all(boot_id, batch, known.refused)
+        if registration.refused:
+            refused = _all(boot_id, batch, registration.refused)
         else:
-            sift = Sift(self._link, known.server_id, boot_id)
+            sift = Sift(self._link, registration.server_id, boot_id)
             if batch:
                 sift.store(batch)
             refused = sift.refused
@@ -231,7 +231,7 @@ class Batcher:
         }
         with self._link.session() as s:
             for place, count in lost.items():
-                queries.drops.set_drops(s, known.server_id, place, count)
+                queries.drops.set_drops(s, registration.server_id, place, count)
         return refused
 
     def _set_aside(self, refused: list[RefusedRecord], unreadable: list[tuple[bytes, str]]) -> None:
@@ -253,14 +253,14 @@ def _account(boot: Boot, batch: Batch, notes: list[LossFrame]) -> None:
     for loss in notes:
         boot.spool_full += loss.records
         boot.explained += loss.envelopes
-    for seq, found in batch:
+    for seq, records in batch:
         gap = seq - boot.last_seq - 1
         if gap > 0:
             explained = min(gap, boot.explained)
             boot.explained -= explained
             boot.transport += gap - explained
         boot.last_seq = max(boot.last_seq, seq)
-        for record in found:
+        for record in records:
             if isinstance(record, wire.Hello):
                 boot.hello = record
                 boot.dropped = max(boot.dropped, record.dropped)

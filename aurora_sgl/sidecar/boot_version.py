@@ -9,7 +9,7 @@ from pathlib import Path
 from aurora_sgl import wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import Refused
-from aurora_sgl.sidecar.servers import Known, drafter_path
+from aurora_sgl.sidecar.servers import Registration, drafter_path
 from aurora_sgl.sidecar.swap.staging import target_info
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreLink
@@ -17,7 +17,9 @@ from aurora_sgl.store.link import StoreLink
 log = logging.getLogger(__name__)
 
 
-def identify(link: StoreLink, artifacts: ArtifactRoot, known: Known, hello: wire.Hello) -> int:
+def identify(
+    link: StoreLink, artifacts: ArtifactRoot, registration: Registration, hello: wire.Hello
+) -> int:
     """The version id, after which ``server.boot_version_id`` is set.
 
     A drafter that is new to the group is imported, and goes live when the group has no live
@@ -32,14 +34,14 @@ def identify(link: StoreLink, artifacts: ArtifactRoot, known: Known, hello: wire
             engine,
             artifacts,
             Path(drafter_path(hello)),
-            known.group_id,
+            registration.group_id,
             source=source,
             note=f"the drafter that {hello.server.get('name', 'a server')} was started with",
             target=target_info(hello),
         )
     with link.session() as s:
-        first = queries.aliases.desired_version(s, known.group_id) is None
-        queries.servers.touch_server(s, known.server_id, boot_version_id=version.id)
+        first = queries.aliases.desired_version(s, registration.group_id) is None
+        queries.servers.touch_server(s, registration.server_id, boot_version_id=version.id)
     if first:
         with link.guard() as engine, contextlib.suppress(Refused):  # another server was first
             promote(
@@ -50,5 +52,5 @@ def identify(link: StoreLink, artifacts: ArtifactRoot, known: Known, hello: wire
                 expected_live=NONE_LIVE,
             )
             log.info("version %d is the first of its group, and live", version.id)
-    known.boot_version_id = version.id
+    registration.boot_version_id = version.id
     return int(version.id)

@@ -18,7 +18,7 @@ from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.sidecar import boot_version, phase
-from aurora_sgl.sidecar.servers import Known, Registry, ReportedLive, drafter_path
+from aurora_sgl.sidecar.servers import Registration, Registry, ReportedLive, drafter_path
 from aurora_sgl.sidecar.swap.attempt import Swaps
 from aurora_sgl.sidecar.swap.staging import Stager, Wanted
 from aurora_sgl.step_cost import StepCost
@@ -113,32 +113,32 @@ class Reconciler:
             self._told_hellos = self._told_store = -1
             self.phase = phase.Phase("", 0.0, "")
             self._phase_at = self._tidy_at = 0.0
-        known = self._registry.known(boot_id)
-        assert known is not None
-        if known.refused:
+        registration = self._registry.registration(boot_id)
+        assert registration is not None
+        if registration.refused:
             self.agrees = False
             return
-        if known.boot_version_id is None and drafter_path(hello):
-            self._identify(known, hello)
-        self.boot_version_id = known.boot_version_id or 0
+        if registration.boot_version_id is None and drafter_path(hello):
+            self._identify(registration, hello)
+        self.boot_version_id = registration.boot_version_id or 0
         live = self._registry.live(boot_id)
         self._answers(boot_id)
-        self._capture(known, hello)
-        if known.boot_version_id is not None:
-            self._tell_identity(known, live)
-            self._reconcile(known, hello, live)
+        self._capture(registration, hello)
+        if registration.boot_version_id is not None:
+            self._tell_identity(registration, live)
+            self._reconcile(registration, hello, live)
         else:
             self.agrees = not drafter_path(hello)  # a server without a drafter has none to swap
-        self._decide_phase(known, hello, live)
-        self._report(known, live)
-        self._tell_stalls(known)
-        self._tidy(known)
+        self._decide_phase(registration, hello, live)
+        self._report(registration, live)
+        self._tell_stalls(registration)
+        self._tidy(registration)
 
-    def _identify(self, known: Known, hello: wire.Hello) -> None:
+    def _identify(self, registration: Registration, hello: wire.Hello) -> None:
         if time.monotonic() < self._identify_at:
             return
         try:
-            boot_version.identify(self._link, self._artifacts, known, hello)
+            boot_version.identify(self._link, self._artifacts, registration, hello)
         except (AuroraError, OSError) as error:
             low, high = IDENTIFY_BACKOFF
             pause = min(low * 2**self._identify_failures, high)
@@ -149,11 +149,11 @@ class Reconciler:
         else:
             self._error = ""
 
-    def _tell_identity(self, known: Known, live: ReportedLive) -> None:
+    def _tell_identity(self, registration: Registration, live: ReportedLive) -> None:
         """Once per Hello of an engine that does not know yet what it was started with."""
         if live.version_id == 0 and live.hellos != self._told_hellos:
-            assert known.boot_version_id is not None
-            if self._send(wire.Identify(known.boot_version_id)):
+            assert registration.boot_version_id is not None
+            if self._send(wire.Identify(registration.boot_version_id)):
                 self._told_hellos = live.hellos
 
     def _answers(self, boot_id: int) -> None:
@@ -165,17 +165,17 @@ class Reconciler:
         if late := self.swaps.expire(boot_id):
             self._error = late
 
-    def _capture(self, known: Known, hello: wire.Hello) -> None:
+    def _capture(self, registration: Registration, hello: wire.Hello) -> None:
         """While learning is switched off nothing new is captured."""
         with self._link.session(write=False) as s:
-            learning = queries.switches.is_on(s, known.group_id, LEARNING)
+            learning = queries.switches.is_on(s, registration.group_id, LEARNING)
         wanted = self._settings.capture_share if learning else 0.0
         if hello.counters.get("capture_share", wanted) != wanted:
             self._send(wire.SetCapture(wanted))
 
-    def _reconcile(self, known: Known, hello: wire.Hello, live: ReportedLive) -> None:
+    def _reconcile(self, registration: Registration, hello: wire.Hello, live: ReportedLive) -> None:
         with self._link.session(write=False) as s:
-            desired = queries.aliases.wanted_version(s, known.group_id)
+            desired = queries.aliases.wanted_version(s, registration.group_id)
             if desired is None:
                 self.agrees = True
                 return
@@ -183,7 +183,7 @@ class Reconciler:
             version = queries.versions.version(s, version_id)
             wanted = Wanted(version.id, version.weights_uri, version.weights_sha256)
         self.desired = version_id
-        present = live.version_id or known.boot_version_id
+        present = live.version_id or registration.boot_version_id
         wrong_bytes = bool(live.sha256) and live.sha256 != wanted.weights_sha256
         self.agrees = present == version_id and not wrong_bytes
         if self.agrees:
@@ -192,15 +192,17 @@ class Reconciler:
         elif not self.swaps.busy and (failed := self.swaps.begin(wanted, generation, hello)):
             self._error = failed
 
-    def _decide_phase(self, known: Known, hello: wire.Hello, live: ReportedLive) -> None:
+    def _decide_phase(
+        self, registration: Registration, hello: wire.Hello, live: ReportedLive
+    ) -> None:
         if time.monotonic() < self._phase_at:
             return
         self._phase_at = time.monotonic() + PHASE_SECONDS
         expected = None
-        version_id = live.version_id or known.boot_version_id
+        version_id = live.version_id or registration.boot_version_id
         if self._settings.speculation == "auto" and version_id is not None:
             with self._link.session(write=False) as s:
-                expected = self._expected(s, known.group_id, version_id)
+                expected = self._expected(s, registration.group_id, version_id)
         decided = phase.decide(
             self._settings.speculation,
             self._settings.explore_share,
@@ -212,20 +214,22 @@ class Reconciler:
         if (decided.name, decided.share) != (self.phase.name, self.phase.share):
             log.info("%s, share %.2f: %s", decided.name, decided.share, decided.reason)
         length = round(expected.accept_length, 2) if expected is not None else 0.0
-        said = (
+        current = (
             float(hello.counters.get("speculation_share", -1.0)),
             float(hello.counters.get("hoped_accept_length", length)),
         )
         wanted = (decided.share, length)
-        if said == wanted or self._send(wire.SetPhase(decided.share, decided.reason, length)):
+        if current == wanted or self._send(wire.SetPhase(decided.share, decided.reason, length)):
             self.phase = decided
 
     @staticmethod
     def _expected(s: Session, group_id: int, version_id: int) -> phase.Expected | None:
         replays = [
-            found.candidate_accept_length
-            for found in queries.evaluations.evaluations(s, version_id)
-            if found.kind == "replay" and not found.domain and found.candidate_accept_length
+            evaluation.candidate_accept_length
+            for evaluation in queries.evaluations.evaluations(s, version_id)
+            if evaluation.kind == "replay"
+            and not evaluation.domain
+            and evaluation.candidate_accept_length
         ]
         since = clock.utc_now() - timedelta(seconds=LIVE_SECONDS)
         steps = accepted = 0
@@ -234,14 +238,14 @@ class Reconciler:
                 steps, accepted = row.verify_steps, row.accepted
         return phase.expected(replays[0] if replays else None, steps, accepted)
 
-    def _report(self, known: Known, live: ReportedLive) -> None:
+    def _report(self, registration: Registration, live: ReportedLive) -> None:
         """Write the server's row when something of it changed, and at every Hello.
 
         Ingest writes the counters of the Hello itself.
         """
         fields: dict[str, Any] = {
             "state": "running",
-            "live_version_id": live.version_id or known.boot_version_id,
+            "live_version_id": live.version_id or registration.boot_version_id,
             "live_sha256": live.sha256,
             "phase": self.phase.name,
             "speculation_share": self.phase.share,
@@ -252,43 +256,47 @@ class Reconciler:
             return
         with self._link.session() as s:
             heard = clock.utc_now() - timedelta(seconds=time.monotonic() - live.heard_at)
-            queries.servers.touch_server(s, known.server_id, **fields, last_seen_at=heard)
+            queries.servers.touch_server(s, registration.server_id, **fields, last_seen_at=heard)
         self._reported, self._told_store = fields, live.hellos
 
-    def _tell_stalls(self, known: Known) -> None:
+    def _tell_stalls(self, registration: Registration) -> None:
         """Some seconds after a swap every stream has made a step, and the swap has its row."""
         while self._swapped and time.monotonic() - self._swapped[0][0] > STALL_SECONDS:
             done = self._swapped[0][1]
             stall = self._stall_of(done)
             if stall is not None:
                 with self._link.session() as s:
-                    queries.swaps.set_stall(s, known.server_id, clock.from_us(done.at_us), stall)
+                    queries.swaps.set_stall(
+                        s, registration.server_id, clock.from_us(done.at_us), stall
+                    )
             del self._swapped[0]
 
-    def _tidy(self, known: Known) -> None:
+    def _tidy(self, registration: Registration) -> None:
         """Mark what dead boots of this server left running as lost."""
         if time.monotonic() < self._tidy_at:
             return
         self._tidy_at = time.monotonic() + TIDY_SECONDS
         now = clock.utc_now()
         with self._link.session(write=False) as s:
-            others = queries.servers.earlier_boots(s, queries.servers.server(s, known.server_id))
+            others = queries.servers.earlier_boots(
+                s, queries.servers.server(s, registration.server_id)
+            )
             dead = [(o.id, o.boot_id) for o in others if is_silent(o.last_seen_at, now)]
         fresh = self._traces_lost() - self._traces_told
         if not dead and not fresh:
             return
         with self._link.session() as s:
             lost = sum(queries.servers.mark_lost(s, *boot) for boot in dead)
-            queries.drops.add_drops(s, known.server_id, "trace", fresh)
+            queries.drops.add_drops(s, registration.server_id, "trace", fresh)
         self._traces_told += fresh
         if lost:
             log.info("%d requests of earlier boots are lost", lost)
 
     def farewell(self, engine_is_gone: bool) -> None:
         """Say in the server's row that it is gone, or going. Raises ``StoreAway``."""
-        known = self._registry.known(self._registry.current)
-        if known is not None and not known.refused:
+        registration = self._registry.registration(self._registry.current)
+        if registration is not None and not registration.refused:
             with self._link.session() as s:
                 if engine_is_gone:
-                    queries.servers.mark_lost(s, known.server_id, self._registry.current)
-                queries.servers.touch_server(s, known.server_id, state="stopped")
+                    queries.servers.mark_lost(s, registration.server_id, self._registry.current)
+                queries.servers.touch_server(s, registration.server_id, state="stopped")

@@ -90,15 +90,15 @@ class RefusedFile:
 
 def read(path: Path) -> Iterator[RefusedRecord]:
     """The records of a file, each once; what is no record and torn lines are left out."""
-    seen = set()
+    envelopes = set()
     for raw in path.read_bytes().splitlines():
         try:
             line = msgspec.json.decode(raw, type=Line)
         except msgspec.DecodeError:
             continue
-        if line.kind == "bytes" or line.data in seen:
+        if line.kind == "bytes" or line.data in envelopes:
             continue
-        seen.add(line.data)
+        envelopes.add(line.data)
         (record,) = wire.decode_envelope(line.data).records
         yield RefusedRecord(line.boot_id, line.seq, record, line.why)
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Known:
+class Registration:
     """A boot that has its row in ``server``."""
 
     server_id: int
@@ -70,7 +70,7 @@ class Registry:
         self._group = group
         self._lock = threading.Lock()
         self._hellos = {b: boot.hello for b, boot in cursor.boots.items() if boot.hello}
-        self._known: dict[int, Known] = {}
+        self._registrations: dict[int, Registration] = {}
         self._connects = 0
         self._swaps: list[wire.SwapDone] = []
         self._live: dict[int, ReportedLive] = {}
@@ -117,7 +117,7 @@ class Registry:
             swaps, self._swaps = self._swaps, []
             return swaps
 
-    def known(self, boot_id: int) -> Known | None:
+    def registration(self, boot_id: int) -> Registration | None:
         """The boot's row, made when needed. None: no Hello of it was heard.
 
         Raises ``StoreAway``.
@@ -126,31 +126,31 @@ class Registry:
         with self._lock:
             if self._connects != self._link.connects:
                 self._connects = self._link.connects
-                self._known.clear()
-            known = self._known.get(boot_id)
+                self._registrations.clear()
+            registration = self._registrations.get(boot_id)
             hello = self._hellos.get(boot_id)
-        if known is not None or hello is None:
-            return known
-        known = self._register(hello)
+        if registration is not None or hello is None:
+            return registration
+        registration = self._register(hello)
         with self._lock:
-            return self._known.setdefault(boot_id, known)
+            return self._registrations.setdefault(boot_id, registration)
 
     def forget(self) -> None:
         """Rows of servers are gone from the store: each is made again when it is asked for."""
         with self._lock:
-            self._known.clear()
+            self._registrations.clear()
 
     def unsettled(self, boot_id: int) -> str:
         """Why records of a boot can't be stored yet; "" when they can. A boot that is over waits
         for nobody, so that it does not hold up the next. Raises ``StoreAway``."""
-        known, hello = self.known(boot_id), self.hello(boot_id)
-        if known is None or hello is None:
+        registration, hello = self.registration(boot_id), self.hello(boot_id)
+        if registration is None or hello is None:
             return "" if self._over(boot_id) else "the server has not said yet who it is"
-        if known.ready(hello):
+        if registration.ready(hello):
             return ""
         if not self._over(boot_id):
             return NOT_IDENTIFIED
-        return self._settle(boot_id, known, hello)
+        return self._settle(boot_id, registration, hello)
 
     def _over(self, boot_id: int) -> bool:
         """Another boot has spoken, and this one has no more."""
@@ -159,37 +159,40 @@ class Registry:
             silent = not heard or time.monotonic() - heard > STALE_SECONDS
             return self.current not in (0, boot_id) and silent
 
-    def _settle(self, boot_id: int, known: Known, hello: wire.Hello) -> str:
+    def _settle(self, boot_id: int, registration: Registration, hello: wire.Hello) -> str:
         """Find the drafter of a boot that is over among the versions; without it its records are
         stored as those of a drafter that is not in the store."""
         sha256 = str(hello.server.get("live_sha256") or "")
         with self._link.session() as s:
             version = (
-                queries.versions.version_by_sha256(s, known.group_id, sha256) if sha256 else None
+                queries.versions.version_by_sha256(s, registration.group_id, sha256)
+                if sha256
+                else None
             )
             if version is not None:
-                queries.servers.touch_server(s, known.server_id, boot_version_id=version.id)
-                known.boot_version_id = version.id
+                queries.servers.touch_server(s, registration.server_id, boot_version_id=version.id)
+                registration.boot_version_id = version.id
                 return ""
         if self._next_is_new():
             return "an earlier start's drafter may be the one that is being imported"
-        known.unknown_drafter = True
+        registration.unknown_drafter = True
         log.warning("the drafter of boot %d is not known: its records name version 0", boot_id)
         return ""
 
     def _next_is_new(self) -> bool:
         """Whether the boot that is there now was just heard and has no version yet."""
         with self._lock:
-            known, hello = self._known.get(self.current), self._hellos.get(self.current)
+            registration = self._registrations.get(self.current)
+            hello = self._hellos.get(self.current)
             since = self._live[self.current].since
         if time.monotonic() - since > GRACE_SECONDS:
             return False
         if hello is None or not drafter_path(hello):
             return False
-        return known is None or not known.ready(hello)
+        return registration is None or not registration.ready(hello)
 
-    def _register(self, hello: wire.Hello) -> Known:
-        said: dict[str, Any] = hello.server
+    def _register(self, hello: wire.Hello) -> Registration:
+        description: dict[str, Any] = hello.server
         refused = ""
         with self._link.session() as s:
             # A boot stays in its group, also when this sidecar was started with another one.
@@ -198,9 +201,9 @@ class Registry:
                 group = queries.groups.ensure_group(
                     s,
                     name,
-                    str(said.get("target_model", "")),
-                    str(said.get("target_revision", "")),
-                    str(said.get("draft_architecture", "")),
+                    str(description.get("target_model", "")),
+                    str(description.get("target_revision", "")),
+                    str(description.get("draft_architecture", "")),
                 )
             except AuroraError as error:
                 refused = str(error)
@@ -209,5 +212,5 @@ class Registry:
             server = queries.servers.register_server(s, group.id, hello)
             if refused:
                 queries.servers.touch_server(s, server.id, state="stopped", last_error=refused)
-            known = Known(server.id, group.id, server.boot_version_id, refused)
-        return known
+            registration = Registration(server.id, group.id, server.boot_version_id, refused)
+        return registration

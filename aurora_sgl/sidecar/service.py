@@ -303,14 +303,14 @@ class SidecarService:
 
     def _by_version(self) -> dict[tuple[int, str], Sums]:
         """What was served, with the version that the server was started with by its name."""
-        found = self._served.sums()
+        sums = self._served.sums()
         boot = self._reconciler.boot_version_id
-        for version, domain in [key for key in found if not key[0] and boot]:
-            mine = found.pop((version, domain))
-            known = found.setdefault((boot, domain), Sums())
-            known.verify_steps += mine.verify_steps
-            known.accepted += mine.accepted
-        return found
+        for version, domain in [key for key in sums if not key[0] and boot]:
+            mine = sums.pop((version, domain))
+            total = sums.setdefault((boot, domain), Sums())
+            total.verify_steps += mine.verify_steps
+            total.accepted += mine.accepted
+        return sums
 
 
 def _watch(pid: int) -> int:

@@ -172,8 +172,8 @@ class Accounts:
                     _fail(db, key)
         if wait > 0:
             raise Refused(f"too many failed logins; try again in {wait:.0f} s")
-        known = row[2] if row and row[2] else self._nobody
-        if not self._verifies(known, password[:LONGEST_PASSWORD]) or not (row and row[2]):
+        password_hash = row[2] if row and row[2] else self._nobody
+        if not self._verifies(password_hash, password[:LONGEST_PASSWORD]) or not (row and row[2]):
             raise Refused("the name or the password is wrong")
         with self._transaction() as db:
             for key in keys:

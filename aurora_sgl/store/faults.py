@@ -126,16 +126,16 @@ def fault_of(error: BaseException) -> Fault | None:
 def is_away(error: BaseException) -> bool:
     """Whether trying the same again later can help: locked, full, restarting, unreachable, or
     something that somebody can mend in the database."""
-    found = fault_of(error)
-    return found is not None and found.kind in (Kind.AWAY, Kind.BUSY)
+    fault = fault_of(error)
+    return fault is not None and fault.kind in (Kind.AWAY, Kind.BUSY)
 
 
 def in_words(error: BaseException) -> str:
     """One line for people: what is wrong, and in brackets what the database said."""
-    found = fault_of(error)
+    fault = fault_of(error)
     cause = str(getattr(error, "orig", None) or error).strip().splitlines() or [""]
-    said = cause[0] or type(error).__name__
-    return f"{found.words} ({said})" if found else said
+    message = cause[0] or type(error).__name__
+    return f"{fault.words} ({message})" if fault else message
 
 
 def _is_drivers(cause: Any) -> bool:

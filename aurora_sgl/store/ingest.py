@@ -184,9 +184,9 @@ def _start_requests(
                     "server_id": server_id,
                     "admitted_at": from_us(record.at_us),
                 }
-    said = ("rid", "dp_rank", "domain", "conversation_hash", "prompt_tokens", "sampling",
-            "may_train", "speculates", "admitted_at")  # fmt: skip
-    upsert(connection, Request, list(started.values()), ["id"], said)
+    columns = ("rid", "dp_rank", "domain", "conversation_hash", "prompt_tokens", "sampling",
+               "may_train", "speculates", "admitted_at")  # fmt: skip
+    upsert(connection, Request, list(started.values()), ["id"], columns)
     rest = [row for request_id, row in orphans.items() if request_id not in started]
     insert_missing(connection, Request, rest, ["id"])
 
@@ -217,13 +217,13 @@ def _load_tallies(connection: Connection, keys: set[TallyKey]) -> dict[TallyKey,
     ids = sorted({key.request_id for key in keys})
     tally = RequestTally
     query = select(tally).where(tally.request_id.in_(bindparam("ids", expanding=True)))
-    found: dict[TallyKey, Tally] = {}
+    tallies: dict[TallyKey, Tally] = {}
     for begin in range(0, len(ids), _CHUNK):
         for row in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
             key = TallyKey(*(getattr(row, name) for name in TallyKey._fields))
             if key in keys:
-                found[key] = Tally(row.verify_steps, row.accepted)
-    return found
+                tallies[key] = Tally(row.verify_steps, row.accepted)
+    return tallies
 
 
 def _store_tallies(connection: Connection, tallies: dict[TallyKey, Tally]) -> None:
@@ -239,11 +239,11 @@ def _domains(connection: Connection, request_ids: set[int]) -> dict[int, str]:
     query = select(Request.id, Request.domain).where(
         Request.id.in_(bindparam("ids", expanding=True))
     )
-    found: dict[int, str] = {}
+    domains: dict[int, str] = {}
     for begin in range(0, len(ids), _CHUNK):
         for row in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
-            found[row.id] = row.domain
-    return found
+            domains[row.id] = row.domain
+    return domains
 
 
 def _store_minutes(

@@ -98,8 +98,8 @@ class StoreLink:
     def away(self, error: Exception) -> NoReturn:
         """Raises :class:`StoreAway` with what is wrong in words. What somebody has to mend shows
         on a new connection only (rights, read-only, another file), so the next try makes one."""
-        found = fault_of(error)
-        if found is None or found.kind is not Kind.BUSY:
+        fault = fault_of(error)
+        if fault is None or fault.kind is not Kind.BUSY:
             with self._lock:
                 if self._engine is not None:
                     self._engine.dispose()

@@ -71,10 +71,10 @@ def ensure_partitions(engine: Engine, times: Iterable[datetime] = ()) -> list[da
 
 def drop_before(connection: Connection, day: date, *, dry_run: bool = False) -> list[date]:
     """Drop the partitions that end at or before the start of ``day``."""
-    old = [found for found in partitions(connection) if found < day]
+    old = [partition for partition in partitions(connection) if partition < day]
     if not dry_run:
-        for found in old:
-            connection.execute(text(f"DROP TABLE {name_of(found)}"))
+        for partition in old:
+            connection.execute(text(f"DROP TABLE {name_of(partition)}"))
     return old
 
 

@@ -54,10 +54,10 @@ def upgrade(engine: Engine) -> str:
                 connection.execute(
                     text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK}
                 )
-            found = _revision(connection)
-            if found == head():
-                return found
-            _refuse_newer(found)
+            revision = _revision(connection)
+            if revision == head():
+                return revision
+            _refuse_newer(revision)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except SQLAlchemyError as error:
@@ -68,11 +68,11 @@ def upgrade(engine: Engine) -> str:
 
 def require_current(engine: Engine) -> None:
     """Raises ``AuroraError`` unless the database has the tables of this code."""
-    found = current(engine)
-    if found != head():
-        _refuse_newer(found)
+    revision = current(engine)
+    if revision != head():
+        _refuse_newer(revision)
         raise AuroraError(
-            f"the store has schema {found or 'none'}, this release needs {head()}; "
+            f"the store has schema {revision or 'none'}, this release needs {head()}; "
             "run: aurora-sgl db upgrade"
         )
 
@@ -81,10 +81,12 @@ def _revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def _refuse_newer(found: str | None) -> None:
-    known = {script.revision for script in ScriptDirectory(str(scripts_folder())).walk_revisions()}
-    if found is not None and found not in known:
+def _refuse_newer(revision: str | None) -> None:
+    revisions = {
+        script.revision for script in ScriptDirectory(str(scripts_folder())).walk_revisions()
+    }
+    if revision is not None and revision not in revisions:
         raise AuroraError(
-            f"the store has schema {found}, which this release does not know; "
+            f"the store has schema {revision}, which this release does not know; "
             "use the release that made it, or a newer one"
         )

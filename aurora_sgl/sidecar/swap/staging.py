@@ -81,11 +81,11 @@ class Stager:
             folder = self._room(weights.stat().st_size, wanted.version_id)
             try:
                 shutil.copyfile(weights, folder / checkpoint.WEIGHTS)
-                found = checkpoint.content_sha256(checkpoint.read_tensors(folder))
-                if found != wanted.weights_sha256:
+                sha256 = checkpoint.content_sha256(checkpoint.read_tensors(folder))
+                if sha256 != wanted.weights_sha256:
                     raise AuroraError(
                         f"the weights of version {wanted.version_id} are not what was stored: "
-                        f"hash {found[:16]}, expected {wanted.weights_sha256[:16]}"
+                        f"hash {sha256[:16]}, expected {wanted.weights_sha256[:16]}"
                     )
             except (OSError, AuroraError) as error:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -149,11 +149,14 @@ def target_info(hello: wire.Hello) -> TargetInfo | None:
     """The server's target as ``drafter.checkpoint.validate`` wants it; None when not said."""
     from aurora_sgl.drafter.target import TargetInfo, read_target
 
-    said = hello.server
-    model, revision = str(said.get("target_model", "")), str(said.get("target_revision", ""))
+    description = hello.server
+    model = str(description.get("target_model", ""))
+    revision = str(description.get("target_revision", ""))
     if (Path(model) / "config.json").is_file():
         return read_target(Path(model), model=model, revision=revision)
-    sizes = [said.get(f"target_{name}") for name in ("hidden_size", "vocab_size", "num_layers")]
+    sizes = [
+        description.get(f"target_{name}") for name in ("hidden_size", "vocab_size", "num_layers")
+    ]
     if not all(sizes):
         return None
     hidden, vocabulary, layers = (int(size) for size in sizes if size)

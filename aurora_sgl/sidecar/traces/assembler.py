@@ -96,16 +96,16 @@ class _Open:
         item = ITEM_BYTES[self.header.dtype]
         aux = np.zeros((end - first, self.header.aux_width * item), np.uint8)
         last = np.zeros((end - first, self.header.last_width * item), np.uint8)
-        seen = np.zeros(end - first, np.bool_)
+        mask = np.zeros(end - first, np.bool_)
         for start, rows, aux_bytes, last_bytes in self.chunks:
             here = slice(start - first, start - first + rows)
             aux[here] = np.frombuffer(aux_bytes, np.uint8).reshape(rows, -1)
             if last.shape[1]:
                 last[here] = np.frombuffer(last_bytes, np.uint8).reshape(rows, -1)
-            seen[here] = True
-        if not seen.all():
+            mask[here] = True
+        if not mask.all():
             log.warning("trace of request %d has holes", self.header.request_id)
-        lo, hi = longest_run(seen, max(0, self.header.output_start - 1 - first))
+        lo, hi = longest_run(mask, max(0, self.header.output_start - 1 - first))
         return AssembledTrace(
             header=self.header,
             tokens=np.asarray(self.tokens, np.int64),
@@ -116,12 +116,12 @@ class _Open:
         )
 
 
-def longest_run(seen: NDArray[np.bool_], output: int) -> tuple[int, int]:
+def longest_run(mask: NDArray[np.bool_], output: int) -> tuple[int, int]:
     """``[lo, hi)`` of the run without holes with the most rows from ``output`` on.
 
     Replay and training need the answer's rows; among equals the longer run is taken.
     """
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], seen.astype(np.int8), [0]))))
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
     runs = [(int(lo), int(hi)) for lo, hi in edges.reshape(-1, 2)]
     return max(runs, key=lambda run: (max(0, run[1] - max(run[0], output)), run[1] - run[0]))
 

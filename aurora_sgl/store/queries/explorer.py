@@ -72,7 +72,7 @@ def find_requests(
         query = query.where(length <= max_accept_length)
     rows = s.execute(query).all()
     versions = _versions(s, [row[0].id for row in rows])
-    return [_found(request, name, versions.get(request.id, ())) for request, name in rows]
+    return [_row(request, name, versions.get(request.id, ())) for request, name in rows]
 
 
 def _versions(s: Session, request_ids: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -90,7 +90,7 @@ def _versions(s: Session, request_ids: Sequence[int]) -> dict[int, tuple[int, ..
     return versions
 
 
-def _found(r: Request, server: str, versions: tuple[int, ...]) -> FoundRequest:
+def _row(r: Request, server: str, versions: tuple[int, ...]) -> FoundRequest:
     assert r.finished_at is not None
     return FoundRequest(
         request_id=r.id,

@@ -33,9 +33,9 @@ def add_swaps(connection: Connection, server_id: int, done: Iterable[wire.SwapDo
         insert_missing(connection, Swap, rows, ["server_id", "at"])
 
 
-def set_stall(s: Session, server_id: int, at: datetime, longest_stall_ms: float) -> bool:
+def set_stall(s: Session, server_id: int, moment: datetime, longest_stall_ms: float) -> bool:
     """Note how long a swap held up the stream that waited longest; ``False``: no such row yet."""
-    changed = update(Swap).where(Swap.server_id == server_id, Swap.at == at)
+    changed = update(Swap).where(Swap.server_id == server_id, Swap.at == moment)
     server = s.scalar(changed.values(longest_stall_ms=longest_stall_ms).returning(Swap.server_id))
     return server is not None
 

@@ -267,9 +267,9 @@ def test_the_drafter_of_a_boot_that_is_over_is_found_when_the_next_one_has_the_s
     with store.session(inside.engine) as s:
         group = queries.groups.group_by_name(s, "default").id
         version = samples.add_version(s, group, "a" if same else "b")
-    known = inside.registry.known(last)
-    assert known is not None
-    known.boot_version_id = version
+    registration = inside.registry.registration(last)
+    assert registration is not None
+    registration.boot_version_id = version
     assert inside.batcher.drain()
     (event,) = inside.rows("SELECT drafter_version_id AS v FROM acceptance_event")
     assert event["v"] == (version if same else 0)
