@@ -18,7 +18,7 @@ from aurora_sgl.draft_shape import DraftShape
 TOKENS = 40  # of one measured answer
 
 
-class HeldOut:
+class HeldOutPrompts:
     """Measures by name ("first", "last", ...) and keeps what was found."""
 
     def __init__(

@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.demo.dashboard import DashboardProcess
-from aurora_sgl.demo.held_out import HeldOut, spread
+from aurora_sgl.demo.held_out import HeldOutPrompts, spread
 from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import Prompt, load_prompts, sample_prompts, to_measure, to_serve
 from aurora_sgl.demo.screen import Screen, VersionRow
@@ -99,7 +99,7 @@ def run(
         screen.say(ready.note)
         pages = DashboardProcess(settings.home / "logs" / "dashboard.log", screen.say)
         shape = _shape(ready.flags)
-        held = HeldOut(
+        held = HeldOutPrompts(
             server.url, engine, screen, measured, DraftShape(**shape), temperature or 0.0
         )
         demo = _Demo(settings, engine, server, screen, to_serve(chosen), held, requests, stop,
@@ -144,7 +144,7 @@ class _Demo:
         server: ServerProcess,
         screen: Screen,
         prompts: list[Prompt],
-        held_out: HeldOut,
+        held_out: HeldOutPrompts,
         requests: int | None,
         stop: bool,
         shape: dict[str, int],  # depth, topk, nodes
