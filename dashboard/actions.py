@@ -23,12 +23,12 @@ from .context import Group, now
 
 def operator() -> Account:
     """Who acts. Raises ``Refused`` unless it is an operator who is logged in at this moment."""
-    found = login.account()
-    if found is None:
+    account = login.account()
+    if account is None:
         raise Refused("you were logged out meanwhile; log in again")
-    if found.role != OPERATOR:
-        raise Refused(f"{found.name} is a viewer and may look only; ask an operator")
-    return found
+    if account.role != OPERATOR:
+        raise Refused(f"{account.name} is a viewer and may look only; ask an operator")
+    return account
 
 
 def promote(
@@ -96,9 +96,9 @@ def export(here: Group, version_id: int, *, reason: str) -> bytes:
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
             for path in sorted(folder.rglob("*")):
                 archive.write(path, path.relative_to(folder.parent))
-        found = packed.read_bytes()
-    _write_down(here, actor, "export", f"version {version_id}", reason, {"bytes": len(found)})
-    return found
+        content = packed.read_bytes()
+    _write_down(here, actor, "export", f"version {version_id}", reason, {"bytes": len(content)})
+    return content
 
 
 def train(here: Group, *, reason: str) -> None:

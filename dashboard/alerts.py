@@ -22,23 +22,23 @@ class Alert:
 
 def alerts(group: Group, look: status.GroupStatus) -> list[Alert]:
     """The worst first."""
-    found = [*_servers(look), *_notices(look), *_watch(look), *_drift(group), *_drops(group)]
-    found += _learning(group, look)
-    return sorted(found, key=lambda alert: not alert.severe)
+    problems = [*_servers(look), *_notices(look), *_watch(look), *_drift(group), *_drops(group)]
+    problems += _learning(group, look)
+    return sorted(problems, key=lambda alert: not alert.severe)
 
 
 def _servers(look: status.GroupStatus) -> list[Alert]:
-    found = []
+    problems = []
     for server in look.servers:
         if server.silent:
             text = (
                 f"Server {server.name} was last heard of {words.ago(server.last_seen_at)}: it is "
                 "down, or its sidecar does not reach the store."
             )
-            found.append(Alert(text, True))
+            problems.append(Alert(text, True))
         elif not server.converged:
             severe = "on its way" not in server.reason
-            found.append(
+            problems.append(
                 Alert(
                     f"Server {server.name} should run {words.version(server.wanted_version_id)} "
                     f"and runs {words.version(server.live_version_id)}: {server.reason}.",
@@ -46,8 +46,8 @@ def _servers(look: status.GroupStatus) -> list[Alert]:
                 )
             )
     if not look.servers:
-        found.append(Alert("No server of this group is running; nothing is served.", False))
-    return found
+        problems.append(Alert("No server of this group is running; nothing is served.", False))
+    return problems
 
 
 def _notices(look: status.GroupStatus) -> list[Alert]:
@@ -100,13 +100,13 @@ def _drops(group: Group) -> list[Alert]:
     lost = {place: count for place, count in data.drops(group).items() if count}
     if not lost:
         return []
-    told = ", ".join(f"{count:,} at the {place}" for place, count in sorted(lost.items()))
-    text = f"Records were lost since these servers started: {told}. Requests were not."
+    losses = ", ".join(f"{count:,} at the {place}" for place, count in sorted(lost.items()))
+    text = f"Records were lost since these servers started: {losses}. Requests were not."
     return [Alert(text, False)]
 
 
 def _learning(group: Group, look: status.GroupStatus) -> list[Alert]:
-    found = [
+    problems = [
         Alert(
             f"{switch.name.replace('_', ' ').capitalize()} is switched off"
             + (f" by {switch.actor} {words.ago(switch.updated_at)}: {switch.reason}."
@@ -118,10 +118,12 @@ def _learning(group: Group, look: status.GroupStatus) -> list[Alert]:
     ]  # fmt: skip
     last = [run for run in data.runs(group, 1) if run.status == "failed"]
     if last:
-        found.append(Alert(f"The last training run ({last[0].id}) failed: {last[0].error}.", False))
+        problems.append(
+            Alert(f"The last training run ({last[0].id}) failed: {last[0].error}.", False)
+        )
     scheduler = look.scheduler
     if not scheduler.alive and scheduler.updated_at is not None and scheduler.state != "stopped":
-        found.append(
+        problems.append(
             Alert(f"The scheduler was last heard of {words.ago(scheduler.updated_at)}.", False)
         )
-    return found
+    return problems

@@ -71,8 +71,8 @@ def fit(
 
 def coarser(period: Period, points: Sequence[TrendPoint], name: Namer) -> Period:
     """The same period with buckets so wide that all lines together keep to ``MOST_POINTS``."""
-    at = {point.bucket: floor(point.bucket, period.width) for point in points}
-    drawn = len({(name(point), at[point.bucket]) for point in points})
+    starts = {point.bucket: floor(point.bucket, period.width) for point in points}
+    drawn = len({(name(point), starts[point.bucket]) for point in points})
     return replace(period, width=period.width * max(1, -(-drawn // MOST_POINTS)))
 
 
@@ -88,15 +88,15 @@ def placed(
     between its first and its last step: never outside of what was served.
 
     ``series`` has the begin of each bucket, ``ends`` the first and the last step of each line."""
-    found: Series = {}
+    lines: Series = {}
     for name, points in series.items():
         first, last = ends[name]
         spans = [(max(begin, first), min(begin + width, last)) for begin, _ in points]
-        found[name] = [
+        lines[name] = [
             (begin + (end - begin) / 2, served)
             for (begin, end), (_, served) in zip(spans, points, strict=True)
         ]
-    return found
+    return lines
 
 
 def ends(
@@ -106,13 +106,13 @@ def ends(
     lines: dict[str, dict[datetime, list[TrendPoint]]] = {}
     for point in points:
         lines.setdefault(name(point), {}).setdefault(point.bucket, []).append(point)
-    found = {}
+    extents = {}
     for line, of in lines.items():
         first, last = (
             _extent(url, wanted, bucket, begin, of[begin]) for begin in (min(of), max(of))
         )
-        found[line] = first[0], last[1]
-    return found
+        extents[line] = first[0], last[1]
+    return extents
 
 
 def _extent(

@@ -228,9 +228,9 @@ def _mark_deployments(
         )
     if len(deployments) <= 4 * MOST_LABELS:
         for row in deployments:
-            at = local(row.created_at)
+            moment = local(row.created_at)
             figure.add_shape(
-                type="line", x0=at, x1=at, y0=bottom, y1=y,
+                type="line", x0=moment, x1=moment, y0=bottom, y1=y,
                 line={"width": 1, "dash": "dot", "color": "#7F7F7F"},
             )  # fmt: skip
 
@@ -286,7 +286,9 @@ def heat(
     """Accept length by domain and hour, which is a name or a time of the wall's clock; a cell says
     its number."""
     values = [[_length(cells.get((row, column))) for column in columns] for row in rows]
-    told = [[_told(row, column, cells.get((row, column))) for column in columns] for row in rows]
+    hover_texts = [
+        [_hover_text(row, column, cells.get((row, column))) for column in columns] for row in rows
+    ]
     numbers = [["" if value is None else f"{value:.2f}" for value in line] for line in values]
     few, names = len(columns) <= 30, [label(row, 14) for row in rows]
     figure = go.Figure(
@@ -294,7 +296,7 @@ def heat(
             y=names,
             z=values,
             text=numbers,
-            customdata=told,
+            customdata=hover_texts,
             texttemplate="%{text}" if few else "",
             hovertemplate="%{customdata}<extra></extra>",
             colorscale="Viridis",
@@ -326,12 +328,12 @@ def _length(served: ServedCounts | None) -> float | None:
     return served.accept_length if served else None
 
 
-def _told(row: str, column: datetime | str, served: ServedCounts | None) -> str:
+def _hover_text(row: str, column: datetime | str, served: ServedCounts | None) -> str:
     column = f"{column:%-d %b %Hh}" if isinstance(column, datetime) else column
     if served is None:
         return f"{escape(row)}, {column}: nothing served"
-    told = words.length(served.accept_length, served.interval)
-    return f"{escape(row)}, {column}: {told}, {served.requests:,} requests"
+    length = words.length(served.accept_length, served.interval)
+    return f"{escape(row)}, {column}: {length}, {served.requests:,} requests"
 
 
 def plain(x: Sequence[Any], y: Sequence[Any], across: str, up: str, kind: str) -> go.Figure:

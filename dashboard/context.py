@@ -58,8 +58,8 @@ def find_groups() -> list[Group]:
     settings = get_settings()
     url = settings.store_url
     with store.session(engine_of(url), write=False) as s:
-        found = [Group(url, row.id, row.name) for row in queries.groups.groups(s)]
-    return sorted(found, key=lambda group: (group.name != settings.group, group.name))
+        groups = [Group(url, row.id, row.name) for row in queries.groups.groups(s)]
+    return sorted(groups, key=lambda group: (group.name != settings.group, group.name))
 
 
 def group() -> Group:
@@ -88,8 +88,8 @@ def in_words(error: Exception) -> str:
     """What a person can do something about."""
     if not isinstance(error, DBAPIError):
         return str(error)
-    said = str(error.orig).strip().splitlines()
+    lines = str(error.orig).strip().splitlines()
     return (
-        f"The store did not answer ({said[0] if said else 'no reason given'}). Check "
+        f"The store did not answer ({lines[0] if lines else 'no reason given'}). Check "
         "AURORA_DATABASE_URL and that the database is running; then look again."
     )

@@ -55,15 +55,15 @@ def _day(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
 def long_trend(url: str, wanted: Filter, bucket: str, cut: datetime) -> tuple[TrendPoint, ...]:
     """With histograms. Days that ended long ago are read once, what is before ``cut`` (on a
     bucket's edge) every ten minutes, what is after it anew."""
-    found: list[TrendPoint] = []
+    points: list[TrendPoint] = []
     for part in _parts(wanted, cut):
         if part.since is None or part.until is None or part.until > cut:
-            found += _recent(url, part, bucket)
+            points += _recent(url, part, bucket)
         elif part.until - part.since == DAY and cut - part.until > LATE:
-            found += _day(url, part, bucket)
+            points += _day(url, part, bucket)
         else:
-            found += _past(url, part, bucket)
-    return tuple(found)
+            points += _past(url, part, bucket)
+    return tuple(points)
 
 
 def _parts(wanted: Filter, cut: datetime) -> Iterator[Filter]:
@@ -226,10 +226,10 @@ def find_requests(group: Group, **wanted: Any) -> list[explorer.FoundRequest]:
 def request(group: Group, request_id: int) -> tuple[Request | None, list[dict[str, Any]]]:
     """A request of this group and its verify steps, decoded."""
     with store.session(group.engine, write=False) as s:
-        found = queries.requests.request(s, request_id)
-        if found is None or queries.servers.server(s, found.server_id).group_id != group.id:
+        row = queries.requests.request(s, request_id)
+        if row is None or queries.servers.server(s, row.server_id).group_id != group.id:
             return None, []
-        return found, queries.events.events(s, request_id)
+        return row, queries.events.events(s, request_id)
 
 
 def target(group: Group) -> tuple[str, str]:

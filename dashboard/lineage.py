@@ -64,12 +64,12 @@ def _sides(points: Sequence[tuple[int, datetime, float]]) -> dict[int, str]:
     moments, lengths = [point[1] for point in points], [point[2] for point in points]
     apart = (max(moments) - min(moments)) / NARROWEST
     high = HIGH * max(max(lengths) - min(lengths), 1e-9)
-    found: dict[int, str] = {}
+    sides: dict[int, str] = {}
     taken: dict[str, list[tuple[datetime, float]]] = {"top center": [], "bottom center": []}
-    for version, at, length in sorted(points, reverse=True):
+    for version, moment, length in sorted(points, reverse=True):
         for side, others in taken.items():
-            if all(abs(at - other) >= apart or abs(length - y) >= high for other, y in others):
-                found[version] = side
-                others.append((at, length))
+            if all(abs(moment - other) >= apart or abs(length - y) >= high for other, y in others):
+                sides[version] = side
+                others.append((moment, length))
                 break
-    return found
+    return sides

@@ -20,17 +20,17 @@ def account() -> Account | None:
     """Who looks at the page, with the role that the account has at this moment."""
     token = st.session_state.get(TOKEN) or _cookie()
     if token:
-        found = accounts().of_session(token)
-        if found is not None:
+        user = accounts().of_session(token)
+        if user is not None:
             st.session_state[TOKEN] = token
-            return found
+            return user
         st.session_state.pop(TOKEN, None)
     return _openid_account() if _openid_is_set_up() else None
 
 
 def is_operator() -> bool:
-    found = account()
-    return found is not None and found.role == OPERATOR
+    user = account()
+    return user is not None and user.role == OPERATOR
 
 
 def show() -> None:
@@ -75,11 +75,11 @@ def _log_in() -> None:
         password = st.text_input("Password", type="password", autocomplete="current-password")
         if st.form_submit_button("Log in", type="primary"):
             try:
-                found = accounts().log_in(name, password, st.context.ip_address or "local")
+                user = accounts().log_in(name, password, st.context.ip_address or "local")
             except AuroraError as error:
                 st.error(str(error), icon=":material/error:")
             else:
-                _enter(found)
+                _enter(user)
     if _openid_is_set_up():
         if st.button("Log in with OpenID Connect", icon=":material/key:"):
             st.login()
@@ -104,16 +104,16 @@ def _first_operator(token: str) -> None:
             try:
                 if not secrets.compare_digest(password.encode(), again.encode()):
                     raise AuroraError("the two passwords differ")
-                found = accounts().set_up(token, name, password)
+                user = accounts().set_up(token, name, password)
             except AuroraError as error:
                 st.error(str(error), icon=":material/error:")
             else:
                 st.query_params.clear()
-                _enter(found)
+                _enter(user)
 
 
-def _enter(found: Account) -> None:
-    token = accounts().open_session(found.name)
+def _enter(user: Account) -> None:
+    token = accounts().open_session(user.name)
     st.session_state[TOKEN] = token
     st.session_state["cookie_change"] = token
     st.rerun()
@@ -158,5 +158,5 @@ def _openid_name() -> str:
 def _openid_account() -> Account | None:
     if not st.user.is_logged_in or not _openid_name():
         return None
-    found = accounts().get(_openid_name())
-    return found if found is not None and not found.has_password else None
+    user = accounts().get(_openid_name())
+    return user if user is not None and not user.has_password else None

@@ -56,11 +56,11 @@ def _step(event: Mapping[str, Any]) -> StepTold:
         tokens.append(last)
         kinds.append(_kind_of_last(event))
     kept = int(event["kept"])
-    told = [
+    output = [
         Token(id, kind, place >= kept)
         for place, (id, kind) in enumerate(zip(tokens, kinds, strict=True))
     ]
-    return StepTold(int(event["step"]), told, _proposals(draft, event["draft_parents"], accepted),
+    return StepTold(int(event["step"]), output, _proposals(draft, event["draft_parents"], accepted),
                     event)  # fmt: skip
 
 
@@ -84,8 +84,8 @@ def _proposals(
     draft: Sequence[int], parents: Sequence[int], accepted: Sequence[int]
 ) -> list[Proposal]:
     depth = {0: 0}
-    found = []
+    proposals = []
     for node, (token, parent) in enumerate(zip(draft, parents, strict=True), 1):
         depth[node] = depth.get(parent, 0) + 1
-        found.append(Proposal(node, depth[node], token, node in set(accepted)))
-    return sorted(found, key=lambda p: (p.depth, p.node))
+        proposals.append(Proposal(node, depth[node], token, node in set(accepted)))
+    return sorted(proposals, key=lambda p: (p.depth, p.node))

@@ -93,11 +93,11 @@ def summary(step: StepTold) -> str:
     event = step.event
     if not event["depth"]:
         return "no draft"
-    told = f"{event['accepted']} of depth {event['depth']} accepted"
+    line = f"{event['accepted']} of depth {event['depth']} accepted"
     if step.rejected_at:
-        told += f", rejected at depth {step.rejected_at}"
+        line += f", rejected at depth {step.rejected_at}"
     cut = sum(token.cut for token in step.tokens)
-    return told + (f", {cut} not kept" if cut else "")
+    return line + (f", {cut} not kept" if cut else "")
 
 
 def _tip(step: StepTold, decode: Decode | None) -> str:
@@ -160,7 +160,7 @@ def _tokenizer_file(target_model: str, revision: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(target_model, "tokenizer.json", revision=revision or None)
+        path = try_to_load_from_cache(target_model, "tokenizer.json", revision=revision or None)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None

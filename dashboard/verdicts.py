@@ -32,9 +32,9 @@ def told(evaluation: Evaluation) -> list[str]:
 def _judged(judged: Mapping[str, Any]) -> str:
     """``It rests on 40 held-out requests; left out: 3 rejection sampling.``"""
     requests = int(judged.get("requests") or 0)
-    said = f"It rests on {requests:,} held-out request{'' if requests == 1 else 's'}"
+    sentence = f"It rests on {requests:,} held-out request{'' if requests == 1 else 's'}"
     lost = {name: count for name, count in dict(judged.get("left_out") or {}).items() if count}
     if lost:
         listed = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in sorted(lost.items()))
-        said += f"; left out: {listed}"
-    return f"{said}."
+        sentence += f"; left out: {listed}"
+    return f"{sentence}."

@@ -241,27 +241,29 @@ class Questions:
 
 def by_domain(evaluation: Evaluation) -> list[dict[str, object]]:
     """Rows for a table; empty when the comparison was not split."""
-    found = []
-    for domain, said in sorted(dict(evaluation.details.get("by_domain") or {}).items()):
-        found.append(
+    rows = []
+    for domain, comparison in sorted(dict(evaluation.details.get("by_domain") or {}).items()):
+        rows.append(
             {
                 "domain": domain,
-                "requests": said.get("requests"),
-                "accept length": f"{words.number(said.get('baseline'))} → "
-                f"{words.number(said.get('candidate'))}",
+                "requests": comparison.get("requests"),
+                "accept length": f"{words.number(comparison.get('baseline'))} → "
+                f"{words.number(comparison.get('candidate'))}",
                 "difference (90%)": words.difference(
-                    said.get("difference"), said.get("ci_low"), said.get("ci_high")
+                    comparison.get("difference"),
+                    comparison.get("ci_low"),
+                    comparison.get("ci_high"),
                 ),
-                "verdict": said.get("verdict"),
+                "verdict": comparison.get("verdict"),
             }
         )
-    return found
+    return rows
 
 
 def _without_flag(refusal: str) -> str:
     """Without the advice to type a flag, which is a box here."""
-    said = re.split(r"[;,][^;,]*--force", refusal)[0]
-    return said[:1].upper() + said[1:] + "."
+    text = re.split(r"[;,][^;,]*--force", refusal)[0]
+    return text[:1].upper() + text[1:] + "."
 
 
 def _kept(evaluation: Evaluation | None) -> dict[str, Any]:
@@ -270,6 +272,6 @@ def _kept(evaluation: Evaluation | None) -> dict[str, Any]:
         return {}
     names = ("id", "kind", "baseline_id", "requests", "baseline_accept_length",
              "candidate_accept_length", "difference", "ci_low", "ci_high", "verdict")  # fmt: skip
-    found: dict[str, Any] = {name: getattr(evaluation, name) for name in names}
-    found["age_seconds"] = round((now() - evaluation.created_at).total_seconds())
-    return found
+    evidence: dict[str, Any] = {name: getattr(evaluation, name) for name in names}
+    evidence["age_seconds"] = round((now() - evaluation.created_at).total_seconds())
+    return evidence

@@ -190,13 +190,13 @@ class Agent:
         if records and self.channel:
             self.channel.put(records)
         pieces = []
-        at = 0
+        offset = 0
         for row, req in enumerate(batch.reqs):
             rows = batch.extend_lens[row]
             state: RequestState | None = req._aurora
             if state is not None and state.traced and not state.trace_broken:
-                pieces.append((req, state, batch.prefix_lens[row], at, rows))
-            at += rows
+                pieces.append((req, state, batch.prefix_lens[row], offset, rows))
+            offset += rows
         if pieces and aux is not None and aux.shape[0] == total:
             self.prefill = (pieces, to_host(aux), to_host(last) if last is not None else None)
 
@@ -233,8 +233,8 @@ class Agent:
         says so (see ``draft_kv``). Captured requests have a part of their own, so that what they
         find there was captured too, and no prefix is unknown to training.
         """
-        said = self.consent.take(recv_req)
-        wish = said.speculate if self.can_skip else True
+        labels = self.consent.take(recv_req)
+        wish = labels.speculate if self.can_skip else True
         if wish is None:
             admission = self.policy.admit(batch_size)
             speculates = admission is not Admission.PLAIN
@@ -242,11 +242,11 @@ class Agent:
         else:
             speculates, keeps = wish, math.inf if wish else 0.0
         session = getattr(recv_req, "session_id", None)
-        traced = self.capture is not None and self.recorder.choose_to_trace(said, session)
+        traced = self.capture is not None and self.recorder.choose_to_trace(labels, session)
         if traced:
             recv_req.extra_key = f"{recv_req.extra_key or ''}{_TRACED}"
         renews = self.cached_kv.renews(recv_req)
-        put(recv_req, RequestPlan(speculates, keeps, traced, renews, said))
+        put(recv_req, RequestPlan(speculates, keeps, traced, renews, labels))
 
     def observe_verify(self, batch: Any, result: Any) -> None:
         """After the verify forward: take references to what records need."""
@@ -295,18 +295,19 @@ class Agent:
     ) -> None:
         if not tracked:
             return
-        seen: VerifyObservation | None = getattr(result, "aurora_verify", None)
-        if seen is None:  # the step was not observed, so that their records would have a hole
+        observation: VerifyObservation | None = getattr(result, "aurora_verify", None)
+        # The step was not observed, so that their records would have a hole.
+        if observation is None:
             self.let_go(state for _, _, state, _ in tracked)
             return
-        step = StepRows(seen, result.accept_lens.tolist(), len(batch.reqs))
-        if seen.shape != NO_DRAFT:
+        step = StepRows(observation, result.accept_lens.tolist(), len(batch.reqs))
+        if observation.shape != NO_DRAFT:
             whole = [
                 step.accept_lens[row] - 1
                 for row, _, state, _ in tracked
-                if not state.holes and state.swap_count == seen.swap_count
+                if not state.holes and state.swap_count == observation.swap_count
             ]
-            self.policy.observe(seen.swap_count, seen.shape, len(whole), sum(whole))
+            self.policy.observe(observation.swap_count, observation.shape, len(whole), sum(whole))
         records = [
             record
             for row, req, state, before in tracked
@@ -321,8 +322,10 @@ class Agent:
         """The records of one request of a step. If they fail, those of the others don't."""
         try:
             records = [self.recorder.verify_step(step, req, state, row, before)]
-            if state.traced and self.capture and step.seen.aux is not None:
-                self.capture.verify_rows(req, state, row, before, step.accept_lens[row], step.seen)
+            if state.traced and self.capture and step.observation.aux is not None:
+                self.capture.verify_rows(
+                    req, state, row, before, step.accept_lens[row], step.observation
+                )
             if req.finished():
                 records.append(self._finish(req, state))
         except Exception as error:
@@ -334,9 +337,9 @@ class Agent:
     def after_prefill_results(self, batch: Any, result: Any) -> None:
         observed: Prefill = getattr(result, "aurora_prefill", None) or ([], None, None)
         pieces, aux, last = observed
-        for req, state, start, at, rows in pieces:
+        for req, state, start, offset, rows in pieces:
             if self.capture and aux is not None and not req.is_retracted:
-                part = slice(at, at + rows)
+                part = slice(offset, offset + rows)
                 self.capture.prompt_rows(
                     req, state, start, aux[part], last[part] if last is not None else None
                 )

@@ -96,8 +96,9 @@ class CachedKV:
 def _prefix(batch: Any, row: int, cached: int) -> torch.Tensor:
     """Places of what a request of a prefill found in the cache. SGLang 0.5.22 no longer keeps them
     with the request; the table that its attention reads has them in every release."""
-    at = batch.req_pool_indices[row : row + 1]  # a slice: a number would wait for the device
-    places: torch.Tensor = batch.req_to_token_pool.req_to_token[at, :cached][0]
+    # A slice: a number would wait for the device.
+    pool_index = batch.req_pool_indices[row : row + 1]
+    places: torch.Tensor = batch.req_to_token_pool.req_to_token[pool_index, :cached][0]
     return places
 
 

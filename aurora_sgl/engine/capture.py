@@ -34,9 +34,9 @@ class LastHiddenState:
     @classmethod
     def of(cls, logits_processor: Any) -> LastHiddenState:
         """The one of a logits processor, which keeps its rows from now on."""
-        found = _kept_by(logits_processor)
-        found.wanted = True
-        return found
+        last_hidden = _kept_by(logits_processor)
+        last_hidden.wanted = True
+        return last_hidden
 
     def see(self, hidden_states: torch.Tensor, *, verifies: bool) -> None:
         """``hidden_states`` is what a forward ends with; ``verifies``: a target over drafts."""
@@ -65,10 +65,10 @@ class LastHiddenState:
 
 
 def _kept_by(logits_processor: Any) -> LastHiddenState:
-    found: LastHiddenState | None = getattr(logits_processor, "_aurora_last", None)
-    if found is None:
-        found = logits_processor._aurora_last = LastHiddenState()
-    return found
+    last_hidden: LastHiddenState | None = getattr(logits_processor, "_aurora_last", None)
+    if last_hidden is None:
+        last_hidden = logits_processor._aurora_last = LastHiddenState()
+    return last_hidden
 
 
 def keep_last(logits_processor: Any, hidden_states: Any, metadata: Any) -> None:

@@ -23,10 +23,10 @@ _ODD = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 def text(value: object, most: int = MAX_TEXT) -> str:
     """The first ``most`` characters of a text, those replaced that cannot be stored or printed."""
-    found = (value if isinstance(value, str) else _words(value))[:most]
-    if found.isprintable():  # nearly always; what is printable has none of the odd ones
-        return found
-    return "".join(_REPLACEMENT if unicodedata.category(c) in _ODD else c for c in found)
+    head = (value if isinstance(value, str) else _words(value))[:most]
+    if head.isprintable():  # nearly always; what is printable has none of the odd ones
+        return head
+    return "".join(_REPLACEMENT if unicodedata.category(c) in _ODD else c for c in head)
 
 
 def integer(value: object) -> int:
@@ -34,30 +34,30 @@ def integer(value: object) -> int:
     if isinstance(value, float) and not math.isfinite(value):
         return 0
     try:
-        found = int(value)  # type: ignore[call-overload]
+        number = int(value)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
         return 0
-    return max(-_LARGEST, min(int(found), _LARGEST))
+    return max(-_LARGEST, min(int(number), _LARGEST))
 
 
-def value(found: Any, depth: int = 0) -> Any:
+def value(content: Any, depth: int = 0) -> Any:
     """Anything as what JSON knows, without numbers that are not finite, short and not deep."""
-    if found is None or isinstance(found, bool):
-        return found
-    if isinstance(found, int):
-        return integer(found)
-    if isinstance(found, float):
-        return found if math.isfinite(found) else None
-    if depth < _MAX_DEPTH and isinstance(found, Mapping):
-        items = list(found.items())[:_MAX_ITEMS]
+    if content is None or isinstance(content, bool):
+        return content
+    if isinstance(content, int):
+        return integer(content)
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if depth < _MAX_DEPTH and isinstance(content, Mapping):
+        items = list(content.items())[:_MAX_ITEMS]
         return {text(name): value(item, depth + 1) for name, item in items}
-    if depth < _MAX_DEPTH and isinstance(found, list | tuple):
-        return [value(item, depth + 1) for item in found[:_MAX_ITEMS]]
-    return text(found)
+    if depth < _MAX_DEPTH and isinstance(content, list | tuple):
+        return [value(item, depth + 1) for item in content[:_MAX_ITEMS]]
+    return text(content)
 
 
-def _words(found: object) -> str:
+def _words(content: object) -> str:
     try:
-        return str(found)
+        return str(content)
     except Exception:  # such as an integer of more digits than Python prints
-        return f"a {type(found).__name__} that cannot be printed"
+        return f"a {type(content).__name__} that cannot be printed"

@@ -32,10 +32,10 @@ class Consent:
 
     def take(self, received: Any) -> labels.Labels:
         """What a request says, which is taken off it."""
-        said = labels.take(received.sampling_params)
-        if not said.stamped and not str(received.rid).startswith("HEALTH_CHECK"):
+        request_labels = labels.take(received.sampling_params)
+        if not request_labels.stamped and not str(received.rid).startswith("HEALTH_CHECK"):
             self._tell()
-        return said
+        return request_labels
 
     def forget_old(self) -> None:
         """Take the notice back when the last such request is long ago."""

@@ -55,9 +55,9 @@ class DraftKV:
         """How many of these places hold no draft KV of this maker; how many hold another's; and
         how many of the first ``head`` do."""
         self._settle()
-        found = self._maker[self._inside(places)]
-        not_mine = found != maker
-        others = not_mine & (found != _NOBODY)
+        makers = self._maker[self._inside(places)]
+        not_mine = makers != maker
+        others = not_mine & (makers != _NOBODY)
         return torch.stack([not_mine.sum(), others.sum(), others[:head].sum()])
 
     def doubt(self) -> None:

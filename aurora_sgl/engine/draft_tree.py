@@ -36,7 +36,7 @@ class VerifyObservation:
 class StepRows:
     """One verify step as lists, a row for each request of the batch."""
 
-    seen: VerifyObservation
+    observation: VerifyObservation
     accept_lens: list[int]
     batch_size: int
     at_us: int = field(default_factory=wire.now_us)
@@ -47,12 +47,13 @@ class StepRows:
     target_predict: list[list[int]] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        seen = self.seen
-        self.draft_token = seen.draft_token.tolist()
-        self.first_child, self.next_sibling = seen.first_child.tolist(), seen.next_sibling.tolist()
-        self.paths = seen.accept_index.tolist()
+        observation = self.observation
+        self.draft_token = observation.draft_token.tolist()
+        self.first_child = observation.first_child.tolist()
+        self.next_sibling = observation.next_sibling.tolist()
+        self.paths = observation.accept_index.tolist()
         self.target_predict = (
-            seen.target_predict.tolist() if seen.target_predict is not None else None
+            observation.target_predict.tolist() if observation.target_predict is not None else None
         )
 
 

@@ -32,7 +32,7 @@ _NO = frozenset(("no", "false", "0", "off"))
 _WHOLE = "whole"
 _PREFIX = b"x-aurora-"
 
-_said: ContextVar[dict[str, Any] | None] = ContextVar("aurora_said", default=None)
+_header_labels: ContextVar[dict[str, Any] | None] = ContextVar("aurora_said", default=None)
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[..., Awaitable[Any]], Callable[..., Awaitable[None]]], Any]
@@ -68,7 +68,7 @@ class HeaderMiddleware:
         send: Callable[..., Awaitable[None]],
     ) -> None:
         if scope["type"] in ("http", "websocket"):
-            _said.set(parse(scope["headers"]))
+            _header_labels.set(parse(scope["headers"]))
         await self.app(scope, receive, send)
 
 
@@ -79,18 +79,18 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
         if header.lower().startswith(_PREFIX):
             name = header.lower().removeprefix(_PREFIX).decode("latin-1")
             ours.setdefault(name, []).append(value)
-    said: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
     for label in ("domain", "conversation"):
         if text := next(filter(None, map(_text, ours.get(label, ()))), ""):
-            said[label] = text
+            labels[label] = text
     if "train" in ours:
-        said["train"] = _is_yes(ours["train"])
+        labels["train"] = _is_yes(ours["train"])
     wish = _text(ours["speculate"][0]).lower() if "speculate" in ours else ""
     if wish == _WHOLE or wish in _YES or wish in _NO:
-        said["speculate"] = wish not in _NO
-    said["whole"] = wish == _WHOLE
-    said["warmup"] = any(_is_stamp(value) for value in ours.get("warmup", ()))
-    return said
+        labels["speculate"] = wish not in _NO
+    labels["whole"] = wish == _WHOLE
+    labels["warmup"] = any(_is_stamp(value) for value in ours.get("warmup", ()))
+    return labels
 
 
 def _is_yes(values: list[bytes]) -> bool:
@@ -102,10 +102,10 @@ def _is_yes(values: list[bytes]) -> bool:
 def _text(value: bytes) -> str:
     """UTF-8 as browsers and most clients send it, else Latin-1, the old rule of HTTP."""
     try:
-        found = value.decode()
+        text = value.decode()
     except UnicodeDecodeError:
-        found = value.decode("latin-1")
-    return found.strip()[:MAX_LABEL].rstrip()
+        text = value.decode("latin-1")
+    return text.strip()[:MAX_LABEL].rstrip()
 
 
 def new_stamp() -> None:
@@ -115,12 +115,12 @@ def new_stamp() -> None:
 
 def attach(sampling_params: Any, *, warmup: bool) -> None:
     """Put what the current HTTP request says into ``sampling_params.custom_params``."""
-    said, stamp = _said.get(), environment.value(STAMP_VARIABLE)
-    if not stamp or (said is None and not warmup):
+    header_labels, stamp = _header_labels.get(), environment.value(STAMP_VARIABLE)
+    if not stamp or (header_labels is None and not warmup):
         return
     params = sampling_params.custom_params
     own = params if isinstance(params, dict) else None
-    labels = {**(said or {}), "stamp": stamp, "alone": own is None}
+    labels = {**(header_labels or {}), "stamp": stamp, "alone": own is None}
     labels["warmup"] = warmup or labels.get("warmup") is True
     sampling_params.custom_params = {**(own or {}), KEY: labels}
 
@@ -133,21 +133,21 @@ def take(sampling_params: Any) -> Labels:
     params = getattr(sampling_params, "custom_params", None)
     if not isinstance(params, dict):
         return UNKNOWN
-    found = params.get(KEY)
-    if not isinstance(found, dict) or not _is_stamp(
-        str(found.get("stamp")).encode("utf-8", "replace")
+    labels = params.get(KEY)
+    if not isinstance(labels, dict) or not _is_stamp(
+        str(labels.get("stamp")).encode("utf-8", "replace")
     ):
         return UNKNOWN
     rest = {name: value for name, value in params.items() if name != KEY}
-    sampling_params.custom_params = None if found.get("alone") is True else rest
-    train, speculate = found.get("train"), found.get("speculate")
+    sampling_params.custom_params = None if labels.get("alone") is True else rest
+    train, speculate = labels.get("train"), labels.get("speculate")
     return Labels(
-        domain=str(found.get("domain") or DEFAULT_DOMAIN)[:MAX_LABEL],
-        conversation=str(found.get("conversation") or "")[:MAX_LABEL],
+        domain=str(labels.get("domain") or DEFAULT_DOMAIN)[:MAX_LABEL],
+        conversation=str(labels.get("conversation") or "")[:MAX_LABEL],
         may_train=train if isinstance(train, bool) else None,
         speculate=speculate if isinstance(speculate, bool) else None,
-        whole=found.get("whole") is True,
-        warmup=found.get("warmup") is True,
+        whole=labels.get("whole") is True,
+        warmup=labels.get("warmup") is True,
     )
 
 

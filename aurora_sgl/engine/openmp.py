@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 
 _TURNS = "2000"
-_SAID = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def wait_politely() -> None:
     """For the processes that are started from here: OpenMP reads its environment as it starts.
     What the user says about waiting stands."""
-    if not any(name in os.environ for name in _SAID):
+    if not any(name in os.environ for name in _VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ["GOMP_SPINCOUNT"] = _TURNS

@@ -68,14 +68,14 @@ class Parts:
         if part is not None and part.not_before > self._clock() and not always:
             return otherwise
         try:
-            found = work()
+            outcome = work()
         except Exception as error:
             self.failed(name, error)
             self._pause(self._parts[name])
             return otherwise
         if part is not None:
             part.in_a_row, part.not_before = 0, 0.0
-        return found
+        return outcome
 
     def failed(self, name: str, error: Exception) -> None:
         """Count, log and tell one failure, after which the part goes on: of one request alone."""
@@ -109,16 +109,16 @@ class Parts:
     def _log(self, name: str, part: _Part, error: Exception) -> None:
         kind = type(error).__name__
         when, since = part.logged.get(kind, (-_LOG_SECONDS, 0))
-        known = kind in part.logged
-        if part.failed_at - when < _LOG_SECONDS or (not known and len(part.logged) >= _KINDS):
+        repeat = kind in part.logged
+        if part.failed_at - when < _LOG_SECONDS or (not repeat and len(part.logged) >= _KINDS):
             part.logged[kind] = (when, since + 1)
             return
         part.logged[kind] = (part.failed_at, 0)
-        if known:
+        if repeat:
             logger.warning(
                 "aurora: %s failed %d more times (%s); serving goes on", name, since + 1, part.error
             )
         else:
             # What a client sent may stand in it: half an emoji ends a log that is strict UTF-8.
-            told = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
-            logger.error("aurora: %s failed; serving goes on\n%s", name, told.decode())
+            report = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
+            logger.error("aurora: %s failed; serving goes on\n%s", name, report.decode())

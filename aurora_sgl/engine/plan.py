@@ -25,7 +25,7 @@ class RequestPlan:
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     traced: bool = False
     renews: bool = False  # it uses no cached prefix: see ``renewal``
-    said: Labels = UNKNOWN
+    labels: Labels = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ class Plans:
         if len(self._waiting) > _MOST_WAITING:
             self._waiting.popitem(last=False)
 
-    def keep_unchosen(self, rid: object, said: Labels) -> None:
+    def keep_unchosen(self, rid: object, labels: Labels) -> None:
         """For a request for which the leading rank chose nothing. Ranks may read other labels:
         nothing of what they do in a step follows from these."""
-        self.keep(rid, replace(self._without, said=replace(said, whole=False, warmup=False)))
+        self.keep(rid, replace(self._without, labels=replace(labels, whole=False, warmup=False)))
 
     def pop(self, rid: object) -> RequestPlan:
         return self._waiting.pop(hash(rid), self._without)

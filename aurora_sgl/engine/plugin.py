@@ -361,10 +361,10 @@ def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, *
 
 def _eagle_sample(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     """Until SGLang 0.5.20 the accepted nodes are not in the step's result."""
-    found = original(*args, **kw)
+    sample = original(*args, **kw)
     if _agent is not None:
-        _agent.accept_index = found[2]
-    return found
+        _agent.accept_index = sample[2]
+    return sample
 
 
 def _verify_tree_greedy_func(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
@@ -463,11 +463,11 @@ def _take_plans(agent: Agent | None, recv_reqs: list[Any]) -> set[str]:
     renewing: set[str] = set()
     for request in plan.requests(recv_reqs):
         # Without an agent too: SGLang must not meet what we put there.
-        chosen, said = plan.take(request), labels.take(request.sampling_params)
+        chosen, request_labels = plan.take(request), labels.take(request.sampling_params)
         if agent is None:
             continue
         if chosen is None:
-            agent.plans.keep_unchosen(request.rid, said)
+            agent.plans.keep_unchosen(request.rid, request_labels)
             continue
         agent.plans.keep(request.rid, chosen)
         if chosen.renews:

@@ -30,7 +30,7 @@ _CREDIT_LIMIT = 256.0
 LOSS = 0.01
 #: Steps for which a request that tries keeps its drafts where they are known to lose.
 TRY_STEPS = 24
-_KNOWN = 8  # steps of one kind from which their median counts
+_MEDIAN_STEPS = 8  # steps of one kind from which their median counts
 _LIVE = 64.0  # steps of requests from which the live accept length counts
 _MEMORY = 512.0  # steps of requests over which it is averaged
 _AGAIN = 256  # steps with drafts of one batch size, among which shapes near the best are made again
@@ -93,13 +93,13 @@ class SpeculationPolicy:
         self._credit = 1.0
         #: By shape and group of batch sizes, as all that is kept by ``group``.
         self._durations: dict[tuple[DraftShape, int], deque[float]] = {}
-        self._medians: dict[tuple[DraftShape, int], float] = {}  # of those with _KNOWN steps
+        self._medians: dict[tuple[DraftShape, int], float] = {}  # of those with _MEDIAN_STEPS
         self._recent: deque[float] = deque(maxlen=64)  # of steps of any kind
         self._paying: dict[int, bool] = {}
         self._rounds: dict[int, int] = {}  # steps with drafts
         self._swap_count = 0
         #: Steps and accepted drafts of the live version by shape, older ones count less.
-        self._seen = dict.fromkeys(shapes, 0.0)
+        self._steps = dict.fromkeys(shapes, 0.0)
         self._accepted = dict.fromkeys(shapes, 0.0)
         self._expected_length: float | None = None
         self._lengths: dict[DraftShape, float | None] = {}  # known answers of accept_length
@@ -196,10 +196,12 @@ class SpeculationPolicy:
 
     def _length(self, wanted: DraftShape) -> float | None:
         place = self.shapes.index
-        seen = [one for one in self.shapes if self._seen[one] >= _LIVE]
-        if seen:
-            closest = min(seen, key=lambda one: (abs(place(one) - place(wanted)), -place(one)))
-            length = intervals.accept_length(self._accepted[closest], self._seen[closest])
+        candidates = [one for one in self.shapes if self._steps[one] >= _LIVE]
+        if candidates:
+            closest = min(
+                candidates, key=lambda one: (abs(place(one) - place(wanted)), -place(one))
+            )
+            length = intervals.accept_length(self._accepted[closest], self._steps[closest])
         elif self._expected_length is not None:
             closest, length = self.shapes[-1], self._expected_length
         else:
@@ -235,25 +237,25 @@ class SpeculationPolicy:
         else:
             self.plain_steps += 1
         self._recent.append(seconds)
-        seen = self._durations.setdefault((shape, group), deque(maxlen=64))
-        seen.append(seconds)
-        if len(seen) >= _KNOWN:
-            self._medians[shape, group] = median(seen)
+        durations = self._durations.setdefault((shape, group), deque(maxlen=64))
+        durations.append(seconds)
+        if len(durations) >= _MEDIAN_STEPS:
+            self._medians[shape, group] = median(durations)
 
     def observe(self, swap_count: int, shape: DraftShape, steps: int, accepted: int) -> None:
         """Count steps of requests with drafts of one version and shape, and what they accepted."""
         self.swapped(swap_count)
         self._lengths.clear()
-        seen = self._seen.get(shape, 0.0)
-        keep = min(1.0, (_MEMORY - steps) / seen) if seen > 0 else 1.0
-        self._seen[shape] = seen * keep + steps
+        past_steps = self._steps.get(shape, 0.0)
+        keep = min(1.0, (_MEMORY - steps) / past_steps) if past_steps > 0 else 1.0
+        self._steps[shape] = past_steps * keep + steps
         self._accepted[shape] = self._accepted.get(shape, 0.0) * keep + accepted
 
     def swapped(self, swap_count: int) -> None:
         """Forget the old version's accept length if another one is live."""
         if swap_count != self._swap_count:
             self._swap_count = swap_count
-            self._seen = dict.fromkeys(self.shapes, 0.0)
+            self._steps = dict.fromkeys(self.shapes, 0.0)
             self._accepted = dict.fromkeys(self.shapes, 0.0)
             self.expected_accept_length = None
 
@@ -288,9 +290,9 @@ class SpeculationPolicy:
             "speculative_steps": float(self.speculative_steps),
             "hoped_accept_length": self.expected_accept_length or 0.0,
         }
-        if sum(self._seen.values()) >= _LIVE:
+        if sum(self._steps.values()) >= _LIVE:
             result["accept_length"] = intervals.accept_length(
-                sum(self._accepted.values()), sum(self._seen.values())
+                sum(self._accepted.values()), sum(self._steps.values())
             )
         if self._recent:
             result["step_ms"] = 1000 * median(self._recent)
@@ -304,8 +306,8 @@ class SpeculationPolicy:
             result[f"nodes_{group}"] = float(best.nodes)
             if gain is not None:
                 result[f"gain_{group}"] = gain
-            known = min(len(self._durations[NO_DRAFT, group]), len(self._durations[best, group]))
-            both.append((known, group, best, gain or 0.0))
+            samples = min(len(self._durations[NO_DRAFT, group]), len(self._durations[best, group]))
+            both.append((samples, group, best, gain or 0.0))
         if both:
             _, group, best, result["gain"] = max(both)
             result["step_ms_plain"] = 1000 * median(self._durations[NO_DRAFT, group])

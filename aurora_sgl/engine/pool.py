@@ -73,8 +73,8 @@ def _value_bytes(cache_dtype: str, dtype: str) -> int:
 
 
 def _context(config: Mapping[str, Any], args: list[str]) -> int:
-    if said := _number(args, "--context-length"):
-        return said
+    if length := _number(args, "--context-length"):
+        return length
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     # A config with the original length has the scaled one as its length.
     scaled = 1.0 if "original_max_position_embeddings" in rope else float(rope.get("factor") or 1.0)

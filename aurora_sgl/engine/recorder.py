@@ -13,9 +13,10 @@ from typing import Any
 
 from aurora_sgl import wire
 from aurora_sgl.draft_shape import NO_DRAFT
-from aurora_sgl.engine import clean, labels
+from aurora_sgl.engine import clean
 from aurora_sgl.engine.draft_kv import LiveVersion
 from aurora_sgl.engine.draft_tree import StepRows, parents_from_links
+from aurora_sgl.engine.labels import MAX_LABEL, Labels
 from aurora_sgl.engine.plan import RequestPlan
 from aurora_sgl.engine.request_state import (
     RequestState,
@@ -46,19 +47,19 @@ class Recorder:
     def running(self) -> int:
         return len(self._running)
 
-    def may_train(self, said: labels.Labels) -> bool:
+    def may_train(self, labels: Labels) -> bool:
         """Whether a request may be learnt from: its own word, else the server's setting."""
-        return self._train_by_default if said.may_train is None else said.may_train
+        return self._train_by_default if labels.may_train is None else labels.may_train
 
-    def choose_to_trace(self, said: labels.Labels, session: object = None) -> bool:
+    def choose_to_trace(self, labels: Labels, session: object = None) -> bool:
         """Whether the hidden states of a request that comes in now are captured.
 
         All requests of a conversation are or none, so that what one of them finds in the cache was
         captured too; without a word about conversations, each request is chosen by itself.
         """
-        if said.warmup or self.capture_share <= 0 or not self.may_train(said):
+        if labels.warmup or self.capture_share <= 0 or not self.may_train(labels):
             return False
-        if conversation := said.conversation or session:
+        if conversation := labels.conversation or session:
             return zlib.crc32(clean.text(conversation).encode()) < self.capture_share * 2**32
         self._capture_credit += self.capture_share
         if self._capture_credit < 1.0:
@@ -72,8 +73,8 @@ class Recorder:
         On every rank, and without a look at anything that a client can set but its labels: what
         the ranks do in a step follows from it. ``follow``: whether this rank records the request.
         """
-        said = plan.said
-        if said.warmup or str(req.rid).startswith("HEALTH_CHECK"):
+        labels = plan.labels
+        if labels.warmup or str(req.rid).startswith("HEALTH_CHECK"):
             req._aurora = None
             return None
         self._counter += 1
@@ -84,8 +85,8 @@ class Recorder:
             greedy=is_greedy(req.sampling_params),
             swap_count=self.live.swap_count,
             keeps=plan.keeps,
-            whole=said.whole,
-            said=said,
+            whole=labels.whole,
+            labels=labels,
         )
         req._aurora = state
         if follow:
@@ -94,22 +95,22 @@ class Recorder:
 
     def started(self, req: Any, state: RequestState) -> wire.Record:
         """The first record of a request."""
-        said = state.said
-        conversation = said.conversation or getattr(req, "session_id", None)
+        labels = state.labels
+        conversation = labels.conversation or getattr(req, "session_id", None)
         prompt = list(req.origin_input_ids)
         return wire.RequestStarted(
             request_id=state.request_id,
             at_us=wire.now_us(),
             rid=clean.text(req.rid),
             dp_rank=self._dp_rank,
-            domain=clean.text(said.domain, labels.MAX_LABEL),
+            domain=clean.text(labels.domain, MAX_LABEL),
             conversation_hash=sha256_ints(list(clean.text(conversation).encode()))
             if conversation
             else sha256_ints(prompt),
             prompt_tokens=len(prompt),
             cached_tokens=clean.integer(getattr(req, "cached_tokens", 0)),
             sampling=describe_sampling(req),
-            may_train=self.may_train(said),
+            may_train=self.may_train(labels),
             traced=state.traced,
             speculates=state.speculates,
         )
@@ -128,10 +129,10 @@ class Recorder:
         self, step: StepRows, req: Any, state: RequestState, row: int, before: int
     ) -> wire.Record:
         """The record of one request of a decode batch; ``before``: its output tokens until then."""
-        seen = step.seen
+        observation = step.observation
         accept_len = step.accept_lens[row]
         accepted = accept_len - 1
-        path = [r - row * seen.shape.nodes for r in step.paths[row][1 : accepted + 1]]
+        path = [r - row * observation.shape.nodes for r in step.paths[row][1 : accepted + 1]]
         tip = path[-1] if path else 0
         has_children = step.first_child[row][tip] != -1
         if step.target_predict is not None:
@@ -140,23 +141,23 @@ class Recorder:
             # Sampled: the tokens along the accepted path; a stop may have cut the output, but
             # SGLang keeps the whole run in output_ids.
             target_tokens = list(req.output_ids[before : before + accept_len])
-        state.holes |= seen.shape == NO_DRAFT
+        state.holes |= observation.shape == NO_DRAFT
         record = wire.VerifyStep(
             request_id=state.request_id,
             step=state.steps,
             at_us=step.at_us,
-            version_id=seen.version_id,
-            swap_age=seen.swap_age,
-            mixed=is_mixed(state, seen),
+            version_id=observation.version_id,
+            swap_age=observation.swap_age,
+            mixed=is_mixed(state, observation),
             position=len(req.origin_input_ids) + before,
-            depth=seen.shape.depth,
-            topk=seen.shape.topk,
-            nodes=seen.shape.nodes,
+            depth=observation.shape.depth,
+            topk=observation.shape.topk,
+            nodes=observation.shape.nodes,
             accept_rule="greedy"
             if state.greedy
-            else ("rejection_sampling" if seen.rejection_sampling else "target_sampling"),
+            else ("rejection_sampling" if observation.rejection_sampling else "target_sampling"),
             batch_size=step.batch_size,
-            proposed=seen.shape.nodes - 1,
+            proposed=observation.shape.nodes - 1,
             accepted=accepted,
             kept=visible_length(req) - before,
             first_rejected_at=accepted + 1 if has_children else 0,
@@ -166,7 +167,7 @@ class Recorder:
             target_tokens=target_tokens,
         )
         state.steps += 1
-        state.proposed += seen.shape.nodes - 1
+        state.proposed += observation.shape.nodes - 1
         state.accepted += accepted
         return record
 

@@ -73,10 +73,10 @@ class StaleHeads:
         self._since(swap_count)
         if not self._heads:
             return False
-        for known in (len(prompt), *(level for level in _LEVELS if level < len(prompt))):
-            key = _key(namespace, prompt, known)
+        for length in (len(prompt), *(level for level in _LEVELS if level < len(prompt))):
+            key = _key(namespace, prompt, length)
             head = self._heads.get(key)
-            if head is None or head.hits < min(known, head.shortest) // _HITS_EACH:
+            if head is None or head.hits < min(length, head.shortest) // _HITS_EACH:
                 continue
             if len(prompt) <= _TIMES * head.shortest + _MORE:
                 del self._heads[key]
@@ -110,16 +110,16 @@ def renew(
 ) -> None:
     """After the drafter's prefill of a batch that wrote to ``places``: copy what it made of heads
     that are computed again to where ``tree`` has them in the drafter's ``pool``."""
-    at = 0
+    offset = 0
     for row, req in enumerate(batch.reqs):
         begin, rows = batch.prefix_lens[row], batch.extend_lens[row]
         if getattr(req, "_aurora_renews", False):
             cached = _cached(tree, req)[begin : begin + rows]
-            pool.move_kv_cache(cached, places[at : at + len(cached)])
+            pool.move_kv_cache(cached, places[offset : offset + len(cached)])
             marks.mark(cached, maker)
             if begin + rows >= len(req.origin_input_ids):
                 use_cache(req)
-        at += rows
+        offset += rows
 
 
 def _cached(tree: Any, req: Any) -> torch.Tensor:
@@ -129,5 +129,5 @@ def _cached(tree: Any, req: Any) -> torch.Tensor:
 
     key = RadixKey(req.origin_input_ids, extra_key=req.extra_key, cache_salt=req.cache_salt)
     match = tree.match_prefix(MatchPrefixParams(key=key))
-    found: torch.Tensor | None = getattr(match, "device_indices", None)  # until SGLang 0.5.21
-    return tree.path_device_indices(match.last_device_node) if found is None else found
+    indices: torch.Tensor | None = getattr(match, "device_indices", None)  # until SGLang 0.5.21
+    return tree.path_device_indices(match.last_device_node) if indices is None else indices

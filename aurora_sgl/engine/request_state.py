@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from aurora_sgl.draft_shape import NO_DRAFT
-from aurora_sgl.engine import clean, labels
+from aurora_sgl.engine import clean
 from aurora_sgl.engine.draft_tree import VerifyObservation
+from aurora_sgl.engine.labels import UNKNOWN, Labels
 
 
 @dataclass(slots=True)
@@ -23,7 +24,7 @@ class RequestState:
     swap_count: int  # of the server when the request was first prefilled
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     whole: bool = False  # its steps carry the whole draft shape, whatever pays
-    said: labels.Labels = labels.UNKNOWN
+    labels: Labels = UNKNOWN
     steps: int = 0
     proposed: int = 0
     accepted: int = 0
@@ -40,11 +41,11 @@ class RequestState:
     trace_broken: bool = False
 
 
-def is_mixed(state: RequestState, seen: VerifyObservation) -> bool:
+def is_mixed(state: RequestState, observation: VerifyObservation) -> bool:
     """Whether the drafts of this step were made from draft KV of more than the live version."""
-    if state.swap_count != seen.swap_count:
+    if state.swap_count != observation.swap_count:
         return True
-    if seen.shape == NO_DRAFT:
+    if observation.shape == NO_DRAFT:
         return False
     return state.holes or (state.strangers is not None and int(state.strangers[0]) > 0)
 
@@ -62,8 +63,8 @@ def describe_sampling(req: Any) -> dict[str, Any]:
         for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
     }
     for name in ("frequency_penalty", "presence_penalty", "min_new_tokens"):
-        if found := getattr(params, name, 0):
-            described[name] = clean.value(found)
+        if setting := getattr(params, name, 0):
+            described[name] = clean.value(setting)
     if (penalty := getattr(params, "repetition_penalty", 1.0)) != 1.0:
         described["repetition_penalty"] = clean.value(penalty)
     if getattr(params, "logit_bias", None):

@@ -71,18 +71,18 @@ class StepShape:
         worker, drafter = self._worker, self._worker.draft_worker
         # SGLang's own zero-step mode verifies the root alone and asks nothing of the drafter.
         parts = [worker, drafter] if shape.depth else [worker]
-        found = [(part, "speculative_num_steps", shape.depth) for part in parts]
-        found += [(part, "speculative_num_draft_tokens", shape.nodes) for part in parts]
+        changes = [(part, "speculative_num_steps", shape.depth) for part in parts]
+        changes += [(part, "speculative_num_draft_tokens", shape.nodes) for part in parts]
         if not shape.depth:
-            return found
+            return changes
         # Where a level's tokens lie in the cache follows from the number of levels. A server that
         # was started with one level has no such backend.
         if drafter.draft_attn_backend is not None:
-            found.append((drafter.draft_attn_backend, "speculative_num_steps", shape.depth))
+            changes.append((drafter.draft_attn_backend, "speculative_num_steps", shape.depth))
         if worker.topk == 1:  # a chain of one level has no parents
             for name, width in (
                 ("_topk1_parents_prealloc", shape.depth if shape.depth > 1 else 0),
                 ("_topk1_score_indices_prealloc", shape.depth),
             ):
-                found.append((drafter, name, getattr(drafter, name)[:, :width].contiguous()))
-        return found
+                changes.append((drafter, name, getattr(drafter, name)[:, :width].contiguous()))
+        return changes

@@ -279,7 +279,7 @@ class Swapper:
             return staged.weights_sha256
         shapes, dtypes = staged.shapes, staged.dtypes
         tensors: dict[str, torch.Tensor] = {}
-        at: dict[str, int] = {}
+        offsets: dict[str, int] = {}
         order = {"q": 0, "k": 1, "v": 2, 0: 0, 1: 1, None: 0}
         homes = {
             name: find_home(name, self._parameters)
@@ -288,10 +288,10 @@ class Swapper:
         }
         for name, home in sorted(homes.items(), key=lambda item: order[item[1].shard]):
             rows = shapes[name][0]
-            first = at.get(home.parameter, 0)
+            first = offsets.get(home.parameter, 0)
             value = self._parameters[home.parameter].data
             tensors[name] = value[first : first + rows].to("cpu", dtypes[name])
-            at[home.parameter] = first + rows
+            offsets[home.parameter] = first + rows
         if "d2t" in shapes and self._hot is not None:
             hot = self._hot.to("cpu", torch.int64)
             tensors["d2t"] = (hot - torch.arange(hot.numel())).to(dtypes["d2t"])

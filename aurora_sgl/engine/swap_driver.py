@@ -163,11 +163,11 @@ class SwapDriver:
         def read_back() -> None:
             yield_to_the_step()
             try:
-                found, reason = self.read_back(staged), ""
+                digest, reason = self.read_back(staged), ""
             except Exception as error:
-                found, reason = "", f"reading the live weights back failed: {error}"
+                digest, reason = "", f"reading the live weights back failed: {error}"
             times = (staged.staged_ms, apply_ms)
-            report(self._done(staged.version_id, not reason, reason, found, *times))
+            report(self._done(staged.version_id, not reason, reason, digest, *times))
 
         threading.Thread(target=read_back, name="aurora-read-back", daemon=True).start()
 

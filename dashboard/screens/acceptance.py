@@ -195,13 +195,13 @@ class Shown:
 
 def _series(points: Sequence[TrendPoint], choice: ChartChoice, name: Namer) -> Series:
     width = choice.period.width
-    at = {point.bucket: floor(point.bucket, width) for point in points}
-    sums = trends.by(points, lambda p: (name(p), at[p.bucket]))
-    found: Series = {}
+    starts = {point.bucket: floor(point.bucket, width) for point in points}
+    sums = trends.by(points, lambda p: (name(p), starts[p.bucket]))
+    series: Series = {}
     for (line, moment), served in sorted(sums.items(), key=lambda item: item[0]):
-        found.setdefault(line, []).append((moment, served))
-    order = sorted(found, key=lambda line: (line.startswith("other"), _number(line), line))
-    return {line: found[line] for line in order}
+        series.setdefault(line, []).append((moment, served))
+    order = sorted(series, key=lambda line: (line.startswith("other"), _number(line), line))
+    return {line: series[line] for line in order}
 
 
 def _number(line: str) -> int:
@@ -231,19 +231,19 @@ def _trend(here: Group, choice: ChartChoice, series: Series, name: Namer) -> Non
     beside = buckets.near(data.deployments(here), drawn, period.width, asked)
     figure = charts.trend(drawn, period.width, beside, break_even=data.step_cost(here).break_even)
     charts.show(figure, "trend", "accept length over time, with 95% bands and promotions")
-    told = (
+    caption = (
         f"Points of {words.span(period.width.total_seconds())}, over the part of the period in "
         "which drafts were served; bands: 95%, over requests."
     )
     if "other versions" in series:
-        told += f" The newest {MOST} versions and the live one have lines of their own."
-    st.caption(told)
+        caption += f" The newest {MOST} versions and the live one have lines of their own."
+    st.caption(caption)
 
 
 def _counts(shown: Shown) -> dict[str, list[int]]:
     """Steps with i accepted proposals, by line."""
-    found = trends.histograms(shown.points, shown.name)
-    return {line: found[line] for line in shown.series}
+    histograms = trends.histograms(shown.points, shown.name)
+    return {line: histograms[line] for line in shown.series}
 
 
 def _depths(shown: Shown) -> None:
@@ -281,7 +281,9 @@ def _heat(shown: Shown) -> None:
     one_day = choice.period.until - choice.period.since <= timedelta(hours=30)
     hours: Sequence[datetime | str]
     if one_day:
-        begin, end = (_hour(at) for at in (choice.period.since, choice.period.until - INSTANT))
+        begin, end = (
+            _hour(moment) for moment in (choice.period.since, choice.period.until - INSTANT)
+        )
         hours = [begin + timedelta(hours=i) for i in range((end - begin) // timedelta(hours=1) + 1)]
     else:
         hours = [f"{hour:02}h" for hour in range(24)]
@@ -292,10 +294,10 @@ def _heat(shown: Shown) -> None:
 
     cells = trends.by(points, cell)
     charts.show(charts.heat(domains, hours, cells), "heat", "accept length by domain and hour")
-    told = "Hours of your time zone." if one_day else "Hours of the day, in your time zone."
+    caption = "Hours of your time zone." if one_day else "Hours of the day, in your time zone."
     if len(steps) > MOST_DOMAINS:
-        told += f" The {MOST_DOMAINS} of {len(steps)} domains with the most steps."
-    st.caption(told)
+        caption += f" The {MOST_DOMAINS} of {len(steps)} domains with the most steps."
+    st.caption(caption)
 
 
 def _hour(moment: datetime) -> datetime:
@@ -348,8 +350,8 @@ def _less(served: ServedCounts, against: ServedCounts | None, same: bool) -> str
         return "itself"
     if against is None:
         return "not served in this shape"
-    found = unpaired_difference(served.counts, against.counts)
-    return words.difference(*found) if found else "too few to tell"
+    difference = unpaired_difference(served.counts, against.counts)
+    return words.difference(*difference) if difference else "too few to tell"
 
 
 # -- the same numbers as a table ----------------------------------------------------------------

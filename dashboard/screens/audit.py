@@ -23,7 +23,7 @@ SIGNS = {"promote": "▲", "rollback": "▼", "switch": "◐", "pin": "◉", "un
 
 @dataclass(frozen=True)
 class Entry:
-    at: datetime
+    moment: datetime
     who: str
     action: str
     what: str
@@ -41,20 +41,20 @@ def show() -> None:
 
 @refreshing(None)
 def _page() -> None:
-    found = entries(group())
-    if not found:
+    all_entries = entries(group())
+    if not all_entries:
         st.info(
             "Nothing was promoted, rolled back or switched yet. Whatever is done here, on the "
             "command line or by the scheduler stands here afterwards, and can't be changed.",
             icon=":material/hourglass_empty:",
         )
         return
-    shown = _chosen(found)
+    shown = _chosen(all_entries)
     if not shown:
-        st.caption(f"None of the {len(found):,} entries fits. Take a filter away.")
+        st.caption(f"None of the {len(all_entries):,} entries fits. Take a filter away.")
         return
     picked = _table(shown)
-    if len(found) >= LIMIT:
+    if len(all_entries) >= LIMIT:
         st.caption(f"The newest {LIMIT:,}; the SQL page has all: v_deployment_history and audit.")
     if picked is None:
         st.caption("Below: the newest. Choose another one in the table.")
@@ -65,7 +65,7 @@ def entries(here: Group) -> list[Entry]:
     """Deployments and all else, newest first."""
     rows = [_of_deployment(row) for row in data.deployments(here, LIMIT)]
     rows += [_of_audit(row) for row in status.audit(here.engine, here.name, limit=LIMIT)]
-    return sorted(rows, key=lambda entry: entry.at, reverse=True)[:LIMIT]
+    return sorted(rows, key=lambda entry: entry.moment, reverse=True)[:LIMIT]
 
 
 def _of_deployment(row: Deployment) -> Entry:
@@ -90,16 +90,16 @@ def _on(state: Mapping[str, Any]) -> str:
     return "on" if state.get("on") else "off"
 
 
-def _chosen(found: list[Entry]) -> list[Entry]:
+def _chosen(all_entries: list[Entry]) -> list[Entry]:
     left, middle, right = st.columns([2, 2, 3])
-    actions = left.multiselect("What", sorted({entry.action for entry in found}),
+    actions = left.multiselect("What", sorted({entry.action for entry in all_entries}),
                                placeholder="everything")  # fmt: skip
-    people = middle.multiselect("Who", sorted({entry.who for entry in found}),
+    people = middle.multiselect("Who", sorted({entry.who for entry in all_entries}),
                                 placeholder="everybody")  # fmt: skip
     text = right.text_input("Why, or which version", placeholder="words of the reason")
     return [
         entry
-        for entry in found
+        for entry in all_entries
         if (not actions or entry.action in actions)
         and (not people or entry.who in people)
         and text.casefold().strip() in f"{entry.why} {entry.what}".casefold()
@@ -110,7 +110,7 @@ def _table(shown: list[Entry]) -> int | None:
     """The row that was chosen."""
     rows = [
         {
-            "when": entry.at,
+            "when": entry.moment,
             "who": entry.who,
             "what": f"{SIGNS.get(entry.action, '·')} {entry.action}",
             "of": entry.what,
@@ -140,7 +140,7 @@ def _one(entry: Entry) -> None:
         words.facts(
             "entry",
             {
-                "when": words.time(entry.at),
+                "when": words.time(entry.moment),
                 "who": entry.who,
                 "why": entry.why,
                 "number": entry.key,
@@ -151,8 +151,8 @@ def _one(entry: Entry) -> None:
         rows = [
             {
                 "": "state" if key == "on" else key,
-                "before": _said(entry.before.get(key)),
-                "after": _said(entry.after.get(key)),
+                "before": _text(entry.before.get(key)),
+                "after": _text(entry.after.get(key)),
             }
             for key in keys
         ]
@@ -160,16 +160,16 @@ def _one(entry: Entry) -> None:
     with right:
         st.markdown("**Evidence shown at that moment**")
         if entry.evidence:
-            words.facts("evidence", {str(k): _said(v) for k, v in entry.evidence.items()})
+            words.facts("evidence", {str(k): _text(v) for k, v in entry.evidence.items()})
         else:
             st.caption("None was kept.")
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_said(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key}: {_text(inner)}" for key, inner in value.items())
     return "" if value is None else str(value)

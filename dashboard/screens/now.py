@@ -115,33 +115,33 @@ def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
             icon=":material/hourglass_empty:",
         )
         return
-    said = f"{words.version(live).capitalize()} is live. " if live else "No version is live. "
+    sentence = f"{words.version(live).capitalize()} is live. " if live else "No version is live. "
     length = moment.served.accept_length
     if length is None:
         st.warning(
-            f"{said}No step carried drafts lately: speculation is off, or waits for a better "
+            f"{sentence}No step carried drafts lately: speculation is off, or waits for a better "
             "drafter. Requests are served without it.",
             icon=":material/pause_circle:",
         )
         return
-    said += f"Each step yields {length:.2f} tokens"
+    sentence += f"Each step yields {length:.2f} tokens"
     up = moment.speed_up
     if up is None:
         st.info(
-            f"{said}. What that means for speed is known once a server has measured steps with "
+            f"{sentence}. What that means for speed is known once a server has measured steps with "
             "and without drafts.",
             icon=":material/help:",
         )
     elif up >= 1:
         st.success(
             f"**Speculation is faster: {up:.2f} times the speed of decoding without it.** "
-            f"{said}; {_bar(moment)}.",
+            f"{sentence}; {_bar(moment)}.",
             icon=":material/check_circle:",
         )
     else:
         st.warning(
             f"**Speculation is not faster yet: {up:.2f} times the speed of decoding without it.** "
-            f"{said}; {_bar(moment)}. {moment.draft_share:.0%} of the steps carry drafts.",
+            f"{sentence}; {_bar(moment)}. {moment.draft_share:.0%} of the steps carry drafts.",
             icon=":material/trending_down:",
         )
 
@@ -217,12 +217,12 @@ def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
         )  # fmt: skip
 
 
-def _alerts(found: list[Alert]) -> None:
+def _alerts(problems: list[Alert]) -> None:
     st.subheader("Alerts")
-    if not found:
+    if not problems:
         st.caption("None: servers run what they should, nothing was lost, nothing drifted.")
     for severe, draw, icon in ((True, st.error, "error"), (False, st.warning, "warning")):
-        texts = [words.literal(alert.text) for alert in found if alert.severe is severe]
+        texts = [words.literal(alert.text) for alert in problems if alert.severe is severe]
         if texts:
             listed = texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)
             draw(listed, icon=f":material/{icon}:")
@@ -302,29 +302,29 @@ def _servers(look: status.GroupStatus) -> None:
 def _next(look: status.GroupStatus) -> None:
     st.subheader("What comes next")
     scheduler = look.scheduler
-    said: dict[str, object] = {
+    facts: dict[str, object] = {
         "scheduler": f"{scheduler.state}: {scheduler.reason}" if scheduler.alive
         else _sentence(scheduler.reason)
     }  # fmt: skip
     if scheduler.alive and scheduler.next_action:
         when = words.since(scheduler.next_at) if scheduler.next_at else "when it is due"
-        said["next"] = words.joined(scheduler.next_action, ", ", when)
+        facts["next"] = words.joined(scheduler.next_action, ", ", when)
     if look.trial is not None and look.trial_id is not None:
         trial = look.trial.trial
-        said["trial"] = (
+        facts["trial"] = (
             f"{words.version(trial.candidate_id)} against {words.version(trial.baseline_id)}: "
             f"window {len(look.trial.windows)} of {look.trial.planned}"
         )
     if look.watch is not None and look.watch.watch.status == "running":
         windows = look.watch.windows
-        said["watch"] = f"{words.version(look.watch.watch.version_id)}: " + (
+        facts["watch"] = f"{words.version(look.watch.watch.version_id)}: " + (
             f"{len(windows)} windows so far, the last one: {windows[-1].verdict}" if windows
             else "its first window is open"
         )  # fmt: skip
     for switch in look.switches:
         why = f": {switch.reason}" if switch.reason else ""
-        said[switch.name.replace("_", " ")] = f"{'✔ on' if switch.on else '✖ off'}{why}"
-    words.facts("what comes next", said)
+        facts[switch.name.replace("_", " ")] = f"{'✔ on' if switch.on else '✖ off'}{why}"
+    words.facts("what comes next", facts)
 
 
 def _sentence(text: str) -> str:

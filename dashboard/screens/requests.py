@@ -52,12 +52,12 @@ def _page() -> None:
         help="As the tables and the SQL page show it; the page's address keeps it.",
     ).strip()  # fmt: skip
     if asked:
-        known = asked.isdecimal() and int(asked) <= LARGEST
-        _one(here, int(asked) if known else None)
+        number = int(asked) if asked.isdecimal() else None
+        _one(here, number if number is not None and number <= LARGEST else None)
         return
-    found = _find(here, str(name))
-    if found is not None:
-        _one(here, _table(found))
+    requests = _find(here, str(name))
+    if requests is not None:
+        _one(here, _table(requests))
 
 
 def _find(here: Group, name: str) -> list[FoundRequest] | None:
@@ -75,7 +75,7 @@ def _find(here: Group, name: str) -> list[FoundRequest] | None:
         "Accept length", SHORTEST, LONGEST, (SHORTEST, LONGEST), 0.1, key="lengths",
         help="1 + accepted proposals per verify step, over the whole request",
     )  # fmt: skip
-    found = data.find_requests(
+    requests = data.find_requests(
         here,
         since=now() - span if span else None,
         domains=tuple(domains),
@@ -84,8 +84,8 @@ def _find(here: Group, name: str) -> list[FoundRequest] | None:
         max_accept_length=high if high < LONGEST else None,
         limit=LIMIT,
     )
-    if found:
-        return found
+    if requests:
+        return requests
     if data.last_minute(here.url, here.id) is None:
         st.info(
             "No request was served yet. Send one to a server's OpenAI endpoint, or run "
@@ -98,7 +98,7 @@ def _find(here: Group, name: str) -> list[FoundRequest] | None:
     return None
 
 
-def _table(found: list[FoundRequest]) -> int:
+def _table(requests: list[FoundRequest]) -> int:
     rows = [
         {
             "ended": one.finished_at,
@@ -112,7 +112,7 @@ def _table(found: list[FoundRequest]) -> int:
             "server": one.server,
             "request": str(one.request_id),
         }
-        for one in found
+        for one in requests
     ]
     event = st.dataframe(
         pd.DataFrame(rows), hide_index=True, key="requests table", on_select="rerun",
@@ -122,19 +122,19 @@ def _table(found: list[FoundRequest]) -> int:
             "ended": words.time_column(),
             "accept length": st.column_config.ProgressColumn(
                 format="%.2f", min_value=1.0, max_value=max(4.0, *(one.accept_length or 1.0
-                                                                   for one in found)),
+                                                                   for one in requests)),
             ),
             "tokens": st.column_config.NumberColumn(help="Completion tokens"),
             "took": st.column_config.NumberColumn(format="%.2f s"),
         },
     )  # fmt: skip
-    if len(found) == LIMIT:
+    if len(requests) == LIMIT:
         st.caption(f"The newest {LIMIT} that fit; narrow the search to see others.")
     rows_picked = event.selection.rows
-    index = rows_picked[0] if rows_picked and rows_picked[0] < len(found) else 0
+    index = rows_picked[0] if rows_picked and rows_picked[0] < len(requests) else 0
     if not rows_picked:
         st.caption("Below: the newest. Choose another one in the table.")
-    return found[index].request_id
+    return requests[index].request_id
 
 
 def _one(here: Group, request_id: int | None) -> None:
@@ -155,10 +155,10 @@ def _one(here: Group, request_id: int | None) -> None:
         )
         return
     words.facts("request", _facts(request))
-    told = tell(events)
+    steps = tell(events)
     decode, why = _decoder(here, request)
     st.html(tokens.legend())
-    shown = _part(told)
+    shown = _part(steps)
     st.html(tokens.text(shown, decode))
     st.caption(
         f"{words.literal(why)} The first token comes from the prompt's forward, before any draft, "
@@ -200,16 +200,16 @@ def _decoder(here: Group, request: Request) -> tuple[tokens.Decode | None, str]:
     return decode, "Text from the target's tokenizer; the store keeps ids only."
 
 
-def _part(told: list[StepTold]) -> list[StepTold]:
-    if len(told) <= AT_ONCE:
-        return told
+def _part(steps: list[StepTold]) -> list[StepTold]:
+    if len(steps) <= AT_ONCE:
+        return steps
 
     def span(start: int) -> str:
-        return f"{start + 1} to {min(len(told), start + AT_ONCE)} of {len(told)}"
+        return f"{start + 1} to {min(len(steps), start + AT_ONCE)} of {len(steps)}"
 
-    starts = list(range(0, len(told), AT_ONCE))
+    starts = list(range(0, len(steps), AT_ONCE))
     begin = st.selectbox("Steps", starts, width=240, format_func=span)
-    return told[begin : begin + AT_ONCE]
+    return steps[begin : begin + AT_ONCE]
 
 
 #: Pixels of the columns with short numbers, so that the last column is seen too.
@@ -217,9 +217,9 @@ WIDTHS = {"step": 50, "version": 62, "depth": 56, "accepted": 76, "kept": 50, "r
           "batch": 56}  # fmt: skip
 
 
-def _steps(told: Sequence[StepTold], decode: tokens.Decode | None) -> None:
+def _steps(steps: Sequence[StepTold], decode: tokens.Decode | None) -> None:
     rows: list[dict[str, Any]] = []
-    for step in told:
+    for step in steps:
         event = step.event
         row = {
             "step": step.number,

@@ -62,9 +62,9 @@ def show() -> None:
 @refreshing(None)
 def _page() -> None:
     here = group()
-    found = login.account()
-    assert found is not None
-    role = OPERATOR if found.role == OPERATOR else VIEWER
+    user = login.account()
+    assert user is not None
+    role = OPERATOR if user.role == OPERATOR else VIEWER
     examples = {**EXAMPLES, **(TOKEN_EXAMPLES if role == OPERATOR else {})}
     left, right = st.columns([5, 2], gap="large")
     with left:
@@ -161,11 +161,11 @@ def _answer(answer: Answer) -> None:
 
 def _distinct(columns: list[str]) -> list[str]:
     """Names as they are, numbered where two are the same."""
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     names = []
     for column in columns:
-        seen[column] = seen.get(column, 0) + 1
-        names.append(column if seen[column] == 1 else f"{column} {seen[column]}")
+        counts[column] = counts.get(column, 0) + 1
+        names.append(column if counts[column] == 1 else f"{column} {counts[column]}")
     return names
 
 

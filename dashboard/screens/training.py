@@ -182,8 +182,8 @@ def _runs(here: Group) -> None:
             icon=":material/hourglass_empty:",
         )
         return
-    made = data.versions_of_runs(here)
-    rows = [_row(run, made.get(run.id)) for run in runs]
+    versions = data.versions_of_runs(here)
+    rows = [_row(run, versions.get(run.id)) for run in runs]
     event = st.dataframe(
         pd.DataFrame(rows), hide_index=True, key="runs table", on_select="rerun",
         selection_mode="single-row", height=min(320, 38 + 35 * len(rows)), placeholder=words.NONE,
@@ -203,7 +203,7 @@ def _runs(here: Group) -> None:
     picked = event.selection.rows
     if not picked:
         st.caption("Below: the newest. Choose another one in the table.")
-    _one(runs[picked[0] if picked and picked[0] < len(runs) else 0], made)
+    _one(runs[picked[0] if picked and picked[0] < len(runs) else 0], versions)
 
 
 def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
@@ -223,13 +223,13 @@ def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
     }
 
 
-def _one(run: TrainingRun, made: dict[int, int]) -> None:
+def _one(run: TrainingRun, versions: dict[int, int]) -> None:
     st.subheader(f"Run {run.id}: {STATES.get(run.status, run.status)}", divider="gray")
     if run.error:
         failed = run.status == "failed"
-        told = words.literal(f"{run.status.capitalize()}: {run.error}")
+        message = words.literal(f"{run.status.capitalize()}: {run.error}")
         icon = ":material/error:" if failed else ":material/info:"
-        (st.error if failed else st.info)(told, icon=icon)
+        (st.error if failed else st.info)(message, icon=icon)
     left, right = st.columns([2, 3], gap="large")
     with left:
         words.facts(
@@ -239,7 +239,7 @@ def _one(run: TrainingRun, made: dict[int, int]) -> None:
                 "ended": words.time(run.finished_at),
                 "trigger": run.trigger,
                 "from": words.version(run.base_version_id),
-                "made": words.version(made.get(run.id)),
+                "made": words.version(versions.get(run.id)),
                 "data window": words.between(run.window_start, run.window_end),
                 "objective": run.objective,
                 **_numbers(run),

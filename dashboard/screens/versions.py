@@ -75,8 +75,8 @@ def _where(here: Group) -> None:
 def _choose(ids: Sequence[int], aliases: dict[str, int]) -> int:
     if st.session_state.get(CHOSEN) not in ids:
         asked = str(st.query_params.get(CHOSEN, ""))
-        known = int(asked) if asked.isdecimal() and int(asked) in ids else None
-        st.session_state[CHOSEN] = known or aliases.get("live", ids[-1])
+        number = int(asked) if asked.isdecimal() and int(asked) in ids else None
+        st.session_state[CHOSEN] = number or aliases.get("live", ids[-1])
     roles = {version: ROLES[name] for name, version in aliases.items()}
     chosen: int = st.selectbox(
         "Version", ids[::-1], key=CHOSEN, width=320,
@@ -115,7 +115,7 @@ def _table(
             }
         )
     frame = pd.DataFrame(rows).astype({"from": str})
-    at = {row["version"]: index for index, row in enumerate(rows)}
+    indices = {row["version"]: index for index, row in enumerate(rows)}
 
     def pick() -> None:
         picked = st.session_state["versions table"].selection.rows
@@ -123,7 +123,7 @@ def _table(
             st.session_state[CHOSEN] = rows[picked[0]]["version"]
 
     st.dataframe(
-        frame, hide_index=True, key="versions table", height=min(320, 38 + 35 * len(at)),
+        frame, hide_index=True, key="versions table", height=min(320, 38 + 35 * len(indices)),
         on_select=pick, placeholder=words.NONE,
         selection_mode="single-row", alt="all versions, newest first",
         column_config={
@@ -280,9 +280,9 @@ def _judged(here: Group, evaluations: Sequence[Evaluation], live: int) -> None:
     for row in rows_of_all[:1]:
         for line in verdicts.told(row):
             words.say(line, small=True)
-        said = version_questions.by_domain(row)
-        if said:
-            words.table("by domain", said, numbers=("requests",), empty="")
+        domains = version_questions.by_domain(row)
+        if domains:
+            words.table("by domain", domains, numbers=("requests",), empty="")
         if now() - row.created_at > version_questions.OLD:
             st.caption(f"The newest of these is {words.age(row.created_at)} old.")
     st.caption(words.literal(f"Now {data.held_out(here.url, here.name)}."))

@@ -36,14 +36,14 @@ def attend(
     the weights to the query's dtype. A :class:`Seen` in place of ``last_row`` packs requests, takes
     masks, and on a GPU saves the look at ``last_row``.
     """
-    seen = last_row if isinstance(last_row, Seen) else Seen.up_to(last_row)
-    assert seen.queries == len(query), (seen.queries, len(query))
-    key, value = (seen.pick(x).to(query.dtype) for x in (text_key, text_value))
-    assert seen.text == len(key), (seen.text, len(key))
+    visibility = last_row if isinstance(last_row, Seen) else Seen.up_to(last_row)
+    assert visibility.queries == len(query), (visibility.queries, len(query))
+    key, value = (visibility.pick(x).to(query.dtype) for x in (text_key, text_value))
+    assert visibility.text == len(key), (visibility.text, len(key))
     if own_key is not None and own_value is not None:
         own_key, own_value = own_key.to(query.dtype), own_value.to(query.dtype)
     kernels = choose(query, key.shape[1])
     out: torch.Tensor = AttentionFunction.apply(  # type: ignore[no-untyped-call]
-        kernels, seen, query, key, value, own_key, own_value, own_seen
+        kernels, visibility, query, key, value, own_key, own_value, own_seen
     )
     return out

@@ -66,8 +66,9 @@ def _probe(
     tree = Seen.masks([torch.ones(5, 5, device=device).tril() > 0, _checkered(9, 12, device)])
     query, key, value = random(14, heads), random(17, kv_heads), random(17, kv_heads)
     try:
-        for seen in (causal, tree):
-            given, wanted = _text(query, key, value, seen), plain(query, key, value, seen)
+        for visibility in (causal, tree):
+            given = _text(query, key, value, visibility)
+            wanted = plain(query, key, value, visibility)
             both = ((given, wanted), (_merge(given, given), merge(wanted, wanted)))
             for ours, theirs in both:
                 off = (ours.out.float() - theirs.out.float()).abs().max()
@@ -86,10 +87,12 @@ def _checkered(queries: int, rows: int, device: torch.device) -> torch.Tensor:
 
 
 def _text(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Seen
 ) -> AttentionState:
     with torch.cuda.device(query.device):
-        wrapper = _wrappers(query.device, seen.mask is not None).plan(seen, query, key.shape[1])
+        wrapper = _wrappers(query.device, visibility.mask is not None).plan(
+            visibility, query, key.shape[1]
+        )
         tensors = (x.contiguous() for x in (query, key, value))
         return AttentionState(*wrapper.run(*tensors, return_lse=True))
 
@@ -129,16 +132,16 @@ class _Wrappers:
         self.turn = 0
         self.device = device
 
-    def plan(self, seen: Seen, query: torch.Tensor, kv_heads: int) -> Any:
+    def plan(self, visibility: Seen, query: torch.Tensor, kv_heads: int) -> Any:
         self.turn = (self.turn + 1) % _RING
         wrapper, planned = self.ring[self.turn], self.planned[self.turn]
         planned.synchronize()
         # On the host a causal plan waits for nothing; packing a mask needs them on the device
         # (0.6.15 does not move them there).
-        place = self.device if seen.mask is not None else torch.device("cpu")
+        place = self.device if visibility.mask is not None else torch.device("cpu")
         query_indptr, text_indptr = (
             torch.tensor(x, dtype=torch.int32, device=place)
-            for x in (seen.query_indptr, seen.text_indptr)
+            for x in (visibility.query_indptr, visibility.text_indptr)
         )
         wrapper.plan(
             query_indptr,
@@ -146,8 +149,8 @@ class _Wrappers:
             num_qo_heads=query.shape[1],
             num_kv_heads=kv_heads,
             head_dim_qk=query.shape[2],
-            custom_mask=seen.mask,
-            causal=seen.mask is None,
+            custom_mask=visibility.mask,
+            causal=visibility.mask is None,
             sm_scale=query.shape[2] ** -0.5,
             q_data_type=query.dtype,
             kv_data_type=query.dtype,

@@ -44,7 +44,7 @@ class AttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         kernels: Kernels,
-        seen: Seen,
+        visibility: Seen,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -53,10 +53,10 @@ class AttentionFunction(torch.autograd.Function):
         own_seen: torch.Tensor | None,
     ) -> torch.Tensor:
         with torch.autocast(query.device.type, enabled=False):
-            state = kernels.text(query, key, value, seen)
+            state = kernels.text(query, key, value, visibility)
             if own_key is not None and own_value is not None:
                 state = kernels.merge(state, own_state(query, own_key, own_value, own_seen))
-        ctx.seen = seen
+        ctx.visibility = visibility
         ctx.save_for_backward(query, key, value, own_key, own_value, own_seen, *state)
         return state.out
 
@@ -66,7 +66,7 @@ class AttentionFunction(torch.autograd.Function):
         query, key, value, own_key, own_value, own_seen, out, lse = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
             delta = (wide(grad_out) * wide(out)).sum(-1)  # [queries, heads]
-            grads = text_backward(ctx.seen, query, key, value, lse, delta, grad_out)
+            grads = text_backward(ctx.visibility, query, key, value, lse, delta, grad_out)
             own: tuple[torch.Tensor | None, ...] = (None, None)
             if own_key is not None:
                 more, *own_grads = own_backward(
@@ -79,7 +79,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def text_backward(
-    seen: Seen,
+    visibility: Seen,
     query: torch.Tensor,  # [queries, heads, head_dim]
     key: torch.Tensor,  # [text, kv_heads, head_dim]
     value: torch.Tensor,  # [text, kv_heads, head_dim]
@@ -98,19 +98,20 @@ def text_backward(
     d_q = torch.empty_like(q)
     d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
     rows = BLOCK_ROWS.get(query.device.type, BLOCK_ROWS["cuda"])
-    for block in seen.blocks(BLOCK_SCORES // heads, rows, query.device):
-        at, text = block.queries, block.text
-        shape = (kv_heads, at.stop - at.start, heads // kv_heads, text.stop - text.start)
-        q_, do_ = q[:, at].flatten(1, 2), d_out[:, at].flatten(1, 2)
+    for block in visibility.blocks(BLOCK_SCORES // heads, rows, query.device):
+        queries, text = block.queries, block.text
+        shape = (kv_heads, queries.stop - queries.start, heads // kv_heads, text.stop - text.start)
+        q_, do_ = q[:, queries].flatten(1, 2), d_out[:, queries].flatten(1, 2)
         # The matrix products start from -L and from -D, spread over the rows.
-        scores = torch.baddbmm(_column(less_lse[:, at]), q_, k[:, text].transpose(1, 2)).view(shape)
+        scores = torch.baddbmm(_column(less_lse[:, queries]), q_, k[:, text].transpose(1, 2))
+        scores = scores.view(shape)
         scores[..., block.tail].masked_fill_(block.hidden[None, :, None], -math.inf)
         p = scores.exp_()
-        d_p = torch.baddbmm(_column(less_delta[:, at]), do_, v[:, text].transpose(1, 2)).view(shape)
-        d_s = d_p.mul_(p).flatten(1, 2)
+        d_p = torch.baddbmm(_column(less_delta[:, queries]), do_, v[:, text].transpose(1, 2))
+        d_s = d_p.view(shape).mul_(p).flatten(1, 2)
         d_v[:, text].baddbmm_(p.flatten(1, 2).transpose(1, 2), do_)
         d_k[:, text].baddbmm_(d_s.transpose(1, 2), q_)
-        d_q[:, at] = torch.bmm(d_s, k[:, text]).view_as(d_q[:, at])
+        d_q[:, queries] = torch.bmm(d_s, k[:, text]).view_as(d_q[:, queries])
     d_query = d_q.mul_(scale).transpose(0, 1).reshape(query.shape)
     return d_query, d_k.transpose(0, 1), d_v.transpose(0, 1)
 

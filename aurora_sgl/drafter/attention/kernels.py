@@ -30,13 +30,13 @@ class Kernels:
 
 
 def plain(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Seen
 ) -> AttentionState:
     """The definition, in blocks: any device, any dtype; scores and sums in float32 or float64."""
     queries, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     outs, lses = [], []
-    for block in seen.blocks(BLOCK_SCORES // heads, BLOCK_ROWS["cuda"], query.device):
+    for block in visibility.blocks(BLOCK_SCORES // heads, BLOCK_ROWS["cuda"], query.device):
         by_key = grouped(wide(query[block.queries]), kv_heads)
         scores = torch.einsum("qkgd,tkd->qkgt", by_key, wide(key[block.text]))
         scores[..., block.tail].masked_fill_(block.hidden[:, None, None], -math.inf)
@@ -47,17 +47,19 @@ def plain(
     return AttentionState(out.to(query.dtype), torch.cat(lses).reshape(queries, heads))
 
 
-def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen) -> AttentionState:
+def sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Seen
+) -> AttentionState:
     """The kernel that ``F.scaled_dot_product_attention`` runs on a CPU, in float32.
 
     Called by its own name because only it hands out the log-sum-exp (torch 2.11 to 2.13). On CPUs
     without AMX its bfloat16 is not faster. Elsewhere than on a CPU this is :func:`plain`.
     """
     if query.device.type != "cpu":
-        return plain(query, key, value, seen)
+        return plain(query, key, value, visibility)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:2], dtype=wide(query[:0]).dtype)
-    for queries, text, mask in seen.requests():
+    for queries, text, mask in visibility.requests():
         count, length = queries.stop - queries.start, text.stop - text.start
         square = mask is None and count == length
         if mask is None and not square:

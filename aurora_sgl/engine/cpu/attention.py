@@ -270,17 +270,17 @@ def _plan_extend(
         longest = int(length.max())
         column = torch.arange(longest)
         own = torch.arange(new)[None, :, None]  # query i of the new tokens
-        at = column[None, None, :] - (length[:, None, None] - new)  # key's place among the new
+        offset = column[None, None, :] - (length[:, None, None] - new)  # key's place among the new
         if tree_mask is not None:
             among = tree_mask.view(-1, new, new)[requests]
-            seen = torch.gather(among, 2, at.clamp(0, new - 1).expand(-1, new, -1))
-            visible = (at < 0) | ((at < new) & seen)
+            ancestry = torch.gather(among, 2, offset.clamp(0, new - 1).expand(-1, new, -1))
+            visible = (offset < 0) | ((offset < new) & ancestry)
         elif is_causal:
-            visible = at <= own
+            visible = offset <= own
         else:
-            visible = (at < new).expand(-1, new, -1)
+            visible = (offset < new).expand(-1, new, -1)
         if sliding_window > 0:
-            visible = visible & (at > own - sliding_window)
+            visible = visible & (offset > own - sliding_window)
         visible = visible.expand(len(requests), new, longest)
         slots = table[requests, :longest].to(torch.int64)
         slots = torch.where(column < length[:, None], slots, 0)

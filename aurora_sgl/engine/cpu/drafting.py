@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from aurora_sgl.engine.cpu import fused, layer, upstream
 from aurora_sgl.engine.cpu.compiled_attention import LONGEST, ForwardPlan
 
-_known: dict[int, tuple[Any, bool]] = {}  # id of the model -> itself, whether it is covered
+_coverage: dict[int, tuple[Any, bool]] = {}  # id of the model -> itself, whether it is covered
 
 
 def forward(runner: Any, forward_batch: Any) -> Any:
@@ -33,21 +33,21 @@ def forward(runner: Any, forward_batch: Any) -> Any:
     if done is None:
         return None
     output, logits_output = _outputs()
-    made = output(
+    runner_output = output(
         logits_output=logits_output(next_token_logits=done[0], hidden_states=done[1]),
         can_run_graph=False,
     )
     runner.forward_pass_id += 1
-    return made
+    return runner_output
 
 
 def _covered(runner: Any, batch: Any) -> bool:
     model = runner.model
-    known = _known.get(id(model))
-    if known is None:
-        known = _known[id(model)] = (model, _plain(runner))
+    entry = _coverage.get(id(model))
+    if entry is None:
+        entry = _coverage[id(model)] = (model, _plain(runner))
     return (
-        known[1]
+        entry[1]
         and not batch.return_logprob
         and batch.global_num_tokens_cpu is None
         and batch.spec_info is not None
@@ -160,6 +160,6 @@ def _extend(runner: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor] | None
     some = _logits(model, done[0][last])
     logits = some.new_zeros((rows, some.shape[1]))
     hidden = done[1].new_zeros((rows, done[1].shape[1]))
-    at = kept[last]
-    logits[at], hidden[at] = some, done[1][last]
+    out_rows = kept[last]
+    logits[out_rows], hidden[out_rows] = some, done[1][last]
     return logits, hidden

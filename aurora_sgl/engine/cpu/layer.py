@@ -85,17 +85,19 @@ class CompiledLayer:
             (hidden, inner),
         ]
         _need([tuple(w.shape) for w in weights] == shapes, "its weights have other shapes")
-        at = [t.data_ptr() for t in weights]
-        bias_at = [None if bias is None else bias.data_ptr() for bias in biases]
+        addresses = [t.data_ptr() for t in weights]
+        bias_addresses = [None if bias is None else bias.data_ptr() for bias in biases]
         self.pool, self.dtype, self.hidden = pool, dtype, hidden
         self._keep = (tensors, angles)
-        self._weights, self._addresses = weights, at
+        self._weights, self._addresses = weights, addresses
         self.struct = native.Layer(
             norm=layer.input_layernorm.weight.data_ptr(),
             second_norm=None if second is None else second.weight.data_ptr(),
-            qkv=at[0], qkv_bias=bias_at[0], o=at[1], o_bias=bias_at[1],
+            qkv=addresses[0], qkv_bias=bias_addresses[0],
+            o=addresses[1], o_bias=bias_addresses[1],
             post_norm=layer.post_attention_layernorm.weight.data_ptr(),
-            gate_up=at[2], gate_up_bias=bias_at[2], down=at[3], down_bias=bias_at[3],
+            gate_up=addresses[2], gate_up_bias=bias_addresses[2],
+            down=addresses[3], down_bias=bias_addresses[3],
             angles=angles.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
             hidden=hidden, inner=inner, heads=heads, kv_heads=kv_heads, dim=dim,
             rotary_dim=rotary.rotary_dim, positions=angles.shape[0],
@@ -136,26 +138,28 @@ def forget() -> None:
 
 def refusals() -> set[str]:
     """Why layers went SGLang's own way so far."""
-    return {found for _, found in _layers.values() if isinstance(found, str)}
+    return {reason for _, reason in _layers.values() if isinstance(reason, str)}
 
 
 def compiled(layer: Any, rows: torch.Tensor, pool: Any) -> CompiledLayer | None:
     """The layer as the compiled code reads it, or None for one that is not covered."""
-    known = _layers.get(id(layer))
-    if known is not None and isinstance(known[1], CompiledLayer):
-        if known[1].current(pool, rows):
-            return known[1]
-    elif known is not None:
+    entry = _layers.get(id(layer))
+    if entry is not None and isinstance(entry[1], CompiledLayer):
+        if entry[1].current(pool, rows):
+            return entry[1]
+    elif entry is not None:
         return None
-    made: CompiledLayer | str
+    outcome: CompiledLayer | str
     try:
-        made = CompiledLayer(layer, rows, pool)
+        outcome = CompiledLayer(layer, rows, pool)
     except (ValueError, AttributeError) as reason:
-        made = str(reason)
-        if made not in refusals():
-            linear.logger.warning("aurora: layers go SGLang's own way, which is slower: %s", made)
-    _layers[id(layer)] = (layer, made)
-    return made if isinstance(made, CompiledLayer) else None
+        outcome = str(reason)
+        if outcome not in refusals():
+            linear.logger.warning(
+                "aurora: layers go SGLang's own way, which is slower: %s", outcome
+            )
+    _layers[id(layer)] = (layer, outcome)
+    return outcome if isinstance(outcome, CompiledLayer) else None
 
 
 def plan_of(backend: Any, forward_batch: Any) -> ForwardPlan | None:
@@ -253,8 +257,8 @@ def run(
     """A layer's output and the residual; None, with nothing done, for what is not covered."""
     if not covers(positions, slots, x, residual, embedded):
         return None
-    known = compiled(layer, x, backend.token_to_kv_pool)
-    if known is None or x.shape[1] != known.hidden:
+    compiled_layer = compiled(layer, x, backend.token_to_kv_pool)
+    if compiled_layer is None or x.shape[1] != compiled_layer.hidden:
         return None
     first = residual is None
     if residual is None:
@@ -262,7 +266,7 @@ def run(
     out = torch.empty_like(x) if first else x
     library: Any = native.library()
     library.aurora_layer(
-        known.address, plan.address, positions.data_ptr(), slots.data_ptr(), x.shape[0],
+        compiled_layer.address, plan.address, positions.data_ptr(), slots.data_ptr(), x.shape[0],
         x.data_ptr(), residual.data_ptr(), out.data_ptr(),
         None if embedded is None else embedded.data_ptr(),
     )  # fmt: skip

@@ -22,11 +22,11 @@ class Body:
     def __init__(self, parts: list[CompiledLayer], captured: list[int]) -> None:
         self.parts, self.captured = parts, captured
         self._addresses = (ctypes.c_void_p * len(parts))(*(part.address for part in parts))
-        inside = {at for at in captured if at < len(parts)}
+        inside = {index for index in captured if index < len(parts)}
         self.groups = list(pairwise(sorted({0, len(parts)} | inside)))
 
-    def address(self, at: int) -> int:
-        return ctypes.addressof(self._addresses) + at * ctypes.sizeof(ctypes.c_void_p)
+    def address(self, index: int) -> int:
+        return ctypes.addressof(self._addresses) + index * ctypes.sizeof(ctypes.c_void_p)
 
 
 _bodies: dict[int, tuple[Any, Body | None]] = {}  # id of the model -> itself; None: not covered
@@ -38,9 +38,9 @@ def forget() -> None:
 
 
 def _body(model: Any, rows: torch.Tensor, pool: Any) -> Body | None:
-    known = _bodies.get(id(model))
-    if known is not None:
-        body = known[1]
+    entry = _bodies.get(id(model))
+    if entry is not None:
+        body = entry[1]
         if body is None:
             return None
         same = body.captured == list(model.layers_to_capture)
@@ -48,11 +48,11 @@ def _body(model: Any, rows: torch.Tensor, pool: Any) -> Body | None:
             return body
     parts = [layer.compiled(one, rows, pool) for one in model.layers] if _plain(model) else []
     complete = [part for part in parts if part is not None and part.hidden == rows.shape[1]]
-    made = None
+    body = None
     if parts and len(complete) == len(parts):
-        made = Body(complete, list(model.layers_to_capture))
-    _bodies[id(model)] = (model, made)
-    return made
+        body = Body(complete, list(model.layers_to_capture))
+    _bodies[id(model)] = (model, body)
+    return body
 
 
 def _plain(model: Any) -> bool:
@@ -76,8 +76,8 @@ def target_body(
     pp_proxy_tensors: Any = None,
 ) -> Any:
     """``llama.LlamaModel.forward``: see ``upstream.Beside``."""
-    known = _bodies.get(id(model))
-    if pp_proxy_tensors is not None or (known is not None and known[1] is None):
+    entry = _bodies.get(id(model))
+    if pp_proxy_tensors is not None or (entry is not None and entry[1] is None):
         return None
     if input_embeds is None:
         input_embeds = model.embed_tokens(input_ids)

@@ -117,10 +117,10 @@ def weight_packed_linear(
     if way == OWN and fits(x, weight, bias):
         return own(x, weight, bias)
     if way == PACKED:
-        known = _packed.get(weight.data_ptr())
-        if known is None:
-            known = _packed[weight.data_ptr()] = (weight, pack(weight))
-        return known[1](x, bias)
+        entry = _packed.get(weight.data_ptr())
+        if entry is None:
+            entry = _packed[weight.data_ptr()] = (weight, pack(weight))
+        return entry[1](x, bias)
     return F.linear(x, weight, bias)
 
 
@@ -133,13 +133,13 @@ def choose() -> Choice:
     settings = get_settings()
     candidates: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {}
     weights = [torch.full((1536, 1536), 0.5, dtype=torch.bfloat16) for _ in range(8)]
-    candidates[TORCH] = lambda x, at: F.linear(x, weights[at])
+    candidates[TORCH] = lambda x, index: F.linear(x, weights[index])
     if settings.cpu_packed_weights and supported():
         packed = [pack(weight) for weight in weights]
-        candidates[PACKED] = lambda x, at: packed[at](x, None)
+        candidates[PACKED] = lambda x, index: packed[index](x, None)
     wrong = _wrong() if native.library() is not None else None
     if native.library() is not None and wrong is None:
-        candidates[OWN] = lambda x, at: own(x, weights[at], None)
+        candidates[OWN] = lambda x, index: own(x, weights[index], None)
     times = {
         rows: {name: _best(work, rows, count) for name, work in candidates.items()}
         for rows, count in ((1, len(weights)), (8, len(weights)), (2 * FEW, 2))
@@ -150,10 +150,10 @@ def choose() -> Choice:
     if best != PACKED:  # a copy for prefills alone is not worth its memory
         many = {name: took for name, took in many.items() if name != PACKED}
     gain = few[TORCH] / few[best]
-    said = f"{_NAMES[best]}, {gain:.1f} times as fast as PyTorch's"
+    note = f"{_NAMES[best]}, {gain:.1f} times as fast as PyTorch's"
     if wrong is not None:
-        said += f"; the compiled one was refused: {wrong}"
-    return Choice(best, _fastest(many), said)
+        note += f"; the compiled one was refused: {wrong}"
+    return Choice(best, _fastest(many), note)
 
 
 _NAMES = {
@@ -173,8 +173,8 @@ def _best(work: Callable[[torch.Tensor, int], torch.Tensor], rows: int, weights:
     shortest = float("inf")
     for _ in range(3):
         begun = time.thread_time()  # others may be running on this machine
-        for at in range(weights):
-            work(x, at)
+        for index in range(weights):
+            work(x, index)
         shortest = min(shortest, time.thread_time() - begun)
     return shortest
 

@@ -82,8 +82,8 @@ def fill_bonus_tokens_cpu(
     accept_stride: int,
 ) -> None:
     """The last accepted token of each request."""
-    at = torch.arange(accept_lens.numel()) * accept_stride + accept_lens.to(torch.int64) - 1
-    bonus_tokens.copy_(accept_tokens.reshape(-1)[at])
+    indices = torch.arange(accept_lens.numel()) * accept_stride + accept_lens.to(torch.int64) - 1
+    bonus_tokens.copy_(accept_tokens.reshape(-1)[indices])
 
 
 def fill_accept_out_cache_loc_cpu(

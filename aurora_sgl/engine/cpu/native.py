@@ -99,8 +99,8 @@ def _processor() -> str:
         lines = []
     import platform
 
-    said = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
-    return "\n".join([platform.machine(), *said])
+    fields = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
+    return "\n".join([platform.machine(), *fields])
 
 
 def _target(command: str) -> Path:
@@ -123,14 +123,14 @@ def build(say: Callable[[str], None] | None = None) -> Path | None:
         logger.warning("aurora: no C++ compiler: small operations stay in PyTorch, which is slower")
         return None
     try:
-        made = _target(command)
-        if made.exists():
-            return made
+        binary = _target(command)
+        if binary.exists():
+            return binary
         say("compiling the CPU kernels for this machine (once, a few seconds) ...")
         begun = time.monotonic()
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            fresh = Path(folder) / made.name
+        binary.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
+            fresh = Path(folder) / binary.name
             subprocess.run(
                 [command, *_FLAGS, str(SOURCE), "-o", str(fresh)],
                 check=True,
@@ -138,12 +138,12 @@ def build(say: Callable[[str], None] | None = None) -> Path | None:
                 text=True,
                 timeout=_SECONDS,
             )
-            fresh.replace(made)  # whole, or not there
-        say(f"compiled the CPU kernels in {time.monotonic() - begun:.0f} s: {made}")
-        return made
+            fresh.replace(binary)  # whole, or not there
+        say(f"compiled the CPU kernels in {time.monotonic() - begun:.0f} s: {binary}")
+        return binary
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        first = next(iter(str(told).strip().splitlines()), "no message")
+        message = getattr(error, "stderr", None) or str(error)
+        first = next(iter(str(message).strip().splitlines()), "no message")
         logger.warning("aurora: the CPU kernels did not compile, PyTorch is used: %s", first)
         return None
 
@@ -170,12 +170,12 @@ def library() -> ctypes.PyDLL | None:
     """
     if not get_settings().cpu_compiled:
         return None
-    made = build(lambda line: print(f"aurora-sgl: {line}", file=sys.stderr, flush=True))
-    if made is None:
+    binary = build(lambda line: print(f"aurora-sgl: {line}", file=sys.stderr, flush=True))
+    if binary is None:
         return None
     try:
         # PyDLL: the functions take microseconds, less than giving the interpreter lock away.
-        loaded = ctypes.PyDLL(str(made))
+        loaded = ctypes.PyDLL(str(binary))
         if loaded.aurora_version() != _VERSION:
             raise OSError("another version of the source")
         for name, types in _SIGNATURES.items():

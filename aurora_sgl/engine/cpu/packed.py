@@ -41,13 +41,13 @@ class Packed:
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.weight is not None:
-            made = F.linear(x, self.weight, bias)
+            product = F.linear(x, self.weight, bias)
         elif self.onednn is not None:
-            made = torch.ops.mkldnn._linear_pointwise(x, self.onednn, bias, "none", [], "")
+            product = torch.ops.mkldnn._linear_pointwise(x, self.onednn, bias, "none", [], "")
         else:
-            made = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.fbgemm)
-            made = (made if bias is None else made.add_(bias)).to(x.dtype)
-        return made
+            product = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.fbgemm)
+            product = (product if bias is None else product.add_(bias)).to(x.dtype)
+        return product
 
 
 def supported() -> bool:

@@ -78,8 +78,8 @@ def top_p_renorm_prob(
 def _draw(weights: torch.Tensor, coin: float) -> int:
     """Index drawn from unnormalised ``weights`` [vocabulary] by inverting their sum at ``coin``."""
     cumulative = torch.cumsum(weights.to(torch.float64), 0)
-    at = int(torch.searchsorted(cumulative, coin * float(cumulative[-1]), right=True))
-    return min(at, int(torch.nonzero(weights)[-1]))
+    index = int(torch.searchsorted(cumulative, coin * float(cumulative[-1]), right=True))
+    return min(index, int(torch.nonzero(weights)[-1]))
 
 
 def tree_speculative_sampling_target_only(

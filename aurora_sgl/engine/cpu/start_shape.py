@@ -80,9 +80,9 @@ def measured() -> dict[int, float]:
     def once(rows: int) -> float:
         x = torch.full((rows, 1536), 0.5, dtype=torch.bfloat16)
         begun = time.thread_time()  # others may be running on this machine
-        for at, weight in enumerate(weights):
+        for index, weight in enumerate(weights):
             if packed:
-                packed[at](x, None)
+                packed[index](x, None)
             elif linear.choose().few == linear.OWN:
                 linear.own(x, weight, None)
             else:

@@ -122,8 +122,8 @@ def verify_tree_greedy_cpu(
                 break
             path.append(child)
             node = child
-        for at in path:
-            predicts[base + at] = wanted[row][at]
+        for node in path:
+            predicts[base + node] = wanted[row][node]
         accept_index[row, : len(path)] = torch.tensor(path, dtype=accept_index.dtype) + base
         accept_token_num[row] = len(path) - 1
 

@@ -37,7 +37,7 @@ class Beside:
     def __init__(self, ours: Callable[..., Any], *, spare: bool = False) -> None:
         self.ours, self.spare = ours, spare
         self.names = tuple(inspect.signature(ours).parameters)[1:]  # without SGLang's self
-        self._known = frozenset(self.names)
+        self._keywords = frozenset(self.names)
         self._original: Callable[..., Any] | None = None
         self._left = False
 
@@ -49,7 +49,7 @@ class Beside:
     def __call__(self, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if original is not self._original:
             self._look_at(original)
-        takes = len(args) <= len(self.names) + 1 and (not kw or kw.keys() <= self._known)
+        takes = len(args) <= len(self.names) + 1 and (not kw or kw.keys() <= self._keywords)
         if takes and not self._left:
             try:
                 done = self.ours(*args, **kw)
@@ -61,12 +61,12 @@ class Beside:
         return original(*args, **kw)
 
     def _look_at(self, original: Callable[..., Any]) -> None:
-        found = tuple(inspect.signature(original).parameters)[1:]
-        self._original, self._left = original, not self.fits(found)
+        parameters = tuple(inspect.signature(original).parameters)[1:]
+        self._original, self._left = original, not self.fits(parameters)
         if self._left and self.spare:
             logger.info("aurora: %s is SGLang's own in this release", _name(original))
         elif self._left:
-            self._say(original, f"takes ({', '.join(found)})")
+            self._say(original, f"takes ({', '.join(parameters)})")
 
     def _failed(self, original: Callable[..., Any], error: Exception) -> None:
         """SGLang's own way takes this call: it fails alike where the call itself is wrong."""
@@ -78,12 +78,12 @@ class Beside:
 
     def _say(self, original: Callable[..., Any], why: str) -> None:
         name = _name(original)
-        said = (
+        notice = (
             f"{name} of this SGLang {why}, which our compiled code does not know: SGLang's own is "
             "used, which is slower."
         )
-        _notices[f"not compiled: {name}"] = said[:400]
-        logger.warning("aurora: %s", said)
+        _notices[f"not compiled: {name}"] = notice[:400]
+        logger.warning("aurora: %s", notice)
 
 
 def _name(function: Callable[..., Any]) -> str:

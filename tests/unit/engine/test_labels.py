@@ -219,10 +219,10 @@ def test_sglang_meets_a_clients_parameters_as_they_were_sent_and_no_cycle_of_our
 
 def test_labels_hold_for_a_request_for_which_nothing_was_chosen() -> None:
     plans = Plans(RequestPlan(speculates=True))
-    assert plans.pop("unheard of").said == labels.UNKNOWN
+    assert plans.pop("unheard of").labels == labels.UNKNOWN
     plans.keep_unchosen("r", labels.Labels("code", may_train=True, whole=True, warmup=True))
     assert plans.pop("r") == RequestPlan(
-        speculates=True, said=labels.Labels("code", may_train=True)
+        speculates=True, labels=labels.Labels("code", may_train=True)
     )
 
 

@@ -64,7 +64,7 @@ def records(req: Req) -> tuple[wire.RequestStarted, wire.RequestFinished]:
     said = labels.take(req.sampling_params)
     assert said.stamped
     recorder.choose_to_trace(said, req.session_id)
-    state = recorder.begin(req, RequestPlan(True, said=said), follow=True)
+    state = recorder.begin(req, RequestPlan(True, labels=said), follow=True)
     assert state is not None
     made = [recorder.started(req, state), recorder.finish(req, state)]
     started, finished = wire.decode_envelope(wire.encode(wire.Envelope(9, 1, made))).records

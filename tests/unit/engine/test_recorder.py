@@ -238,7 +238,7 @@ def test_health_checks_are_no_requests(rid: str) -> None:
 
 
 def test_warm_ups_are_no_requests() -> None:
-    plan = RequestPlan(True, said=Labels(warmup=True))
+    plan = RequestPlan(True, labels=Labels(warmup=True))
     assert recorder().begin(request(), plan, follow=True) is None
 
 
