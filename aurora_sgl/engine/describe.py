@@ -25,7 +25,7 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
     drafter = worker.draft_worker.draft_runner
     name = settings.server_name or f"{socket.gethostname()}:{_value(args, 'port', 0)}"
     graphs = getattr(runner, "decode_cuda_graph_runner", None) is not None
-    dp_rank = getattr(parallel, "attn_dp_rank", 0) or 0
+    dp_rank = _replica(parallel)
     description = {
         "name": name if not dp_rank else f"{name}/dp{dp_rank}",
         "group": settings.group,
@@ -53,6 +53,13 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "plain_steps_possible": not graphs and not _value(args, "speculative_adaptive", False),
     }
     return description, int(getattr(parallel, "attn_tp_rank", 0)) == 0
+
+
+def _replica(parallel: Any) -> int:
+    """Which replica this is: of plain data parallelism, whose replicas know nothing of each other
+    and each have rank 0 of their own attention, or of DP attention."""
+    replica = getattr(parallel, "dp_rank", None)
+    return int(getattr(parallel, "attn_dp_rank", 0) or 0 if replica is None else replica)
 
 
 def _aux_layers(target: Any, drafter: Any) -> list[int]:

@@ -78,6 +78,15 @@ def test_data_parallel_ranks_have_names_of_their_own(
     assert (told["name"], told["dp_rank"]) == (name, rank or 0)
 
 
+@pytest.mark.parametrize(("replica", "name"), [(0, "box"), (1, "box/dp1")])
+def test_replicas_of_plain_data_parallelism_too_whose_attention_knows_no_others(
+    ranks: SimpleNamespace, replica: int, name: str
+) -> None:
+    ranks.dp_rank = replica
+    told, _ = describe_worker(worker())
+    assert (told["name"], told["dp_rank"]) == (name, replica)
+
+
 @pytest.mark.parametrize(
     ("config", "layers"),
     [
