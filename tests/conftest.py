@@ -27,6 +27,7 @@ _numbers = itertools.count(1)
 #: Of the end-to-end tests those that take minutes and share nothing with the others.
 OWN_SERVERS = (
     "tests/e2e/test_outage.py",
+    "tests/e2e/test_ranks.py",
     "tests/e2e/test_two_servers.py",
     "tests/e2e/test_demo.py::test_ctrl_c_leaves_no_process_behind",
     "tests/e2e/test_identity.py::"

@@ -72,7 +72,8 @@ def ranked(
     drafters = [
         make_drafter(target, answers, tmp_path / f"drafter-{seed}", seed) for seed in (0, 1)
     ]
-    running = start(tmp_path / "home", target, drafters[0], flags=request.param)
+    cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # SGLang asks for it on one NUMA node
+    running = start(tmp_path / "home", target, drafters[0], flags=request.param, environment=cores)
     yield request.param[0], Ranked(running, prompts, answers, drafters[1])
     running.process.stop()
     running.engine.dispose()
