@@ -19,6 +19,8 @@ def create_tokenized_object(
 
     Raises ``ValueError``, which SGLang answers with 400.
     """
+    if environment.is_set(environment.IDLE):
+        return original(manager, obj, *args, **kw)
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 
     ids = kw.get("input_ids", args[1] if len(args) > 1 else None)

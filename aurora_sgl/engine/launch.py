@@ -13,7 +13,9 @@ import sys
 import traceback
 
 from aurora_sgl import environment
+from aurora_sgl.config import forgive_mistakes
 
+forgive_mistakes()  # ``aurora-sgl serve`` has refused them; this is SGLang's process
 os.environ.setdefault("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND", "1")
 
 if environment.is_set(environment.CPU):

@@ -1,8 +1,8 @@
 """The SGLang plugin: every hook, and every upstream name that we lean on.
 
 ``register`` is the entry point of the group ``sglang.srt.plugins``. SGLang calls it in its main
-process and in every scheduler process; which hooks are set depends on where it runs. With another
-speculative algorithm than those of ``drafter.architectures`` the hooks do nothing.
+process and in every scheduler process; which hooks are set depends on where it runs. Whether they do
+anything is decided at launch, see ``engine.startup``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pkgutil
 import sys
 import time
 from functools import partial
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from aurora_sgl import environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from aurora_sgl.engine.agent import Agent
     from aurora_sgl.engine.cpu.upstream import Beside
@@ -117,26 +118,53 @@ _agent: Agent | None = None
 
 
 def register() -> None:
-    """Set the hooks of this process. Called by SGLang; ``AURORA_ENABLED=0`` leaves it untouched."""
+    """Set the hooks of this process, all or none. Called by SGLang.
+
+    ``AURORA_ENABLED=0`` leaves it untouched, and so does a server to which we have nothing to add.
+    """
     if not environment.is_enabled():
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    around = HookType.AROUND
-    if multiprocessing.parent_process() is None:
-        from aurora_sgl.engine import front, workers
+    from aurora_sgl.config import forgive_mistakes
 
-        launch, tokenize = MAIN_HOOKS
-        HookRegistry.register(launch, _launch_subprocesses, around)
-        HookRegistry.register(tokenize, front.create_tokenized_object, around)
-        HookRegistry.register("uvicorn.run", workers.run_uvicorn, around)
+    forgive_mistakes()
+    if multiprocessing.parent_process() is None:
+        hooks = main_hooks()
+    elif runs_one_of(WITHOUT_A_MODEL) or environment.is_set(environment.IDLE):
         return
-    if runs_one_of(WITHOUT_A_MODEL):
-        return
-    for name, hook in scheduler_hooks().items():
-        HookRegistry.register(name, hook, around)
-    if _on_cpu():
+    else:
+        hooks = scheduler_hooks()
+    if missing := first_missing(hooks):
+        _say_nothing_is_recorded(f"this SGLang has no {missing}; see aurora-sgl doctor")
+        hooks = {}
+    for name, hook in hooks.items():
+        HookRegistry.register(name, hook, HookType.AROUND)
+    if multiprocessing.parent_process() is not None and _on_cpu():
         _register_on_cpu(HookRegistry, HookType)
+
+
+def _say_nothing_is_recorded(why: str) -> None:
+    line = f"aurora-sgl: nothing is recorded, traced or swapped: {why}"
+    print(line, file=sys.stderr, flush=True)  # SGLang sets its loggers up later
+
+
+def first_missing(names: Iterable[str]) -> str:
+    """The first of these dotted names that this SGLang does not have, or can't import; "": none."""
+    for name in names:
+        try:
+            pkgutil.resolve_name(name)
+        except Exception:
+            return name
+    return ""
+
+
+def main_hooks() -> dict[str, Callable[..., Any]]:
+    """Around what of the process that takes HTTP requests: ``hook(original, *arguments of it)``."""
+    from aurora_sgl.engine import front, workers
+
+    hooks = (_launch_subprocesses, front.create_tokenized_object)
+    return {**dict(zip(MAIN_HOOKS, hooks, strict=True)), "uvicorn.run": workers.run_uvicorn}
 
 
 def runs_one_of(functions: tuple[str, ...]) -> bool:
@@ -242,16 +270,16 @@ def _on_cpu() -> bool:
 # -- the process that takes HTTP requests ------------------------------------------------------
 
 
-def _is_ours(algorithm: str) -> bool:
-    """Whether SGLang was started with one of our drafters' algorithms."""
-    if not algorithm:
-        return False
-    from aurora_sgl.drafter import architectures
-
-    return architectures.has_algorithm(algorithm)
-
-
 def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    try:
+        _before_launch(*args, **kw)
+    except Exception as error:
+        logger.exception("aurora: the start failed; SGLang goes on without")
+        _say_nothing_is_recorded(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return original(*args, **kw)
+
+
+def _before_launch(*args: Any, **kw: Any) -> None:
     server_args = kw.get("server_args") or next(
         (a for a in args if hasattr(a, "speculative_algorithm")), None
     )
@@ -260,15 +288,12 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
         from aurora_sgl.engine.openmp import wait_politely
 
         wait_politely()
-    if _is_ours(str(getattr(server_args, "speculative_algorithm", "") or "")):
-        from aurora_sgl.engine import labels, sidecars
+    from aurora_sgl.engine import labels, startup
 
-        sidecars.start(int(getattr(server_args, "dp_size", 1) or 1))
-        labels.new_stamp()
-        http_server = sys.modules.get("sglang.srt.entrypoints.http_server")
-        if http_server is not None:
-            http_server.app.add_middleware(labels.HeaderMiddleware)
-    return original(*args, **kw)
+    startup.begin(server_args)
+    http_server = sys.modules.get("sglang.srt.entrypoints.http_server")
+    if environment.value(environment.STAMP) and http_server is not None:
+        http_server.app.add_middleware(labels.HeaderMiddleware)
 
 
 # -- the scheduler process -----------------------------------------------------------------------

@@ -30,7 +30,8 @@ _STOP_SECONDS = 20.0
 
 def run_uvicorn(original: Callable[..., Any], app: Any, *args: Any, **kw: Any) -> Any:
     """Around ``uvicorn.run``."""
-    if app != SGLANGS_APP or int(kw.get("workers") or 1) < 2:
+    idle = environment.is_set(environment.IDLE)
+    if idle or app != SGLANGS_APP or int(kw.get("workers") or 1) < 2:
         return original(app, *args, **kw)
     watch = ProcessWatch(multiprocessing.active_children())
     watch.start()
