@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from aurora_sgl.engine.agent import Agent
     from aurora_sgl.engine.cpu.upstream import Beside
+    from aurora_sgl.engine.herald import Herald
 
 logger = logging.getLogger("aurora_sgl")
 
@@ -115,6 +116,10 @@ UPSTREAM = (
 )
 
 _agent: Agent | None = None
+_herald: Herald | None = None  # where the agent could not start
+
+#: SGLang derives workers of other kinds of speculation from it, to which the hooks do not fit.
+_WORKER = "EAGLEWorkerV2"
 
 
 def register() -> None:
@@ -302,7 +307,8 @@ def _before_launch(*args: Any, **kw: Any) -> None:
 def _agent_of(worker: Any) -> Agent | None:
     """The agent of this process; made when the first batch shows the worker. None: switched off."""
     global _agent
-    if _agent is None and not getattr(worker, "_aurora_off", False):
+    off = getattr(worker, "_aurora_off", False) or type(worker).__name__ != _WORKER
+    if _agent is None and not off:
         try:
             from aurora_sgl.engine.agent import Agent
             from aurora_sgl.engine.describe import describe_worker
@@ -313,10 +319,31 @@ def _agent_of(worker: Any) -> Agent | None:
                 from aurora_sgl.engine.cpu import upstream
 
                 upstream.tell(_agent.notices)
-        except Exception:
+        except Exception as error:
             worker._aurora_off = True
             logger.exception("aurora: could not start in this scheduler; serving goes on without")
+            _tell_failure(worker, error)
     return _agent
+
+
+def _tell_failure(worker: Any, error: Exception) -> None:
+    global _herald
+    try:
+        from aurora_sgl.engine.herald import Herald
+
+        _herald = Herald.of(worker, error)
+    except Exception:
+        logger.exception("aurora: nobody can be told so")
+
+
+def _poll_herald() -> None:
+    global _herald
+    if _herald is not None:
+        try:
+            _herald.poll()
+        except Exception:
+            _herald = None
+            logger.exception("aurora: the sidecar is told nothing more")
 
 
 def _forward_batch_generation(
@@ -452,6 +479,8 @@ def _pull_raw_reqs(original: Callable[..., Any], receiver: Any, *args: Any, **kw
     if agent is not None and agent.leads:
         agent.guard("choosing drafts", lambda: agent.choose(recv_reqs))
         agent.guard("talking to the sidecar", lambda: agent.poll(recv_reqs))
+    if agent is None:
+        _poll_herald()
     return recv_reqs
 
 
@@ -504,7 +533,7 @@ def _agent_of_scheduler(scheduler: Any) -> None:
     """Start before the first request, so that a quiet server is known to the store too."""
     worker = getattr(scheduler, "model_worker", None) or getattr(scheduler, "draft_worker", None)
     for candidate in (worker, getattr(scheduler, "draft_worker", None)):
-        if type(candidate).__name__ == "EAGLEWorkerV2":
+        if type(candidate).__name__ == _WORKER:
             _agent_of(candidate)
             return
 
