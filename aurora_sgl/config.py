@@ -251,7 +251,10 @@ def read_forgiving() -> tuple[Settings, tuple[str, ...]]:
         except ValidationError as error:
             for name, why in in_words(error):
                 if name in defaults or name not in Settings.model_fields:
-                    return Settings.model_construct(), (*lines, f"the settings are not usable: {why}")
+                    return Settings.model_construct(), (
+                        *lines,
+                        f"the settings are not usable: {why}",
+                    )
                 defaults[name] = Settings.model_fields[name].default
                 variable = f"AURORA_{name.upper()}"
                 lines.append(f"{variable} is {why}; the default {defaults[name]!r} is used")

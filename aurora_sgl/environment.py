@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-#: ``0``, ``false``, ``no`` or ``off``: the plugin does nothing. Anything else: it records also where
-#: neither a data folder nor a store was named.
+#: ``0``, ``false``, ``no`` or ``off``: the plugin does nothing. Anything else: it records, also
+#: where neither a data folder nor a store was named.
 ENABLED = "AURORA_ENABLED"
 
 #: From ``aurora-sgl serve`` to the server: our CPU kernels stand in before sglang is imported.
@@ -23,7 +23,7 @@ ENDPOINT = "AURORA_ENDPOINT"
 STAMP = "AURORA_STAMP"
 #: From the server to its processes: ``1``: nothing of ours is asked for, leave SGLang as it is.
 IDLE = "AURORA_IDLE"
-#: From the server to its schedulers: JSON, what was wrong at the start (see ``wire.Hello.notices``).
+#: From the server to its schedulers: JSON, what was wrong at the start, see ``wire.Hello``.
 NOTICES = "AURORA_NOTICES"
 #: From the demo and from tests to what they start: end when the parent is gone.
 EXIT_WITH_PARENT = "AURORA_EXIT_WITH_PARENT"

@@ -38,9 +38,7 @@ def local(place: str | Path, *, revision: str | None = None, cache: str | None =
     return folder or Path(place)
 
 
-def fetch(
-    place: str, what: str, *, revision: str | None = None, cache: str | None = None
-) -> Path:
+def fetch(place: str, what: str, *, revision: str | None = None, cache: str | None = None) -> Path:
     """The same, and what was not downloaded yet is.
 
     Raises ``AuroraError`` with one line when it can't be.

@@ -13,17 +13,17 @@ import sys
 import traceback
 
 from aurora_sgl import environment
-from aurora_sgl.config import forgive_mistakes
 
-forgive_mistakes()  # ``aurora-sgl serve`` has refused them; this is SGLang's process
 os.environ.setdefault("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND", "1")
 
 if environment.is_set(environment.CPU):
     from aurora_sgl.engine.openmp import wait_politely
 
     wait_politely()  # before anything loads OpenMP
+    from aurora_sgl.config import forgive_mistakes
     from aurora_sgl.engine.cpu import install
 
+    forgive_mistakes()  # ``aurora-sgl serve`` has refused them; this is a process of SGLang's
     install()
 
 from aurora_sgl.engine import sidecars

@@ -1,8 +1,8 @@
 """The SGLang plugin: every hook, and every upstream name that we lean on.
 
 ``register`` is the entry point of the group ``sglang.srt.plugins``. SGLang calls it in its main
-process and in every scheduler process; which hooks are set depends on where it runs. Whether they do
-anything is decided at launch, see ``engine.startup``.
+process and in every scheduler process; which hooks are set depends on where it runs. Whether they
+do anything is decided at launch, see ``engine.startup``.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ class SpeculationPolicy:
     """The share of verify steps with drafts, what steps of each shape take, and what they bring.
 
     ``share``: 1 where drafts pay at some batch size, below it the bound of what may try; set by
-    the sidecar, or by ``decide_alone``. ``by_size``: false where everything is to carry drafts as ``share`` says.
+    the sidecar, or by ``decide_alone``. ``by_size``: false where everything is to carry drafts as
+    ``share`` says.
     ``shapes``: the shapes that a step may have, those that take longer last; the last is what the
     server was started with.
     """

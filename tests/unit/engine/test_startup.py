@@ -1,4 +1,4 @@
-"""The start-up matrix: whatever is wrong with ours, SGLang starts, and one line says what is off."""
+"""The start-up matrix: whatever is wrong with ours, SGLang starts, and a line says what is off."""
 
 from __future__ import annotations
 
