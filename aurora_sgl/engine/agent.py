@@ -70,10 +70,11 @@ class Agent:
             if leads and endpoint and settings.record
             else None
         )
+        no_artifacts = startup.no_artifacts()
         self.recorder = Recorder(
             self.boot_id,
             train_by_default=settings.train_by_default,
-            capture_share=settings.capture_share if self.channel else 0.0,
+            capture_share=settings.capture_share if self.channel and not no_artifacts else 0.0,
             dp_rank=int(description.get("dp_rank", 0)),
         )
         can_skip = bool(description["plain_steps_possible"])
@@ -126,12 +127,12 @@ class Agent:
         self._sidecar_heard = time.monotonic() if self.channel else -math.inf
         self._alone_at = 0.0  # when the policy last decided by itself
         if self.channel is not None:
-            self._know_drafter(Path(str(description.get("drafter_path") or ".")))
+            self._know_drafter(Path(str(description.get("drafter_path") or ".")), no_artifacts)
 
-    def _know_drafter(self, folder: Path) -> None:
+    def _know_drafter(self, folder: Path, no_artifacts: str) -> None:
         """Which drafter runs: by the hash of its weights, read back from the model."""
         try:
-            unusual = unknown.why(self.worker)
+            unusual = no_artifacts or unknown.why(self.worker)
             if not unusual and (folder / WEIGHTS).exists():
                 self.description["live_sha256"] = self.swaps.read_back_at_start(folder)
         except Exception as error:  # such as a GPU without the memory for a copy

@@ -21,6 +21,8 @@ from aurora_sgl.errors import AuroraError
 #: SGLang's name for an EAGLE drafter that is part of the target's checkpoint; it calls it EAGLE.
 _ALIASES = {"NEXTN": "EAGLE"}
 
+_ARTIFACTS = "artifacts"  # code of a notice
+
 
 @dataclass
 class Outlook:
@@ -142,7 +144,7 @@ def look_at_folders(settings: Settings) -> tuple[Outlook, Settings | None]:
     if "://" not in root and (trouble := unwritable(Path(root))):
         settings = settings.model_copy(update={"capture_share": 0.0})
         outlook.traces = outlook.swaps = False
-        outlook.notices["artifacts"] = f"The artifact root {root} can't be written ({trouble})."
+        outlook.notices[_ARTIFACTS] = f"The artifact root {root} can't be written ({trouble})."
     return outlook, settings
 
 
@@ -169,6 +171,11 @@ def spare_home() -> Path:
     except OSError:
         pass
     return Path(tempfile.mkdtemp(prefix="aurora-sgl-"))
+
+
+def no_artifacts() -> str:
+    """In a scheduler: why neither weights nor traces can be stored; "" when they can."""
+    return notices_of_start().get(_ARTIFACTS, "")
 
 
 def notices_of_start() -> dict[str, str]:

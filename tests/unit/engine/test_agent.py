@@ -208,6 +208,15 @@ def test_a_quantised_drafter_is_unknown_and_recorded(endpoint: Any) -> None:
     assert mine.hello().notices == {"data folder": "It is full."}
 
 
+def test_where_nothing_can_be_stored_but_records_no_hidden_state_is_captured(
+    endpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "The artifact root /x can't be written (Not a directory)."
+    monkeypatch.setenv(environment.NOTICES, json.dumps({"artifacts": why}))
+    mine = agent()
+    assert mine.recorder.capture_share == 0.0 and mine.description["unknown_drafter"] == why
+
+
 def test_a_drafter_with_a_token_map_is_unknown(endpoint: Any) -> None:
     stand_in, description = worker()
     stand_in.server_args = SimpleNamespace(speculative_token_map="map.pt")

@@ -303,6 +303,21 @@ def test_a_release_that_lacks_one_of_our_names_gets_no_hook(
     ]
 
 
+@pytest.mark.parametrize("idle", ["1", ""])
+def test_a_scheduler_of_a_server_that_is_left_alone_gets_no_hook(
+    monkeypatch: pytest.MonkeyPatch, idle: str
+) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooked: list[str] = []
+    monkeypatch.setattr(HookRegistry, "register", lambda name, *_: hooked.append(name))
+    monkeypatch.setattr(plugin, "scheduler_hooks", lambda: {"json.dumps": print})
+    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: object())
+    monkeypatch.setenv(environment.IDLE, idle)
+    plugin.register()
+    assert hooked == ([] if idle else ["json.dumps"])
+
+
 def test_what_was_wrong_reaches_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.NOTICES, json.dumps({"data folder": "it is full."}))
     assert startup.notices_of_start() == {"data folder": "it is full."}
