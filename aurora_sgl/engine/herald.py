@@ -50,10 +50,9 @@ class Herald:
     def poll(self) -> None:
         """Between two steps. Never waits."""
         now = time.monotonic()
-        if now - self._said_hello < _HELLO_SECONDS:
-            return
-        self._said_hello = now
-        self._channel.put([self.hello()])
+        if now - self._said_hello >= _HELLO_SECONDS:
+            self._said_hello = now
+            self._channel.put([self.hello()])
         self._channel.flush()
         while self._channel.receive() is not None:
             pass  # nothing can be done for the sidecar here
