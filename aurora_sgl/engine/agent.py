@@ -132,7 +132,7 @@ class Agent:
     def _know_drafter(self, folder: Path, no_artifacts: str) -> None:
         """Which drafter runs: by the hash of its weights, read back from the model."""
         try:
-            unusual = no_artifacts or unknown.why(self.worker)
+            unusual = no_artifacts or unknown.why(self.worker, folder)
             if not unusual and (folder / WEIGHTS).exists():
                 self.description["live_sha256"] = self.swaps.read_back_at_start(folder)
         except Exception as error:  # such as a GPU without the memory for a copy

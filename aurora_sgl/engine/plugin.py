@@ -490,7 +490,11 @@ def _process_input_requests(
     from aurora_sgl.engine import swap_driver
 
     agent = _agent
-    renewing = _take_plans(agent, recv_reqs)
+    try:
+        renewing = _take_plans(agent, recv_reqs)
+    except Exception:  # whose plans are lost are served as if nothing had been chosen
+        renewing = set()
+        logger.exception("aurora: what was chosen for requests is lost; serving goes on")
     ours = [one for one in recv_reqs if isinstance(one, swap_driver.COMMANDS)]
     rest = [one for one in recv_reqs if not isinstance(one, swap_driver.COMMANDS)]
     if agent is None:

@@ -208,6 +208,17 @@ def test_a_quantised_drafter_is_unknown_and_recorded(endpoint: Any) -> None:
     assert mine.hello().notices == {"data folder": "It is full."}
 
 
+def test_a_checkpoint_of_another_architecture_is_not_even_read(
+    endpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the target itself, of which the drafter is a part."""
+    monkeypatch.setattr(SwapDriver, "read_back_at_start", lambda *_: pytest.fail("was read"))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3NextMTP"]}))
+    mine = agent(drafter_path=str(tmp_path))
+    assert "architecture Qwen3NextMTP" in mine.description["unknown_drafter"]
+
+
 def test_where_nothing_can_be_stored_but_records_no_hidden_state_is_captured(
     endpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
