@@ -88,8 +88,8 @@ class HealthServer:
         self.url = self.error = ""
         try:
             self._server = ThreadingHTTPServer((host, port), Handler)
-        except OSError as error:
-            why = error.strerror or error
+        except (OSError, ValueError) as error:  # a port in use, a name that is none
+            why = getattr(error, "strerror", None) or error
             self.error = f"There is no health endpoint on {host}, port {port}: {why}"
             log.error("%s", self.error)
             return

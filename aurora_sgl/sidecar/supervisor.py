@@ -21,7 +21,7 @@ HEALTHY_SECONDS = 60.0
 STOP_SECONDS = 10.0
 LOG_BYTES = 10 << 20
 #: Of the line with which a sidecar that can't start ends.
-PREFIX = "aurora-sgl sidecar: "
+LAST_WORDS = "aurora-sgl sidecar: "
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,11 @@ class SidecarSupervisor:
                 last = log_file.read().decode(errors="replace").rstrip().splitlines()[-1]
         except (OSError, IndexError):
             return ""
-        return f" ({last.removeprefix(PREFIX)})" if code == 1 and last.startswith(PREFIX) else ""
+        return (
+            f" ({last.removeprefix(LAST_WORDS)})"
+            if code == 1 and last.startswith(LAST_WORDS)
+            else ""
+        )
 
     def stop(self) -> None:
         """Ask the sidecar to drain and end; kill it when it takes too long."""

@@ -22,6 +22,7 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.errors import Unusable
+from aurora_sgl.health import HealthServer
 from aurora_sgl.rollout import status, versions
 from aurora_sgl.sidecar import reconcile
 from aurora_sgl.sidecar.service import SidecarService
@@ -339,3 +340,10 @@ def test_a_sidecar_that_cannot_start_says_why_in_the_servers_log(
     line = caplog.records[0].getMessage()
     assert "AURORA_ARTIFACTS 'nothing://bucket' can't be used" in line and "\n" not in line
     assert "nothing is stored until it runs" in line
+
+
+@pytest.mark.parametrize("host", ["not a host", "x" * 80])
+def test_a_health_address_that_is_none_costs_the_endpoint_alone(host: str) -> None:
+    server = HealthServer(host, 0, dict, list)
+    assert not server.url and f"no health endpoint on {host}" in server.error
+    server.close()

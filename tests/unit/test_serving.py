@@ -124,6 +124,13 @@ def test_a_port_in_use_is_named(tmp_path: Path, target: Path, drafter: Path) -> 
             plan(str(target), str(drafter), ["--port", port, "--device", "cpu"], settings)
 
 
+def test_a_data_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, target: Path, drafter: Path
+) -> None:
+    (tmp_path / "home").write_text("a file")
+    assert str(tmp_path / "home") in refusal(tmp_path, target, drafter)
+
+
 def test_a_store_that_is_out_of_reach_is_named_without_its_password(
     tmp_path: Path, target: Path, drafter: Path
 ) -> None:
