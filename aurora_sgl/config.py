@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from aurora_sgl.environment import ENABLED, INTERNAL
@@ -229,7 +229,66 @@ class SchedulerSettings(BaseSettings):
     """Their port; 0: a free one; -1: none."""
 
 
+def in_words(error: ValidationError) -> list[tuple[str, str]]:
+    """(field, what is wrong with its value) of each setting that is not usable."""
+    return [
+        ("_".join(str(part) for part in one["loc"]), f"{_short(one['input'])}: {one['msg']}")
+        for one in error.errors()
+    ]
+
+
+def _short(value: object) -> str:
+    return repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:37]}..."
+
+
+def read_forgiving() -> tuple[Settings, tuple[str, ...]]:
+    """Settings with the default for each value that is not usable, and a line for each of those."""
+    defaults: dict[str, Any] = {}
+    lines: list[str] = []
+    while True:
+        try:
+            return Settings(**defaults), tuple(lines)
+        except ValidationError as error:
+            for name, why in in_words(error):
+                if name in defaults or name not in Settings.model_fields:
+                    return Settings.model_construct(), (
+                        *lines,
+                        f"the settings are not usable: {why}",
+                    )
+                defaults[name] = Settings.model_fields[name].default
+                variable = f"AURORA_{name.upper()}"
+                lines.append(f"{variable} is {why}; the default {defaults[name]!r} is used")
+        except Exception as error:  # such as an .env file that is no text
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            line = f"the settings can't be read ({why}); the defaults are used"
+            return Settings.model_construct(), (*lines, line)
+
+
+_forgives = False
+_mistakes: tuple[str, ...] = ()
+
+
+def forgive_mistakes() -> None:
+    """In this process from now on a value that is not usable counts as not given: it is one of
+    SGLang's, which must start whatever our settings say."""
+    global _forgives
+    if not _forgives:
+        _forgives = True
+        get_settings.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """The settings of this process, read once."""
-    return Settings()
+    """The settings of this process, read once. Raises ``ValidationError`` for a value that is not
+    usable, unless mistakes are forgiven here."""
+    global _mistakes
+    if not _forgives:
+        return Settings()
+    settings, _mistakes = read_forgiving()
+    return settings
+
+
+def mistakes() -> tuple[str, ...]:
+    """Where they are forgiven: a line for each value that is not usable."""
+    get_settings()
+    return _mistakes

@@ -46,7 +46,7 @@ def examine(settings: Settings | None = None) -> list[Finding]:
         _cpu,
         _compiler,
         _sglang,
-        _plugin,
+        lambda: _plugin(settings or get_settings()),
         _consent,
         lambda: _store(settings or get_settings()),
         lambda: _disk(settings or get_settings()),
@@ -159,10 +159,15 @@ def is_supported(release: str) -> bool:
     return Version(SGLANG_FIRST).release <= numbers <= Version(SGLANG_LAST).release
 
 
-def _plugin() -> Iterator[Finding]:
+def _plugin(settings: Settings) -> Iterator[Finding]:
+    from aurora_sgl.engine.startup import is_asked
+
     plugins = [e.value for e in entry_points(group="sglang.srt.plugins") if e.name == "aurora"]
     if plugins:
-        yield Finding("plugin", "ok", f"SGLang finds {plugins[0]}")
+        plain = "a plain sglang serve records too"
+        if not is_asked(settings):
+            plain = "a plain sglang serve records once AURORA_HOME is set"
+        yield Finding("plugin", "ok", f"SGLang finds {plugins[0]}; {plain}")
     else:
         yield Finding("plugin", "missing", "SGLang does not find it", "run: make setup")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 
-#: ``0``, ``false``, ``no`` or ``off``: the plugin does nothing.
+#: ``0``, ``false``, ``no`` or ``off``: the plugin does nothing. Anything else: it records, also
+#: where neither a data folder nor a store was named.
 ENABLED = "AURORA_ENABLED"
 
 #: From ``aurora-sgl serve`` to the server: our CPU kernels stand in before sglang is imported.
@@ -20,17 +21,21 @@ DRAFTER_SOURCE = "AURORA_DRAFTER_SOURCE"
 ENDPOINT = "AURORA_ENDPOINT"
 #: From the server to its processes: the secret of this start, see ``engine.labels``.
 STAMP = "AURORA_STAMP"
+#: From the server to its processes: ``1``: nothing of ours is asked for, leave SGLang as it is.
+IDLE = "AURORA_IDLE"
+#: From the server to its schedulers: JSON, what was wrong at the start, see ``wire.Hello``.
+NOTICES = "AURORA_NOTICES"
 #: From the demo and from tests to what they start: end when the parent is gone.
 EXIT_WITH_PARENT = "AURORA_EXIT_WITH_PARENT"
 
-INTERNAL = (CPU, DRAFTER_SOURCE, ENDPOINT, STAMP, EXIT_WITH_PARENT)
+INTERNAL = (CPU, DRAFTER_SOURCE, ENDPOINT, STAMP, IDLE, NOTICES, EXIT_WITH_PARENT)
 
 _OFF = ("0", "false", "no", "off")
 
 
 def is_enabled() -> bool:
     """Whether the plugin may do anything."""
-    return os.environ.get(ENABLED, "1").lower() not in _OFF
+    return os.environ.get(ENABLED, "1").strip().lower() not in _OFF
 
 
 def is_set(name: str) -> bool:

@@ -9,3 +9,7 @@ class AuroraError(Exception):
 
 class Refused(AuroraError):
     """A rollout action that was refused; nothing was changed."""
+
+
+class Unusable(AuroraError):
+    """A drafter that can't become a version as it is; trying again does not help."""

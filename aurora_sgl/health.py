@@ -59,7 +59,7 @@ class HealthServer:
         samples: Callable[[], Iterable[Sample]],
     ) -> None:
         """``health`` has ``ready`` and ``reason``. Port 0 takes a free one. A port in use is
-        logged, and the process goes on without (``url`` is empty)."""
+        logged, and the process goes on without: ``url`` is empty, and ``error`` says why."""
         registry = CollectorRegistry()
         registry.register(_Collector(samples))
 
@@ -85,11 +85,13 @@ class HealthServer:
                 pass
 
         self._server: ThreadingHTTPServer | None = None
-        self.url = ""
+        self.url = self.error = ""
         try:
             self._server = ThreadingHTTPServer((host, port), Handler)
-        except OSError as error:
-            log.error("no health endpoint on %s:%d: %s", host, port, error.strerror)
+        except (OSError, ValueError) as error:  # a port in use, a name that is none
+            why = getattr(error, "strerror", None) or error
+            self.error = f"There is no health endpoint on {host}, port {port}: {why}"
+            log.error("%s", self.error)
             return
         self._server.daemon_threads = True
         self.url = f"http://{host}:{self._server.server_address[1]}"

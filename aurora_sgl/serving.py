@@ -16,7 +16,7 @@ from aurora_sgl import memory, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.draft_shape import DraftShape, ReplayedShape
-from aurora_sgl.drafter import architectures, checkpoint, scratch
+from aurora_sgl.drafter import architectures, checkpoint, hub, scratch
 from aurora_sgl.drafter.target import TargetInfo, read_target
 from aurora_sgl.engine import pool
 from aurora_sgl.engine.flags import server_flags, value_of
@@ -29,6 +29,7 @@ from aurora_sgl.store import queries
 
 SCRATCH = "scratch"
 _DEFAULT_PORT = 30000
+_DRAFTER_REVISION = "--speculative-draft-model-revision"
 GIB = 1024**3
 
 
@@ -63,19 +64,24 @@ def plan(
 ) -> ServePlan:
     """Check everything that would stop the server later, and choose the drafter.
 
-    ``drafter`` is a folder, ``scratch``, or None: then the live version of the deployment group,
-    or an untrained drafter when the group has none. Raises ``AuroraError`` with one line for a
-    missing model, a drafter of another target, a port in use, a store that is out of reach.
+    ``model`` and ``drafter`` are folders or names on the hub (``org/name``), which are downloaded
+    when this machine's cache does not have them. ``drafter`` may be ``scratch``, or None: then
+    the live version of the deployment group, or an untrained drafter when the group has none.
+    Raises ``AuroraError`` with one line for a missing model, a drafter of another target, a port in
+    use, a store that is out of reach.
     """
-    target = read_target(Path(model))
+    folder_of_target = _fetch(model, "model", sglang_args, "--revision")
+    target = read_target(folder_of_target, model=model)
     port = int(value_of(sglang_args, "--port") or _DEFAULT_PORT)
     host = value_of(sglang_args, "--host") or "127.0.0.1"
     if not port_is_free(host, port):
         raise AuroraError(f"port {port} on {host} is in use: choose another with --port")
     engine = store.connect(settings.store_url)
+    if drafter not in (None, SCRATCH):
+        drafter = str(_fetch(str(drafter), "drafter", sglang_args, _DRAFTER_REVISION))
     try:
         store.upgrade(engine)
-        folder, note = _choose(drafter, Path(model), target, settings, engine, sample_texts)
+        folder, note = _choose(drafter, folder_of_target, target, settings, engine, sample_texts)
         replayed = _replayed(engine, settings) if drafter is None else None
     finally:
         engine.dispose()
@@ -95,6 +101,16 @@ def plan(
     if folder.name.startswith(SCRATCH):
         environment[DRAFTER_SOURCE] = SCRATCH
     return ServePlan(flags, environment, folder, note, room)
+
+
+def _fetch(place: str, what: str, sglang_args: list[str], revision: str) -> Path:
+    """The folder of a model that may be a name on the hub, in the cache that SGLang looks into."""
+    return hub.fetch(
+        place,
+        what,
+        revision=value_of(sglang_args, revision),
+        cache=value_of(sglang_args, "--download-dir"),
+    )
 
 
 def _pool(target: TargetInfo, drafter: Path, flags: list[str]) -> pool.Pool | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,9 +50,10 @@ def version_id(engine: Engine, group: str, name: str) -> int:
 
 def target_of(group: DeploymentGroup) -> Any:
     """The target's shape, when its folder is on this machine."""
+    from aurora_sgl.drafter import hub
     from aurora_sgl.drafter.target import read_target
 
-    folder = Path(group.target_model)
+    folder = hub.local(group.target_model, revision=group.target_revision or None)
     if not (folder / "config.json").exists():
         return None
     return read_target(folder, model=group.target_model, revision=group.target_revision)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +24,7 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_bytes
 
 WEIGHTS = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
 _VOCABULARY = ("d2t", "t2d")
 
 
@@ -53,19 +58,65 @@ def vocab_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a drafter folder, less the target's embedding.
+    """Tensors of a drafter folder, less the target's embedding: of ``model.safetensors``, of the
+    parts that an index names, or of a ``pytorch_model.bin``.
 
-    Raises ``AuroraError`` when the file is missing, truncated or not safetensors.
+    Raises ``AuroraError`` when a file is missing, truncated, or neither of these.
     """
-    path = Path(folder) / WEIGHTS
-    if not path.exists():
-        raise AuroraError(f"no {WEIGHTS} in {folder}: not a drafter folder")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _weight_files(Path(folder)):
+        try:
+            tensors |= _read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
+        except (OSError, SafetensorError) as error:
+            raise AuroraError(f"{path} is broken or cut short: {error}") from None
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in (WEIGHTS, _PICKLE):
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            try:
+                parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise AuroraError(f"cannot read {index}: {error}") from None
+            return [folder / Path(str(part)).name for part in parts]
+    raise AuroraError(f"no {WEIGHTS} in {folder}: not a drafter folder")
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        names = [name for name in file.keys() if "embed_tokens" not in name]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors alone: PyTorch runs nothing that stands in the file."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            names = [name for name in file.keys() if "embed_tokens" not in name]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise AuroraError(f"{path} is broken or cut short: {error}") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        why = str(error).splitlines()[0][:200]
+        raise AuroraError(f"{path} can't be read as weights alone: {why}") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise AuroraError(f"{path} holds more than named tensors; save it as {WEIGHTS}")
+    return {name: tensor for name, tensor in state.items() if "embed_tokens" not in name}
+
+
+@contextmanager
+def as_safetensors(folder: Path) -> Iterator[Path]:
+    """The folder; where its weights are no single ``model.safetensors``, a copy for a while in
+    which they are. Raises ``AuroraError`` as :func:`read_tensors` does."""
+    folder = Path(folder)
+    if (folder / WEIGHTS).exists():
+        yield folder
+        return
+    tensors = {name: t.clone().contiguous() for name, t in read_tensors(folder).items()}
+    with tempfile.TemporaryDirectory(prefix="aurora-sgl-convert-") as scratch:
+        shutil.copyfile(folder / "config.json", Path(scratch) / "config.json")
+        save_file(tensors, str(Path(scratch) / WEIGHTS), metadata={"format": "pt"})
+        yield Path(scratch)
 
 
 def tensors_of(drafter: Drafter, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

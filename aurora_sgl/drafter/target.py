@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from aurora_sgl.drafter import hub
 from aurora_sgl.errors import AuroraError
 
 #: Targets whose SGLang class captures EAGLE3's auxiliary layers and names its tensors like Llama
@@ -36,8 +37,11 @@ class TargetInfo:
 
 
 def read_target(folder: Path, *, model: str = "", revision: str = "") -> TargetInfo:
-    """``config.json`` of a target folder. Raises ``AuroraError`` when it is not one we serve."""
-    path = Path(folder) / "config.json"
+    """``config.json`` of a target folder, or of a name on the hub that was downloaded before.
+
+    Raises ``AuroraError`` when it is not one we serve.
+    """
+    path = hub.local(folder, revision=revision or None) / "config.json"
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
@@ -100,6 +104,7 @@ class TargetHead:
 
 
 def _read_tensor(folder: Path, name: str) -> torch.Tensor:
+    folder = hub.local(folder)
     path = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if index.exists():

@@ -21,7 +21,7 @@ from aurora_sgl import environment, wire
 from aurora_sgl.config import get_settings
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.drafter.checkpoint import WEIGHTS
-from aurora_sgl.engine import clean
+from aurora_sgl.engine import clean, startup, unknown
 from aurora_sgl.engine.cached_kv import CachedKV
 from aurora_sgl.engine.capture import Capture, LastHiddenState
 from aurora_sgl.engine.channel import Channel
@@ -45,6 +45,9 @@ Prefill = tuple[
 ]
 
 _HELLO_SECONDS = 2.0
+#: Without a sidecar for so long the policy decides by itself, as often as the sidecar would.
+ALONE_SECONDS = 30.0
+_DECIDE_SECONDS = 5.0
 _LONGEST_PATH = 4096
 _TRACED = "|aurora:traced"  # behind the client's own key of the prefix cache
 _A_REQUEST = "recording a request"
@@ -67,10 +70,11 @@ class Agent:
             if leads and endpoint and settings.record
             else None
         )
+        no_artifacts = startup.no_artifacts()
         self.recorder = Recorder(
             self.boot_id,
             train_by_default=settings.train_by_default,
-            capture_share=settings.capture_share if self.channel else 0.0,
+            capture_share=settings.capture_share if self.channel and not no_artifacts else 0.0,
             dp_rank=int(description.get("dp_rank", 0)),
         )
         can_skip = bool(description["plain_steps_possible"])
@@ -115,14 +119,31 @@ class Agent:
         self.accept_index: torch.Tensor | None = None
         self.prefill: Prefill | None = None
         self.queue = 0  # requests that wait to be prefilled
-        self.notices: dict[str, str] = {}  # see wire.Hello
+        self.notices = startup.notices_of_start()  # see wire.Hello
         self.parts = Parts(self.notices)
         self.consent = Consent(self.notices)
         self.cached_kv = CachedKV(worker, self.recorder.live, self.parts)
         self._said_hello = 0.0
-        drafter = Path(str(description.get("drafter_path") or "."))
-        if self.channel is not None and (drafter / WEIGHTS).exists():
-            description["live_sha256"] = self.swaps.read_back_at_start(drafter)
+        self._sidecar_heard = time.monotonic() if self.channel else -math.inf
+        self._alone_at = 0.0  # when the policy last decided by itself
+        if self.channel is not None:
+            self._know_drafter(Path(str(description.get("drafter_path") or ".")), no_artifacts)
+
+    def _know_drafter(self, folder: Path, no_artifacts: str) -> None:
+        """Which drafter runs: by the hash of its weights, read back from the model."""
+        try:
+            unusual = no_artifacts or unknown.why(self.worker, folder)
+            if not unusual and (folder / WEIGHTS).exists():
+                self.description["live_sha256"] = self.swaps.read_back_at_start(folder)
+        except Exception as error:  # such as a GPU without the memory for a copy
+            unusual = clean.text(f"it can't be read back: {error}".splitlines()[0], 300)
+        if unusual:
+            self.description["unknown_drafter"] = unusual
+            logger.warning(
+                "aurora: the drafter of this server is unknown: %s; requests are recorded without "
+                "a version, and no version goes live here",
+                unusual,
+            )
 
     # -- safety ------------------------------------------------------------------------------
 
@@ -374,9 +395,12 @@ class Agent:
 
     def poll(self, recv_reqs: list[Any] | None) -> None:
         """Between two steps, on the leading rank: send what waits, take commands."""
+        now = time.monotonic()
+        if now - self._sidecar_heard >= ALONE_SECONDS and now - self._alone_at >= _DECIDE_SECONDS:
+            self._alone_at = now
+            self.policy.decide_alone()
         if self.channel is None:
             return
-        now = time.monotonic()
         if now - self._said_hello >= _HELLO_SECONDS:
             self._said_hello = now
             vanished = self.recorder.vanished()
@@ -387,6 +411,8 @@ class Agent:
         command = self.channel.receive()
         if command is not None:
             self._obey(command)
+        if command is not None or not self.channel.waiting_records:
+            self._sidecar_heard = now  # what it does not take waits here
         if recv_reqs is not None:
             ours = self.swaps.next_command()
             if ours is not None:

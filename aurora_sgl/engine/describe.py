@@ -37,7 +37,7 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "target_num_layers": int(runner.model_config.num_hidden_layers),
         "aux_layers": _aux_layers(runner.model_config, drafter.model_config),
         "drafter_source": environment.value(environment.DRAFTER_SOURCE),
-        "drafter_path": str(_value(args, "speculative_draft_model_path", "") or ""),
+        "drafter_path": _drafter_folder(args),
         "draft_architecture": type(drafter.model).__name__,
         "algorithm": str(_value(args, "speculative_algorithm", "")),
         "depth": int(worker.speculative_num_steps),
@@ -60,6 +60,17 @@ def _replica(parallel: Any) -> int:
     and each have rank 0 of their own attention, or of DP attention."""
     replica = getattr(parallel, "dp_rank", None)
     return int(getattr(parallel, "attn_dp_rank", 0) or 0 if replica is None else replica)
+
+
+def _drafter_folder(args: Any) -> str:
+    """Where the drafter lies, also one that was given by its name on the hub."""
+    from aurora_sgl.drafter import hub
+
+    place = str(_value(args, "speculative_draft_model_path", "") or "")
+    if not place:
+        return ""
+    revision = _value(args, "speculative_draft_model_revision", None)
+    return str(hub.local(place, revision=revision, cache=_value(args, "download_dir", None)))
 
 
 def _aux_layers(target: Any, drafter: Any) -> list[int]:

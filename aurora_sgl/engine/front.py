@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aurora_sgl import environment
 from aurora_sgl.engine import labels
+
+logger = logging.getLogger("aurora_sgl")
 
 _LARGEST = 2**31 - 1  # of the int32 tensor that top-k becomes
 
@@ -19,19 +22,29 @@ def create_tokenized_object(
 
     Raises ``ValueError``, which SGLang answers with 400.
     """
-    from sglang.srt.managers.tokenizer_manager import ServerStatus
-
+    if environment.is_set(environment.IDLE):
+        return original(manager, obj, *args, **kw)
     ids = kw.get("input_ids", args[1] if len(args) > 1 else None)
     images = kw.get("mm_inputs", args[3] if len(args) > 3 else None)
-    if ids is not None and images is None and not getattr(obj, "lora_path", None):
+    size = getattr(getattr(manager, "model_config", None), "vocab_size", None)
+    if size and ids is not None and images is None and not getattr(obj, "lora_path", None):
         # Beside images, and with an adapter, there are ids that the vocabulary does not have.
-        check_ids(ids, int(manager.model_config.vocab_size))
+        check_ids(ids, int(size))
     result = original(manager, obj, *args, **kw)
     params = getattr(result, "sampling_params", None)
     check_top_k(getattr(params, "top_k", None))
     if params is not None and hasattr(params, "custom_params"):
-        labels.attach(params, warmup=manager.server_status == ServerStatus.Starting)
+        try:
+            _attach(manager, params)
+        except Exception:  # then its labels are unknown, and it is not learnt from
+            logger.warning("aurora: a request's headers are lost", exc_info=True)
     return result
+
+
+def _attach(manager: Any, params: Any) -> None:
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    labels.attach(params, warmup=manager.server_status == ServerStatus.Starting)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:

@@ -20,8 +20,10 @@ if environment.is_set(environment.CPU):
     from aurora_sgl.engine.openmp import wait_politely
 
     wait_politely()  # before anything loads OpenMP
+    from aurora_sgl.config import forgive_mistakes
     from aurora_sgl.engine.cpu import install
 
+    forgive_mistakes()  # ``aurora-sgl serve`` has refused them; this is a process of SGLang's
     install()
 
 from aurora_sgl.engine import sidecars

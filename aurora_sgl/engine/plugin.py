@@ -1,8 +1,8 @@
 """The SGLang plugin: every hook, and every upstream name that we lean on.
 
 ``register`` is the entry point of the group ``sglang.srt.plugins``. SGLang calls it in its main
-process and in every scheduler process; which hooks are set depends on where it runs. With another
-speculative algorithm than those of ``drafter.architectures`` the hooks do nothing.
+process and in every scheduler process; which hooks are set depends on where it runs. Whether they
+do anything is decided at launch, see ``engine.startup``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pkgutil
 import sys
 import time
 from functools import partial
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from aurora_sgl import environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from aurora_sgl.engine.agent import Agent
     from aurora_sgl.engine.cpu.upstream import Beside
+    from aurora_sgl.engine.herald import Herald
 
 logger = logging.getLogger("aurora_sgl")
 
@@ -114,29 +116,60 @@ UPSTREAM = (
 )
 
 _agent: Agent | None = None
+_herald: Herald | None = None  # where the agent could not start
+
+#: SGLang derives workers of other kinds of speculation from it, to which the hooks do not fit.
+_WORKER = "EAGLEWorkerV2"
 
 
 def register() -> None:
-    """Set the hooks of this process. Called by SGLang; ``AURORA_ENABLED=0`` leaves it untouched."""
+    """Set the hooks of this process, all or none. Called by SGLang.
+
+    ``AURORA_ENABLED=0`` leaves it untouched, and so does a server to which we have nothing to add.
+    """
     if not environment.is_enabled():
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    around = HookType.AROUND
-    if multiprocessing.parent_process() is None:
-        from aurora_sgl.engine import front, workers
+    from aurora_sgl.config import forgive_mistakes
 
-        launch, tokenize = MAIN_HOOKS
-        HookRegistry.register(launch, _launch_subprocesses, around)
-        HookRegistry.register(tokenize, front.create_tokenized_object, around)
-        HookRegistry.register("uvicorn.run", workers.run_uvicorn, around)
+    forgive_mistakes()
+    if multiprocessing.parent_process() is None:
+        hooks = main_hooks()
+    elif runs_one_of(WITHOUT_A_MODEL) or environment.is_set(environment.IDLE):
         return
-    if runs_one_of(WITHOUT_A_MODEL):
-        return
-    for name, hook in scheduler_hooks().items():
-        HookRegistry.register(name, hook, around)
-    if _on_cpu():
+    else:
+        hooks = scheduler_hooks()
+    if missing := first_missing(hooks):
+        _say_nothing_is_recorded(f"this SGLang has no {missing}; see aurora-sgl doctor")
+        hooks = {}
+    for name, hook in hooks.items():
+        HookRegistry.register(name, hook, HookType.AROUND)
+    if multiprocessing.parent_process() is not None and _on_cpu():
         _register_on_cpu(HookRegistry, HookType)
+
+
+def _say_nothing_is_recorded(why: str) -> None:
+    line = f"aurora-sgl: nothing is recorded, traced or swapped: {why}"
+    print(line, file=sys.stderr, flush=True)  # SGLang sets its loggers up later
+
+
+def first_missing(names: Iterable[str]) -> str:
+    """The first of these dotted names that this SGLang does not have, or can't import; "": none."""
+    for name in names:
+        try:
+            pkgutil.resolve_name(name)
+        except Exception:
+            return name
+    return ""
+
+
+def main_hooks() -> dict[str, Callable[..., Any]]:
+    """Around what of the process that takes HTTP requests: ``hook(original, *arguments of it)``."""
+    from aurora_sgl.engine import front, workers
+
+    hooks = (_launch_subprocesses, front.create_tokenized_object)
+    return {**dict(zip(MAIN_HOOKS, hooks, strict=True)), "uvicorn.run": workers.run_uvicorn}
 
 
 def runs_one_of(functions: tuple[str, ...]) -> bool:
@@ -242,16 +275,16 @@ def _on_cpu() -> bool:
 # -- the process that takes HTTP requests ------------------------------------------------------
 
 
-def _is_ours(algorithm: str) -> bool:
-    """Whether SGLang was started with one of our drafters' algorithms."""
-    if not algorithm:
-        return False
-    from aurora_sgl.drafter import architectures
-
-    return architectures.has_algorithm(algorithm)
-
-
 def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    try:
+        _before_launch(*args, **kw)
+    except Exception as error:
+        logger.exception("aurora: the start failed; SGLang goes on without")
+        _say_nothing_is_recorded(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return original(*args, **kw)
+
+
+def _before_launch(*args: Any, **kw: Any) -> None:
     server_args = kw.get("server_args") or next(
         (a for a in args if hasattr(a, "speculative_algorithm")), None
     )
@@ -260,15 +293,12 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
         from aurora_sgl.engine.openmp import wait_politely
 
         wait_politely()
-    if _is_ours(str(getattr(server_args, "speculative_algorithm", "") or "")):
-        from aurora_sgl.engine import labels, sidecars
+    from aurora_sgl.engine import labels, startup
 
-        sidecars.start(int(getattr(server_args, "dp_size", 1) or 1))
-        labels.new_stamp()
-        http_server = sys.modules.get("sglang.srt.entrypoints.http_server")
-        if http_server is not None:
-            http_server.app.add_middleware(labels.HeaderMiddleware)
-    return original(*args, **kw)
+    startup.begin(server_args)
+    http_server = sys.modules.get("sglang.srt.entrypoints.http_server")
+    if environment.value(environment.STAMP) and http_server is not None:
+        http_server.app.add_middleware(labels.HeaderMiddleware)
 
 
 # -- the scheduler process -----------------------------------------------------------------------
@@ -277,7 +307,8 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
 def _agent_of(worker: Any) -> Agent | None:
     """The agent of this process; made when the first batch shows the worker. None: switched off."""
     global _agent
-    if _agent is None and not getattr(worker, "_aurora_off", False):
+    off = getattr(worker, "_aurora_off", False) or type(worker).__name__ != _WORKER
+    if _agent is None and not off:
         try:
             from aurora_sgl.engine.agent import Agent
             from aurora_sgl.engine.describe import describe_worker
@@ -288,10 +319,31 @@ def _agent_of(worker: Any) -> Agent | None:
                 from aurora_sgl.engine.cpu import upstream
 
                 upstream.tell(_agent.notices)
-        except Exception:
+        except Exception as error:
             worker._aurora_off = True
             logger.exception("aurora: could not start in this scheduler; serving goes on without")
+            _tell_failure(worker, error)
     return _agent
+
+
+def _tell_failure(worker: Any, error: Exception) -> None:
+    global _herald
+    try:
+        from aurora_sgl.engine.herald import Herald
+
+        _herald = Herald.of(worker, error)
+    except Exception:
+        logger.exception("aurora: nobody can be told so")
+
+
+def _poll_herald() -> None:
+    global _herald
+    if _herald is not None:
+        try:
+            _herald.poll()
+        except Exception:
+            _herald = None
+            logger.exception("aurora: the sidecar is told nothing more")
 
 
 def _forward_batch_generation(
@@ -427,6 +479,8 @@ def _pull_raw_reqs(original: Callable[..., Any], receiver: Any, *args: Any, **kw
     if agent is not None and agent.leads:
         agent.guard("choosing drafts", lambda: agent.choose(recv_reqs))
         agent.guard("talking to the sidecar", lambda: agent.poll(recv_reqs))
+    if agent is None:
+        _poll_herald()
     return recv_reqs
 
 
@@ -436,7 +490,11 @@ def _process_input_requests(
     from aurora_sgl.engine import swap_driver
 
     agent = _agent
-    renewing = _take_plans(agent, recv_reqs)
+    try:
+        renewing = _take_plans(agent, recv_reqs)
+    except Exception:  # whose plans are lost are served as if nothing had been chosen
+        renewing = set()
+        logger.exception("aurora: what was chosen for requests is lost; serving goes on")
     ours = [one for one in recv_reqs if isinstance(one, swap_driver.COMMANDS)]
     rest = [one for one in recv_reqs if not isinstance(one, swap_driver.COMMANDS)]
     if agent is None:
@@ -479,7 +537,7 @@ def _agent_of_scheduler(scheduler: Any) -> None:
     """Start before the first request, so that a quiet server is known to the store too."""
     worker = getattr(scheduler, "model_worker", None) or getattr(scheduler, "draft_worker", None)
     for candidate in (worker, getattr(scheduler, "draft_worker", None)):
-        if type(candidate).__name__ == "EAGLEWorkerV2":
+        if type(candidate).__name__ == _WORKER:
             _agent_of(candidate)
             return
 

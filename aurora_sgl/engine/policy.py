@@ -71,7 +71,8 @@ class SpeculationPolicy:
     """The share of verify steps with drafts, what steps of each shape take, and what they bring.
 
     ``share``: 1 where drafts pay at some batch size, below it the bound of what may try; set by
-    the sidecar. ``by_size``: false where everything is to carry drafts as ``share`` says.
+    the sidecar, or by ``decide_alone``. ``by_size``: false where everything is to carry drafts as
+    ``share`` says.
     ``shapes``: the shapes that a step may have, those that take longer last; the last is what the
     server was started with.
     """
@@ -258,6 +259,14 @@ class SpeculationPolicy:
             self._steps = dict.fromkeys(self.shapes, 0.0)
             self._accepted = dict.fromkeys(self.shapes, 0.0)
             self.expected_accept_length = None
+
+    def decide_alone(self) -> None:
+        """Where no sidecar does it: all requests carry drafts where these pay at some batch size,
+        by the step times and the accept length that were measured here; else some try."""
+        if self.by_size:
+            groups = {group for _, group in self._durations}
+            answers = [self.pays(group) for group in groups]
+            self.share = 1.0 if True in answers else self._explore_share
 
     def _trying_share(self, batch_size: int) -> tuple[float, bool]:
         """Share of the steps that may try, less where a step is known to lose more; and whether

@@ -11,26 +11,61 @@ from pathlib import Path
 from typing import Any
 
 from aurora_sgl import environment
-from aurora_sgl.config import get_settings
+from aurora_sgl.config import Settings
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.sidecar.endpoint import NAMES, address
 
 _supervisors: list[Any] = []
 
+#: Where the sockets lie when the folder for temporary files has too long a name, or none.
+_SHORT = ("/tmp", "/dev/shm", "/var/tmp")
 
-def start(dp_size: int) -> None:
-    """Start the sidecars and tell the schedulers, which are spawned later, where they listen."""
-    settings = get_settings()
-    if not settings.record or _supervisors:
+
+def start(dp_size: int, settings: Settings) -> None:
+    """Start the sidecars and tell the schedulers, which are spawned later, where they listen.
+
+    Raises ``AuroraError`` when they can't be started; then none runs, and nothing is told.
+    """
+    if _supervisors:
         return
     from aurora_sgl.sidecar.supervisor import SidecarSupervisor
 
-    base = Path(tempfile.mkdtemp(prefix="aurora-"))  # ipc paths are limited to 107 bytes
+    base = socket_folder(dp_size)
+    try:
+        for rank in range(dp_size):
+            supervisor = SidecarSupervisor(settings, base / str(rank))
+            supervisor.start()
+            _supervisors.append(supervisor)
+    except BaseException:
+        stop()
+        shutil.rmtree(base, ignore_errors=True)
+        raise
     os.environ[environment.ENDPOINT] = str(base)
-    for rank in range(dp_size):
-        supervisor = SidecarSupervisor(settings, base / str(rank))
-        supervisor.start()
-        _supervisors.append(supervisor)
     atexit.register(shutil.rmtree, base, ignore_errors=True)
     atexit.register(stop)
+
+
+def socket_folder(dp_size: int) -> Path:
+    """A new private folder whose name is short enough for sockets in it.
+
+    Raises ``AuroraError`` when there is none.
+    """
+    wrong = ""
+    for parent in (None, *_SHORT):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="aurora-", dir=parent))  # mode 700
+        except OSError as error:
+            wrong = wrong or f"no folder for sockets can be made: {error}"
+            continue
+        try:
+            for name in NAMES:
+                address(folder / str(dp_size), name)
+        except AuroraError as error:
+            wrong = wrong or str(error)
+            folder.rmdir()
+            continue
+        return folder
+    raise AuroraError(wrong)
 
 
 def stop() -> None:

@@ -30,10 +30,14 @@ _STOP_SECONDS = 20.0
 
 def run_uvicorn(original: Callable[..., Any], app: Any, *args: Any, **kw: Any) -> Any:
     """Around ``uvicorn.run``."""
-    if app != SGLANGS_APP or int(kw.get("workers") or 1) < 2:
+    idle, several = environment.is_set(environment.IDLE), (kw.get("workers") or 1) != 1
+    if idle or app != SGLANGS_APP or not several:
         return original(app, *args, **kw)
     watch = ProcessWatch(multiprocessing.active_children())
-    watch.start()
+    try:
+        watch.start()
+    except RuntimeError as error:  # no room for a thread
+        logger.warning("aurora: nobody watches SGLang's processes: %s", error)
     app = OUR_APP if environment.value(environment.STAMP) else app
     try:
         result = original(app, *args, **kw)

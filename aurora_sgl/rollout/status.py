@@ -17,7 +17,7 @@ from aurora_sgl.sequences.held_out import HeldOut, held_out_counts
 from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store import queries
 from aurora_sgl.store.liveness import SILENT_SECONDS, is_silent
-from aurora_sgl.store.models import Audit, Drift
+from aurora_sgl.store.models import Audit, Drift, Server
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,17 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
                 ServerStatus(row.id, row.name, row.live_version_id, row.live_sha256, want,
                              converged and not silent, reason, row.phase, row.phase_reason,
                              row.speculation_share, row.last_seen_at, silent,
-                             tuple(str(row.notices[code]) for code in sorted(row.notices)))
+                             _notices(row, reason))
             )  # fmt: skip
     return statuses
+
+
+def _notices(row: Server, reason: str) -> tuple[str, ...]:
+    """What the server says of itself, and its sidecar where that is not the reason already."""
+    notices = [str(row.notices[code]) for code in sorted(row.notices)]
+    if row.last_error and row.last_error != reason and row.last_error not in notices:
+        notices.append(row.last_error)
+    return tuple(notices)
 
 
 def scheduler(engine: Engine, group: str) -> SchedulerStatus:

@@ -13,11 +13,14 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl import atomic, store
 from aurora_sgl.artifacts import ArtifactRoot
-from aurora_sgl.errors import AuroraError
+from aurora_sgl.errors import AuroraError, Unusable
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment, DeploymentGroup, DrafterVersion, Evaluation
 
 if TYPE_CHECKING:
+    import torch
+
+    from aurora_sgl.drafter.config import DrafterConfig
     from aurora_sgl.drafter.target import TargetInfo
 
 
@@ -60,23 +63,20 @@ def import_version(
 
     The folder is validated (against ``target`` too, when given), hashed and copied to
     ``versions/<weights_sha256[:16]>/``. The same weights again give the version that is there.
-    Raises ``AuroraError`` with the first problem found; nothing is written then.
+    Weights in several files or in a ``pytorch_model.bin`` are stored as one ``model.safetensors``.
+    Raises ``Unusable`` with the first problem of the folder, ``AuroraError`` for any other one;
+    nothing is written then.
     """
     from aurora_sgl.drafter import architectures, checkpoint  # torch is slow to import
 
     path = Path(path)
-    problems = checkpoint.validate(path, target)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise AuroraError(f"{path} can't be imported: {problems[0]}{more}")
-    tensors = checkpoint.read_tensors(path)
-    config = architectures.read_config(path, target_layers=target.num_layers if target else 0)
+    tensors, config = _read_drafter(path, target)
     weights_sha256 = checkpoint.content_sha256(tensors)
     uri = f"versions/{weights_sha256[:16]}/"
     with store.session(engine, write=False) as s:
         owner = _group(s, group)
         if config.architecture != owner.draft_architecture:
-            raise AuroraError(
+            raise Unusable(
                 f"{path} is a {config.architecture}, group {owner.name!r} runs "
                 f"{owner.draft_architecture}"
             )
@@ -84,7 +84,8 @@ def import_version(
             raise AuroraError(f"parent version {parent_id} belongs to another group")
         stored_version = queries.versions.version_by_sha256(s, owner.id, weights_sha256)
     if stored_version is None or stored_version.pruned_at is not None or not artifacts.exists(uri):
-        artifacts.put_folder(path, uri)
+        with checkpoint.as_safetensors(path) as folder:
+            artifacts.put_folder(folder, uri)
     with store.session(engine) as s:
         version, _ = queries.versions.add_version(
             s,
@@ -106,6 +107,26 @@ def import_version(
         if version.pruned_at is not None:
             queries.versions.set_restored(s, version.id)
     return version
+
+
+def _read_drafter(
+    path: Path, target: TargetInfo | None
+) -> tuple[dict[str, torch.Tensor], DrafterConfig]:
+    """Raises ``Unusable``, whatever is odd about the folder."""
+    from aurora_sgl.drafter import architectures, checkpoint
+
+    try:
+        problems = checkpoint.validate(path, target)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise Unusable(f"{path} can't be imported: {problems[0]}{more}")
+        config = architectures.read_config(path, target_layers=target.num_layers if target else 0)
+        return checkpoint.read_tensors(path), config
+    except Unusable:
+        raise
+    except Exception as error:  # a config.json or weights of a make that nobody thought of
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Unusable(f"{path} can't be imported: {why}") from error
 
 
 def export_version(

@@ -6,12 +6,14 @@ import argparse
 import logging
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.processes.priority import step_back
 from aurora_sgl.sidecar.service import SidecarService
+from aurora_sgl.sidecar.supervisor import LAST_WORDS
 
 #: Serving comes first on a machine that has few cores.
 NICENESS = 10
@@ -37,8 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         service = SidecarService(
             get_settings(), chosen.endpoint, spool=chosen.spool, parent_pid=chosen.parent_pid
         )
-    except AuroraError as error:
-        print(f"aurora-sgl sidecar: {error}", file=sys.stderr)
+    except Exception as error:
+        line = str(error)
+        if not isinstance(error, AuroraError):
+            traceback.print_exc()
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"{LAST_WORDS}{line}", file=sys.stderr)  # which the supervisor reads
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.request_stop())

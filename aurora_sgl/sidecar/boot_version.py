@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from pathlib import Path
 
 from aurora_sgl import wire
 from aurora_sgl.artifacts import ArtifactRoot
-from aurora_sgl.errors import Refused
+from aurora_sgl.errors import AuroraError, Refused, Unusable
 from aurora_sgl.sidecar.servers import Registration, drafter_path
 from aurora_sgl.sidecar.swap.staging import target_info
 from aurora_sgl.store import queries
@@ -23,21 +22,29 @@ def identify(
     """The version id, after which ``server.boot_version_id`` is set.
 
     A drafter that is new to the group is imported, and goes live when the group has no live
-    version yet. Raises ``StoreAway``, or ``AuroraError`` for a folder that is no drafter.
+    version yet. Raises ``StoreAway``, ``Unusable`` for what can't become a version, ``AuroraError``
+    or ``OSError`` for what may go well another time.
     """
+    from aurora_sgl.drafter import hub
     from aurora_sgl.rollout.promote import NONE_LIVE, promote
     from aurora_sgl.rollout.versions import import_version
 
+    if reason := str(hello.server.get("unknown_drafter") or ""):
+        raise Unusable(reason)
+    try:
+        target = target_info(hello)
+    except AuroraError as error:
+        raise Unusable(str(error)) from error
     source = "scratch" if hello.server.get("drafter_source") == "scratch" else "import"
     with link.guard() as engine:
         version = import_version(
             engine,
             artifacts,
-            Path(drafter_path(hello)),
+            hub.local(drafter_path(hello)),
             registration.group_id,
             source=source,
             note=f"the drafter that {hello.server.get('name', 'a server')} was started with",
-            target=target_info(hello),
+            target=target,
         )
     with link.session() as s:
         first = queries.aliases.desired_version(s, registration.group_id) is None

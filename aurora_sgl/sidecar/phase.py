@@ -3,6 +3,7 @@ the steps carries drafts; then all of them do."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aurora_sgl.intervals import accept_length
@@ -38,6 +39,12 @@ def expected(
     if replayed is not None:
         return Expected(replayed, "replay")
     return None
+
+
+def measured(counters: Mapping[str, float]) -> Expected | None:
+    """From what the engine itself counted, for a drafter that has no version."""
+    length = counters.get("accept_length")
+    return Expected(float(length), "measured by the server") if length else None
 
 
 def decide(

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from aurora_sgl import clock, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
-from aurora_sgl.errors import AuroraError
+from aurora_sgl.errors import AuroraError, Unusable
 from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.sidecar import boot_version, phase
 from aurora_sgl.sidecar.servers import Registration, Registry, ReportedLive, drafter_path
@@ -34,6 +34,10 @@ STALL_SECONDS = 4.0
 #: Seconds back over which what was served tells the accept length of the live version.
 LIVE_SECONDS = 3600.0
 IDENTIFY_BACKOFF = (2.0, 60.0)
+#: Seconds for which records wait for a drafter that can't be imported now, and may be later.
+IDENTIFY_PATIENCE = 60.0
+
+_DRAFTER = "drafter"
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +75,9 @@ class Reconciler:
         self._tidy_at = 0.0
         self._identify_at = 0.0
         self._identify_failures = 0
+        self._identify_since = 0.0  # of the first failure
         self._error = ""
+        self.standing: dict[str, str] = {}  # code -> what is off as long as this server runs
         self.phase = phase.Phase("", 0.0, "")
         self.agrees = False
         self.desired = 0
@@ -110,6 +116,7 @@ class Reconciler:
         if boot_id != self._boot_id:
             self._boot_id, self._reported, self._error = boot_id, {}, ""
             self._identify_at, self._identify_failures = 0.0, 0
+            self.standing.pop(_DRAFTER, None)
             self._told_hellos = self._told_store = -1
             self.phase = phase.Phase("", 0.0, "")
             self._phase_at = self._tidy_at = 0.0
@@ -128,26 +135,49 @@ class Reconciler:
             self._tell_identity(registration, live)
             self._reconcile(registration, hello, live)
         else:
-            self.agrees = not drafter_path(hello)  # a server without a drafter has none to swap
+            # A server without a drafter has none to swap, nor has one whose drafter is unknown.
+            self.agrees = not drafter_path(hello) or registration.unknown_drafter
         self._decide_phase(registration, hello, live)
         self._report(registration, live)
         self._tell_stalls(registration)
         self._tidy(registration)
 
     def _identify(self, registration: Registration, hello: wire.Hello) -> None:
-        if time.monotonic() < self._identify_at:
+        """Records wait for it, unless nobody will ever know, or it takes too long."""
+        now = time.monotonic()
+        if now < self._identify_at:
             return
         try:
             boot_version.identify(self._link, self._artifacts, registration, hello)
+        except Unusable as error:
+            self._identify_at = float("inf")
+            self._is_unknown(registration, str(error))
         except (AuroraError, OSError) as error:
             low, high = IDENTIFY_BACKOFF
             pause = min(low * 2**self._identify_failures, high)
+            if not self._identify_failures:
+                self._identify_since = now
             self._identify_failures += 1
-            self._identify_at = time.monotonic() + pause
+            self._identify_at = now + pause
             self._error = f"the drafter {drafter_path(hello)} can't be imported: {error}"
-            log.error("%s; records wait; next try in %.0f s", self._error, pause)
+            if now - self._identify_since >= IDENTIFY_PATIENCE:
+                self._is_unknown(registration, self._error)
+            log.error("%s; next try in %.0f s", self._error, pause)
         else:
             self._error = ""
+            self.standing.pop(_DRAFTER, None)
+            registration.unknown_drafter = False
+
+    def _is_unknown(self, registration: Registration, why: str) -> None:
+        self._error = ""
+        line = (
+            f"The drafter of this server is unknown: {why.rstrip('.')}. Its requests are recorded "
+            "without a version, and no version goes live here."
+        )
+        if not registration.unknown_drafter:
+            log.error("%s", line)
+        registration.unknown_drafter = True
+        self.standing[_DRAFTER] = line
 
     def _tell_identity(self, registration: Registration, live: ReportedLive) -> None:
         """Once per Hello of an engine that does not know yet what it was started with."""
@@ -203,6 +233,9 @@ class Reconciler:
         if self._settings.speculation == "auto" and version_id is not None:
             with self._link.session(write=False) as s:
                 expected = self._expected(s, registration.group_id, version_id)
+        length = round(expected.accept_length, 2) if expected is not None else 0.0
+        if registration.unknown_drafter:
+            expected = phase.measured(hello.counters)
         decided = phase.decide(
             self._settings.speculation,
             self._settings.explore_share,
@@ -213,7 +246,6 @@ class Reconciler:
         )
         if (decided.name, decided.share) != (self.phase.name, self.phase.share):
             log.info("%s, share %.2f: %s", decided.name, decided.share, decided.reason)
-        length = round(expected.accept_length, 2) if expected is not None else 0.0
         current = (
             float(hello.counters.get("speculation_share", -1.0)),
             float(hello.counters.get("hoped_accept_length", length)),
@@ -250,7 +282,7 @@ class Reconciler:
             "phase": self.phase.name,
             "speculation_share": self.phase.share,
             "phase_reason": self.phase.reason,
-            "last_error": self._error,
+            "last_error": self._error or " ".join(self.standing.values()),
         }
         if fields == self._reported and live.hellos == self._told_store:
             return

@@ -3,8 +3,9 @@
 Of ``Hello.server`` the sidecar reads (strings unless said otherwise): ``name``, ``target_model``,
 ``target_revision``, ``draft_architecture``, ``drafter_path``, ``drafter_source`` (scratch |
 import), ``dtype``, ``sglang_version``, ``aux_layers`` (list of int), ``live_sha256`` (of the
-drafter at start), ``plain_steps_possible`` (bool), and of the target ``target_hidden_size``,
-``target_vocab_size`` and ``target_num_layers`` (int).
+drafter at start), ``unknown_drafter`` (why nobody can tell which one that is: its requests are
+recorded, no version goes live), ``plain_steps_possible`` (bool), and of the target
+``target_hidden_size``, ``target_vocab_size`` and ``target_num_layers`` (int).
 """
 
 from __future__ import annotations

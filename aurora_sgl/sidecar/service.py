@@ -109,6 +109,10 @@ class SidecarService:
             self._health = open_health(
                 settings.health_host, settings.health_port, endpoint, self.status
             )
+            if self._health.error:
+                self._reconciler.standing["health"] = (
+                    f"{self._health.error}; choose another with AURORA_HEALTH_PORT."
+                )
         self._stop_read, self._stop_write = os.pipe()
         self._parent_fd = _watch(parent_pid)
 
@@ -280,7 +284,7 @@ class SidecarService:
             },
             lost=lost,
             served=self._by_version(),
-            notices=dict(hello.notices) if hello else {},
+            notices={**(hello.notices if hello else {}), **self._reconciler.standing},
             oldest_unstored_seconds=age,
         )
 

@@ -20,6 +20,8 @@ BACKOFF_SECONDS = (0.5, 30.0)
 HEALTHY_SECONDS = 60.0
 STOP_SECONDS = 10.0
 LOG_BYTES = 10 << 20
+#: Of the line with which a sidecar that can't start ends.
+LAST_WORDS = "aurora-sgl sidecar: "
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +103,10 @@ class SidecarSupervisor:
             if time.monotonic() - started > HEALTHY_SECONDS:
                 pause = BACKOFF_SECONDS[0]
             log.warning(
-                "the sidecar ended with %d; starting it again in %.1f s, see %s",
+                "the sidecar ended with %d%s; nothing is stored until it runs: starting it again "
+                "in %.1f s, see %s",
                 code,
+                self._reason(code),
                 pause,
                 self.log_path,
             )
@@ -116,6 +120,20 @@ class SidecarSupervisor:
                     self._process.terminate()
             except AuroraError as error:
                 log.error("%s", error)
+
+    def _reason(self, code: int) -> str:
+        """What a sidecar that could not start said last."""
+        try:
+            with self.log_path.open("rb") as log_file:
+                log_file.seek(max(0, self.log_path.stat().st_size - 4096))
+                last = log_file.read().decode(errors="replace").rstrip().splitlines()[-1]
+        except (OSError, IndexError):
+            return ""
+        return (
+            f" ({last.removeprefix(LAST_WORDS)})"
+            if code == 1 and last.startswith(LAST_WORDS)
+            else ""
+        )
 
     def stop(self) -> None:
         """Ask the sidecar to drain and end; kill it when it takes too long."""

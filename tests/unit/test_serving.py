@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aurora_sgl.config import Settings
-from aurora_sgl.drafter import checkpoint, scratch
+from aurora_sgl.drafter import checkpoint, hub, scratch
 from aurora_sgl.engine.flags import server_flags, value_of
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.processes.server import free_port
@@ -124,12 +124,77 @@ def test_a_port_in_use_is_named(tmp_path: Path, target: Path, drafter: Path) -> 
             plan(str(target), str(drafter), ["--port", port, "--device", "cpu"], settings)
 
 
+def test_a_data_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, target: Path, drafter: Path
+) -> None:
+    (tmp_path / "home").write_text("a file")
+    assert str(tmp_path / "home") in refusal(tmp_path, target, drafter)
+
+
 def test_a_store_that_is_out_of_reach_is_named_without_its_password(
     tmp_path: Path, target: Path, drafter: Path
 ) -> None:
     url = f"postgresql://someone:hush@127.0.0.1:{free_port()}/aurora"
     line = refusal(tmp_path, target, drafter, database_url=url)
     assert "127.0.0.1" in line and "hush" not in line
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, which can't be reached."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return cache
+
+
+def into_cache(cache: Path, name: str, source: Path, *, weights: bool = True) -> Path:
+    """As huggingface_hub lays it out: blobs, and links to them by revision. The snapshot."""
+    commit = "0" * 40
+    base = cache / f"models--{name.replace('/', '--')}"
+    snapshot = base / "snapshots" / commit
+    for folder in (snapshot, base / "refs", base / "blobs"):
+        folder.mkdir(parents=True)
+    (base / "refs" / "main").write_text(commit)
+    files = sorted(path for path in source.iterdir() if path.is_file())
+    for number, file in enumerate(files):
+        shutil.copyfile(file, base / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(base / "blobs" / str(number))
+    if weights and not (source / checkpoint.WEIGHTS).exists():
+        (snapshot / checkpoint.WEIGHTS).write_bytes(b"")  # nobody reads those of the target here
+    return snapshot
+
+
+def test_names_on_the_hub_stand_for_what_lies_in_its_cache(
+    tmp_path: Path, target: Path, drafter: Path, offline: Path
+) -> None:
+    into_cache(offline, "org/target", target)
+    snapshot = into_cache(offline, "org/drafter", drafter)
+    ready = plan("org/target", "org/drafter", flags(), Settings(home=tmp_path / "home"))
+    assert value_of(ready.flags, "--model-path") == "org/target", "as SGLang, store and clients say"
+    assert value_of(ready.flags, "--speculative-draft-model-path") == str(snapshot)
+
+
+@pytest.mark.parametrize("what", ["model", "drafter"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_name_on_the_hub_that_is_not_in_the_cache_is_refused_with_what_to_do(
+    tmp_path: Path, target: Path, offline: Path, what: str, begun: bool
+) -> None:
+    if begun:  # a download that ended early, or fetched the tokenizer alone
+        into_cache(offline, "org/name", target, weights=False)
+    places = ("org/name", None) if what == "model" else (str(target), "org/name")
+    line = refusal(tmp_path, *places)  # type: ignore[arg-type]
+    assert f"the {what} org/name is neither a folder nor in this machine's Hugging Face" in line
+    assert "HF_HUB_OFFLINE is set" in line and "hf download org/name" in line
+
+
+def test_a_folder_comes_before_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target_folder(tmp_path / "org" / "name")
+    assert hub.local("org/name") == hub.fetch("org/name", "model") == Path("org/name")
+    assert not hub.is_name("/org/name") and not hub.is_name("./name") and not hub.is_name("a/b/c")
 
 
 def test_acceptance_thresholds_that_are_not_lossless_are_refused(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,26 +14,37 @@ from aurora_sgl.engine import cpu
 
 cpu.install()
 
+import msgspec  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import zmq  # noqa: E402
 
+from aurora_sgl import environment, wire  # noqa: E402
 from aurora_sgl.config import get_settings  # noqa: E402
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape  # noqa: E402
-from aurora_sgl.engine.agent import Agent  # noqa: E402
+from aurora_sgl.engine import plugin  # noqa: E402
+from aurora_sgl.engine.agent import ALONE_SECONDS, Agent  # noqa: E402
 from aurora_sgl.engine.request_state import RequestState  # noqa: E402
+from aurora_sgl.engine.swap_driver import SwapDriver  # noqa: E402
 
 WHOLE = DraftShape(3, 4, 8)
 
 
-def agent(**change: Any) -> Agent:
+def agent(drafter: torch.nn.Module | None = None, **change: Any) -> Agent:
     """An agent beside a worker of SGLang's that makes no step, without a sidecar."""
+    return Agent(*worker(drafter, **change), leads=True)
+
+
+def worker(drafter: torch.nn.Module | None = None, **change: Any) -> tuple[Any, dict[str, Any]]:
+    """It, and what it is described as."""
     description = {
         "depth": 3, "topk": 4, "nodes": 8, "dp_rank": 0, "tp_size": 1, "device": "cpu",
         "plain_steps_possible": True, "rejection_sampling": False, **change,
     }  # fmt: skip
-    drafter = torch.nn.Module()
-    drafter.fc = torch.nn.Linear(2, 2)
-    worker = SimpleNamespace(
+    if drafter is None:
+        drafter = torch.nn.Module()
+        drafter.fc = torch.nn.Linear(2, 2)
+    stand_in = SimpleNamespace(
         speculative_num_steps=3,
         speculative_num_draft_tokens=8,
         topk=description["topk"],
@@ -50,7 +65,7 @@ def agent(**change: Any) -> Agent:
             speculative_num_draft_tokens=8,
         ),
     )
-    return Agent(worker, description, leads=True)
+    return stand_in, description
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +173,132 @@ def test_a_part_that_fails_is_told_and_the_step_goes_on() -> None:
     mine = agent()
     assert mine.guard("timing steps", fail) is False
     assert len(mine.notices) == 1 and "a mistake of ours" in repr(mine.notices)
+
+
+# -- a start at which something is wrong ---------------------------------------------------------
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[zmq.Socket[bytes]]:
+    """A sidecar's end of the records, and the variables of a server that has one."""
+    monkeypatch.setenv(environment.ENDPOINT, str(tmp_path))
+    monkeypatch.setenv(environment.NOTICES, json.dumps({"data folder": "It is full."}))
+    (tmp_path / "0").mkdir()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.PULL)
+    socket.rcvtimeo = 10_000
+    socket.bind(f"ipc://{tmp_path / '0' / 'records'}")
+    yield socket
+    context.destroy(linger=0)
+
+
+def quantised() -> torch.nn.Module:
+    drafter = torch.nn.Module()
+    weight = torch.zeros(2, 2).to(torch.float8_e4m3fn)
+    drafter.fc = torch.nn.Module()
+    drafter.fc.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return drafter
+
+
+def test_a_quantised_drafter_is_unknown_and_recorded(endpoint: Any) -> None:
+    mine = agent(quantised())
+    assert "quantised (fc.weight is float8_e4m3fn)" in mine.description["unknown_drafter"]
+    assert mine.hello().server["unknown_drafter"] == mine.description["unknown_drafter"]
+    assert mine.capture is not None and mine.recorder is not None
+    assert mine.hello().notices == {"data folder": "It is full."}
+
+
+def test_a_checkpoint_of_another_architecture_is_not_even_read(
+    endpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the target itself, of which the drafter is a part."""
+    monkeypatch.setattr(SwapDriver, "read_back_at_start", lambda *_: pytest.fail("was read"))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3NextMTP"]}))
+    mine = agent(drafter_path=str(tmp_path))
+    assert "architecture Qwen3NextMTP" in mine.description["unknown_drafter"]
+
+
+def test_where_nothing_can_be_stored_but_records_no_hidden_state_is_captured(
+    endpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "The artifact root /x can't be written (Not a directory)."
+    monkeypatch.setenv(environment.NOTICES, json.dumps({"artifacts": why}))
+    mine = agent()
+    assert mine.recorder.capture_share == 0.0 and mine.description["unknown_drafter"] == why
+
+
+def test_a_drafter_with_a_token_map_is_unknown(endpoint: Any) -> None:
+    stand_in, description = worker()
+    stand_in.server_args = SimpleNamespace(speculative_token_map="map.pt")
+    mine = Agent(stand_in, description, leads=True)
+    assert "--speculative-token-map" in mine.description["unknown_drafter"]
+
+
+@pytest.mark.parametrize("why", ["CUDA out of memory\nand more", "the weights lack 'd2t'"])
+def test_a_drafter_that_cannot_be_read_back_is_unknown(
+    endpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    def fail(driver: SwapDriver, folder: Path) -> str:
+        raise RuntimeError(why)
+
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(SwapDriver, "read_back_at_start", fail)
+    mine = agent(drafter_path=str(tmp_path))
+    reason = mine.description["unknown_drafter"]
+    assert reason == f"it can't be read back: {why.splitlines()[0]}"
+    assert "live_sha256" not in mine.description
+
+
+class EAGLEWorkerV2(SimpleNamespace):
+    """The name of SGLang's own."""
+
+
+class StandaloneWorkerV2(EAGLEWorkerV2):
+    """SGLang derives it from that one, and our hooks with it."""
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_agent", None)
+    monkeypatch.setattr(plugin, "_herald", None)
+
+
+def test_an_agent_that_cannot_start_is_told_to_the_sidecar_and_requests_go_on(
+    endpoint: Any, fresh: None
+) -> None:
+    broken = EAGLEWorkerV2(server_args=SimpleNamespace(model_path="some/model", port=30000))
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False))
+    step = partial(plugin._forward_batch_generation, lambda *args, **kw: "tokens", broken, batch)
+    assert step(1, new_argument=2) == "tokens" and step() == "tokens"
+    for _ in range(500):  # as SGLang's loop does it; the sockets join meanwhile
+        assert plugin._pull_raw_reqs(lambda receiver: ["request"], None) == ["request"]
+        if endpoint.poll(20):
+            break
+    envelope = msgspec.msgpack.decode(endpoint.recv(), type=wire.Envelope)
+    (hello,) = envelope.records
+    assert isinstance(hello, wire.Hello) and hello.server["target_model"] == "some/model"
+    assert "The plugin could not start in this server (AttributeError" in hello.notices["agent"]
+    assert "the plugin did not start" in hello.server["unknown_drafter"]
+    assert hello.notices["data folder"] == "It is full."
+
+
+def test_workers_of_another_kind_of_speculation_get_no_agent(endpoint: Any, fresh: None) -> None:
+    assert plugin._agent_of(StandaloneWorkerV2()) is None and plugin._herald is None
+
+
+@pytest.mark.parametrize("channel", [False, True])
+def test_the_policy_decides_alone_when_no_sidecar_takes_anything(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, channel: bool
+) -> None:
+    if channel:
+        request.getfixturevalue("endpoint").close()
+    mine = agent()
+    decisions: list[float] = []
+    monkeypatch.setattr(mine.policy, "decide_alone", lambda: decisions.append(1.0))
+    mine.poll([])
+    assert bool(decisions) is not channel, "a sidecar may be on its way"
+    mine._sidecar_heard -= ALONE_SECONDS
+    mine.poll([])
+    mine.poll([])
+    assert len(decisions) == 1, "as often as a sidecar would"

@@ -314,3 +314,29 @@ def test_an_expectation_of_another_version_is_forgotten_with_it() -> None:
     policy.expected_accept_length = 1.9
     policy.observe(1, ONE, 10, 0)
     assert policy.accept_length() == 1.9
+
+
+@pytest.mark.parametrize(
+    ("accept_length", "mode", "share"),
+    [(2.4, True, 1.0), (1.1, True, 0.1), (None, True, 0.1), (2.4, False, 0.1)],
+)
+def test_without_a_sidecar_what_the_server_measured_decides(
+    accept_length: float | None, mode: bool, share: float
+) -> None:
+    """Also a way back, and nothing where a setting decides."""
+    policy = SpeculationPolicy(0.1, by_size=mode)
+    policy.decide_alone()
+    assert policy.share == 0.1, "nothing was measured yet"
+    for _ in range(100):
+        policy.account(shape=NO_DRAFT, batch_size=1, seconds=0.010)
+        policy.account(shape=ONE, batch_size=1, seconds=0.014)
+        if accept_length is not None:
+            policy.observe(0, ONE, 10, round(10 * (accept_length - 1)))
+    policy.decide_alone()
+    assert policy.share == share
+    if share == 1.0:
+        assert policy.admit() is Admission.DRAFTS
+        for _ in range(200):
+            policy.observe(0, ONE, 10, 0)
+        policy.decide_alone()
+        assert policy.share == 0.1, "the traffic has changed"

@@ -67,6 +67,11 @@ def test_one_range_of_releases_stands_everywhere() -> None:
 
 HOOKS = {name: ("around", hook) for name, hook in plugin.scheduler_hooks().items()}
 HOOKS |= plugin.cpu_hooks()
+HOOKS |= {
+    name: ("around", hook)
+    for name, hook in plugin.main_hooks().items()
+    if name in plugin.MAIN_HOOKS
+}
 #: Left to SGLang there, since another hook does the work: see layer.target_layer.
 SPARED = {"0.5.22": {"sglang.srt.models.llama.LlamaDecoderLayer.forward"}}
 SPARED |= {"0.5.23": SPARED["0.5.22"]}
