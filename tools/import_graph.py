@@ -29,6 +29,7 @@ ROOMS = (
         "intervals",
         "machine",
         "memory",
+        "trace_ring",
         "wire",
     ),
     ("compat", "console", "draft_shape", "health", "processes", "step_cost", "trace_format"),

@@ -118,8 +118,6 @@ class Recorder:
     def let_go(self, state: RequestState) -> wire.Record | None:
         """Record a request no further, since a part of us failed. It goes on being served, and is
         neither finished nor aborted as far as the store knows: its end is not known."""
-        state.trace_broken = True
-        state.trace_rows.clear()
         if not state.recorded:
             return None
         state.recorded = False
