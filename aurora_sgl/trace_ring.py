@@ -7,8 +7,8 @@ sidecar opens it by way of ``/proc``, and when both processes are gone, however 
 gone too. Nor does it count against the size of ``/dev/shm``, which containers keep small.
 
 Page 0 holds two counters that the reader alone writes, each with one store of 8 bytes: ``freed``,
-the position up to which it has copied everything, and ``waiting``, the bytes of whole traces that it
-holds and has not written to the disk yet.
+the position up to which it has copied everything, and ``waiting``, the bytes of whole traces that
+it holds and has not written to the disk yet.
 """
 
 from __future__ import annotations

@@ -143,10 +143,15 @@ class Agent:
         """Record these requests no further: something of theirs was missed."""
         gone = [state for state in states if state is not None]
         lost = [self.recorder.let_go(state) for state in gone]
-        for state in gone if self.capture is not None else ():
-            self.capture.let_go(state.request_id, "lost")
+        self._forget(gone, "lost")
         if self.channel is not None:
             self._done += [record for record in lost if record is not None]
+
+    def _forget(self, gone: Iterable[RequestState | wire.RequestFinished], reason: str) -> None:
+        """Trace these requests no further."""
+        if self.capture is not None:
+            for one in gone:
+                self.capture.let_go(one.request_id, reason)
 
     def let_go_of(self, batch: Any) -> None:
         self.let_go(getattr(req, "_aurora", None) for req in batch.reqs)
@@ -213,8 +218,10 @@ class Agent:
             parts = [(offset, rows) for _, _, _, offset, rows in pieces]
             kept = rows_to_host(last, parts) if last is not None else None
             if aux.device.type != "cpu":  # there only these rows come to the host
-                starts = accumulate((rows for _, rows in parts), initial=0)
-                pieces = [(*one[:3], first, one[4]) for one, first in zip(pieces, starts)]
+                ends = accumulate(rows for _, rows in parts)
+                pieces = [
+                    (*one[:3], end - one[4], one[4]) for one, end in zip(pieces, ends, strict=True)
+                ]
             self.prefill = (pieces, rows_to_host(aux, parts), kept)
 
     def _started(self, req: Any) -> list[wire.Record]:
@@ -414,8 +421,7 @@ class Agent:
         if now - self._said_hello >= _HELLO_SECONDS:
             self._said_hello = now
             vanished = self.recorder.vanished()
-            for record in vanished if self.capture is not None else ():
-                self.capture.let_go(record.request_id, "vanished")
+            self._forget(vanished, "vanished")
             self.channel.put([self.hello(), *vanished])
         while self._done:
             self.channel.put([self._done.pop(0)])

@@ -162,8 +162,10 @@ class Capture:
         self, gathered: Gathered, req: Any, state: RequestState, start: int, first: int, count: int
     ) -> None:
         """``count`` rows from row ``first`` of a prefill, at absolute positions from ``start``."""
+        begun = time.perf_counter()
         part = range(first, first + count)
         self._add(gathered, state, start, _tokens(req, start, count), part, part, is_step=False)
+        self.budget.spent(time.perf_counter() - begun)
 
     def verify_rows(
         self,
@@ -176,16 +178,18 @@ class Capture:
     ) -> None:
         """Rows of the accepted path of one verify step: the root and the accepted drafts, as far
         as the client gets them (a step may go on past a stop)."""
+        begun = time.perf_counter()
         accept_len = max(0, min(step.accept_lens[row], visible_length(req) - before + 1))
         root = len(req.origin_input_ids) + before - 1
         tokens = req.output_ids[before - 1 : before - 1 + accept_len]
         nodes = step.observation.shape.nodes
         first = step.observation.block(row) * nodes
         aux = range(first, first + accept_len)
-        last = step.paths[row][:accept_len]
+        last: Sequence[int] = step.paths[row][:accept_len]
         if step.observation.blocks is not None:
             last = [node - row * nodes + first for node in last]
         self._add(gathered, state, root, tokens, aux, last, is_step=True)
+        self.budget.spent(time.perf_counter() - begun)
 
     def _add(
         self,
@@ -213,6 +217,7 @@ class Capture:
 
     def hand_over(self, gathered: Gathered) -> None:
         """Give what was gathered to the copier, and after it the ends of requests."""
+        begun = time.perf_counter()
         rows = gathered.rows
         if rows is not None and rows.pieces:
             held = rows.held
@@ -223,6 +228,7 @@ class Capture:
                     self._give_up(trace, "backlog")
         for state, answer in gathered.ends:
             self._end(state, answer)
+        self.budget.spent(time.perf_counter() - begun)
 
     def end(self, gathered: Gathered, req: Any, state: RequestState) -> None:
         """A request ended: the tokens of the whole answer follow its last rows."""

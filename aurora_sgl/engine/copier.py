@@ -250,24 +250,13 @@ class Copier:
                 self._give_up(piece.trace, "behind")
             return
         last_at = position + rows * layout.aux_bytes
-        _gather(
-            item.aux, [piece.aux for piece in group], ring.rows(position, rows, layout.aux_bytes)
-        )
+        into = ring.rows(position, rows, layout.aux_bytes)
+        _gather(item.aux, [piece.aux for piece in group], into)
         if item.last is not None and layout.last_width:
             into = ring.rows(last_at, rows, layout.last_bytes)
             _gather(item.last, [piece.last for piece in group], into)
-        headers, done = [], 0
-        for piece in group:
-            count = len(piece.tokens)
-            headers.append(
-                _header(
-                    self._boot_id, layout, piece.trace, piece.start, list(piece.tokens),
-                    steps=[piece.start] if piece.is_step else [],
-                    aux_at=position + done * layout.aux_bytes, aux_bytes=count * layout.aux_bytes,
-                    last_at=last_at + done * layout.last_bytes, last_bytes=count * layout.last_bytes,
-                )
-            )  # fmt: skip
-            done += count
+        del into
+        headers = _headers(self._boot_id, layout, group, position, last_at)
         if not self._deliver(headers):
             ring.give_back(before)
             for piece in group:
@@ -275,7 +264,8 @@ class Copier:
 
     def _room(self, count: int) -> int | None:
         ring = self._open_ring()
-        return self._patiently(lambda: ring.allocate(count))
+        position: int | None = self._patiently(lambda: ring.allocate(count))
+        return position
 
     def _deliver(self, headers: list[wire.TraceHeader]) -> bool:
         """Send headers; False: nobody takes them."""
@@ -394,6 +384,27 @@ def _gather(source: torch.Tensor, rows: list[Sequence[int]], target: NDArray[np.
     if numbers.min() < 0 or numbers.max() >= len(raw):
         raise IndexError("rows that the forward did not have")
     np.take(raw, numbers, axis=0, out=target, mode="clip")  # "raise" would buffer it
+
+
+def _headers(
+    boot_id: int, layout: Layout, group: list[Piece], aux_at: int, last_at: int
+) -> list[wire.TraceHeader]:
+    """One for each piece of a group, whose rows lie one after the other from these positions."""
+    headers = []
+    for piece in group:
+        aux_bytes = len(piece.tokens) * layout.aux_bytes
+        last_bytes = len(piece.tokens) * layout.last_bytes
+        headers.append(
+            _header(
+                *(boot_id, layout, piece.trace, piece.start, list(piece.tokens)),
+                steps=[piece.start] if piece.is_step else [],
+                **{"aux_at": aux_at, "aux_bytes": aux_bytes},
+                **{"last_at": last_at, "last_bytes": last_bytes},
+            )
+        )
+        aux_at += aux_bytes
+        last_at += last_bytes
+    return headers
 
 
 def _header(

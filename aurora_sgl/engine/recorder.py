@@ -183,7 +183,7 @@ class Recorder:
             clean.integer(getattr(req, "retraction_count", 0)),
         )
 
-    def vanished(self) -> list[wire.Record]:
+    def vanished(self) -> list[wire.RequestFinished]:
         """Requests that SGLang forgot without finishing them, such as aborts in the queue."""
         gone = [state for ref, state in self._running.values() if ref() is None]
         for state in gone:

@@ -99,7 +99,7 @@ class TraceBudget:
         return self._ticket
 
     def expected(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """Bytes of the trace of a request: its prompt's, and those of an answer of likely length."""
+        """Bytes of a request's trace: its prompt's, and those of an answer of likely length."""
         answer = math.ceil(_ABOVE_AVERAGE * self._answer) + 16
         if isinstance(max_new_tokens, int):
             answer = max(0, min(answer, max_new_tokens))
