@@ -396,10 +396,16 @@ def _headers(
         last_bytes = len(piece.tokens) * layout.last_bytes
         headers.append(
             _header(
-                *(boot_id, layout, piece.trace, piece.start, list(piece.tokens)),
+                boot_id,
+                layout,
+                piece.trace,
+                piece.start,
+                list(piece.tokens),
                 steps=[piece.start] if piece.is_step else [],
-                **{"aux_at": aux_at, "aux_bytes": aux_bytes},
-                **{"last_at": last_at, "last_bytes": last_bytes},
+                aux_at=aux_at,
+                aux_bytes=aux_bytes,
+                last_at=last_at,
+                last_bytes=last_bytes,
             )
         )
         aux_at += aux_bytes
