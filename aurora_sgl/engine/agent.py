@@ -338,6 +338,8 @@ class Agent:
             ]
             self.policy.observe(observation.swap_count, observation.shape, len(whole), sum(whole))
         gathered = self._gather(observation.aux, observation.last)
+        if self.capture is not None:
+            self.capture.step_rows(gathered, tracked, step)
         records = [
             record
             for row, req, state, before in tracked
@@ -363,8 +365,6 @@ class Agent:
         """The records of one request of a step. If they fail, those of the others don't."""
         try:
             records = [self.recorder.verify_step(step, req, state, row, before)]
-            if state.trace is not None and self.capture is not None:
-                self.capture.verify_rows(gathered, req, state, row, before, step)
             if req.finished():
                 records.append(self._finish(req, state, gathered))
         except Exception as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,31 +164,47 @@ class Capture:
         """``count`` rows from row ``first`` of a prefill, at absolute positions from ``start``."""
         begun = time.perf_counter()
         part = range(first, first + count)
-        self._add(gathered, state, start, _tokens(req, start, count), part, part, is_step=False)
+        self._add(gathered, state, start, _tokens(req, start, count), part)
         self.budget.spent(time.perf_counter() - begun)
 
-    def verify_rows(
+    def step_rows(
         self,
         gathered: Gathered,
-        req: Any,
-        state: RequestState,
-        row: int,
-        before: int,  # visible output tokens before the step
+        tracked: Iterable[tuple[int, Any, RequestState, int]],
         step: StepRows,
     ) -> None:
-        """Rows of the accepted path of one verify step: the root and the accepted drafts, as far
-        as the client gets them (a step may go on past a stop)."""
+        """Rows of the accepted paths of one verify step: the root and the accepted drafts, as far
+        as the client gets them (a step may go on past a stop).
+
+        ``tracked``: (row of the batch, request, state, visible output tokens before the step).
+        One loop without calls: it runs for each request of each step.
+        """
         begun = time.perf_counter()
-        accept_len = max(0, min(step.accept_lens[row], visible_length(req) - before + 1))
-        root = len(req.origin_input_ids) + before - 1
-        tokens = req.output_ids[before - 1 : before - 1 + accept_len]
-        nodes = step.observation.shape.nodes
-        first = step.observation.block(row) * nodes
-        aux = range(first, first + accept_len)
-        last: Sequence[int] = step.paths[row][:accept_len]
-        if step.observation.blocks is not None:
-            last = [node - row * nodes + first for node in last]
-        self._add(gathered, state, root, tokens, aux, last, is_step=True)
+        rows, accept_lens = gathered.rows, step.accept_lens
+        marks = rows.marks if rows is not None else []
+        row_bytes = self.budget.bytes_of(1)
+        for row, req, state, before in tracked:
+            trace = state.trace
+            if trace is None or trace.broken:
+                continue
+            output, visible = req.output_ids, req.finished_len  # see visible_length
+            if visible is None:
+                visible = len(output)
+            count = min(accept_lens[row], visible - before + 1)
+            if count <= 0 or before < 1:
+                continue
+            used = trace.used + count * row_bytes
+            if rows is None:
+                self._give_up(trace, "no_rows")
+            elif used > trace.reserved and not self.budget.grow(trace, count * row_bytes):
+                self._give_up(trace, "outgrown")
+            else:
+                trace.used = used
+                root = before - 1
+                tokens = output[root : root + count]
+                marks.append((trace, row, trace.output_start + root, tokens))
+        if rows is not None:
+            rows.step = step
         self.budget.spent(time.perf_counter() - begun)
 
     def _add(
@@ -197,34 +213,29 @@ class Capture:
         state: RequestState,
         start: int,
         tokens: Sequence[int],
-        aux: Sequence[int],
-        last: Sequence[int],
-        *,
-        is_step: bool,
+        part: range,
     ) -> None:
-        trace = state.trace
-        if trace is None or trace.broken or not tokens:
+        trace, count = state.trace, len(tokens)
+        if trace is None or trace.broken or not count:
             return
         if gathered.rows is None:
             self._give_up(trace, "no_rows")
-        elif not self.budget.grow(trace, self.budget.bytes_of(len(tokens))):
+        elif not self.budget.grow(trace, self.budget.bytes_of(count)):
             self._give_up(trace, "outgrown")
         else:
-            count = len(tokens)
-            gathered.rows.pieces.append(
-                Piece(trace, start, tokens, aux[:count], last[:count], is_step)
-            )
+            part = part[:count]
+            gathered.rows.pieces.append(Piece(trace, start, tokens, part, part, False))
 
     def hand_over(self, gathered: Gathered) -> None:
         """Give what was gathered to the copier, and after it the ends of requests."""
         begun = time.perf_counter()
         rows = gathered.rows
-        if rows is not None and rows.pieces:
+        if rows is not None and (rows.pieces or rows.marks):
             held = rows.held
             if self.copier.held + held <= self._most_held:
                 self.copier.put(rows, held)
             else:
-                for trace in {piece.trace for piece in rows.pieces}:
+                for trace in rows.traces:
                     self._give_up(trace, "backlog")
         for state, answer in gathered.ends:
             self._end(state, answer)

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from aurora_sgl import wire
+from aurora_sgl.engine.draft_tree import StepRows
 from aurora_sgl.engine.trace_budget import Trace
 from aurora_sgl.trace_ring import RingWriter
 
@@ -58,7 +59,7 @@ class Layout:
         return self.aux_bytes + self.last_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """Rows of one request: those numbered ``aux`` and ``last`` of the item's tensors."""
 
@@ -78,6 +79,31 @@ class Rows:
     aux: torch.Tensor  # [rows, aux_width] on CPU
     last: torch.Tensor | None  # [rows, last_width] on CPU
     pieces: list[Piece] = field(default_factory=list)
+    #: Of a step, in as few words as the scheduler's thread can say it: (trace, row of the batch,
+    #: position, tokens) of each request.
+    marks: list[tuple[Trace, int, int, Sequence[int]]] = field(default_factory=list)
+    step: StepRows | None = None
+
+    @property
+    def traces(self) -> set[Trace]:
+        return {piece.trace for piece in self.pieces} | {mark[0] for mark in self.marks}
+
+    def all_pieces(self) -> list[Piece]:
+        """Of the step too: the root and the accepted drafts, whose auxiliary rows are in front of
+        those of their request, and whose last states lie where their nodes are."""
+        if self.step is None:
+            return self.pieces
+        observation, paths = self.step.observation, self.step.paths
+        nodes = observation.shape.nodes
+        pieces = [*self.pieces]
+        for trace, row, start, tokens in self.marks:
+            count, path = len(tokens), paths[row]
+            first = observation.block(row) * nodes
+            last = path[:count]
+            if observation.blocks is not None:
+                last = [node - row * nodes + first for node in last]
+            pieces.append(Piece(trace, start, tokens, range(first, first + count), last, True))
+        return pieces
 
     @property
     def held(self) -> int:
@@ -199,8 +225,7 @@ class Copier:
         except Exception as error:
             if not self.dropped["failed"]:
                 logger.error("aurora: a trace failed and is dropped", exc_info=error)
-            pieces = item.pieces if isinstance(item, Rows) else [item]
-            for trace in {piece.trace for piece in pieces}:
+            for trace in item.traces if isinstance(item, Rows) else {item.trace}:
                 self._give_up(trace, "failed")
         finally:
             del item
@@ -351,7 +376,7 @@ def _groups(item: Rows, most: int) -> Iterator[list[Piece]]:
     """The pieces of an item in order, in groups of at most ``most`` rows; long ones are cut."""
     group: list[Piece] = []
     rows = 0
-    for whole in item.pieces:
+    for whole in item.all_pieces():
         for first in range(0, len(whole.tokens), most):
             piece = _part(whole, first, most) if len(whole.tokens) > most else whole
             if rows + len(piece.tokens) > most and group:

@@ -154,8 +154,9 @@ class House:
         )
         rows = StepRows(observation, accept, size)
         gathered = self.capture.gather(aux, last)
+        tracked = [(row, *one, befores[row]) for row, one in enumerate(some)]
+        self.capture.step_rows(gathered, tracked, rows)
         for row, (req, state) in enumerate(some):
-            self.capture.verify_rows(gathered, req, state, row, befores[row], rows)
             if row in ends:
                 self.capture.end(gathered, req, state)
         self.capture.hand_over(gathered)
