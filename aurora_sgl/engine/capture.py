@@ -17,10 +17,10 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.config import Settings
-from aurora_sgl.engine.copier import Copier, GivenUp, Layout, Piece, Rows, Tokens
+from aurora_sgl.engine.copier import Copier, GivenUp, Layout, Span, ForwardRows, Tokens
 from aurora_sgl.engine.draft_tree import StepRows
 from aurora_sgl.engine.request_state import RequestState, visible_length
-from aurora_sgl.engine.trace_budget import UNKNOWN_ROW, Trace, TraceBudget
+from aurora_sgl.engine.trace_budget import UNKNOWN_ROW, OpenTrace, TraceBudget
 
 
 class LastHiddenState:
@@ -95,9 +95,10 @@ class Capture:
         self.budget = budget
         self.copier = copier
         self.dropped: Counter[str] = Counter()  # traces that began and don't reach the sidecar
+        self.disk_bytes = 0  # the sidecar's budget of files, which is only told
         self._most_held = most_held
         self._layout: Layout | None = None  # set by the first prefill
-        self._open: dict[int, Trace] = {}
+        self._open: dict[int, OpenTrace] = {}
 
     @classmethod
     def of(
@@ -115,7 +116,9 @@ class Capture:
             bytes_per_second=settings.capture_bytes_per_second,
         )
         copier = Copier(send, boot_id, settings.capture_ring_bytes)
-        return cls(budget, copier, most_held=settings.capture_backlog_bytes)
+        capture = cls(budget, copier, most_held=settings.capture_backlog_bytes)
+        capture.disk_bytes = settings.capture_bytes
+        return capture
 
     def learn_layout(self, aux: torch.Tensor, last: torch.Tensor | None) -> None:
         """Take dtype and widths from the rows of a prefill; they stay the same for a boot."""
@@ -143,7 +146,7 @@ class Capture:
         reserved = self.budget.begin(ticket, len(prompt))
         if not reserved or self._layout is None:
             return
-        trace = Trace(state.request_id, len(prompt), state.greedy, reserved)
+        trace = OpenTrace(state.request_id, len(prompt), state.greedy, reserved)
         state.trace = self._open[trace.request_id] = trace
         self.copier.put(Tokens(self._layout, trace, 0, prompt[:]))
         self.budget.spent(time.perf_counter() - begun)
@@ -156,7 +159,7 @@ class Capture:
             return Gathered(None)
         if self._layout.last_width and last is None:
             return Gathered(None)
-        return Gathered(Rows(self._layout, aux, last))
+        return Gathered(ForwardRows(self._layout, aux, last))
 
     def prompt_rows(
         self, gathered: Gathered, req: Any, state: RequestState, start: int, first: int, count: int
@@ -224,7 +227,7 @@ class Capture:
             self._give_up(trace, "outgrown")
         else:
             part = part[:count]
-            gathered.rows.pieces.append(Piece(trace, start, tokens, part, part, False))
+            gathered.rows.pieces.append(Span(trace, start, tokens, part, part, False))
 
     def hand_over(self, gathered: Gathered) -> None:
         """Give what was gathered to the copier, and after it the ends of requests."""
@@ -266,7 +269,7 @@ class Capture:
             self._give_up(trace, reason)
             self.budget.close(trace)
 
-    def _give_up(self, trace: Trace, reason: str) -> None:
+    def _give_up(self, trace: OpenTrace, reason: str) -> None:
         if not trace.broken:
             trace.broken = True
             self.dropped[reason] += 1
@@ -286,6 +289,9 @@ class Capture:
             "trace_bytes_reserved": float(self.budget.reserved),
             "trace_bytes_held": float(self.copier.held),
             "trace_row_bytes": float(self.budget.row_bytes),
+            "trace_budget_disk": float(self.disk_bytes),
+            "trace_budget_unfinished": float(self.budget.total_bytes),
+            "trace_budget_second": float(self.budget.bytes_per_second),
             "capture_scale": self.budget.scale,
             **{f"traces_refused_{reason}": float(count) for reason, count in refused.items()},
             **{f"traces_dropped_{reason}": float(count) for reason, count in dropped.items()},
@@ -296,7 +302,7 @@ class Capture:
 class Gathered:
     """Rows of one forward, and the requests that end with it."""
 
-    rows: Rows | None
+    rows: ForwardRows | None
     ends: list[tuple[RequestState, Sequence[int]]] = field(default_factory=list)
 
 

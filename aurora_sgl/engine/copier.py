@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from aurora_sgl import wire
 from aurora_sgl.engine.draft_tree import StepRows
-from aurora_sgl.engine.trace_budget import Trace
+from aurora_sgl.engine.trace_budget import OpenTrace
 from aurora_sgl.trace_ring import RingWriter
 
 logger = logging.getLogger("aurora_sgl")
@@ -60,10 +60,10 @@ class Layout:
 
 
 @dataclass(slots=True)
-class Piece:
+class Span:
     """Rows of one request: those numbered ``aux`` and ``last`` of the item's tensors."""
 
-    trace: Trace
+    trace: OpenTrace
     start: int  # absolute position of the first row
     tokens: Sequence[int]  # one for each row
     aux: Sequence[int]
@@ -72,23 +72,23 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Rows:
+class ForwardRows:
     """What one prefill or one step leaves behind for all traced requests of its batch."""
 
     layout: Layout
     aux: torch.Tensor  # [rows, aux_width] on CPU
     last: torch.Tensor | None  # [rows, last_width] on CPU
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[Span] = field(default_factory=list)
     #: Of a step, in as few words as the scheduler's thread can say it: (trace, row of the batch,
     #: position, tokens) of each request.
-    marks: list[tuple[Trace, int, int, Sequence[int]]] = field(default_factory=list)
+    marks: list[tuple[OpenTrace, int, int, Sequence[int]]] = field(default_factory=list)
     step: StepRows | None = None
 
     @property
-    def traces(self) -> set[Trace]:
+    def traces(self) -> set[OpenTrace]:
         return {piece.trace for piece in self.pieces} | {mark[0] for mark in self.marks}
 
-    def all_pieces(self) -> list[Piece]:
+    def all_pieces(self) -> list[Span]:
         """Of the step too: the root and the accepted drafts, whose auxiliary rows are in front of
         those of their request, and whose last states lie where their nodes are."""
         if self.step is None:
@@ -102,7 +102,7 @@ class Rows:
             last = path[:count]
             if observation.blocks is not None:
                 last = [node - row * nodes + first for node in last]
-            pieces.append(Piece(trace, start, tokens, range(first, first + count), last, True))
+            pieces.append(Span(trace, start, tokens, range(first, first + count), last, True))
         return pieces
 
     @property
@@ -119,7 +119,7 @@ class Tokens:
     """Tokens without rows: a whole prompt, or (``final``) the whole answer."""
 
     layout: Layout
-    trace: Trace
+    trace: OpenTrace
     start: int
     tokens: Sequence[int]
     final: bool = False
@@ -127,10 +127,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    trace: Trace
+    trace: OpenTrace
 
 
-Item = Rows | Tokens | GivenUp
+Item = ForwardRows | Tokens | GivenUp
 
 
 class Copier:
@@ -147,7 +147,7 @@ class Copier:
         self._queue: deque[tuple[Item, int]] = deque()
         self._put_bytes = 0  # counted by the scheduler's thread
         self._done_bytes = 0  # counted by ours
-        self._untold: dict[int, Trace] = {}  # given up, which the sidecar does not know yet
+        self._untold: dict[int, OpenTrace] = {}  # given up, which the sidecar does not know yet
         self._begun: set[int] = set()  # requests that the sidecar has something of
         self._stuck_at: int | None = None  # what was freed when we lost patience
         self._unable = False
@@ -225,7 +225,7 @@ class Copier:
         except Exception as error:
             if not self.dropped["failed"]:
                 logger.error("aurora: a trace failed and is dropped", exc_info=error)
-            for trace in item.traces if isinstance(item, Rows) else {item.trace}:
+            for trace in item.traces if isinstance(item, ForwardRows) else {item.trace}:
                 self._give_up(trace, "failed")
         finally:
             del item
@@ -244,7 +244,7 @@ class Copier:
     def _handle(self, item: Item) -> None:
         if isinstance(item, GivenUp):
             self._give_up(item.trace, "")
-        elif isinstance(item, Rows):
+        elif isinstance(item, ForwardRows):
             for group in _groups(item, self._most_rows(item.layout)):
                 self._copy(item, group)
         elif not item.trace.broken:
@@ -261,7 +261,7 @@ class Copier:
     def _most_rows(self, layout: Layout) -> int:
         return max(1, min(_LARGEST, self._open_ring().largest) // layout.row_bytes)
 
-    def _copy(self, item: Rows, group: list[Piece]) -> None:
+    def _copy(self, item: ForwardRows, group: list[Span]) -> None:
         """Copy the rows of a group into one place of the ring and send their headers."""
         group = [piece for piece in group if not piece.trace.broken]
         layout, ring = item.layout, self._open_ring()
@@ -346,7 +346,7 @@ class Copier:
         behind = self._ring is not None and self._ring.head != self._ring.freed
         return behind or bool(self._untold) or self._stuck_at is not None
 
-    def _give_up(self, trace: Trace, reason: str) -> None:
+    def _give_up(self, trace: OpenTrace, reason: str) -> None:
         """Take nothing more of a trace and let the sidecar forget it. ``reason``: ours; "" when
         the scheduler's thread has counted it."""
         trace.broken = True
@@ -372,9 +372,9 @@ class Copier:
         return self._ring
 
 
-def _groups(item: Rows, most: int) -> Iterator[list[Piece]]:
+def _groups(item: ForwardRows, most: int) -> Iterator[list[Span]]:
     """The pieces of an item in order, in groups of at most ``most`` rows; long ones are cut."""
-    group: list[Piece] = []
+    group: list[Span] = []
     rows = 0
     for whole in item.all_pieces():
         for first in range(0, len(whole.tokens), most):
@@ -388,9 +388,9 @@ def _groups(item: Rows, most: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def _part(piece: Piece, first: int, count: int) -> Piece:
+def _part(piece: Span, first: int, count: int) -> Span:
     part = slice(first, first + count)
-    return Piece(
+    return Span(
         piece.trace, piece.start + first, piece.tokens[part], piece.aux[part], piece.last[part],
         piece.is_step and first == 0,
     )  # fmt: skip
@@ -412,7 +412,7 @@ def _gather(source: torch.Tensor, rows: list[Sequence[int]], target: NDArray[np.
 
 
 def _headers(
-    boot_id: int, layout: Layout, group: list[Piece], aux_at: int, last_at: int
+    boot_id: int, layout: Layout, group: list[Span], aux_at: int, last_at: int
 ) -> list[wire.TraceHeader]:
     """One for each piece of a group, whose rows lie one after the other from these positions."""
     headers = []
@@ -441,7 +441,7 @@ def _headers(
 def _header(
     boot_id: int,
     layout: Layout,
-    trace: Trace,
+    trace: OpenTrace,
     start: int,
     tokens: list[int],
     *,

@@ -11,7 +11,7 @@ from aurora_sgl.draft_shape import NO_DRAFT
 from aurora_sgl.engine import clean
 from aurora_sgl.engine.draft_tree import VerifyObservation
 from aurora_sgl.engine.labels import UNKNOWN, Labels
-from aurora_sgl.engine.trace_budget import Trace
+from aurora_sgl.engine.trace_budget import OpenTrace
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class RequestState:
     #: on its way there
     strangers: torch.Tensor | None = None
     ticket: int = 0  # of what is reserved for its trace until it begins
-    trace: Trace | None = None  # None: its hidden states are not captured, or no more
+    trace: OpenTrace | None = None  # None: its hidden states are not captured, or no more
 
 
 def is_mixed(state: RequestState, observation: VerifyObservation) -> bool:

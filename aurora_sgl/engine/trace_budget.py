@@ -31,7 +31,7 @@ _RECOVERY, _LEAST = 1.05, 1 / 64
 
 
 @dataclass(slots=True, eq=False)
-class Trace:
+class OpenTrace:
     """One request whose hidden states are captured, from its first prefill on."""
 
     request_id: int
@@ -65,7 +65,7 @@ class TraceBudget:
     _filled_at: float = 0.0
     _ticket: int = 0
     _chosen: dict[int, tuple[int, float]] = field(default_factory=dict)  # ticket -> bytes, when
-    _closing: list[Trace] = field(default_factory=list)
+    _closing: list[OpenTrace] = field(default_factory=list)
     _spent: float = 0.0  # seconds of capture in this window
     _steps: float = 0.0  # seconds of steps in it
     _counted: int = 0
@@ -145,7 +145,7 @@ class TraceBudget:
             return 0
         return need
 
-    def grow(self, trace: Trace, count: int) -> bool:
+    def grow(self, trace: OpenTrace, count: int) -> bool:
         """Whether ``count`` more bytes may be handed over; reserves more if need be."""
         trace.used += count
         missing = trace.used - trace.reserved
@@ -166,7 +166,7 @@ class TraceBudget:
 
     # -- the end ---------------------------------------------------------------------------------
 
-    def close(self, trace: Trace) -> None:
+    def close(self, trace: OpenTrace) -> None:
         """Nothing more is handed over. The bytes stay reserved until the sidecar has them."""
         self._closing.append(trace)
 

@@ -7,7 +7,7 @@ import pytest
 from aurora_sgl.engine.trace_budget import (
     FORGOTTEN_SECONDS,
     TOKEN_BYTES,
-    Trace,
+    OpenTrace,
     TraceBudget,
 )
 
@@ -32,10 +32,10 @@ def budget(clock: Clock | None = None, **change: int) -> TraceBudget:
     return TraceBudget(ROW, clock=clock or Clock(), **sizes)
 
 
-def began(mine: TraceBudget, prompt: int, max_new: int) -> Trace:
+def began(mine: TraceBudget, prompt: int, max_new: int) -> OpenTrace:
     ticket = mine.choose(prompt, max_new)
     assert ticket
-    return Trace(1, prompt, True, mine.begin(ticket, prompt))
+    return OpenTrace(1, prompt, True, mine.begin(ticket, prompt))
 
 
 def test_a_request_reserves_its_prompt_and_a_likely_answer() -> None:
