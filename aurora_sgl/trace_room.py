@@ -25,8 +25,13 @@ class TraceRoom:
         row_bytes = int(counters.get("trace_row_bytes", 0))
         if row_bytes <= 0:
             return None
-        names = ("trace_budget_disk", "trace_budget_unfinished", "trace_budget_second")
-        return cls(row_bytes, *(int(counters.get(name, 0)) for name in names), request_bytes)
+        return cls(
+            row_bytes,
+            disk_bytes=int(counters.get("trace_budget_disk", 0)),
+            unfinished_bytes=int(counters.get("trace_budget_unfinished", 0)),
+            bytes_per_second=int(counters.get("trace_budget_second", 0)),
+            request_bytes=request_bytes,
+        )
 
     @property
     def disk_requests(self) -> int | None:

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
 import tempfile
 import time
 from array import array
@@ -213,7 +214,6 @@ def memory(folder: Path) -> list[dict[str, Any]]:
         )  # fmt: skip
         other = psutil.Process(sidecar.process.pid)
         other.send_signal(signal.SIGSTOP)
-        _prefill_all(engine, 64, 16)  # warm
         before = _memory_of(psutil.Process()), _memory_of(other)
         most = [0.0, 0.0]
         begun = time.monotonic()
@@ -280,6 +280,8 @@ def streams(folder: Path, requests: int, step_ms: float) -> list[dict[str, Any]]
     whole = _whole(engine, home / "aurora.db", admitted)
     engine.close()
     sidecar.stop()
+    if whole < admitted:
+        print(sidecar.text()[-3000:], counters, file=sys.stderr)
     refused = {name[15:]: int(count) for name, count in counters.items() if "refused_" in name}
     return [
         {
@@ -306,7 +308,7 @@ def _whole(engine: Engine, database: Path, admitted: int) -> int:
     while count < admitted and time.monotonic() < deadline:
         _hello(engine)
         with closing(sqlite3.connect(database)) as connection:
-            query = 'SELECT count(*) FROM trace WHERE "end" - start = 999'
+            query = 'SELECT count(*) FROM trace WHERE start = 0 AND "end" >= 999'
             count = int(connection.execute(query).fetchone()[0])
         time.sleep(1)
     return count

@@ -17,7 +17,7 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.config import Settings
-from aurora_sgl.engine.copier import Copier, GivenUp, Layout, Span, ForwardRows, Tokens
+from aurora_sgl.engine.copier import Copier, ForwardRows, GivenUp, Layout, Span, Tokens
 from aurora_sgl.engine.draft_tree import StepRows
 from aurora_sgl.engine.request_state import RequestState, visible_length
 from aurora_sgl.engine.trace_budget import UNKNOWN_ROW, OpenTrace, TraceBudget
