@@ -17,8 +17,9 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.config import Settings
-from aurora_sgl.engine.copier import Copier, ForwardRows, GivenUp, Layout, Span, Tokens
+from aurora_sgl.engine.copier import Copier
 from aurora_sgl.engine.draft_tree import StepRows
+from aurora_sgl.engine.forward_rows import ForwardRows, GivenUp, Layout, Span, Tokens
 from aurora_sgl.engine.request_state import RequestState, visible_length
 from aurora_sgl.engine.trace_budget import UNKNOWN_ROW, OpenTrace, TraceBudget
 
@@ -227,13 +228,13 @@ class Capture:
             self._give_up(trace, "outgrown")
         else:
             part = part[:count]
-            gathered.rows.pieces.append(Span(trace, start, tokens, part, part, False))
+            gathered.rows.spans.append(Span(trace, start, tokens, part, part, False))
 
     def hand_over(self, gathered: Gathered) -> None:
         """Give what was gathered to the copier, and after it the ends of requests."""
         begun = time.perf_counter()
         rows = gathered.rows
-        if rows is not None and (rows.pieces or rows.marks):
+        if rows is not None and (rows.spans or rows.marks):
             held = rows.held
             if self.copier.held + held <= self._most_held:
                 self.copier.put(rows, held)

@@ -50,7 +50,11 @@ LATE_SECONDS = 3.0
 #: Traces that wait for the disk; more stay with the assembler, whose memory is bounded.
 TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
 #: Counters of the engine's heartbeat that the metrics show.
-_ENGINE = ("queue", "running_requests", "step_ms", "failures", "parts_down", "dropped_odd")
+_ENGINE = (
+    *("queue", "running_requests", "step_ms", "failures", "parts_down", "dropped_odd"),
+    *("traces_admitted", "traces_refused", "dropped_traces", "trace_bytes_reserved"),
+    *("trace_bytes_held", "capture_scale"),
+)
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aurora_sgl.engine import copier
+from aurora_sgl.engine.request_state import RequestState
 from tests.support.capture_parts import MIB, House, eventually
 
 
@@ -186,6 +187,7 @@ def test_a_sidecar_that_does_not_read_ends_admissions_and_bounds_memory(
             house.prefill(req, state, start, 4096)
             longest = max(longest, time.perf_counter() - begun)
             assert house.copier.held <= 2 * MIB
+            time.sleep(0.02)
         house.finish(req, state)
     eventually(lambda: house.copier.held == 0)
     assert eventually(house.copier.is_behind)
@@ -203,6 +205,26 @@ def test_a_sidecar_that_does_not_read_ends_admissions_and_bounds_memory(
     assert house.trace().rows == 10
     eventually(lambda: house.capture.counters()["trace_bytes_reserved"] == 0)
     house.close()
+
+
+def test_while_the_ring_is_full_only_traced_rows_are_kept_and_none_is_lost(house: House) -> None:
+    """A forward of 16 requests, of which one is traced, keeps the rows of all of them."""
+    house.reads = False
+    req, state = house.begin(8192, 100)  # fills the ring
+    house.prefill(req, state, 0, 8192)
+    others = [house.begin(4)[0] for _ in range(15)]
+    for other in others:
+        other.output_ids.append(1)
+    for _ in range(20):
+        states = [RequestState(0, False, True, True, 0) for _ in others]
+        pairs = [(req, state), *zip(others, states, strict=True)]
+        house.step(pairs, [3] * 16)
+    eventually(lambda: len(house.copier._outbox) >= 20)
+    eventually(lambda: house.copier.held <= 20 * 3 * 4 * 8 * 4)
+    house.reads = True
+    house.read()
+    house.finish(req, state)
+    assert built(house.trace())[0] == [float(n) for n in range(8252)]
 
 
 def test_a_sidecar_that_is_started_anew_frees_what_the_dead_one_did_not(
