@@ -48,6 +48,19 @@ class Settings(BaseSettings):
     capture_bytes: int = Field(default=2 * 1024**3, ge=0)
     """Byte budget of the trace files; the oldest go first."""
 
+    capture_request_bytes: int = Field(default=128 * 1024**2, ge=1)
+    """Bytes that the trace of one request may have; one that may become longer is not traced."""
+
+    capture_bytes_per_second: int = Field(default=64 * 1024**2, ge=1)
+    """Bytes of traces a second, on average, that requests are chosen for."""
+
+    capture_ring_bytes: int = Field(default=64 * 1024**2, ge=1024**2)
+    """Bytes of shared memory through which rows go from the engine to its sidecar."""
+
+    capture_backlog_bytes: int = Field(default=1024**3, ge=0)
+    """Bytes of forwards that the engine keeps until traced rows are copied out of them; beyond it
+    traces are dropped."""
+
     train_by_default: bool = True
     """Whether a request without the x-aurora-train header may be used for training."""
 
@@ -58,7 +71,7 @@ class Settings(BaseSettings):
     """Bytes of the sidecar's spool while the store is away; more are dropped and counted."""
 
     trace_memory_bytes: int = Field(default=512 * 1024**2, ge=1)
-    """Bytes of unfinished traces that the sidecar holds; the oldest request is dropped first."""
+    """Bytes of unfinished traces that the sidecar holds, and that are reserved for requests."""
 
     health_host: str = "127.0.0.1"
     """Address of the sidecar's /health and /metrics."""

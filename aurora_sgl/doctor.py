@@ -49,6 +49,7 @@ def examine(settings: Settings | None = None) -> list[Finding]:
         lambda: _plugin(settings or get_settings()),
         _consent,
         lambda: _store(settings or get_settings()),
+        lambda: _traces(settings or get_settings()),
         lambda: _disk(settings or get_settings()),
         lambda: _demo_model(settings or get_settings()),
     )
@@ -208,6 +209,35 @@ def _store(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding("store", "ok", f"{where}: schema {revision}")
+
+
+def _traces(settings: Settings) -> Iterator[Finding]:
+    """What the budgets of traces hold for the target that was served last."""
+    from aurora_sgl import store
+    from aurora_sgl.config import SchedulerSettings
+    from aurora_sgl.store import queries
+    from aurora_sgl.trace_room import ADVICE
+
+    file = Path(settings.store_url.removeprefix("sqlite:///"))
+    if settings.store_url.startswith("sqlite:///") and not file.exists():
+        return
+    try:
+        engine = store.connect(settings.store_url)
+        try:
+            if store.current(engine) != store.head():
+                return
+            with store.session(engine, write=False) as s:
+                room = queries.servers.trace_room(s, states=("running", "stopped", "gone"))
+        finally:
+            engine.dispose()
+    except AuroraError:
+        return  # said of the store already
+    if room is None:
+        return
+    if problem := room.too_small_for(SchedulerSettings().requests):
+        yield Finding("traces", "note", f"{room.sentence()}; {problem}", ADVICE)
+    else:
+        yield Finding("traces", "ok", room.sentence())
 
 
 def _disk(settings: Settings) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 FORMAT = "1"
 
@@ -14,6 +15,18 @@ FORMAT = "1"
 #: layers and ``LAST`` [n, H] its normed last hidden state, of positions start .. start + n - 1;
 #: ``STEP_STARTS`` int64, the position of each verify step's bonus token.
 TOKENS, AUX, LAST, STEP_STARTS = "tokens", "aux", "last", "step_starts"
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def row_bytes(server: Mapping[str, Any]) -> int:
+    """Bytes of one token's hidden states, from what a server says of itself (``wire.Hello``): the
+    layers that feed the drafter, and the last one. 0: it does not say."""
+    hidden = int(server.get("target_hidden_size") or 0)
+    layers = len(server.get("aux_layers") or ()) or 3
+    if str(server.get("algorithm", "")).upper() == "EAGLE":
+        layers = 1
+    return hidden * (layers + 1) * ITEM_BYTES.get(str(server.get("dtype", "")), 4)
 
 
 @dataclass(frozen=True)

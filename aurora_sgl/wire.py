@@ -134,7 +134,8 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True):
 
 
 class TraceHeader(msgspec.Struct, array_like=True, frozen=True):
-    """Frame 0 of a message on the trace channel; frame 1 is ``aux``, frame 2 ``last``, raw bytes.
+    """Rows of one request: in a :class:`TraceBatch`, or frame 0 of a message of three frames, of
+    which frame 1 is ``aux`` and frame 2 ``last``, raw bytes.
 
     Rows are the target's features of the absolute positions ``start .. start + rows - 1`` of one
     sequence; ``tokens`` are the input tokens at those positions. A retracted request sends some
@@ -152,6 +153,23 @@ class TraceHeader(msgspec.Struct, array_like=True, frozen=True):
     output_start: int  # position of the first output token (= prompt length)
     greedy: bool
     step_starts: list[int]  # positions of the root of the verify steps in this chunk (see replay)
+    aux_at: int = 0  # positions in the ring of a TraceBatch, and bytes there
+    aux_bytes: int = 0
+    last_at: int = 0
+    last_bytes: int = 0
+
+
+class TraceBatch(msgspec.Struct, array_like=True, frozen=True):
+    """A message of one frame on the trace channel: its rows lie in shared memory.
+
+    See ``trace_ring``. Without headers it only says how far the reader may free.
+    """
+
+    boot_id: int
+    ring: str  # the path by which the reader opens it
+    end: int  # the ring is free up to this position once the batch was taken
+    headers: list[TraceHeader]
+    given_up: list[int] = []  # requests of which nothing follows and nothing is kept
 
 
 class Stage(msgspec.Struct, array_like=True, tag="stage", frozen=True):
@@ -189,9 +207,10 @@ _envelope_encoder = msgspec.msgpack.Encoder()
 _envelope_decoder = msgspec.msgpack.Decoder(Envelope)
 _command_decoder = msgspec.msgpack.Decoder(Command)
 _trace_decoder = msgspec.msgpack.Decoder(TraceHeader)
+_batch_decoder = msgspec.msgpack.Decoder(TraceBatch)
 
 
-def encode(message: Envelope | TraceHeader | Command) -> bytes:
+def encode(message: Envelope | TraceHeader | TraceBatch | Command) -> bytes:
     return _envelope_encoder.encode(message)
 
 
@@ -209,3 +228,8 @@ def decode_command(data: bytes) -> Command:
 def decode_trace_header(data: bytes) -> TraceHeader:
     """Raises ``msgspec.DecodeError`` for bytes that are not a trace header."""
     return _trace_decoder.decode(data)
+
+
+def decode_trace_batch(data: bytes) -> TraceBatch:
+    """Raises ``msgspec.DecodeError`` for bytes that are not a trace batch."""
+    return _batch_decoder.decode(data)

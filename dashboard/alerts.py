@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+from aurora_sgl.config import SchedulerSettings
 from aurora_sgl.rollout import status
+from aurora_sgl.trace_room import ADVICE
 
 from . import data, words
 from .context import Group, now
@@ -23,7 +25,7 @@ class Alert:
 def alerts(group: Group, look: status.GroupStatus) -> list[Alert]:
     """The worst first."""
     problems = [*_servers(look), *_notices(look), *_watch(look), *_drift(group), *_drops(group)]
-    problems += _learning(group, look)
+    problems += [*_learning(group, look), *_traces(group)]
     return sorted(problems, key=lambda alert: not alert.severe)
 
 
@@ -103,6 +105,12 @@ def _drops(group: Group) -> list[Alert]:
     losses = ", ".join(f"{count:,} at the {place}" for place, count in sorted(lost.items()))
     text = f"Records were lost since these servers started: {losses}. Requests were not."
     return [Alert(text, False)]
+
+
+def _traces(group: Group) -> list[Alert]:
+    room = data.trace_room(group)
+    problem = room.too_small_for(SchedulerSettings().requests) if room is not None else ""
+    return [Alert(f"{problem[:1].upper()}{problem[1:]}: {ADVICE}.", False)] if problem else []
 
 
 def _learning(group: Group, look: status.GroupStatus) -> list[Alert]:

@@ -18,6 +18,7 @@ from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
 from aurora_sgl.store.queries import explorer, trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
+from aurora_sgl.trace_room import TraceRoom
 
 from . import tokens
 from .context import Group, engine_of, find_groups
@@ -133,6 +134,12 @@ def step_cost(group: Group) -> StepCost:
         rows = rows or queries.step_times.step_times(s, group.id, states=("stopped", "gone"))[:1]
     costs = [row.cost for row in rows]
     return next((cost for cost in costs if cost.break_even), costs[0] if costs else StepCost())
+
+
+def trace_room(group: Group) -> TraceRoom | None:
+    """What the budgets of traces hold for the target of a running server."""
+    with store.session(group.engine, write=False) as s:
+        return queries.servers.trace_room(s, group.id)
 
 
 def look(group: Group) -> status.GroupStatus:

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.drafter.checkpoint import WEIGHTS
 from aurora_sgl.engine import clean, startup, unknown
 from aurora_sgl.engine.cached_kv import CachedKV
-from aurora_sgl.engine.capture import Capture, LastHiddenState
+from aurora_sgl.engine.capture import Capture, Gathered, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.consent import Consent
-from aurora_sgl.engine.draft_tree import StepRows, VerifyObservation, to_host
+from aurora_sgl.engine.draft_tree import StepRows, VerifyObservation, rows_to_host, to_host
 from aurora_sgl.engine.parts import Parts
 from aurora_sgl.engine.plan import Plans, RequestPlan, put, requests
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
@@ -35,14 +36,13 @@ from aurora_sgl.engine.request_state import RequestState
 from aurora_sgl.engine.step_shape import StepShape, shapes_within
 from aurora_sgl.engine.swap import Swapper
 from aurora_sgl.engine.swap_driver import SwapDriver
+from aurora_sgl.trace_format import row_bytes
 
 logger = logging.getLogger("aurora_sgl")
 
 #: (request, state, first position, first row, rows) of each traced request of a prefill, and the
 #: rows on the CPU, or on their way there.
-Prefill = tuple[
-    list[tuple[Any, RequestState, int, int, int]], torch.Tensor | None, torch.Tensor | None
-]
+Prefill = tuple[list[tuple[Any, RequestState, int, int, int]], torch.Tensor, torch.Tensor | None]
 
 _HELLO_SECONDS = 2.0
 #: Without a sidecar for so long the policy decides by itself, as often as the sidecar would.
@@ -94,7 +94,11 @@ class Agent:
         self.can_skip = can_skip
         self.plans = Plans(RequestPlan(speculates=not can_skip))
         target_model = worker.target_worker.model_runner.model
-        self.capture = Capture(self.channel, self.boot_id) if self.channel else None
+        self.capture = (
+            Capture.of(settings, self.channel.send_traces, self.boot_id, row_bytes(description))
+            if self.channel
+            else None
+        )
         self.last_hidden = (
             LastHiddenState.of(target_model.logits_processor)
             if self.capture and hasattr(target_model, "logits_processor")
@@ -158,9 +162,17 @@ class Agent:
 
     def let_go(self, states: Iterable[RequestState | None]) -> None:
         """Record these requests no further: something of theirs was missed."""
-        lost = [self.recorder.let_go(state) for state in states if state is not None]
+        gone = [state for state in states if state is not None]
+        lost = [self.recorder.let_go(state) for state in gone]
+        self._forget(gone, "lost")
         if self.channel is not None:
             self._done += [record for record in lost if record is not None]
+
+    def _forget(self, gone: Iterable[RequestState | wire.RequestFinished], reason: str) -> None:
+        """Trace these requests no further."""
+        if self.capture is not None:
+            for one in gone:
+                self.capture.let_go(one.request_id, reason)
 
     def let_go_of(self, batch: Any) -> None:
         self.let_go(getattr(req, "_aurora", None) for req in batch.reqs)
@@ -187,6 +199,8 @@ class Agent:
         self.recorder.live.steps_since_swap += 1
         self.policy.swapped(self.recorder.live.swap_count)
         self.policy.account(shape=shape, batch_size=batch_size, seconds=seconds)
+        if self.capture is not None:
+            self.capture.budget.stepped(seconds)
 
     def begin(self, batch: Any) -> list[Any]:
         """At the target's prefill, on every rank: what was chosen for the batch's new requests
@@ -195,7 +209,10 @@ class Agent:
         for req in new:
             req._aurora = None
             try:
-                self.recorder.begin(req, self.plans.pop(req.rid), follow=self.leads)
+                plan = self.plans.pop(req.rid)
+                state = self.recorder.begin(req, plan, follow=self.leads)
+                if state is not None:
+                    state.ticket = plan.ticket
             except Exception as error:
                 self.parts.failed(_A_REQUEST, error)
         return new
@@ -215,11 +232,18 @@ class Agent:
         for row, req in enumerate(batch.reqs):
             rows = batch.extend_lens[row]
             state: RequestState | None = req._aurora
-            if state is not None and state.traced and not state.trace_broken:
+            if state is not None and state.trace is not None and not state.trace.broken:
                 pieces.append((req, state, batch.prefix_lens[row], offset, rows))
             offset += rows
         if pieces and aux is not None and aux.shape[0] == total:
-            self.prefill = (pieces, to_host(aux), to_host(last) if last is not None else None)
+            parts = [(offset, rows) for _, _, _, offset, rows in pieces]
+            kept = rows_to_host(last, parts) if last is not None else None
+            if aux.device.type != "cpu":  # there only these rows come to the host
+                ends = accumulate(rows for _, rows in parts)
+                pieces = [
+                    (*one[:3], end - one[4], one[4]) for one, end in zip(pieces, ends, strict=True)
+                ]
+            self.prefill = (pieces, rows_to_host(aux, parts), kept)
 
     def _started(self, req: Any) -> list[wire.Record]:
         state: RequestState | None = req._aurora
@@ -229,7 +253,7 @@ class Agent:
             record = self.recorder.started(req, state)
             state.recorded = True
             if state.traced and self.capture:
-                self.capture.begin(req, state)
+                self.capture.begin(req, state, state.ticket)
         except Exception as error:
             self.parts.failed(_A_REQUEST, error)
             self.let_go([state])
@@ -263,11 +287,15 @@ class Agent:
         else:
             speculates, keeps = wish, math.inf if wish else 0.0
         session = getattr(recv_req, "session_id", None)
-        traced = self.capture is not None and self.recorder.choose_to_trace(labels, session)
-        if traced:
+        ticket = 0
+        if self.capture is not None and self.recorder.choose_to_trace(labels, session):
+            prompt = recv_req.input_ids
+            most = recv_req.sampling_params.max_new_tokens
+            ticket = self.capture.choose(len(prompt) if prompt is not None else 0, most)
+        if ticket:
             recv_req.extra_key = f"{recv_req.extra_key or ''}{_TRACED}"
         renews = self.cached_kv.renews(recv_req)
-        put(recv_req, RequestPlan(speculates, keeps, traced, renews, labels))
+        put(recv_req, RequestPlan(speculates, keeps, ticket > 0, ticket, renews, labels))
 
     def observe_verify(self, batch: Any, result: Any) -> None:
         """After the verify forward: take references to what records need."""
@@ -277,14 +305,14 @@ class Agent:
             return
         nodes = int(verify_input.draft_token_num)
         size = len(batch.reqs)
-        traced = self.capture is not None and any(
-            getattr(req, "_aurora", None) is not None and req._aurora.traced for req in batch.reqs
-        )
+        traced = [row for row, req in enumerate(batch.reqs) if _is_traced(req)]
         hidden = result.logits_output.hidden_states if traced else None
         last = None
         if traced and self.last_hidden:
             from_graph = bool(result.can_run_cuda_graph)
             last = self.last_hidden.take(size * nodes, from_graph=from_graph)
+        blocks = [(row * nodes, nodes) for row in traced]
+        on_cpu = hidden is None or hidden.device.type == "cpu"
         live = self.recorder.live
         predict, self.target_predict = self.target_predict, None
         result.aurora_verify = VerifyObservation(
@@ -298,8 +326,9 @@ class Agent:
             swap_count=live.swap_count,
             swap_age=live.steps_since_swap,
             rejection_sampling=bool(self.description.get("rejection_sampling")),
-            aux=to_host(hidden) if hidden is not None else None,
-            last=to_host(last) if last is not None else None,
+            aux=rows_to_host(hidden, blocks) if hidden is not None else None,
+            last=rows_to_host(last, blocks) if last is not None else None,
+            blocks=None if on_cpu else {row: block for block, row in enumerate(traced)},
         )
 
     def before_decode_results(self, batch: Any) -> list[tuple[int, Any, RequestState, int]]:
@@ -329,26 +358,36 @@ class Agent:
                 if not state.holes and state.swap_count == observation.swap_count
             ]
             self.policy.observe(observation.swap_count, observation.shape, len(whole), sum(whole))
+        gathered = self._gather(observation.aux, observation.last)
+        if self.capture is not None:
+            self.capture.step_rows(gathered, tracked, step)
         records = [
             record
             for row, req, state, before in tracked
-            for record in self._stepped(step, req, state, row, before)
+            for record in self._stepped(step, req, state, row, before, gathered)
         ]
+        if self.capture is not None:
+            self.capture.hand_over(gathered)
         if self.channel:
             self.channel.put(records)
 
+    def _gather(self, aux: torch.Tensor | None, last: torch.Tensor | None) -> Gathered:
+        return self.capture.gather(aux, last) if self.capture is not None else Gathered(None)
+
     def _stepped(
-        self, step: StepRows, req: Any, state: RequestState, row: int, before: int
+        self,
+        step: StepRows,
+        req: Any,
+        state: RequestState,
+        row: int,
+        before: int,
+        gathered: Gathered,
     ) -> list[wire.Record]:
         """The records of one request of a step. If they fail, those of the others don't."""
         try:
             records = [self.recorder.verify_step(step, req, state, row, before)]
-            if state.traced and self.capture and step.observation.aux is not None:
-                self.capture.verify_rows(
-                    req, state, row, before, step.accept_lens[row], step.observation
-                )
             if req.finished():
-                records.append(self._finish(req, state))
+                records.append(self._finish(req, state, gathered))
         except Exception as error:
             self.parts.failed(_A_REQUEST, error)
             self.let_go([state])
@@ -356,37 +395,39 @@ class Agent:
         return records
 
     def after_prefill_results(self, batch: Any, result: Any) -> None:
-        observed: Prefill = getattr(result, "aurora_prefill", None) or ([], None, None)
-        pieces, aux, last = observed
+        observed: Prefill | None = getattr(result, "aurora_prefill", None)
+        pieces, aux, last = observed or ([], None, None)
+        gathered = self._gather(aux, last)
         for req, state, start, offset, rows in pieces:
-            if self.capture and aux is not None and not req.is_retracted:
-                part = slice(offset, offset + rows)
-                self.capture.prompt_rows(
-                    req, state, start, aux[part], last[part] if last is not None else None
-                )
+            if self.capture is not None and not req.is_retracted:
+                self.capture.prompt_rows(gathered, req, state, start, offset, rows)
         through = [req for req in batch.reqs if req.inflight_middle_chunks <= 0]
         for req in through:
             if begun := getattr(req, "_aurora", None):
                 self.cached_kv.met(req, begun)
-        finished = [record for req in through if req.finished() for record in self._ended(req)]
+        finished = [
+            record for req in through if req.finished() for record in self._ended(req, gathered)
+        ]
+        if self.capture is not None:
+            self.capture.hand_over(gathered)
         if finished and self.channel:
             self.channel.put(finished)
 
-    def _ended(self, req: Any) -> list[wire.Record]:
+    def _ended(self, req: Any, gathered: Gathered) -> list[wire.Record]:
         """The last record of a request that ended at its first token."""
         state: RequestState | None = getattr(req, "_aurora", None)
         if state is None or not state.recorded:
             return []
         try:
-            return [self._finish(req, state)]
+            return [self._finish(req, state, gathered)]
         except Exception as error:
             self.parts.failed(_A_REQUEST, error)
             self.let_go([state])
             return []
 
-    def _finish(self, req: Any, state: RequestState) -> wire.Record:
-        if state.traced and self.capture:
-            self.capture.end(req, state)
+    def _finish(self, req: Any, state: RequestState, gathered: Gathered) -> wire.Record:
+        if self.capture is not None:
+            self.capture.end(gathered, req, state)
         record = self.recorder.finish(req, state)
         req._aurora = None
         return record
@@ -404,6 +445,7 @@ class Agent:
         if now - self._said_hello >= _HELLO_SECONDS:
             self._said_hello = now
             vanished = self.recorder.vanished()
+            self._forget(vanished, "vanished")
             self.channel.put([self.hello(), *vanished])
         while self._done:
             self.channel.put([self._done.pop(0)])
@@ -434,7 +476,6 @@ class Agent:
         counters = {
             "running_requests": float(self.recorder.running),
             "waiting_records": float(self.channel.waiting_records),
-            "dropped_traces": float(self.channel.dropped_traces),
             "dropped_odd": float(self.channel.dropped_odd),
             "failures": float(self.parts.failures),
             "parts_down": float(self.parts.down),
@@ -444,6 +485,7 @@ class Agent:
             "queue": float(self.queue),
             **{name: float(self.description[name]) for name in ("depth", "topk", "nodes")},
             **self.policy.counters(),
+            **(self.capture.counters() if self.capture is not None else {}),
         }
         return wire.Hello(
             boot_id=self.boot_id,
@@ -471,3 +513,8 @@ class Agent:
             self.recorder.capture_share = command.share
         else:
             self.swaps.ask(command)
+
+
+def _is_traced(req: Any) -> bool:
+    state: RequestState | None = getattr(req, "_aurora", None)
+    return state is not None and state.trace is not None and not state.trace.broken

@@ -1,8 +1,8 @@
 """The scheduler's end of the sockets to the sidecar. No call here ever waits.
 
 Records are queued in a bounded buffer and sent as far as the socket takes them; what does not fit
-is dropped and counted, and so is a record that cannot be encoded, it alone. ZeroMQ moves the bytes
-in a thread of its own, outside the interpreter lock.
+is dropped and counted, and so is a record that cannot be encoded, it alone. Rows of hidden states
+don't go this way, only the word where they lie (see ``copier``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aurora_sgl import wire
 
 logger = logging.getLogger("aurora_sgl")
 
-_TRACE_BACKLOG = 512  # messages of about 32 rows each
+_TRACE_BACKLOG = 256  # messages; their rows are in a ring of fixed size
 
 
 class Channel:
@@ -31,7 +31,6 @@ class Channel:
         self._waiting_records = 0
         self._seq = 0
         self.dropped_records = 0
-        self.dropped_traces = 0
         self.dropped_odd = 0  # of the dropped records those that could not be sent
         self.unread_commands = 0
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -105,17 +104,12 @@ class Channel:
         self.dropped_odd += count
         self.dropped_records += count
 
-    def send_trace(self, header: wire.TraceHeader, aux: bytes, last: bytes) -> bool:
-        """Send rows of hidden states, or drop and count them when the sidecar is behind."""
+    def send_traces(self, batch: wire.TraceBatch) -> bool:
+        """Send headers of rows; False when the sidecar is not there, or behind. Called by one
+        thread, which need not be the scheduler's: this socket is that thread's."""
         try:
-            self._traces.send_multipart([wire.encode(header), aux, last], zmq.NOBLOCK)
+            self._traces.send(wire.encode(batch), zmq.NOBLOCK)
         except zmq.Again:
-            self.dropped_traces += 1
-            return False
-        except Exception as error:
-            if self.dropped_traces == 0:
-                logger.error("aurora: a trace cannot be sent and is dropped", exc_info=error)
-            self.dropped_traces += 1
             return False
         return True
 

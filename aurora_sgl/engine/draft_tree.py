@@ -30,6 +30,11 @@ class VerifyObservation:
     rejection_sampling: bool
     aux: torch.Tensor | None = None  # [batch * nodes, width], accepted path in front
     last: torch.Tensor | None = None  # [batch * nodes, hidden], node order
+    #: Row of the batch -> block of ``aux`` and ``last`` where they hold only some requests.
+    blocks: dict[int, int] | None = None
+
+    def block(self, row: int) -> int:
+        return row if self.blocks is None else self.blocks[row]
 
 
 @dataclass(slots=True)
@@ -75,3 +80,10 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     return host
+
+
+def rows_to_host(tensor: torch.Tensor, parts: list[tuple[int, int]]) -> torch.Tensor:
+    """On CPU the tensor itself. From a GPU only these parts, each (first row, rows), in order."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return to_host(torch.cat([tensor[first : first + rows] for first, rows in parts]))

@@ -24,6 +24,7 @@ class RequestPlan:
     speculates: bool
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     traced: bool = False
+    ticket: int = 0  # of the bytes that are reserved for its trace on the leading rank
     renews: bool = False  # it uses no cached prefix: see ``renewal``
     labels: Labels = UNKNOWN
 

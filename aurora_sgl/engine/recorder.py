@@ -118,8 +118,6 @@ class Recorder:
     def let_go(self, state: RequestState) -> wire.Record | None:
         """Record a request no further, since a part of us failed. It goes on being served, and is
         neither finished nor aborted as far as the store knows: its end is not known."""
-        state.trace_broken = True
-        state.trace_rows.clear()
         if not state.recorded:
             return None
         state.recorded = False
@@ -185,7 +183,7 @@ class Recorder:
             clean.integer(getattr(req, "retraction_count", 0)),
         )
 
-    def vanished(self) -> list[wire.Record]:
+    def vanished(self) -> list[wire.RequestFinished]:
         """Requests that SGLang forgot without finishing them, such as aborts in the queue."""
         gone = [state for ref, state in self._running.values() if ref() is None]
         for state in gone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from aurora_sgl.draft_shape import NO_DRAFT
 from aurora_sgl.engine import clean
 from aurora_sgl.engine.draft_tree import VerifyObservation
 from aurora_sgl.engine.labels import UNKNOWN, Labels
+from aurora_sgl.engine.trace_budget import OpenTrace
 
 
 @dataclass(slots=True)
@@ -33,12 +34,8 @@ class RequestState:
     #: [3] cached places with draft KV of others or none (see ``DraftKV.strangers``), on the CPU or
     #: on its way there
     strangers: torch.Tensor | None = None
-    trace_rows: list[tuple[int, list[int], torch.Tensor, torch.Tensor | None]] = field(
-        default_factory=list
-    )
-    step_starts: list[int] = field(default_factory=list)
-    trace_pending: int = 0
-    trace_broken: bool = False
+    ticket: int = 0  # of what is reserved for its trace until it begins
+    trace: OpenTrace | None = None  # None: its hidden states are not captured, or no more
 
 
 def is_mixed(state: RequestState, observation: VerifyObservation) -> bool:

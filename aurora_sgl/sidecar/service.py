@@ -33,6 +33,7 @@ from aurora_sgl.sidecar.spool.slots import adopt, open_spool
 from aurora_sgl.sidecar.swap.staging import Stager
 from aurora_sgl.sidecar.traces.assembler import AssembledTrace, TraceAssembler
 from aurora_sgl.sidecar.traces.budget import TraceStore
+from aurora_sgl.sidecar.traces.intake import TraceIntake
 from aurora_sgl.sidecar.traces.writer import TraceWriter
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import STALE_SECONDS
@@ -49,7 +50,11 @@ LATE_SECONDS = 3.0
 #: Traces that wait for the disk; more stay with the assembler, whose memory is bounded.
 TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
 #: Counters of the engine's heartbeat that the metrics show.
-_ENGINE = ("queue", "running_requests", "step_ms", "failures", "parts_down", "dropped_odd")
+_ENGINE = (
+    *("queue", "running_requests", "step_ms", "failures", "parts_down", "dropped_odd"),
+    *("traces_admitted", "traces_refused", "dropped_traces", "trace_bytes_reserved"),
+    *("trace_bytes_held", "capture_scale"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +83,7 @@ class SidecarService:
         self._intake = Intake(self._spool, self._registry)
         self._served = LiveCounts()
         self._assembler = TraceAssembler(settings.trace_memory_bytes)
+        self._trace_intake = TraceIntake(self._assembler)
         self._writer = TraceWriter(artifacts, home / "tmp")
         self._traces: queue.Queue[tuple[AssembledTrace, wire.Hello | None] | None] = queue.Queue()
         self._queued_bytes = 0
@@ -141,6 +147,7 @@ class SidecarService:
                 break
             self._receive()
             self._finished()
+            self._trace_intake.report(self._queued_bytes)
             if time.monotonic() - second >= 1.0:
                 second = time.monotonic()
                 self._spool.sync()
@@ -164,16 +171,8 @@ class SidecarService:
             except zmq.Again:
                 break
             took = True
-            self._take_trace(frames)
+            self._trace_intake.take(frames, self._queued_bytes)
         return took
-
-    def _take_trace(self, frames: list[bytes]) -> None:
-        try:
-            header, aux, last = frames
-            self._assembler.add(wire.decode_trace_header(header), aux, last)
-        except (ValueError, msgspec.DecodeError) as error:
-            self._assembler.dropped["malformed"] += 1
-            log.warning("a message that is no trace was dropped: %s", error)
 
     def _finished(self) -> None:
         while self._traces.qsize() < TRACE_QUEUE and self._queued_bytes < TRACE_QUEUE_BYTES:
@@ -224,6 +223,7 @@ class SidecarService:
             last.start()
             last.join(max(0.5, deadline - time.monotonic()))
         self._reconciler.swaps.close()
+        self._trace_intake.close()
         self._spool.sync()
         if self._health is not None:
             self._health.close()

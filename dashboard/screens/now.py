@@ -11,6 +11,7 @@ from aurora_sgl.rollout import status
 from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts
+from aurora_sgl.trace_room import TraceRoom
 
 from .. import buckets, charts, data, words
 from ..alerts import Alert, alerts
@@ -77,7 +78,7 @@ def _page() -> None:
     with right:
         if moment is not None:
             _for_whom(moment)
-        _next(look)
+        _next(look, data.trace_room(here))
 
 
 def measure(here: Group) -> Moment | None:
@@ -299,7 +300,7 @@ def _servers(look: status.GroupStatus) -> None:
     )  # fmt: skip
 
 
-def _next(look: status.GroupStatus) -> None:
+def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:
     st.subheader("What comes next")
     scheduler = look.scheduler
     facts: dict[str, object] = {
@@ -321,6 +322,8 @@ def _next(look: status.GroupStatus) -> None:
             f"{len(windows)} windows so far, the last one: {windows[-1].verdict}" if windows
             else "its first window is open"
         )  # fmt: skip
+    if room is not None:
+        facts["room for traces"] = _sentence(room.sentence())
     for switch in look.switches:
         why = f": {switch.reason}" if switch.reason else ""
         facts[switch.name.replace("_", " ")] = f"{'✔ on' if switch.on else '✖ off'}{why}"

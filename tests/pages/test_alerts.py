@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from aurora_sgl import rollout, store
 from aurora_sgl.clock import utc_now
@@ -51,6 +52,27 @@ def test_nothing_is_wrong_when_servers_run_what_they_should(small: House) -> Non
     app = draw(small.home, "Now")
     assert not app.error and not app.warning
     assert "None: servers run what they should, nothing was lost, nothing drifted." in said(app)
+
+
+def test_what_the_budgets_of_traces_hold_is_told_and_a_trigger_that_they_cannot_fill(
+    small: House,
+) -> None:
+    counters = {
+        "trace_row_bytes": 65536.0, "trace_budget_disk": 2.0 * 1024**3,
+        "trace_budget_unfinished": 512.0 * 1024**2, "trace_budget_second": 64.0 * 1024**2,
+    }  # fmt: skip
+    touch(small, 77, counters=counters)
+    assert "the files hold 32,768 tokens" in said(draw(small.home, "Now"))
+    with store.session(small.engine) as s:
+        request_id = s.execute(text("SELECT min(id) FROM request")).scalar_one()
+        queries.traces.add_trace(
+            s, request_id=request_id, uri="traces/x", bytes=32 * 1024**2, sha256="", start=0,
+            end=512, output_start=10, prompt_sha256="", head_sha256="", greedy=True,
+            aux_width=1, last_width=1, dtype="bfloat16", created_at=utc_now(),
+        )  # fmt: skip
+    app = draw(small.home, "Now")
+    assert "about 64 requests" in said(app)
+    assert any("Training begins after 200 new requests" in one.value for one in app.warning)
 
 
 def test_a_server_that_runs_something_else_or_is_silent_is_told_with_the_reason(

@@ -127,14 +127,20 @@ def longest_run(mask: NDArray[np.bool_], output: int) -> tuple[int, int]:
 
 
 class TraceAssembler:
-    """Unfinished traces of all requests, bounded in bytes. One thread uses it."""
+    """Unfinished traces of all requests, bounded in bytes. One thread uses it.
+
+    The engine reserves room here for each request that it traces. If it is too little all the
+    same, the request that would pass the bound is dropped, and no other.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
+        self.finished_bytes = 0  # of traces of which nothing more comes
         self.dropped: Counter[str] = Counter()  # by reason
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._may_train: OrderedDict[int, bool] = OrderedDict()
+        self._given_up: OrderedDict[int, None] = OrderedDict()  # of which more may come
 
     def __len__(self) -> int:
         return len(self._open)
@@ -154,24 +160,45 @@ class TraceAssembler:
         if self._may_train.get(key) is False:
             self.dropped["no_consent"] += 1
             return
+        if key in self._given_up:
+            return
         if key not in self._open:
             self._open[key] = _Open(header)
         entry = self._open[key]
+        if self.bytes + len(aux) + len(last) + 8 * len(header.tokens) > self.limit_bytes:
+            self.give_up(key, "memory")
+            return
         entry.touched = time.monotonic()
-        self._open.move_to_end(key)
+        was_final = entry.final
         try:
-            self.bytes += entry.add(header, aux, last)
+            added = entry.add(header, aux, last)
         except ValueError as error:
             log.warning("trace of request %d dropped: %s", key, error)
-            self._drop(key, "malformed")
-        while self.bytes > self.limit_bytes and self._open:
-            self._drop(next(iter(self._open)), "memory")
+            self.give_up(key, "malformed")
+            return
+        self.bytes += added
+        if entry.final:
+            self.finished_bytes += added if was_final else entry.size
+        elif was_final:
+            self.finished_bytes -= entry.size - added
+
+    def give_up(self, key: int, reason: str) -> None:
+        """Forget a request and what may still come of it."""
+        self._drop(key, reason)
+        self._given_up[key] = None
+        if len(self._given_up) > MAX_KNOWN:
+            self._given_up.popitem(last=False)
 
     def _drop(self, key: int, reason: str) -> None:
+        if self._take(key) is not None:
+            self.dropped[reason] += 1
+
+    def _take(self, key: int) -> _Open | None:
         entry = self._open.pop(key, None)
         if entry is not None:
             self.bytes -= entry.size
-            self.dropped[reason] += 1
+            self.finished_bytes -= entry.size if entry.final else 0
+        return entry
 
     def take_finished(self, at_most: int) -> list[AssembledTrace]:
         """Traces that are whole and may be kept; gives up the ones that waited too long."""
@@ -187,8 +214,7 @@ class TraceAssembler:
                     self._drop(key, "incomplete")
                     continue
                 traces.append(trace)
-                self._open.pop(key)
-                self.bytes -= entry.size
+                self._take(key)
             elif entry.final and age > CONSENT_SECONDS:
                 self._drop(key, "no_consent")
             elif age > IDLE_SECONDS:

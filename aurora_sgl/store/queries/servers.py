@@ -18,8 +18,10 @@ from aurora_sgl.store.models import (
     Server,
     SpoolWatermark,
 )
+from aurora_sgl.store.queries.traces import trace_bytes_mean
 from aurora_sgl.store.queries.versions import known_version
 from aurora_sgl.store.upsert import insert_missing, storable
+from aurora_sgl.trace_room import TraceRoom
 
 
 def group_of_boot(s: Session, boot_id: int) -> str | None:
@@ -97,6 +99,15 @@ def servers(
     if group_id is not None:
         query = query.where(Server.group_id == group_id)
     return s.scalars(query).all()
+
+
+def trace_room(
+    s: Session, group_id: int | None = None, *, states: Sequence[str] = ("running",)
+) -> TraceRoom | None:
+    """What the budgets of traces hold, of the newest server that captures; None without one."""
+    mean = trace_bytes_mean(s)
+    rooms = (TraceRoom.of(row.counters, mean) for row in servers(s, group_id, states=states))
+    return next((room for room in rooms if room is not None), None)
 
 
 def earlier_boots(s: Session, server: Server) -> Sequence[Server]:

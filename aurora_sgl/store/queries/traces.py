@@ -74,6 +74,11 @@ def trace_bytes_total(s: Session) -> int:
     return int(s.scalar(select(func.coalesce(func.sum(Trace.bytes), 0))) or 0)
 
 
+def trace_bytes_mean(s: Session) -> float:
+    """Of one request's trace; 0 without any."""
+    return float(s.scalar(select(func.avg(Trace.bytes))) or 0.0)
+
+
 def delete_traces(s: Session, request_ids: Sequence[int]) -> None:
     """Forget these traces. Delete their files after the commit: a file without a row is only
     litter, a row without a file is a lie."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from array import array
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,11 +25,13 @@ import zmq  # noqa: E402
 from aurora_sgl import environment, wire  # noqa: E402
 from aurora_sgl.config import get_settings  # noqa: E402
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape  # noqa: E402
-from aurora_sgl.engine import plugin  # noqa: E402
+from aurora_sgl.engine import labels, plan, plugin  # noqa: E402
 from aurora_sgl.engine.agent import ALONE_SECONDS, Agent  # noqa: E402
 from aurora_sgl.engine.request_state import RequestState  # noqa: E402
 from aurora_sgl.engine.swap_driver import SwapDriver  # noqa: E402
+from aurora_sgl.engine.trace_budget import TOKEN_BYTES  # noqa: E402
 
+labels.new_stamp()
 WHOLE = DraftShape(3, 4, 8)
 
 
@@ -302,3 +307,84 @@ def test_the_policy_decides_alone_when_no_sidecar_takes_anything(
     mine.poll([])
     mine.poll([])
     assert len(decisions) == 1, "as often as a sidecar would"
+
+
+# -- capture -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Agent]:
+    """An agent with a channel to a sidecar that is not there."""
+    monkeypatch.setenv("AURORA_ENDPOINT", str(tmp_path))
+    monkeypatch.setenv("AURORA_CAPTURE_REQUEST_BYTES", str(100 * ROW))
+    monkeypatch.setenv("AURORA_TRACE_MEMORY_BYTES", str(250 * ROW))
+    get_settings.cache_clear()
+    mine = agent(
+        target_hidden_size=8, aux_layers=[1, 2, 3], dtype="bfloat16", algorithm="EAGLE3",
+        drafter_path="",
+    )  # fmt: skip
+    yield mine
+    assert mine.capture is not None
+    mine.capture.copier.close()
+
+
+ROW = 8 * 4 * 2 + TOKEN_BYTES
+
+
+class TokenizedGenerateReqInput(SimpleNamespace):
+    """By its name the agent knows SGLang's."""
+
+
+def received(prompt: int, answer: int = 10, **change: Any) -> TokenizedGenerateReqInput:
+    stamp = {labels.KEY: {"stamp": os.environ[labels.STAMP_VARIABLE]}}
+    params = SimpleNamespace(custom_params=stamp, max_new_tokens=answer)
+    return TokenizedGenerateReqInput(
+        **{
+            "rid": "r", "input_ids": array("q", range(prompt)), "extra_key": None,
+            "sampling_params": params, "session_id": None, "lora_id": None, **change,
+        }
+    )  # fmt: skip
+
+
+def chosen(mine: Agent, *some: TokenizedGenerateReqInput) -> list[plan.RequestPlan | None]:
+    mine.choose(list(some))
+    return [plan.take(one) for one in some]
+
+
+def test_requests_are_traced_as_long_as_their_whole_traces_fit(capturing: Agent) -> None:
+    some = [received(80), received(80), received(80), received(20, 20)]
+    plans = chosen(capturing, *some)
+    assert [one.traced for one in plans if one] == [True, True, False, True]
+    assert [bool(one.extra_key) for one in some] == [True, True, False, True]
+    assert capturing.parts.failures == 0
+    counters = capturing.hello().counters
+    assert counters["traces_admitted"] == 3 and counters["traces_refused_memory"] == 1
+    assert counters["trace_bytes_reserved"] == 220 * ROW and counters["dropped_traces"] == 0
+
+
+def test_a_prompt_that_does_not_fit_is_served_and_never_traced(capturing: Agent) -> None:
+    (one,) = chosen(capturing, received(101, 1))
+    assert one is not None and not one.traced
+    assert capturing.hello().counters["traces_refused_long_prompt"] == 1
+
+
+def test_a_request_without_tokens_of_its_own_is_chosen_for_all_the_same(capturing: Agent) -> None:
+    (one,) = chosen(capturing, received(0, 10, input_ids=None))
+    assert one is not None and capturing.parts.failures == 0
+
+
+def test_requests_that_are_recorded_no_further_give_their_bytes_back(capturing: Agent) -> None:
+    capture = capturing.capture
+    assert capture is not None
+    capture.learn_layout(torch.zeros(1, 24).bfloat16(), torch.zeros(1, 8).bfloat16())
+    (one,) = chosen(capturing, received(50))
+    assert one is not None
+    state = RequestState(1 << 33, True, True, True, 0, recorded=True)
+    req = SimpleNamespace(origin_input_ids=array("q", range(50)), _aurora=state)
+    capture.begin(req, state, one.ticket)
+    assert state.trace is not None and capture.budget.reserved == 60 * ROW
+    capturing.let_go_of(SimpleNamespace(reqs=[req]))
+    deadline = time.monotonic() + 20
+    while capture.counters()["trace_bytes_reserved"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert capture.budget.reserved == 0 and capture.dropped == {"lost": 1}

@@ -104,21 +104,19 @@ def test_an_odd_record_does_not_wait_at_the_head_while_there_is_no_sidecar(tmp_p
     assert channel.dropped_records == 3  # the buffer is full
 
 
-def test_a_trace_that_cannot_be_encoded_is_dropped_and_counted(
+def test_words_about_traces_are_sent_and_without_a_sidecar_refused(
     channel: Channel, other: Other
 ) -> None:
-    def header(dtype: str) -> wire.TraceHeader:
-        return wire.TraceHeader(BOOT, 1, 0, [1], dtype, 4, 0, False, 1, True, [])
+    def batch(end: int) -> wire.TraceBatch:
+        header = wire.TraceHeader(BOOT, 1, 0, [1], "float32", 4, 0, False, 1, True, [])
+        return wire.TraceBatch(BOOT, "/proc/1/fd/1", end, [header])
 
     deadline = time.monotonic() + 5
-    while not channel.send_trace(header("first"), b"", b"") and time.monotonic() < deadline:
+    while not channel.send_traces(batch(1)) and time.monotonic() < deadline:
         time.sleep(0.01)  # until the sockets have met
-    dropped = channel.dropped_traces
-    assert not channel.send_trace(header("\ud83d"), b"", b"")
-    assert channel.send_trace(header("float32"), b"aux", b"")
-    sent = [wire.decode_trace_header(other.traces.recv_multipart()[0]).dtype for _ in range(2)]
-    assert sent == ["first", "float32"]
-    assert channel.dropped_traces == dropped + 1
+    assert channel.send_traces(batch(2))
+    sent = [wire.decode_trace_batch(other.traces.recv_multipart()[0]).end for _ in range(2)]
+    assert sent == [1, 2]
 
 
 def test_a_command_that_cannot_be_read_is_left_and_the_next_one_taken(

@@ -127,15 +127,46 @@ def test_without_word_of_consent_a_trace_waits_and_then_goes(
     assert assembler.dropped == {"no_consent": 1}
 
 
-def test_memory_is_bounded_and_the_longest_silent_request_goes_first() -> None:
+def test_the_request_that_would_pass_the_bound_is_dropped_and_no_other() -> None:
     assembler = TraceAssembler(3000)
     for request_id in range(1, 30):
         assembler.heard(started(request_id))
         chunk(assembler, 0, 10, request_id=request_id)
         assert assembler.bytes <= 3000
-    chunk(assembler, 10, 1, request_id=29, final=True)
-    assert [trace.header.request_id for trace in assembler.take_finished(8)] == [29]
-    assert assembler.dropped["memory"] >= 20
+    kept = len(assembler)
+    assert kept == 7 and assembler.dropped == {"memory": 22}
+    for start in range(10, 400, 10):  # one long request does not drive the others out
+        chunk(assembler, start, 10, request_id=1)
+    assert len(assembler) == kept - 1 and assembler.dropped == {"memory": 23}
+    for request_id in range(2, 8):
+        assembler.add(header(10, [1], final=True, request_id=request_id), b"", b"")
+    traces = assembler.take_finished(8)
+    assert [trace.header.request_id for trace in traces] == [*range(2, 8)]
+    assert assembler.bytes == 0 and assembler.finished_bytes == 0
+
+
+def test_nothing_more_is_taken_of_a_request_that_was_given_up() -> None:
+    assembler = TraceAssembler(1 << 20)
+    assembler.heard(started())
+    chunk(assembler, 0, 10)
+    assembler.give_up(1, "given_up")
+    chunk(assembler, 10, 10, final=True)
+    assert len(assembler) == 0 and assembler.bytes == 0 and assembler.take_finished(8) == []
+    assert assembler.dropped == {"given_up": 1}
+
+
+def test_bytes_of_whole_traces_are_counted_until_they_are_taken() -> None:
+    assembler = TraceAssembler(1 << 20)
+    for request_id in (1, 2, 3):
+        assembler.heard(started(request_id))
+        chunk(assembler, 0, 10, request_id=request_id)
+    assert assembler.finished_bytes == 0
+    chunk(assembler, 10, 1, request_id=2, final=True)
+    chunk(assembler, 11, 1, request_id=2, final=True)
+    assert 0 < assembler.finished_bytes < assembler.bytes
+    assembler.give_up(3, "given_up")
+    only_one = assembler.take_finished(8)
+    assert len(only_one) == 1 and assembler.finished_bytes == 0 < assembler.bytes
 
 
 def test_a_request_that_never_finishes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
