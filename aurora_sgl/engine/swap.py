@@ -82,6 +82,7 @@ class StagedWeights:
     packed: dict[str, Packed] = field(default_factory=dict)
     hot: torch.Tensor | None = None  # [draft vocab] target ids; None: the draft vocabulary stays
     staged_ms: float = 0.0
+    apply_ms: float = 0.0
     applied: torch.cuda.Event | None = None  # on a GPU: reached when the copies are made
 
 

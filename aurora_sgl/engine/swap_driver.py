@@ -110,22 +110,44 @@ class SwapDriver:
         if isinstance(command, StageSwap):
             self._stage(command)
             return
-        staged = self._swapper.staged
-        late = 0 < self._deadline_us < wire.now_us()
-        mine = _FAILED if late else self._stands(command)
-        # Whatever went wrong on this rank, the others wait for its word here.
+        # Whatever goes wrong on this rank, the others wait for its word, here and once more.
+        mine, reason = self._word(command)
         worst = _worst_of_all_ranks(mine, self._tp_size)
         if worst == _BUSY:
             return  # the leading rank asks again
-        failure = self._swapper.failure
+        staged = self._swapper.staged
         self._swapper.failure = self._swapper.staged = None
-        if worst == _READY and staged is not None:
-            self._go_live(staged)
-        elif late:
-            self._refuse(command.version_id, "staging took longer than the sidecar waits")
-        else:
-            reason = failure[1] if failure else "another rank could not stage the weights"
-            self._refuse(command.version_id, reason)
+        if worst == _FAILED or staged is None:
+            self._refuse(command.version_id, reason or "another rank could not stage the weights")
+            return
+        error = self._copy_in(staged)
+        worst = _worst_of_all_ranks(_READY if error is None else _FAILED, self._tp_size)
+        if error is not None:
+            self._refuse(staged.version_id, f"copying failed: {type(error).__name__}: {error}")
+            raise error
+        if worst == _FAILED:
+            self._refuse(staged.version_id, "another rank could not copy the weights")
+            return
+        self._is_live(staged)
+
+    def _word(self, command: ApplySwap) -> tuple[int, str]:
+        """What this rank says of its staging, and why where that failed. Never raises."""
+        try:
+            if 0 < self._deadline_us < wire.now_us():
+                return _FAILED, "staging took longer than the sidecar waits"
+            stands = self._stands(command)
+            failure = self._swapper.failure if stands == _FAILED else None
+        except Exception as error:
+            return _FAILED, f"{type(error).__name__}: {error}"
+        return stands, failure[1] if failure else ""
+
+    def _copy_in(self, staged: StagedWeights) -> Exception | None:
+        """Copy and say what went wrong; None: nothing. Never raises."""
+        try:
+            staged.apply_ms = self._swapper.apply(staged, self.forward_stream)
+        except Exception as error:
+            return error
+        return None
 
     def _stage(self, command: StageSwap) -> None:
         try:
@@ -148,12 +170,8 @@ class SwapDriver:
     def _done(self, version_id: int, ok: bool, *rest: Any) -> wire.SwapDone:
         return wire.SwapDone(self._boot_id, wire.now_us(), version_id, ok, *rest)
 
-    def _go_live(self, staged: StagedWeights) -> None:
-        try:
-            apply_ms = self._swapper.apply(staged, self.forward_stream)
-        except Exception as error:
-            self._refuse(staged.version_id, f"copying failed: {type(error).__name__}: {error}")
-            raise
+    def _is_live(self, staged: StagedWeights) -> None:
+        apply_ms = staged.apply_ms
         self._live.swapped(staged.version_id)
         logger.info("aurora: drafter version %d is live (%.1f ms)", staged.version_id, apply_ms)
         report = self._report

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import aurora_sgl.compat  # noqa: F401  (torchvision must import before transformers asks for it)
 from aurora_sgl.engine import cpu
@@ -38,12 +41,37 @@ def join(root: Path, rank: int) -> None:
     initialize_model_parallel()
 
 
+def fail(*_: object) -> None:
+    raise RuntimeError("broken on purpose")
+
+
+def half_an_apply(staged: Any, stream: object) -> None:
+    """The first parameter is copied, then it breaks."""
+    staged.shadows = {**staged.shadows, "fc.bias": None}
+    Swapper.apply(SWAPPERS[0], staged)
+
+
+SWAPPERS: list[Swapper] = []
+
+
+def broken(driver: swap_driver.SwapDriver, swapper: Swapper, case: str) -> Any:
+    """In the middle of what does one rank break?"""
+    if case == "no word":
+        return mock.patch.object(driver, "_stands", fail)
+    if case == "staging breaks":  # behind the first tensors
+        return mock.patch.object(swapper, "_check_complete", fail)
+    if case == "apply fails":  # behind the first parameters
+        return mock.patch.object(swapper, "apply", half_an_apply)
+    return nullcontext()
+
+
 def main() -> None:
     root, rank = Path(sys.argv[1]), int(sys.argv[2])
     join(root, rank)
     drafter = torch.nn.Module()
     drafter.fc = torch.nn.Linear(4, 4)
     swapper = Swapper(drafter, torch.nn.Linear(2, 2), None, 40)
+    SWAPPERS.append(swapper)
     said: list[wire.SwapDone] = []
     driver = swap_driver.SwapDriver(swapper, LiveVersion(), 7, tp_size=2, report=said.append)
     parts = Parts({})
@@ -63,12 +91,11 @@ def main() -> None:
             swap_driver.abstain(stage)
             swap_driver.abstain(apply)
         else:
-            obey(stage)
-            while swapper.busy:
-                time.sleep(0.01)
-            if rank == 1 and case == "apply fails":
-                swapper.staged.shadows["fc.weight"] = None  # type: ignore[union-attr,assignment]
-            obey(apply)
+            with broken(driver, swapper, case if rank == 1 else ""):
+                obey(stage)
+                while swapper.busy:
+                    time.sleep(0.01)
+                obey(apply)
         while rank == 0 and len(said) < number:
             time.sleep(0.01)
         versions[case] = driver._live.version_id
