@@ -2,13 +2,16 @@
 
 The leading rank turns the command into requests of its own that travel through the scheduler's
 request path, so that all ranks of a tensor-parallel group see them at the same place: first stage,
-then apply. Before they apply, the ranks agree: all copy at this step, or none does.
+then apply. Before they apply, the ranks agree: all go live at this step, or none does.
+
+Staging, and reading the live weights back, are done in pieces between steps, all in the scheduler's
+own thread: see ``swap``. The leading rank then asks the sidecar for the hash of what it wrote, and
+answers with it.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +22,16 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.engine.draft_kv import LiveVersion
-from aurora_sgl.engine.swap import StagedWeights, Swapper, yield_to_the_step
+from aurora_sgl.engine.swap import StagedWeights, Swapper
 
 logger = logging.getLogger("aurora_sgl")
 
 _RETRY_SECONDS = 0.1  # between two questions whether all ranks have staged
+#: Of a step, for work on a swap: it ends after so many seconds, or so many pieces of 256 KB.
+BUSY_BUDGET = (0.0005, 16)
+IDLE_BUDGET = (0.010, 1 << 20)  # where no request is served: one that comes waits so long at most
+#: Seconds that the sidecar's hash is waited for where the command named no deadline.
+_HASH_SECONDS = 60.0
 _FAILED, _BUSY, _READY = 0, 1, 2  # what a rank says of its staging; the smallest decides
 
 
@@ -67,7 +75,8 @@ def _worst_of_all_ranks(mine: int, tp_size: int) -> int:
 
 
 class SwapDriver:
-    """One per scheduler process; ``report`` takes a ``SwapDone`` and may be called by a thread."""
+    """One per scheduler process. ``report`` takes what the sidecar is told; only the leading rank
+    has it."""
 
     def __init__(
         self,
@@ -76,34 +85,55 @@ class SwapDriver:
         boot_id: int,
         *,
         tp_size: int,
-        report: Callable[[wire.SwapDone], None] | None,
+        report: Callable[[wire.Record], None] | None,
     ) -> None:
         self._swapper, self._live, self._boot_id = swapper, live, boot_id
         self._tp_size, self._report = tp_size, report
         self.forward_stream: Any = None  # where SGLang's steps run on a GPU
         self._asked: StageSwap | None = None
+        self._staging = 0  # version that the ranks were told to stage; 0: none
         self._deadline_us = 0
         self._apply_after = 0.0
+        self._answer: _Answer | None = None  # that the sidecar waits for
+
+    @property
+    def _whole(self) -> bool:
+        return self._tp_size == 1
 
     def ask(self, command: wire.Stage) -> None:
         """On the leading rank: the sidecar wants a version live."""
-        if self._swapper.busy or self._asked is not None:
+        if self._answer is not None and self._answer.copied:
+            self._say_live("")  # whoever should have told the hash asks for something else
+        if self._asked is not None or self._staging or self._answer is not None:
             self._refuse(command.version_id, "another swap is being staged")
             return
         self._asked = StageSwap(command.version_id, command.path, command.weights_sha256)
         self._deadline_us = command.deadline_us
         self._apply_after = 0.0
 
+    def work(self, *, idle: bool = False) -> None:
+        """On every rank, between two steps and while there are none: a little of what is to do."""
+        if self._swapper.busy:
+            self._swapper.work(*(IDLE_BUDGET if idle else BUSY_BUDGET))
+        if self._answer is not None and not self._swapper.busy:
+            self._go_on_answering(self._answer)
+
     def next_command(self) -> StageSwap | ApplySwap | None:
         """On the leading rank: what to put among the received requests now."""
         if self._asked is not None:
             asked, self._asked = self._asked, None
+            self._staging = asked.version_id
             return asked
-        staged, failure = self._swapper.staged, self._swapper.failure
-        if (staged is None and failure is None) or time.monotonic() < self._apply_after:
+        if not self._staging or time.monotonic() < self._apply_after:
+            return None
+        if self._swapper.busy and not self._late:
             return None
         self._apply_after = time.monotonic() + _RETRY_SECONDS
-        return ApplySwap(staged.version_id if staged is not None else failure[0])  # type: ignore[index]
+        return ApplySwap(self._staging)
+
+    @property
+    def _late(self) -> bool:
+        return 0 < self._deadline_us < wire.now_us()
 
     def obey(self, command: StageSwap | ApplySwap) -> None:
         """On every rank, at the same place in the request stream."""
@@ -115,25 +145,30 @@ class SwapDriver:
         worst = _worst_of_all_ranks(mine, self._tp_size)
         if worst == _BUSY:
             return  # the leading rank asks again
+        self._staging = 0
         staged = self._swapper.staged
-        self._swapper.failure = self._swapper.staged = None
         if worst == _FAILED or staged is None:
+            self._swapper.drop()
             self._refuse(command.version_id, reason or "another rank could not stage the weights")
             return
-        error = self._copy_in(staged)
+        error = self._go_live(staged)
         worst = _worst_of_all_ranks(_READY if error is None else _FAILED, self._tp_size)
-        if error is not None:
-            self._refuse(staged.version_id, f"copying failed: {type(error).__name__}: {error}")
-            raise error
-        if worst == _FAILED:
+        if worst == _READY:
+            self._is_live(staged)
+            return
+        if error is None:
+            self._swapper.undo(staged)
+        self._swapper.drop()
+        if error is None:
             self._refuse(staged.version_id, "another rank could not copy the weights")
             return
-        self._is_live(staged)
+        self._refuse(staged.version_id, f"copying failed: {type(error).__name__}: {error}")
+        raise error
 
     def _word(self, command: ApplySwap) -> tuple[int, str]:
         """What this rank says of its staging, and why where that failed. Never raises."""
         try:
-            if 0 < self._deadline_us < wire.now_us():
+            if self._late:
                 return _FAILED, "staging took longer than the sidecar waits"
             stands = self._stands(command)
             failure = self._swapper.failure if stands == _FAILED else None
@@ -141,8 +176,8 @@ class SwapDriver:
             return _FAILED, f"{type(error).__name__}: {error}"
         return stands, failure[1] if failure else ""
 
-    def _copy_in(self, staged: StagedWeights) -> Exception | None:
-        """Copy and say what went wrong; None: nothing. Never raises."""
+    def _go_live(self, staged: StagedWeights) -> Exception | None:
+        """What went wrong; None: nothing. Never raises."""
         try:
             staged.apply_ms = self._swapper.apply(staged, self.forward_stream)
         except Exception as error:
@@ -152,8 +187,11 @@ class SwapDriver:
     def _stage(self, command: StageSwap) -> None:
         try:
             path = Path(command.path)
-            self._swapper.begin_staging(command.version_id, path, command.weights_sha256)
-        except Exception as error:  # such as no room for a thread: said where the ranks agree
+            self._swapper.begin_staging(
+                command.version_id, path, command.weights_sha256, consume=self._whole
+            )
+        except Exception as error:  # told where the ranks agree
+            self._swapper.drop()
             self._swapper.failure = (command.version_id, f"{type(error).__name__}: {error}")
 
     def _stands(self, command: ApplySwap) -> int:
@@ -165,34 +203,77 @@ class SwapDriver:
 
     def _refuse(self, version_id: int, reason: str) -> None:
         if self._report is not None:
-            self._report(self._done(version_id, False, reason, "", 0.0, 0.0))
-
-    def _done(self, version_id: int, ok: bool, *rest: Any) -> wire.SwapDone:
-        return wire.SwapDone(self._boot_id, wire.now_us(), version_id, ok, *rest)
+            self._report(
+                wire.SwapDone(
+                    self._boot_id, wire.now_us(), version_id, False, reason, "", 0.0, 0.0
+                )
+            )
 
     def _is_live(self, staged: StagedWeights) -> None:
-        apply_ms = staged.apply_ms
+        self._swapper.staged = None
         self._live.swapped(staged.version_id)
-        logger.info("aurora: drafter version %d is live (%.1f ms)", staged.version_id, apply_ms)
-        report = self._report
-        if report is None:
+        logger.info(
+            "aurora: drafter version %d is live (%.1f ms)", staged.version_id, staged.apply_ms
+        )
+        self._swapper.begin_read_back(
+            staged, whole=self._whole, leads=self._report is not None
+        )
+        if self._report is not None:
+            deadline_us = self._deadline_us or wire.now_us() + int(_HASH_SECONDS * 1e6)
+            self._answer = _Answer(staged, wire.now_us(), deadline_us)
+
+    # -- the answer, on the leading rank -------------------------------------------------------
+
+    def _go_on_answering(self, answer: _Answer) -> None:
+        """The live weights have been read back, or could not be."""
+        if self._swapper.unread:
+            self._say_live("", f"reading the live weights back failed: {self._swapper.unread}")
+        elif not self._whole:  # its shards are those of the file
+            self._say_live(answer.staged.weights_sha256)
+        elif not answer.copied:
+            answer.copied = True
+            assert self._report is not None
+            version_id = answer.staged.version_id
+            self._report(wire.LiveCopied(self._boot_id, wire.now_us(), version_id))
+        elif wire.now_us() > answer.deadline_us:
+            logger.warning("aurora: the sidecar did not hash the live weights in time")
+            self._say_live("")
+
+    def hashed(self, command: wire.LiveHash) -> None:
+        """The sidecar has hashed what was written from the live parameters."""
+        answer = self._answer
+        if answer is None or not answer.copied:
             return
+        if answer.staged.version_id == command.version_id:
+            self._say_live(command.live_sha256)
 
-        def read_back() -> None:
-            yield_to_the_step()
-            try:
-                digest, reason = self.read_back(staged), ""
-            except Exception as error:
-                digest, reason = "", f"reading the live weights back failed: {error}"
-            times = (staged.staged_ms, apply_ms)
-            report(self._done(staged.version_id, not reason, reason, digest, *times))
-
-        threading.Thread(target=read_back, name="aurora-read-back", daemon=True).start()
-
-    def read_back(self, staged: StagedWeights) -> str:
-        """The live hash, computed from the model's own tensors."""
-        return self._swapper.read_back(staged, whole=self._tp_size == 1)
+    def _say_live(self, live_sha256: str, reason: str = "") -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None and self._report is not None:
+            staged = answer.staged
+            self._report(
+                wire.SwapDone(
+                    self._boot_id,
+                    answer.at_us,
+                    staged.version_id,
+                    not reason,
+                    reason,
+                    live_sha256,
+                    staged.staged_ms,
+                    staged.apply_ms,
+                )
+            )
 
     def read_back_at_start(self, drafter: Path) -> str:
         """The live hash of the drafter that the server was started with."""
-        return self.read_back(self._swapper.stage(0, drafter, None))
+        return self._swapper.read_back_at_start(drafter, whole=self._whole)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What the sidecar will be told of a version that went live at ``at_us``."""
+
+    staged: StagedWeights
+    at_us: int
+    deadline_us: int
+    copied: bool = False  # the sidecar knows that it can hash

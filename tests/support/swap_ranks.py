@@ -19,6 +19,7 @@ import torch  # noqa: E402
 
 from aurora_sgl import wire  # noqa: E402
 from aurora_sgl.engine import swap_driver  # noqa: E402
+from aurora_sgl.engine.cpu import linear  # noqa: E402
 from aurora_sgl.engine.draft_kv import LiveVersion  # noqa: E402
 from aurora_sgl.engine.parts import Parts  # noqa: E402
 from aurora_sgl.engine.swap import Swapper  # noqa: E402
@@ -45,23 +46,15 @@ def fail(*_: object) -> None:
     raise RuntimeError("broken on purpose")
 
 
-def half_an_apply(staged: Any, stream: object) -> None:
-    """The first parameter is copied, then it breaks."""
-    staged.shadows = {**staged.shadows, "fc.bias": None}
-    Swapper.apply(SWAPPERS[0], staged)
-
-
-SWAPPERS: list[Swapper] = []
-
-
 def broken(driver: swap_driver.SwapDriver, swapper: Swapper, case: str) -> Any:
     """In the middle of what does one rank break?"""
     if case == "no word":
         return mock.patch.object(driver, "_stands", fail)
     if case == "staging breaks":  # behind the first tensors
-        return mock.patch.object(swapper, "_check_complete", fail)
+        return mock.patch.object(swapper, "_pack", fail)
     if case == "apply fails":  # behind the first parameters
-        return mock.patch.object(swapper, "apply", half_an_apply)
+        outcomes = [None, RuntimeError("broken on purpose"), None, None]
+        return mock.patch.object(linear, "moved", mock.Mock(side_effect=outcomes))
     return nullcontext()
 
 
@@ -71,8 +64,7 @@ def main() -> None:
     drafter = torch.nn.Module()
     drafter.fc = torch.nn.Linear(4, 4)
     swapper = Swapper(drafter, torch.nn.Linear(2, 2), None, 40)
-    SWAPPERS.append(swapper)
-    said: list[wire.SwapDone] = []
+    said: list[wire.Record] = []
     driver = swap_driver.SwapDriver(swapper, LiveVersion(), 7, tp_size=2, report=said.append)
     parts = Parts({})
 
@@ -94,12 +86,15 @@ def main() -> None:
             with broken(driver, swapper, case if rank == 1 else ""):
                 obey(stage)
                 while swapper.busy:
-                    time.sleep(0.01)
+                    driver.work()
                 obey(apply)
+            while swapper.busy or driver._answer:
+                driver.work()
         while rank == 0 and len(said) < number:
             time.sleep(0.01)
         versions[case] = driver._live.version_id
-    print(json.dumps({"live": versions, "ok": [done.ok for done in said][: len(versions)]}))
+    done = [one.ok for one in said if isinstance(one, wire.SwapDone)]
+    print(json.dumps({"live": versions, "ok": done[: len(versions)]}))
 
 
 if __name__ == "__main__":
