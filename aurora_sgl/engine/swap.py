@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -294,10 +294,10 @@ class Swapper:
                 else:
                     staged.parts[name] = parts
                     cuts = consume and _descend(parts)
-                    for part in parts:
-                        yield from self._fetch(part, file)
+                    for piece in chain.from_iterable(part.pieces() for part in parts):
+                        yield from self._fetch(piece, file)
                         if cuts:
-                            file.cut(part.offset)
+                            file.cut(piece.offset)
             if consume:
                 file.cut(entry.begin)
                 yield True
@@ -474,13 +474,20 @@ class Swapper:
         other = Slot(torch.empty(PIECE, dtype=torch.uint8))
         for name, parts in staged.parts.items():
             parameter = self._parameters[staged.homes[name].parameter].data
-            live = (part.of(parameter) for part in parts)
-            for host, piece in self._to_host(live):
+            live = (part.of(parameter).pieces() for part in parts)
+            for host, piece in self._to_host(chain.from_iterable(live)):
                 if host is not None and piece is not None:
                     self._file.read(other.buffer[: piece.span], piece.offset)
                     if not torch.equal(host, other.view(piece).to(host.dtype)):
                         raise SwapRefused(f"'{name}' is not what was staged")
                 yield host is not None
+        for name in staged.homes.keys() - staged.parts.keys():  # of a loader that does more
+            where = staged.homes[name].parameter
+            # On a CPU the memory that it was loaded into is the parameter's.
+            on_gpu = self._device.type == "cuda"
+            if on_gpu and not torch.equal(self._parameters[where].data, self._shadows[where].data):
+                raise SwapRefused(f"'{name}' is not what was staged")
+            yield False
 
     def _to_host(
         self, parts: Iterator[Part]

@@ -27,9 +27,10 @@ from aurora_sgl.engine.swap import StagedWeights, Swapper
 logger = logging.getLogger("aurora_sgl")
 
 _RETRY_SECONDS = 0.1  # between two questions whether all ranks have staged
-#: Of a step, for work on a swap: it ends after so many seconds, or so many pieces of 256 KB.
-BUSY_BUDGET = (0.0005, 16)
-IDLE_BUDGET = (0.010, 1 << 20)  # where no request is served: one that comes waits so long at most
+#: Of the time between two steps, and in seconds (from, to): how long a swap may work there.
+BUSY_SHARE, BUSY_SECONDS = 0.02, (0.0005, 0.004)
+BUSY_PIECES = 16  # and how many pieces of 256 KB it may move
+IDLE_SECONDS = 0.010  # where no request is served: one that comes waits so long at most
 #: Seconds that the sidecar's hash is waited for where the command named no deadline.
 _HASH_SECONDS = 60.0
 _FAILED, _BUSY, _READY = 0, 1, 2  # what a rank says of its staging; the smallest decides
@@ -94,6 +95,7 @@ class SwapDriver:
         self._staging = 0  # version that the ranks were told to stage; 0: none
         self._deadline_us = 0
         self._apply_after = 0.0
+        self._worked_at = time.monotonic()
         self._answer: _Answer | None = None  # that the sidecar waits for
 
     @property
@@ -113,8 +115,13 @@ class SwapDriver:
 
     def work(self, *, idle: bool = False) -> None:
         """On every rank, between two steps and while there are none: a little of what is to do."""
-        if self._swapper.busy:
-            self._swapper.work(*(IDLE_BUDGET if idle else BUSY_BUDGET))
+        step = time.monotonic() - self._worked_at
+        if self._swapper.busy and idle:
+            self._swapper.work(IDLE_SECONDS, 1 << 20)
+        elif self._swapper.busy:
+            shortest, longest = BUSY_SECONDS
+            self._swapper.work(min(max(shortest, BUSY_SHARE * step), longest), BUSY_PIECES)
+        self._worked_at = time.monotonic()
         if self._answer is not None and not self._swapper.busy:
             self._go_on_answering(self._answer)
 

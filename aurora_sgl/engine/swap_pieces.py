@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PIECE = 256 << 10  # bytes: about 0.05 ms
 _SLOTS = 16  # of a piece each, that may be on their way to or from a GPU
@@ -52,27 +53,34 @@ class Part:
     def of(self, value: torch.Tensor) -> Part:
         """The same part of another tensor that is laid out like the one it is a view of."""
         here = self.here
-        view = torch.as_strided(value, here.size(), here.stride(), here.storage_offset())
+        begin = value.storage_offset() + here.storage_offset()  # shadows begin at 0
+        view = torch.as_strided(value, here.size(), here.stride(), begin)
         return Part(view, self.stride, self.offset, self.dtype)
 
-    def pieces(self) -> Iterator[Part]:
-        """By rows, the last ones first, each at most :data:`PIECE` bytes of the file.
+    @property
+    def _pitch(self) -> int:
+        """Bytes from one row to the next in the file."""
+        return self.stride[0] * self.dtype.itemsize
 
-        Raises :class:`NotInPieces` where a row is longer than that, or they are interleaved.
-        """
-        if self.here.numel() == 0:
-            return
-        if self.here.dim() == 0 or self.span <= PIECE:
-            yield self
+    def check(self) -> None:
+        """Raises :class:`NotInPieces` for what :meth:`pieces` can't do."""
+        if self.here.numel() == 0 or self.span <= PIECE:
             return
         if list(self.stride) != sorted(self.stride, reverse=True):
             raise NotInPieces("its rows are interleaved")
-        pitch = self.stride[0] * self.dtype.itemsize
-        if not 0 < pitch <= PIECE:
-            raise NotInPieces(f"a row has {pitch} bytes")
-        rows = PIECE // pitch
+        if not 0 < self._pitch <= PIECE:
+            raise NotInPieces(f"a row has {self._pitch} bytes")
+
+    def pieces(self) -> Iterator[Part]:
+        """By rows, the last ones first, each at most :data:`PIECE` bytes of the file."""
+        if self.here.numel() == 0:
+            return
+        if self.span <= PIECE:
+            yield self
+            return
+        rows = PIECE // self._pitch
         for first in reversed(range(0, self.here.shape[0], rows)):
-            offset = self.offset + first * pitch
+            offset = self.offset + first * self._pitch
             yield Part(self.here[first : first + rows], self.stride, offset, self.dtype)
 
 
@@ -84,6 +92,10 @@ class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storage = source.untyped_storage().data_ptr()
         self._offset = offset
         self.parts: list[Part] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would import its compiler at the first use, which takes seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -97,9 +109,9 @@ class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.parts.append(Part(into, part.stride(), offset, part.dtype))
             return into
         result = func(*args, **(kwargs or {}))
-        if any(map(self._is_ours, args)):
-            results = result if isinstance(result, list | tuple) else [result]
-            if not all(self._is_ours(one) for one in results if isinstance(one, torch.Tensor)):
+        if any(map(self._is_ours, tree_leaves((args, kwargs)))):
+            results = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+            if not all(map(self._is_ours, results)):
                 raise NotInPieces(f"it is changed by {func}")
         return result
 
@@ -120,7 +132,9 @@ def copies_of(
     source = torch.empty(shape, dtype=dtype)  # never written or read: no memory is touched
     with _Notes(source, offset) as notes:
         load(source)
-    return [piece for part in notes.parts for piece in part.pieces()]
+    for part in notes.parts:
+        part.check()
+    return notes.parts
 
 
 @dataclass(slots=True)
