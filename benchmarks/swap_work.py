@@ -1,4 +1,4 @@
-"""What a swap takes of the scheduler's thread: how long each step waits, and how many steps take part.
+"""What a swap takes of the scheduler's thread: how long each step waits, and how many do.
 
 Without a server: a drafter of random weights in SGLang's layout, the swap's driver between steps
 that do nothing, and the sidecar's part in its place. A step's wait is measured by the clock, and by
@@ -76,7 +76,9 @@ class Fused(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.zeros(sum(rows.values()), width, dtype=torch.bfloat16), requires_grad=False
         )
-        first = dict(zip(rows, (sum(list(rows.values())[:i]) for i in range(len(rows))), strict=True))
+        first = dict(
+            zip(rows, (sum(list(rows.values())[:i]) for i in range(len(rows))), strict=True)
+        )
 
         def load(parameter: torch.nn.Parameter, loaded: torch.Tensor, shard: Any) -> None:
             part = parameter.data.narrow(0, first[shard], rows[shard])

@@ -101,6 +101,7 @@ class Agent:
             target_model,
             worker.draft_worker.hot_token_id,
             worker.target_worker.model_config.vocab_size,
+            swaps=bool(endpoint) and settings.record,
         )
         self._done: list[wire.Record] = []
         self.swaps = SwapDriver(

@@ -11,9 +11,6 @@ place. Afterwards the parameters themselves are written back into the file, agai
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,74 +20,11 @@ from safetensors.torch import load_file
 
 from aurora_sgl.drafter.checkpoint import WEIGHTS, content_sha256
 from aurora_sgl.engine.cpu import linear
-from aurora_sgl.engine.cpu.packed import Packed, pack
-from aurora_sgl.engine.swap_file import Entry, SwapRefused, WeightsFile
-from aurora_sgl.engine.swap_pieces import PIECE, NotInPieces, Part, Slot, Way, copies_of
-
-#: SGLang fuses these; (name in the file, name in the model, shard id of the weight loader).
-_FUSED = (
-    (".q_proj.", ".qkv_proj.", "q"),
-    (".k_proj.", ".qkv_proj.", "k"),
-    (".v_proj.", ".qkv_proj.", "v"),
-    (".gate_proj.", ".gate_up_proj.", 0),
-    (".up_proj.", ".gate_up_proj.", 1),
-)
-_RENAMED = (
-    ("midlayer", "layers.0"),
-    ("aux_norm_low", "fc_norm.0"),
-    ("aux_norm_mid", "fc_norm.1"),
-    ("aux_norm_high", "fc_norm.2"),
-)
-_VOCABULARY = ("d2t", "t2d")
-_SHARED = ("embed_tokens.weight",)
-_ORDER = {"q": 0, "k": 1, "v": 2, 0: 0, 1: 1, None: 0}  # of the shards in a fused parameter
-_SHARDS: dict[str, set[str | int]] = {".qkv_proj.": {"q", "k", "v"}, ".gate_up_proj.": {0, 1}}
-
-#: Of a task: true after a small piece of work, false when no more should be done in this step.
-Task = Iterator[bool]
-
-
-@dataclass(frozen=True)
-class Home:
-    """Where a tensor of the file lives in SGLang's model."""
-
-    parameter: str
-    shard: str | int | None
-
-
-def find_home(name: str, parameters: dict[str, torch.nn.Parameter]) -> Home:
-    """The parameter that ``name`` of a file belongs to. Raises :class:`SwapRefused`."""
-    for old, new in _RENAMED:
-        name = name.replace(old, new)
-    for part, fused, shard in _FUSED:
-        if part in name:
-            candidate = name.replace(part, fused)
-            for full in (candidate, f"model.{candidate}"):
-                if full in parameters:
-                    return Home(full, shard)
-    for full in (name, f"model.{name}"):
-        if full in parameters:
-            return Home(full, None)
-    raise SwapRefused(f"the running drafter has no parameter for '{name}'")
-
-
-@dataclass(slots=True)
-class StagedWeights:
-    """One version: where its tensors go, and when all have come, what it takes to go live."""
-
-    version_id: int
-    weights_sha256: str
-    entries: dict[str, Entry]  # of the file
-    homes: dict[str, Home]  # of its weights
-    parts: dict[str, list[Part]] = field(default_factory=dict)  # as the loader puts them
-    packed: dict[str, Packed] = field(default_factory=dict)
-    hot: torch.Tensor | None = None  # [draft vocab] target ids on the CPU; None: it stays
-    hot_exchanged: bool = False
-    exchanged: list[str] = field(default_factory=list)  # parameters that have gone live
-    replaced: dict[str, Packed] = field(default_factory=dict)  # packed copies of before
-    staged_ms: float = 0.0
-    apply_ms: float = 0.0
-    applied: torch.cuda.Event | None = None  # on a GPU: reached when the copies are made
+from aurora_sgl.engine.cpu.packed import pack
+from aurora_sgl.engine.swap_file import SwapRefused, WeightsFile
+from aurora_sgl.engine.swap_live import LiveWeights, StagedWeights, Task
+from aurora_sgl.engine.swap_names import SHARED, Home, find_home, is_weight, lacking
+from aurora_sgl.engine.swap_pieces import NotInPieces, Part, Way, copies_of
 
 
 class Swapper:
@@ -106,10 +40,14 @@ class Swapper:
         target_model: Any,
         hot_token_id: torch.Tensor | None,
         target_vocabulary: int,
+        *,
+        swaps: bool = True,
     ) -> None:
+        """Without ``swaps`` no memory is taken, and every one is refused."""
         self._parameters: dict[str, torch.nn.Parameter] = dict(draft_model.named_parameters())
         self._device = next(iter(self._parameters.values())).device
         self._target_storages = {p.untyped_storage().data_ptr() for p in target_model.parameters()}
+        self._live = LiveWeights(self._parameters, hot_token_id, target_vocabulary)
         self._hot = hot_token_id
         self._hot_here = None if hot_token_id is None else hot_token_id.to("cpu", torch.int64)
         self._target_vocabulary = target_vocabulary
@@ -119,10 +57,15 @@ class Swapper:
         self._applied: torch.cuda.Event | None = None
         self._shadows: dict[str, torch.nn.Parameter] = {}
         self._exchangeable = self._with_memory_of_their_own()
-        self._no_room = self._make_shadows()
+        self._no_room = self._make_shadows() if swaps else "this server has no sidecar"
         self.staged: StagedWeights | None = None
         self.failure: tuple[int, str] | None = None  # (version, reason) of a failed staging
         self.unread = ""  # why the last reading back failed
+
+    @property
+    def shadow_bytes(self) -> int:
+        """Memory that waits for the next version."""
+        return sum(shadow.numel() * shadow.element_size() for shadow in self._shadows.values())
 
     def _make_shadows(self) -> str:
         """Shadows of all parameters that are the drafter's own; why there are none, or ""."""
@@ -132,7 +75,7 @@ class Swapper:
                 self._shadows = {
                     name: _shadow(parameter)
                     for name, parameter in self._parameters.items()
-                    if not self._is_the_targets(parameter) and not name.endswith(_SHARED)
+                    if not self._is_the_targets(parameter) and not name.endswith(SHARED)
                 }
         except (RuntimeError, MemoryError) as error:
             self._shadows = {}
@@ -237,7 +180,7 @@ class Swapper:
             raise SwapRefused(self._no_room)
         entries = file.tensors
         hot = self._vocabulary(file)
-        homes = {name: find_home(name, self._parameters) for name in entries if _is_weight(name)}
+        homes = {name: find_home(name, self._parameters) for name in entries if is_weight(name)}
         for name, home in homes.items():
             if self._is_the_targets(self._parameters[home.parameter]):
                 raise SwapRefused(f"'{name}' would overwrite the target: they share storage")
@@ -245,14 +188,9 @@ class Swapper:
         return StagedWeights(version_id, weights_sha256, entries, homes, hot=hot)
 
     def _check_complete(self, homes: dict[str, Home]) -> None:
-        shards: dict[str, set[str | int | None]] = {}
-        for home in homes.values():
-            shards.setdefault(home.parameter, set()).add(home.shard)
-        for name in self._shadows:
-            have = shards.get(name, set())
-            fused = next((all_of for part, all_of in _SHARDS.items() if part in name), None)
-            if not have or (fused is not None and None not in have and have != fused):
-                raise SwapRefused(f"the weights lack '{name}' of the running drafter")
+        name = lacking(homes.values(), self._shadows)
+        if name:
+            raise SwapRefused(f"the weights lack '{name}' of the running drafter")
 
     def _vocabulary(self, file: WeightsFile) -> torch.Tensor | None:
         """Target ids of the new draft vocabulary where it is another one of the same size.
@@ -434,14 +372,15 @@ class Swapper:
         self._task = self._reading_back(staged, whole, leads)
 
     def _reading_back(self, staged: StagedWeights, whole: bool, leads: bool) -> Task:
+        assert self._file is not None and self._way is not None
         try:
             applied = staged.applied
             while applied is not None and not applied.query():  # type: ignore[no-untyped-call]
                 yield False
             if leads and whole:
-                yield from self._write_back(staged)
+                yield from self._live.write_back(staged, self._file, self._way)
             elif leads:
-                yield from self._compare(staged)
+                yield from self._live.compare(staged, self._file, self._way, self._shadows)
             while staged.replaced:  # to free a large one takes milliseconds
                 staged.replaced.popitem()
                 yield False
@@ -451,107 +390,6 @@ class Swapper:
             if self._file is not None:
                 self._file.close()
                 self._file = None
-
-    def _write_back(self, staged: StagedWeights) -> Task:
-        assert self._file is not None
-        file = self._file
-        for name, value in self._live(staged):
-            entry = staged.entries[name]
-            if tuple(value.shape) != entry.shape:
-                raise SwapRefused(f"'{name}' is {tuple(value.shape)} in the model")
-            part = Part(value.reshape(-1), (1,), entry.begin, entry.dtype)
-            for host, piece in self._to_host(part.pieces()):
-                if host is not None and piece is not None:
-                    file.write(host, piece.offset)
-                yield host is not None
-        for name, value in self._live_vocabulary(staged).items():
-            file.write(value, staged.entries[name].begin)
-            yield True
-
-    def _compare(self, staged: StagedWeights) -> Task:
-        """Every part of the parameters with the file's, where that was copied part by part."""
-        assert self._file is not None
-        other = Slot(torch.empty(PIECE, dtype=torch.uint8))
-        for name, parts in staged.parts.items():
-            parameter = self._parameters[staged.homes[name].parameter].data
-            live = (part.of(parameter).pieces() for part in parts)
-            for host, piece in self._to_host(chain.from_iterable(live)):
-                if host is not None and piece is not None:
-                    self._file.read(other.buffer[: piece.span], piece.offset)
-                    if not torch.equal(host, other.view(piece).to(host.dtype)):
-                        raise SwapRefused(f"'{name}' is not what was staged")
-                yield host is not None
-        for name in staged.homes.keys() - staged.parts.keys():  # of a loader that does more
-            where = staged.homes[name].parameter
-            # On a CPU the memory that it was loaded into is the parameter's.
-            on_gpu = self._device.type == "cuda"
-            if on_gpu and not torch.equal(self._parameters[where].data, self._shadows[where].data):
-                raise SwapRefused(f"'{name}' is not what was staged")
-            yield False
-
-    def _to_host(
-        self, parts: Iterator[Part]
-    ) -> Iterator[tuple[torch.Tensor | None, Part | None]]:
-        """Each part's values on the CPU; (None, None): they are on their way, ask in a later step.
-
-        The values of a GPU are in a slot, until the next ones are asked for.
-        """
-        assert self._way is not None
-        if self._way.direct:
-            for part in parts:
-                yield part.here, part
-            return
-        flying: deque[tuple[Slot, Part]] = deque()
-        for part in parts:
-            while (slot := self._way.take()) is None:
-                yield from self._landed(flying)
-            slot.kept = True
-            with self._way.beside():
-                slot.view(part).copy_(part.here, non_blocking=True)
-            self._way.sent(slot)
-            flying.append((slot, part))
-        while flying:
-            yield from self._landed(flying)
-
-    @staticmethod
-    def _landed(
-        flying: deque[tuple[Slot, Part]],
-    ) -> Iterator[tuple[torch.Tensor | None, Part | None]]:
-        slot, part = flying[0]
-        if not slot.done:
-            yield None, None
-            return
-        yield slot.view(part), part
-        slot.kept = False
-        flying.popleft()
-
-    def _live(self, staged: StagedWeights) -> Iterator[tuple[str, torch.Tensor]]:
-        """The rows of the model's parameters that are the file's tensors; shards of a fused
-        parameter lie in it one behind the other."""
-        first: dict[str, int] = {}
-        homes = staged.homes
-        for name in sorted(homes, key=lambda name: _ORDER[homes[name].shard]):
-            where = homes[name].parameter
-            shape = staged.entries[name].shape
-            begin = first.get(where, 0)
-            rows = shape[0] if shape else 1
-            value = self._parameters[where].data
-            yield name, value[begin : begin + rows] if shape else value
-            first[where] = begin + rows
-
-    def _live_vocabulary(self, staged: StagedWeights) -> dict[str, torch.Tensor]:
-        """``d2t`` and ``t2d`` of what the running drafter looks tokens up in."""
-        entries = staged.entries
-        if "d2t" not in entries or self._hot is None or self._way is None:
-            return {}
-        with self._way.beside():
-            hot = self._hot.to("cpu", torch.int64)
-        maps = {"d2t": (hot - torch.arange(hot.numel())).to(entries["d2t"].dtype)}
-        if "t2d" in entries:
-            inside = torch.zeros(self._target_vocabulary, dtype=torch.bool)
-            inside[hot] = True
-            maps["t2d"] = inside.to(entries["t2d"].dtype)
-        return maps
 
     def read_back(self, staged: StagedWeights, *, whole: bool) -> str:
         """Content hash of the tensors that the model holds now, at once, where no step waits.
@@ -567,10 +405,8 @@ class Swapper:
                 raise SwapRefused(self.unread)
             return staged.weights_sha256
         self.drop()
-        tensors = {
-            name: value.to("cpu", staged.entries[name].dtype) for name, value in self._live(staged)
-        }
-        return content_sha256(tensors | self._live_vocabulary(staged))
+        assert self._way is not None
+        return self._live.sha256(staged, self._way)
 
     def read_back_at_start(self, drafter: Path, *, whole: bool) -> str:
         """The live hash of the drafter that the server was started with."""
@@ -594,10 +430,6 @@ def _shadow(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         twin.__class__ = parameter.__class__
     twin.__dict__.update(parameter.__dict__)
     return twin
-
-
-def _is_weight(name: str) -> bool:
-    return name not in _VOCABULARY and not name.endswith(_SHARED)
 
 
 def _descend(parts: list[Part]) -> bool:

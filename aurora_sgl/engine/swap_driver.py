@@ -22,7 +22,8 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.engine.draft_kv import LiveVersion
-from aurora_sgl.engine.swap import StagedWeights, Swapper
+from aurora_sgl.engine.swap import Swapper
+from aurora_sgl.engine.swap_live import StagedWeights
 
 logger = logging.getLogger("aurora_sgl")
 
@@ -211,9 +212,7 @@ class SwapDriver:
     def _refuse(self, version_id: int, reason: str) -> None:
         if self._report is not None:
             self._report(
-                wire.SwapDone(
-                    self._boot_id, wire.now_us(), version_id, False, reason, "", 0.0, 0.0
-                )
+                wire.SwapDone(self._boot_id, wire.now_us(), version_id, False, reason, "", 0.0, 0.0)
             )
 
     def _is_live(self, staged: StagedWeights) -> None:
@@ -222,9 +221,7 @@ class SwapDriver:
         logger.info(
             "aurora: drafter version %d is live (%.1f ms)", staged.version_id, staged.apply_ms
         )
-        self._swapper.begin_read_back(
-            staged, whole=self._whole, leads=self._report is not None
-        )
+        self._swapper.begin_read_back(staged, whole=self._whole, leads=self._report is not None)
         if self._report is not None:
             deadline_us = self._deadline_us or wire.now_us() + int(_HASH_SECONDS * 1e6)
             self._answer = _Answer(staged, wire.now_us(), deadline_us)

@@ -7,6 +7,7 @@ they are made later, some each step.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -117,8 +118,7 @@ class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_ours(self, value: Any) -> bool:
         return (
-            isinstance(value, torch.Tensor)
-            and value.untyped_storage().data_ptr() == self._storage
+            isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == self._storage
         )
 
 
@@ -186,3 +186,36 @@ class Way:
         """Whoever kept slots is gone."""
         for slot in self._slots:
             slot.kept = False
+
+    def to_host(self, parts: Iterator[Part]) -> Iterator[tuple[torch.Tensor | None, Part | None]]:
+        """Each part's values on the CPU; (None, None): they are on their way, ask in a later step.
+
+        The values of a GPU are in a slot, until the next ones are asked for.
+        """
+        if self.direct:
+            for part in parts:
+                yield part.here, part
+            return
+        flying: deque[tuple[Slot, Part]] = deque()
+        for part in parts:
+            while (slot := self.take()) is None:
+                yield from self._landed(flying)
+            slot.kept = True
+            with self.beside():
+                slot.view(part).copy_(part.here, non_blocking=True)
+            self.sent(slot)
+            flying.append((slot, part))
+        while flying:
+            yield from self._landed(flying)
+
+    @staticmethod
+    def _landed(
+        flying: deque[tuple[Slot, Part]],
+    ) -> Iterator[tuple[torch.Tensor | None, Part | None]]:
+        slot, part = flying[0]
+        if not slot.done:
+            yield None, None
+            return
+        yield slot.view(part), part
+        slot.kept = False
+        flying.popleft()

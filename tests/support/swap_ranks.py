@@ -16,6 +16,7 @@ from aurora_sgl.engine import cpu
 cpu.install()
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from aurora_sgl import wire  # noqa: E402
 from aurora_sgl.engine import swap_driver  # noqa: E402
@@ -42,6 +43,47 @@ def join(root: Path, rank: int) -> None:
     initialize_model_parallel()
 
 
+def drafter_of_sglang() -> torch.nn.Module:
+    """Each kind of layer that the ranks divide, and one that they don't."""
+    from sglang.srt.layers.linear import (
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
+    )
+    from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+
+    drafter = torch.nn.Module()
+    drafter.fc = torch.nn.Linear(4, 4)
+    drafter.self_attn, drafter.mlp = torch.nn.Module(), torch.nn.Module()
+    drafter.self_attn.qkv_proj = QKVParallelLinear(4, 4, 4, 2, bias=False)
+    drafter.mlp.gate_up_proj = MergedColumnParallelLinear(4, [6, 6], bias=False)
+    drafter.mlp.down_proj = RowParallelLinear(6, 4, bias=False)
+    drafter.lm_head = ParallelLMHead(100, 4)
+    return drafter.requires_grad_(False)
+
+
+def is_shard(drafter: torch.nn.Module, whole: dict[str, torch.Tensor], rank: int) -> bool:
+    """Whether it holds this rank's halves, as SGLang's layers divide them."""
+
+    def half(name: str, dim: int = 0) -> torch.Tensor:
+        return whole[f"{name}.weight"].chunk(2, dim)[rank]
+
+    attend, mlp = drafter.self_attn, drafter.mlp
+    wanted = [
+        (drafter.fc.bias, whole["fc.bias"]),
+        (attend.qkv_proj.weight, torch.cat([half(f"self_attn.{one}_proj") for one in "qkv"])),
+        (
+            mlp.gate_up_proj.weight,
+            torch.cat([half(f"mlp.{one}_proj") for one in ("gate", "up")]),
+        ),
+        (mlp.down_proj.weight, half("mlp.down_proj", 1)),
+    ]
+    head = drafter.lm_head.weight  # of a vocabulary that is padded to 128
+    rows = whole["lm_head.weight"][64 * rank : 64 * (rank + 1)]
+    wanted.append((head[: len(rows)], rows))
+    return all(torch.equal(a, b) for a, b in wanted) and not head[len(rows) :].any()
+
+
 def fail(*_: object) -> None:
     raise RuntimeError("broken on purpose")
 
@@ -61,8 +103,7 @@ def broken(driver: swap_driver.SwapDriver, swapper: Swapper, case: str) -> Any:
 def main() -> None:
     root, rank = Path(sys.argv[1]), int(sys.argv[2])
     join(root, rank)
-    drafter = torch.nn.Module()
-    drafter.fc = torch.nn.Linear(4, 4)
+    drafter = drafter_of_sglang()
     swapper = Swapper(drafter, torch.nn.Linear(2, 2), None, 40)
     said: list[wire.Record] = []
     driver = swap_driver.SwapDriver(swapper, LiveVersion(), 7, tp_size=2, report=said.append)
@@ -94,7 +135,8 @@ def main() -> None:
             time.sleep(0.01)
         versions[case] = driver._live.version_id
     done = [one.ok for one in said if isinstance(one, wire.SwapDone)]
-    print(json.dumps({"live": versions, "ok": done[: len(versions)]}))
+    right = is_shard(drafter, load_file(root / "weights.safetensors"), rank)
+    print(json.dumps({"live": versions, "ok": done[: len(versions)], "right": right}))
 
 
 if __name__ == "__main__":

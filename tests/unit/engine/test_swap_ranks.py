@@ -23,7 +23,18 @@ CASES = (
 
 @pytest.mark.slow
 def test_whatever_fails_on_one_rank_the_other_goes_on_with_it(tmp_path: Path) -> None:
-    weights = {"fc.weight": torch.randn(4, 4), "fc.bias": torch.randn(4)}
+    shapes = {
+        "fc.weight": (4, 4),
+        "fc.bias": (4,),
+        "self_attn.q_proj.weight": (16, 4),
+        "self_attn.k_proj.weight": (8, 4),
+        "self_attn.v_proj.weight": (8, 4),
+        "mlp.gate_proj.weight": (6, 4),
+        "mlp.up_proj.weight": (6, 4),
+        "mlp.down_proj.weight": (4, 6),
+        "lm_head.weight": (100, 4),
+    }
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
     save_file(weights, tmp_path / "weights.safetensors", {"format": "pt"})
     (tmp_path / "cases.json").write_text(
         json.dumps([(case, content_sha256(weights)) for case in CASES])
@@ -47,6 +58,7 @@ def test_whatever_fails_on_one_rank_the_other_goes_on_with_it(tmp_path: Path) ->
     assert [rank.returncode for rank in ranks] == [0, 0], said
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in said)
     assert first["ok"] == [False] * 5 + [True, False, True]
+    assert first["right"] and second["right"]
     for rank in (first, second):  # all or none, also where one rank's copy failed
         assert list(rank["live"].values()) == [0] * 5 + [6, 6, 8]
     # Nothing is told where we did not start.

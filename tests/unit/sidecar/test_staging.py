@@ -66,9 +66,7 @@ def test_what_a_killed_sidecar_of_this_endpoint_left_is_gone_at_the_next_start(h
     assert list(house.memory.iterdir()) == []
 
 
-def test_without_room_there_is_one_clear_line(
-    house: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_room_there_is_one_clear_line(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = SimpleNamespace(free=5 << 20)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(AuroraError, match="has 5 MB left, and version 3 needs 16 MB") as refusal:
