@@ -113,7 +113,7 @@ class SwapDone(msgspec.Struct, array_like=True, tag="swap", frozen=True):
     """The answer to a :class:`Stage` command: applied, or refused with a reason."""
 
     boot_id: int
-    at_us: int
+    at_us: int  # when it went live, or was refused
     version_id: int
     ok: bool
     reason: str
@@ -122,7 +122,16 @@ class SwapDone(msgspec.Struct, array_like=True, tag="swap", frozen=True):
     apply_ms: float  # time that the scheduler loop stood still for the copy
 
 
-Record = Hello | RequestStarted | VerifyStep | RequestFinished | SwapDone
+class LiveCopied(msgspec.Struct, array_like=True, tag="copied", frozen=True):
+    """The file of a :class:`Stage` now holds the tensors of the model, read back after the swap.
+    The sidecar hashes them and tells it by :class:`LiveHash`; then comes :class:`SwapDone`."""
+
+    boot_id: int
+    at_us: int
+    version_id: int
+
+
+Record = Hello | RequestStarted | VerifyStep | RequestFinished | SwapDone | LiveCopied
 
 
 class Envelope(msgspec.Struct, array_like=True, frozen=True):
@@ -173,12 +182,20 @@ class TraceBatch(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Stage(msgspec.Struct, array_like=True, tag="stage", frozen=True):
-    """Put a version live: the weights lie in ``path`` (shared memory), already validated."""
+    """Put a version live: the weights lie in ``path``, already validated. The file is the engine's
+    now, which cuts it as it reads and writes into it what it reads back."""
 
     version_id: int
-    path: str  # a safetensors file under /dev/shm or the data folder
+    path: str  # a safetensors file under /dev/shm
     weights_sha256: str
     deadline_us: int
+
+
+class LiveHash(msgspec.Struct, array_like=True, tag="hash", frozen=True):
+    """What the tensors of a :class:`LiveCopied` hash to."""
+
+    version_id: int
+    live_sha256: str  # "": they could not be hashed
 
 
 class Identify(msgspec.Struct, array_like=True, tag="identify", frozen=True):
@@ -201,7 +218,7 @@ class SetCapture(msgspec.Struct, array_like=True, tag="capture", frozen=True):
     share: float
 
 
-Command = Stage | Identify | SetPhase | SetCapture
+Command = Stage | LiveHash | Identify | SetPhase | SetCapture
 
 _envelope_encoder = msgspec.msgpack.Encoder()
 _envelope_decoder = msgspec.msgpack.Decoder(Envelope)

@@ -1,7 +1,7 @@
 """What Aurora does inside one scheduler process: one object that the hooks of plugin.py call.
 
 It owns the channel to the sidecar, the recorder, the capture, the speculation policy and the
-swapper. Everything here runs in the scheduler's only thread, except staging and reading back.
+swapper. Everything here runs in the scheduler's only thread.
 Whatever goes wrong here, serving goes on: see ``parts``.
 """
 
@@ -109,8 +109,9 @@ class Agent:
             target_model,
             worker.draft_worker.hot_token_id,
             worker.target_worker.model_config.vocab_size,
+            swaps=bool(endpoint) and settings.record,
         )
-        self._done: list[wire.Record] = []  # filled by the read-back thread, one append each
+        self._done: list[wire.Record] = []
         self.swaps = SwapDriver(
             swapper,
             self.recorder.live,
@@ -511,6 +512,8 @@ class Agent:
                 self.policy.expected_accept_length = command.accept_length or None
         elif isinstance(command, wire.SetCapture):
             self.recorder.capture_share = command.share
+        elif isinstance(command, wire.LiveHash):
+            self.swaps.hashed(command)
         else:
             self.swaps.ask(command)
 

@@ -506,6 +506,8 @@ def _process_input_requests(
     agent.queue = len(getattr(scheduler, "waiting_queue", ()))
     for command in ours:
         agent.guard("swapping", partial(agent.swaps.obey, command), always=True)
+    idle = getattr(scheduler, "last_batch", scheduler) is None and not rest
+    agent.guard("swapping", partial(agent.swaps.work, idle=idle), always=True)
     out = original(scheduler, rest, *args, **kw)
     if renewing:
         take_out = partial(agent.cached_kv.take_out, scheduler, renewing)

@@ -188,7 +188,11 @@ class Reconciler:
 
     def _answers(self, boot_id: int) -> None:
         for done in self._registry.take_swaps():
-            if done.boot_id == boot_id:
+            if done.boot_id != boot_id:
+                continue
+            if isinstance(done, wire.LiveCopied):
+                self.swaps.copied(done)
+            else:
                 self._error = self.swaps.answered(done)
                 if done.ok:
                     self._swapped.append((time.monotonic(), done))

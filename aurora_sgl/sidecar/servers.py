@@ -73,7 +73,7 @@ class Registry:
         self._hellos = {b: boot.hello for b, boot in cursor.boots.items() if boot.hello}
         self._registrations: dict[int, Registration] = {}
         self._connects = 0
-        self._swaps: list[wire.SwapDone] = []
+        self._swaps: list[wire.SwapDone | wire.LiveCopied] = []
         self._live: dict[int, ReportedLive] = {}
         self.news = threading.Event()  # set when the engine has answered to a swap
         self.current = 0  # boot that said hello last in this process; 0: none yet
@@ -100,6 +100,11 @@ class Registry:
                     live.version_id, live.sha256 = record.version_id, record.live_sha256
             self.news.set()
 
+        elif isinstance(record, wire.LiveCopied):
+            with self._lock:
+                self._swaps.append(record)
+            self.news.set()
+
     def learn(self, hello: wire.Hello) -> None:
         """Remember a Hello that was read from the spool; it says nothing of the present."""
         with self._lock:
@@ -113,7 +118,8 @@ class Registry:
         with self._lock:
             return self._live.setdefault(boot_id, ReportedLive())
 
-    def take_swaps(self) -> list[wire.SwapDone]:
+    def take_swaps(self) -> list[wire.SwapDone | wire.LiveCopied]:
+        """What the engine has said of swaps since the last call."""
         with self._lock:
             swaps, self._swaps = self._swaps, []
             return swaps

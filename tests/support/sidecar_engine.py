@@ -114,6 +114,7 @@ class Engine:
         self.heard: list[wire.Command] = []
         self.staged_at: list[float] = []  # seconds of the monotonic clock
         self.refuse = ""
+        self.forgets = False  # a part of the weights, when it reads them back
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -175,21 +176,29 @@ class Engine:
                     self.counters["capture_share"] = command.share
                 elif isinstance(command, wire.Stage):
                     self._swap(command)
+                elif isinstance(command, wire.LiveHash):
+                    self._done(command.version_id, command.live_sha256)
 
     def _swap(self, command: wire.Stage) -> None:
-        from aurora_sgl.drafter import checkpoint
-
         self.staged_at.append(time.monotonic())
-        sha256 = ""
-        if not self.refuse:
-            sha256 = checkpoint.content_sha256(checkpoint.read_tensors(Path(command.path).parent))
-            self.live = command.version_id
-            self.swaps += 1
+        if self.refuse:
+            self._done(command.version_id, "")
+            return
+        path = Path(command.path)
+        weights = bytearray(path.read_bytes())
+        if self.forgets:
+            weights[-100:] = bytes(100)
+        path.write_bytes(weights)  # cut, and read back from the model
+        self.live = command.version_id
+        self.swaps += 1
+        self.send(wire.LiveCopied(self.boot_id, wire.now_us(), command.version_id))
+
+    def _done(self, version_id: int, sha256: str) -> None:
         self.send(
             wire.SwapDone(
                 self.boot_id,
                 wire.now_us(),
-                command.version_id,
+                version_id,
                 not self.refuse,
                 self.refuse,
                 sha256,

@@ -67,10 +67,16 @@ def fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bo
     )
 
 
-def replace(weight: torch.Tensor, packed: Packed) -> None:
-    """Use ``packed`` for ``weight``, whose values have just been changed in place."""
-    if weight.data_ptr() in _packed:
+def moved(weight: torch.Tensor, before: int, packed: Packed | None) -> Packed | None:
+    """``weight`` has other values now, and perhaps another address than ``before``.
+
+    From now on ``packed`` is used for it; without, it is packed at the next use. Returns the packed
+    copy of before, which the caller lets go of when there is time.
+    """
+    entry = _packed.pop(before, None)
+    if entry is not None and packed is not None:
         _packed[weight.data_ptr()] = (weight, packed)
+    return None if entry is None else entry[1]
 
 
 def uses(weight: torch.Tensor) -> bool:

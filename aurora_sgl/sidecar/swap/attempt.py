@@ -11,8 +11,10 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.processes.priority import when_idle
 from aurora_sgl.sidecar.swap.staging import StagedFile, Stager, Wanted
 
-#: Seconds that the engine has to answer a Stage command.
+#: Seconds that the engine has to answer a Stage command, and for each byte of the file: it takes at
+#: least some 1.5 MB a step, twice, and a step may take 0.1 s.
 DEADLINE_SECONDS = 60.0
+SECONDS_PER_BYTE = 2 * 0.1 / 1.5e6
 BACKOFF_SECONDS = (5.0, 300.0)
 
 log = logging.getLogger(__name__)
@@ -50,15 +52,26 @@ class Swaps:
             staged = when_idle(lambda: self._stager.stage(wanted, hello))
         except AuroraError as error:
             return self._fail(str(error))
-        deadline = wire.now_us() + int(DEADLINE_SECONDS * 1e6)
+        patience = DEADLINE_SECONDS + SECONDS_PER_BYTE * staged.size
+        deadline = wire.now_us() + int(patience * 1e6)
         command = wire.Stage(wanted.version_id, str(staged.path), wanted.weights_sha256, deadline)
         if not self._send(command):
             self._stager.discard(staged)
             return self._fail("the engine does not take commands")
         self._pending, self._boot_id = staged, hello.boot_id
-        self._deadline = time.monotonic() + DEADLINE_SECONDS
+        self._deadline = time.monotonic() + patience
         log.info("version %d is staged for the swap", wanted.version_id)
         return ""
+
+    def copied(self, record: wire.LiveCopied) -> None:
+        """The engine has written the live weights into the file: tell it their hash."""
+        sha256, pending = "", self._pending
+        if pending is not None and pending.wanted.version_id == record.version_id:
+            try:
+                sha256 = when_idle(lambda: self._stager.live_sha256(pending))
+            except (AuroraError, OSError) as error:
+                log.error("what the engine read back can't be hashed: %s", error)
+        self._send(wire.LiveHash(record.version_id, sha256))
 
     def answered(self, done: wire.SwapDone) -> str:
         """Take the engine's answer. The reason when the swap failed; empty when it is live."""

@@ -1,4 +1,9 @@
-"""Weights of a version in shared memory, fetched and checked, for the engine to copy in."""
+"""Weights of a version in shared memory, fetched and checked, for the engine to take in pieces.
+
+The file is a safetensors file: its header tells where the raw tensors lie. Its folder and name are
+new and cannot be guessed, and nobody else may read them. Only shared memory will do: to read from
+a disk could take longer than a decode step.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,9 @@ if TYPE_CHECKING:
 
 SHARED_MEMORY = Path("/dev/shm")
 #: Seconds after which what a dead sidecar left in shared memory is deleted by another one.
-STALE_SECONDS = 600
+STALE_SECONDS = 1800
+#: Of shared memory, for everything else.
+SPARE_BYTES = 16 << 20
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +50,21 @@ class StagedFile:
     wanted: Wanted
     folder: Path
     path: Path  # of the safetensors file
+    size: int = 0  # bytes
 
 
 class Stager:
-    """Puts weights into shared memory, or into the data folder where that is too small."""
+    """Puts weights into shared memory, and hashes what the engine has written there."""
 
     def __init__(self, artifacts: ArtifactRoot, home: Path, endpoint: Path) -> None:
         self._artifacts = artifacts
-        self._fallback = home / "stage"
+        self._earlier = home / "stage"  # where earlier releases put large ones
         self._mine = f"aurora-sgl-{sha256_bytes(os.fsencode(endpoint.absolute()))[:8]}-"
         self.clean()
 
     def clean(self) -> None:
         """Delete what an earlier sidecar of this endpoint, or a long dead one, left behind."""
-        for root in (SHARED_MEMORY, self._fallback):
+        for root in (SHARED_MEMORY, self._earlier):
             for folder in root.glob("aurora-sgl-*-*"):
                 with contextlib.suppress(OSError):
                     old = time.time() - folder.stat().st_mtime > STALE_SECONDS
@@ -80,7 +88,7 @@ class Stager:
             weights = source / checkpoint.WEIGHTS
             folder = self._room(weights.stat().st_size, wanted.version_id)
             try:
-                shutil.copyfile(weights, folder / checkpoint.WEIGHTS)
+                _copy(weights, folder / checkpoint.WEIGHTS)
                 sha256 = checkpoint.content_sha256(checkpoint.read_tensors(folder))
                 if sha256 != wanted.weights_sha256:
                     raise AuroraError(
@@ -92,7 +100,8 @@ class Stager:
                 if isinstance(error, AuroraError):
                     raise
                 raise AuroraError(f"can't stage the weights in {folder}: {error}") from error
-        return StagedFile(wanted, folder, folder / checkpoint.WEIGHTS)
+        path = folder / checkpoint.WEIGHTS
+        return StagedFile(wanted, folder, path, path.stat().st_size)
 
     @staticmethod
     def _refuse_other_shape(source: Path, hello: wire.Hello, wanted: Wanted, layers: int) -> None:
@@ -123,19 +132,40 @@ class Stager:
         return scratch
 
     def _room(self, size: int, version_id: int) -> Path:
-        root = SHARED_MEMORY
-        if not os.access(root, os.W_OK) or shutil.disk_usage(root).free < size + (16 << 20):
-            root = self._fallback
-        folder = root / f"{self._mine}{os.getpid()}-v{version_id}"
+        """A new folder in shared memory that takes so many bytes."""
+        root, need = SHARED_MEMORY, size + SPARE_BYTES
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(root).free
+            if free < need:
+                raise AuroraError(
+                    f"{root} has {free >> 20} MB left, and version {version_id} needs "
+                    f"{need >> 20} MB there: enlarge it (docker run --shm-size)"
+                )
+            prefix = f"{self._mine}{os.getpid()}-v{version_id}-"
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=root))
         except OSError as error:
             raise AuroraError(f"can't write to {root}: {error.strerror}") from error
-        return folder
+
+    @staticmethod
+    def live_sha256(staged: StagedFile) -> str:
+        """Hash of what the engine read back from its model and wrote into the file.
+
+        Raises ``AuroraError`` when that is no whole file.
+        """
+        from aurora_sgl.drafter import checkpoint
+
+        return checkpoint.content_sha256(checkpoint.read_tensors(staged.folder))
 
     @staticmethod
     def discard(staged: StagedFile) -> None:
         shutil.rmtree(staged.folder, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Into a new file that only this user may read."""
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with source.open("rb") as reader, os.fdopen(descriptor, "wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
 
 
 def _alive(name: str) -> bool:

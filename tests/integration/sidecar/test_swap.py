@@ -203,6 +203,19 @@ def test_what_the_engine_refuses_is_in_its_row_and_waits_before_the_next_try(
     assert world.server()["last_error"] == ""
 
 
+def test_what_the_model_holds_is_hashed_and_not_what_was_staged(world: World) -> None:
+    new = world.add(1)
+    world.engine.forgets = True
+    promote(world.db, new, actor="test", reason="better")
+    wait_until(lambda: "hash read back from the model" in world.server()["last_error"])
+    (version,) = world.rows(f"SELECT * FROM drafter_version WHERE id = {new}")
+    assert world.server()["live_sha256"] != version["weights_sha256"]
+    world.engine.forgets = False
+    wait_until(
+        lambda: world.server()["live_sha256"] == version["weights_sha256"], 30, "the second try"
+    )
+
+
 def test_a_sidecar_that_was_killed_finds_its_engine_and_the_newest_version_again(
     world: World,
 ) -> None:

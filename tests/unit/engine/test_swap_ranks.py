@@ -15,12 +15,26 @@ from aurora_sgl.drafter.checkpoint import content_sha256
 from tests.support import SUPPORT
 
 SCRIPT = SUPPORT / "swap_ranks.py"
-CASES = ("no file", "no agent", "no text", "good", "apply fails", "good again")
+CASES = (
+    *("no file", "no agent", "no text", "no word", "staging breaks", "good"),
+    *("apply fails", "good again"),
+)
 
 
 @pytest.mark.slow
 def test_whatever_fails_on_one_rank_the_other_goes_on_with_it(tmp_path: Path) -> None:
-    weights = {"fc.weight": torch.randn(4, 4), "fc.bias": torch.randn(4)}
+    shapes = {
+        "fc.weight": (4, 4),
+        "fc.bias": (4,),
+        "self_attn.q_proj.weight": (16, 4),
+        "self_attn.k_proj.weight": (8, 4),
+        "self_attn.v_proj.weight": (8, 4),
+        "mlp.gate_proj.weight": (6, 4),
+        "mlp.up_proj.weight": (6, 4),
+        "mlp.down_proj.weight": (4, 6),
+        "lm_head.weight": (100, 4),
+    }
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
     save_file(weights, tmp_path / "weights.safetensors", {"format": "pt"})
     (tmp_path / "cases.json").write_text(
         json.dumps([(case, content_sha256(weights)) for case in CASES])
@@ -43,8 +57,9 @@ def test_whatever_fails_on_one_rank_the_other_goes_on_with_it(tmp_path: Path) ->
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], said
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in said)
-    assert first["ok"] == [False, False, False, True, True, True]
-    assert list(first["live"].values()) == [0, 0, 0, 4, 5, 6]
-    # The rank whose copy failed tells it, and takes part in the next swap.
-    assert list(second["live"].values()) == [0, 0, 0, 4, 4, 6]
-    assert second["ok"].count(False) == 3  # nothing is said where we did not start
+    assert first["ok"] == [False] * 5 + [True, False, True]
+    assert first["right"] and second["right"]
+    for rank in (first, second):  # all or none, also where one rank's copy failed
+        assert list(rank["live"].values()) == [0] * 5 + [6, 6, 8]
+    # Nothing is told where we did not start.
+    assert second["ok"].count(False) == 5
