@@ -140,13 +140,13 @@ def register() -> None:
         return
     else:
         hooks = scheduler_hooks()
+        if _on_cpu():  # before the look at the names imports what takes kernels from us
+            _register_on_cpu(HookRegistry, HookType)
     if missing := first_missing(hooks):
         _say_nothing_is_recorded(f"this SGLang has no {missing}; see aurora-sgl doctor")
         hooks = {}
     for name, hook in hooks.items():
         HookRegistry.register(name, hook, HookType.AROUND)
-    if multiprocessing.parent_process() is not None and _on_cpu():
-        _register_on_cpu(HookRegistry, HookType)
 
 
 def _say_nothing_is_recorded(why: str) -> None:
@@ -280,6 +280,8 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
         _before_launch(*args, **kw)
     except Exception as error:
         logger.exception("aurora: the start failed; SGLang goes on without")
+        if not _on_cpu():
+            os.environ[environment.IDLE] = "1"
         _say_nothing_is_recorded(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return original(*args, **kw)
 

@@ -28,7 +28,7 @@ def connect(url: str | None = None) -> Engine:
     Raises ``AuroraError`` with one line, without the password, when the URL is not understood or
     the database can't be reached.
     """
-    parsed = _parse(url or get_settings().store_url)
+    parsed = parse_url(url or get_settings().store_url)
     engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgres(parsed)
     try:
         with reading(engine) as connection:
@@ -77,7 +77,8 @@ def unreachable(url: URL, error: Exception) -> str:
     )
 
 
-def _parse(raw: str) -> URL:
+def parse_url(raw: str) -> URL:
+    """Raises ``AuroraError``, without the password, for what the store can't run on."""
     try:
         url = make_url(raw)
     except ArgumentError:

@@ -168,6 +168,20 @@ def test_with_a_database_elsewhere_records_need_no_data_folder(
     assert startup.spare_home() == settings.home, "the next start takes up what waits there"
 
 
+def test_a_store_that_is_not_understood_is_named_and_records_wait(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[config.Settings],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("AURORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AURORA_DATABASE_URL", "mysql://user:hush@db/aurora")
+    assert launch() == "served" and len(started) == 1
+    (line,) = lines(capsys)
+    assert "verify steps are recorded" in line and "hush" not in line
+    assert "AURORA_DATABASE_URL names 'mysql'" in line and "records wait in the spool" in line
+
+
 def test_a_long_tmpdir_gives_sockets_a_private_folder_with_a_short_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
