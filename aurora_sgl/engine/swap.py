@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_sgl.drafter.checkpoint import WEIGHTS, content_sha256
-from aurora_sgl.engine.cpu import linear
+from aurora_sgl.engine.cpu import layer, linear
 from aurora_sgl.engine.cpu.packed import pack
 from aurora_sgl.engine.swap_file import SwapRefused, WeightsFile
 from aurora_sgl.engine.swap_live import LiveWeights, StagedWeights, Task
 from aurora_sgl.engine.swap_names import SHARED, Home, find_home, is_weight, lacking
-from aurora_sgl.engine.swap_pieces import NotInPieces, Part, Way, copies_of
+from aurora_sgl.engine.swap_pieces import NotInPieces, Part, Carrier, copies_of
 
 
 class Swapper:
@@ -53,7 +53,7 @@ class Swapper:
         self._target_vocabulary = target_vocabulary
         self._task: Task | None = None
         self._file: WeightsFile | None = None
-        self._way: Way | None = None
+        self._carrier: Carrier | None = None
         self._applied: torch.cuda.Event | None = None
         self._shadows: dict[str, torch.nn.Parameter] = {}
         self._exchangeable = self._with_memory_of_their_own()
@@ -71,7 +71,7 @@ class Swapper:
         """Shadows of all parameters that are the drafter's own; why there are none, or ""."""
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self._way = Way(self._device)
+                self._carrier = Carrier(self._device)
                 self._shadows = {
                     name: _shadow(parameter)
                     for name, parameter in self._parameters.items()
@@ -125,8 +125,8 @@ class Swapper:
             self._task.close()  # type: ignore[attr-defined]
         self._task = self.staged = self.failure = None
         self.unread = ""
-        if self._way is not None:
-            self._way.forget()
+        if self._carrier is not None:
+            self._carrier.forget()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -152,8 +152,9 @@ class Swapper:
             self._file = WeightsFile(path, writable=consume)
             staged = self._plan(version_id, weights_sha256, self._file)
             yield True
-            if self._way is not None and self._way.stream is not None and self._applied is not None:
-                self._way.stream.wait_event(self._applied)  # it still reads the shadows
+            stream = self._carrier.stream if self._carrier is not None else None
+            if stream is not None and self._applied is not None:
+                stream.wait_event(self._applied)  # the copy from the shadows before
             yield from self._fill(staged, self._file, consume)
             yield from self._pack(staged)
         except Exception as error:  # whatever it is, serving goes on with the old weights
@@ -264,28 +265,28 @@ class Swapper:
 
     def _load_whole(self, staged: StagedWeights, name: str, file: WeightsFile) -> Task:
         """For a loader that does more than to copy parts of a tensor."""
-        assert self._way is not None
+        assert self._carrier is not None
         entry = staged.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         for part in Part(tensor.view(-1), (1,), entry.begin, entry.dtype).pieces():
             file.read(part.here, part.offset)
             yield True
-        with self._way.beside():
+        with self._carrier.beside():
             self._loader(staged, name)(tensor)
         yield False
 
     def _fetch(self, part: Part, file: WeightsFile) -> Task:
         """A part of the file into its shadow."""
-        assert self._way is not None
-        if self._way.direct and part.plain:
+        assert self._carrier is not None
+        if self._carrier.direct and part.plain:
             file.read(part.here, part.offset)
         else:
-            while (slot := self._way.take()) is None:
+            while (slot := self._carrier.take()) is None:
                 yield False
             file.read(slot.buffer[: part.span], part.offset)
-            with self._way.beside():
+            with self._carrier.beside():
                 part.here.copy_(slot.view(part), non_blocking=True)
-            self._way.sent(slot)
+            self._carrier.sent(slot)
         yield True
 
     def _pack(self, staged: StagedWeights) -> Task:
@@ -310,8 +311,8 @@ class Swapper:
         if stream is not None:
             if forward_stream is not None:
                 stream.wait_stream(forward_stream)
-            if self._way is not None and self._way.stream is not None:
-                stream.wait_stream(self._way.stream)
+            if self._carrier is not None and self._carrier.stream is not None:
+                stream.wait_stream(self._carrier.stream)
         with torch.inference_mode(False), torch.no_grad():
             try:
                 for name in self._shadows:
@@ -321,6 +322,7 @@ class Swapper:
             except BaseException:
                 self.undo(staged)
                 raise
+        layer.forget_moved()
         if stream is not None:
             self._applied = staged.applied = stream.record_event()
         return 1000 * (time.perf_counter() - begun)
@@ -336,6 +338,7 @@ class Swapper:
             for name in list(staged.exchanged):
                 self._exchange(staged, name)
         staged.exchanged.clear()
+        layer.forget_moved()
 
     def _exchange(self, staged: StagedWeights, name: str) -> None:
         parameter, shadow = self._parameters[name], self._shadows[name]
@@ -372,15 +375,15 @@ class Swapper:
         self._task = self._reading_back(staged, whole, leads)
 
     def _reading_back(self, staged: StagedWeights, whole: bool, leads: bool) -> Task:
-        assert self._file is not None and self._way is not None
         try:
+            assert self._file is not None and self._carrier is not None
             applied = staged.applied
             while applied is not None and not applied.query():  # type: ignore[no-untyped-call]
                 yield False
             if leads and whole:
-                yield from self._live.write_back(staged, self._file, self._way)
+                yield from self._live.write_back(staged, self._file, self._carrier)
             elif leads:
-                yield from self._live.compare(staged, self._file, self._way, self._shadows)
+                yield from self._live.compare(staged, self._file, self._carrier, self._shadows)
             while staged.replaced:  # to free a large one takes milliseconds
                 staged.replaced.popitem()
                 yield False
@@ -405,8 +408,8 @@ class Swapper:
                 raise SwapRefused(self.unread)
             return staged.weights_sha256
         self.drop()
-        assert self._way is not None
-        return self._live.sha256(staged, self._way)
+        assert self._carrier is not None
+        return self._live.sha256(staged, self._carrier)
 
     def read_back_at_start(self, drafter: Path, *, whole: bool) -> str:
         """The live hash of the drafter that the server was started with."""
