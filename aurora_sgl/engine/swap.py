@@ -24,7 +24,7 @@ from aurora_sgl.engine.cpu.packed import pack
 from aurora_sgl.engine.swap_file import SwapRefused, WeightsFile
 from aurora_sgl.engine.swap_live import LiveWeights, StagedWeights, Task
 from aurora_sgl.engine.swap_names import SHARED, Home, find_home, is_weight, lacking
-from aurora_sgl.engine.swap_pieces import NotInPieces, Part, Carrier, copies_of
+from aurora_sgl.engine.swap_pieces import Carrier, NotInPieces, Part, copies_of
 
 
 class Swapper:

@@ -12,7 +12,7 @@ from aurora_sgl.drafter.checkpoint import content_sha256
 from aurora_sgl.engine.cpu.packed import Packed
 from aurora_sgl.engine.swap_file import FileTensor, SwapRefused, WeightsFile
 from aurora_sgl.engine.swap_names import Home, rows_in
-from aurora_sgl.engine.swap_pieces import PIECE, Part, Slot, Carrier
+from aurora_sgl.engine.swap_pieces import PIECE, Carrier, Part, Slot
 
 #: Of a task: true after a small piece of work, false when no more should be done in this step.
 Task = Iterator[bool]
