@@ -1,7 +1,7 @@
 """What Aurora does inside one scheduler process: one object that the hooks of plugin.py call.
 
 It owns the channel to the sidecar, the recorder, the capture, the speculation policy and the
-swapper. Everything here runs in the scheduler's only thread.
+swapper. Everything here runs in the scheduler's only thread, except packing weights (see ``swap``).
 Whatever goes wrong here, serving goes on: see ``parts``.
 """
 

@@ -10,7 +10,13 @@ place. Afterwards the parameters themselves are written back into the file, agai
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,12 +25,12 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_sgl.drafter.checkpoint import WEIGHTS, content_sha256
-from aurora_sgl.engine.cpu import linear
-from aurora_sgl.engine.cpu.packed import pack
+from aurora_sgl.engine.cpu import layer, linear
+from aurora_sgl.engine.cpu.packed import Packed, pack
 from aurora_sgl.engine.swap_file import SwapRefused, WeightsFile
 from aurora_sgl.engine.swap_live import LiveWeights, StagedWeights, Task
 from aurora_sgl.engine.swap_names import SHARED, Home, find_home, is_weight, lacking
-from aurora_sgl.engine.swap_pieces import NotInPieces, Part, Way, copies_of
+from aurora_sgl.engine.swap_pieces import Carrier, NotInPieces, Part, copies_of
 
 
 class Swapper:
@@ -53,7 +59,7 @@ class Swapper:
         self._target_vocabulary = target_vocabulary
         self._task: Task | None = None
         self._file: WeightsFile | None = None
-        self._way: Way | None = None
+        self._carrier: Carrier | None = None
         self._applied: torch.cuda.Event | None = None
         self._shadows: dict[str, torch.nn.Parameter] = {}
         self._exchangeable = self._with_memory_of_their_own()
@@ -71,7 +77,7 @@ class Swapper:
         """Shadows of all parameters that are the drafter's own; why there are none, or ""."""
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self._way = Way(self._device)
+                self._carrier = Carrier(self._device)
                 self._shadows = {
                     name: _shadow(parameter)
                     for name, parameter in self._parameters.items()
@@ -125,8 +131,8 @@ class Swapper:
             self._task.close()  # type: ignore[attr-defined]
         self._task = self.staged = self.failure = None
         self.unread = ""
-        if self._way is not None:
-            self._way.forget()
+        if self._carrier is not None:
+            self._carrier.forget()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -149,11 +155,14 @@ class Swapper:
     def _staging(self, version_id: int, path: Path, weights_sha256: str, consume: bool) -> Task:
         begun = time.perf_counter()
         try:
+            if self._no_room:
+                raise SwapRefused(self._no_room)
             self._file = WeightsFile(path, writable=consume)
             staged = self._plan(version_id, weights_sha256, self._file)
             yield True
-            if self._way is not None and self._way.stream is not None and self._applied is not None:
-                self._way.stream.wait_event(self._applied)  # it still reads the shadows
+            stream = self._carrier.stream if self._carrier is not None else None
+            if stream is not None and self._applied is not None:
+                stream.wait_event(self._applied)  # the copy from the shadows before
             yield from self._fill(staged, self._file, consume)
             yield from self._pack(staged)
         except Exception as error:  # whatever it is, serving goes on with the old weights
@@ -176,8 +185,6 @@ class Swapper:
 
     def _plan(self, version_id: int, weights_sha256: str, file: WeightsFile) -> StagedWeights:
         """Where everything goes. Raises :class:`SwapRefused` where it can't."""
-        if self._no_room:
-            raise SwapRefused(self._no_room)
         entries = file.tensors
         hot = self._vocabulary(file)
         homes = {name: find_home(name, self._parameters) for name in entries if is_weight(name)}
@@ -264,37 +271,42 @@ class Swapper:
 
     def _load_whole(self, staged: StagedWeights, name: str, file: WeightsFile) -> Task:
         """For a loader that does more than to copy parts of a tensor."""
-        assert self._way is not None
+        assert self._carrier is not None
         entry = staged.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         for part in Part(tensor.view(-1), (1,), entry.begin, entry.dtype).pieces():
             file.read(part.here, part.offset)
             yield True
-        with self._way.beside():
+        with self._carrier.beside():
             self._loader(staged, name)(tensor)
         yield False
 
     def _fetch(self, part: Part, file: WeightsFile) -> Task:
         """A part of the file into its shadow."""
-        assert self._way is not None
-        if self._way.direct and part.plain:
+        assert self._carrier is not None
+        if self._carrier.direct and part.plain:
             file.read(part.here, part.offset)
         else:
-            while (slot := self._way.take()) is None:
+            while (slot := self._carrier.take()) is None:
                 yield False
             file.read(slot.buffer[: part.span], part.offset)
-            with self._way.beside():
+            with self._carrier.beside():
                 part.here.copy_(slot.view(part), non_blocking=True)
-            self._way.sent(slot)
+            self._carrier.sent(slot)
         yield True
 
     def _pack(self, staged: StagedWeights) -> Task:
-        """Where the CPU kernels keep packed copies of weights, make those of the shadows too: one
-        in a step, for a library packs a weight as a whole."""
+        """Where the CPU kernels keep packed copies of weights, make those of the shadows too.
+
+        A library packs a weight as a whole, which took 140 ms for 9.4 MB (FBGEMM, EPYC): a thread
+        does that, outside the interpreter lock, and the steps come first.
+        """
         for name, shadow in self._shadows.items():
             if linear.uses(self._parameters[name]):
-                staged.packed[name] = pack(shadow)
-                yield False
+                packed = _in_the_background(partial(pack, shadow))
+                while not packed.done():
+                    yield False
+                staged.packed[name] = packed.result()
 
     # -- going live ----------------------------------------------------------------------------
 
@@ -310,8 +322,8 @@ class Swapper:
         if stream is not None:
             if forward_stream is not None:
                 stream.wait_stream(forward_stream)
-            if self._way is not None and self._way.stream is not None:
-                stream.wait_stream(self._way.stream)
+            if self._carrier is not None and self._carrier.stream is not None:
+                stream.wait_stream(self._carrier.stream)
         with torch.inference_mode(False), torch.no_grad():
             try:
                 for name in self._shadows:
@@ -321,6 +333,7 @@ class Swapper:
             except BaseException:
                 self.undo(staged)
                 raise
+        layer.forget_moved()
         if stream is not None:
             self._applied = staged.applied = stream.record_event()
         return 1000 * (time.perf_counter() - begun)
@@ -336,6 +349,7 @@ class Swapper:
             for name in list(staged.exchanged):
                 self._exchange(staged, name)
         staged.exchanged.clear()
+        layer.forget_moved()
 
     def _exchange(self, staged: StagedWeights, name: str) -> None:
         parameter, shadow = self._parameters[name], self._shadows[name]
@@ -372,15 +386,15 @@ class Swapper:
         self._task = self._reading_back(staged, whole, leads)
 
     def _reading_back(self, staged: StagedWeights, whole: bool, leads: bool) -> Task:
-        assert self._file is not None and self._way is not None
         try:
+            assert self._file is not None and self._carrier is not None
             applied = staged.applied
             while applied is not None and not applied.query():  # type: ignore[no-untyped-call]
                 yield False
             if leads and whole:
-                yield from self._live.write_back(staged, self._file, self._way)
+                yield from self._live.write_back(staged, self._file, self._carrier)
             elif leads:
-                yield from self._live.compare(staged, self._file, self._way, self._shadows)
+                yield from self._live.compare(staged, self._file, self._carrier, self._shadows)
             while staged.replaced:  # to free a large one takes milliseconds
                 staged.replaced.popitem()
                 yield False
@@ -405,11 +419,14 @@ class Swapper:
                 raise SwapRefused(self.unread)
             return staged.weights_sha256
         self.drop()
-        assert self._way is not None
-        return self._live.sha256(staged, self._way)
+        assert self._carrier is not None
+        return self._live.sha256(staged, self._carrier)
 
     def read_back_at_start(self, drafter: Path, *, whole: bool) -> str:
-        """The live hash of the drafter that the server was started with."""
+        """The live hash of the drafter that the server was started with; "" where it can't be
+        told for want of memory."""
+        if self._no_room:
+            return ""
         path = drafter / WEIGHTS if drafter.is_dir() else drafter
         if whole:
             file = WeightsFile(path)
@@ -430,6 +447,21 @@ def _shadow(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         twin.__class__ = parameter.__class__
     twin.__dict__.update(parameter.__dict__)
     return twin
+
+
+def _in_the_background(work: Callable[[], Packed]) -> Future[Packed]:
+    done: Future[Packed] = Future()
+
+    def run() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # not Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="aurora-pack", daemon=True).start()
+    return done
 
 
 def _descend(parts: list[Part]) -> bool:

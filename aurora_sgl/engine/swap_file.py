@@ -34,7 +34,7 @@ class SwapRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class FileTensor:
     """A tensor of the file."""
 
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class WeightsFile:
             self.close()
             raise
 
-    def _entries(self, size: int) -> dict[str, Entry]:
+    def _entries(self, size: int) -> dict[str, FileTensor]:
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         if not 0 < length <= min(size - 8, _LONGEST_HEADER):
             raise SwapRefused("the staged weights are cut short")
@@ -70,7 +70,7 @@ class WeightsFile:
         return entries
 
     @staticmethod
-    def _entry(one: dict[str, Any], start: int) -> Entry:
+    def _entry(one: dict[str, Any], start: int) -> FileTensor:
         dtype = _DTYPES.get(one["dtype"])
         if dtype is None:
             raise SwapRefused(f"the staged weights are of the kind {one['dtype']}")
@@ -78,7 +78,7 @@ class WeightsFile:
         shape = tuple(int(size) for size in one["shape"])
         if end - begin != torch.Size(shape).numel() * dtype.itemsize:
             raise SwapRefused("the staged weights' sizes and shapes differ")
-        return Entry(dtype, shape, begin, end)
+        return FileTensor(dtype, shape, begin, end)
 
     def read(self, into: torch.Tensor, offset: int) -> None:
         """Fill a tensor on the CPU, whose elements lie side by side."""

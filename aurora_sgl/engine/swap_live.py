@@ -10,9 +10,9 @@ import torch
 
 from aurora_sgl.drafter.checkpoint import content_sha256
 from aurora_sgl.engine.cpu.packed import Packed
-from aurora_sgl.engine.swap_file import Entry, SwapRefused, WeightsFile
+from aurora_sgl.engine.swap_file import FileTensor, SwapRefused, WeightsFile
 from aurora_sgl.engine.swap_names import Home, rows_in
-from aurora_sgl.engine.swap_pieces import PIECE, Part, Slot, Way
+from aurora_sgl.engine.swap_pieces import PIECE, Carrier, Part, Slot
 
 #: Of a task: true after a small piece of work, false when no more should be done in this step.
 Task = Iterator[bool]
@@ -24,7 +24,7 @@ class StagedWeights:
 
     version_id: int
     weights_sha256: str
-    entries: dict[str, Entry]  # of the file
+    entries: dict[str, FileTensor]  # of the file
     homes: dict[str, Home]  # of its weights
     parts: dict[str, list[Part]] = field(default_factory=dict)  # as the loader puts them
     packed: dict[str, Packed] = field(default_factory=dict)
@@ -50,18 +50,18 @@ class LiveWeights:
         self._target_vocabulary = target_vocabulary
         self._device = next(iter(parameters.values())).device
 
-    def write_back(self, staged: StagedWeights, file: WeightsFile, way: Way) -> Task:
+    def write_back(self, staged: StagedWeights, file: WeightsFile, carrier: Carrier) -> Task:
         """Into the file, in its names and dtypes."""
         for name, value in self.tensors(staged):
             entry = staged.entries[name]
             if tuple(value.shape) != entry.shape:
                 raise SwapRefused(f"'{name}' is {tuple(value.shape)} in the model")
             part = Part(value.reshape(-1), (1,), entry.begin, entry.dtype)
-            for host, piece in way.to_host(part.pieces()):
+            for host, piece in carrier.to_host(part.pieces()):
                 if host is not None and piece is not None:
                     file.write(host, piece.offset)
                 yield host is not None
-        for name, value in self.vocabulary(staged.entries, way).items():
+        for name, value in self.vocabulary(staged.entries, carrier).items():
             file.write(value, staged.entries[name].begin)
             yield True
 
@@ -69,7 +69,7 @@ class LiveWeights:
         self,
         staged: StagedWeights,
         file: WeightsFile,
-        way: Way,
+        carrier: Carrier,
         shadows: dict[str, torch.nn.Parameter],
     ) -> Task:
         """Every part of the parameters with the file's, where that was copied part by part."""
@@ -77,7 +77,7 @@ class LiveWeights:
         for name, parts in staged.parts.items():
             parameter = self._parameters[staged.homes[name].parameter].data
             live = (part.of(parameter).pieces() for part in parts)
-            for host, piece in way.to_host(chain.from_iterable(live)):
+            for host, piece in carrier.to_host(chain.from_iterable(live)):
                 if host is not None and piece is not None:
                     file.read(other.buffer[: piece.span], piece.offset)
                     if not torch.equal(host, other.view(piece).to(host.dtype)):
@@ -97,11 +97,13 @@ class LiveWeights:
         for name, (where, rows) in rows_in(staged.homes, shapes).items():
             yield name, self._parameters[where].data[rows]
 
-    def vocabulary(self, entries: dict[str, Entry], way: Way) -> dict[str, torch.Tensor]:
+    def vocabulary(
+        self, entries: dict[str, FileTensor], carrier: Carrier
+    ) -> dict[str, torch.Tensor]:
         """``d2t`` and ``t2d`` of what the running drafter looks tokens up in."""
         if "d2t" not in entries or self._hot is None:
             return {}
-        with way.beside():
+        with carrier.beside():
             hot = self._hot.to("cpu", torch.int64)
         maps = {"d2t": (hot - torch.arange(hot.numel())).to(entries["d2t"].dtype)}
         if "t2d" in entries:
@@ -110,10 +112,10 @@ class LiveWeights:
             maps["t2d"] = inside.to(entries["t2d"].dtype)
         return maps
 
-    def sha256(self, staged: StagedWeights, way: Way) -> str:
+    def sha256(self, staged: StagedWeights, carrier: Carrier) -> str:
         """Content hash, at once, where no step waits."""
         weights = {
             name: value.to("cpu", staged.entries[name].dtype)
             for name, value in self.tensors(staged)
         }
-        return content_sha256(weights | self.vocabulary(staged.entries, way))
+        return content_sha256(weights | self.vocabulary(staged.entries, carrier))

@@ -132,9 +132,10 @@ def copies_of(
     source = torch.empty(shape, dtype=dtype)  # never written or read: no memory is touched
     with _Notes(source, offset) as notes:
         load(source)
-    for part in notes.parts:
+    parts: list[Part] = notes.parts
+    for part in parts:
         part.check()
-    return notes.parts
+    return parts
 
 
 @dataclass(slots=True)
@@ -155,7 +156,7 @@ class Slot:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
-class Way:
+class Carrier:
     """Between the file and the tensors of one device: directly on a CPU, else by pinned slots."""
 
     def __init__(self, device: torch.device) -> None:

@@ -13,7 +13,7 @@ MOST_PAIRS = 200
 OTHER = "(other)"
 #: Microseconds within which steps after a swap belong to the same swap.
 SAME_SWAP_US = 5_000_000
-#: Microseconds that reading the weights back may take before the engine answers.
+#: Microseconds between a swap and the waits of streams that are put down to it.
 ANSWER_US = 30_000_000
 
 

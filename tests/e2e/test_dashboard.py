@@ -56,6 +56,6 @@ def test_the_page_shows_traffic_as_it_runs_and_puts_a_version_live_in_the_server
     finally:
         dashboard.stop()
     assert server.live_version() == version
-    assert server.row().live_sha256 == sha256
+    until(lambda: server.row().live_sha256 == sha256, 30, "the hash of what was read back")
     rollback(server.engine, "default", actor="test", reason="as before", to=before)
     until(lambda: server.live_version() == before, 60, "the version before")

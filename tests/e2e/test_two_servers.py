@@ -163,7 +163,12 @@ def test_a_server_that_is_killed_in_mid_swap_comes_back_to_what_is_live(
     until(converged, 90, "both to say so, and the boot that died to be known as gone")
     with store.session(pair.engine, write=False) as s:
         wanted = queries.versions.version(s, pair.b).weights_sha256
-        assert {row.live_sha256 for row in queries.servers.servers(s, again.group_id)} == {wanted}
+
+    def hashes() -> set[str]:
+        with store.session(pair.engine, write=False) as s:
+            return {row.live_sha256 for row in queries.servers.servers(s, again.group_id)}
+
+    until(lambda: hashes() == {wanted}, 30, "the hashes of what was read back")
     # The last answer of the one that was killed may have died with it, before it was recorded.
     answered = traffic[0].answers - 1 + traffic[1].answers + more.answers
     assert attribution(pair, answered) >= {

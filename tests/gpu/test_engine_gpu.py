@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 pytest.importorskip("msgspec")
@@ -74,6 +74,30 @@ def test_a_captured_graph_runs_on_with_the_weights_that_were_swapped_in(tmp_path
         torch.testing.assert_close(out, wanted)
         assert not torch.equal(out, before)
         assert swapper.read_back(staged, whole=True) == content_sha256(new)
+
+
+def test_pieces_go_to_the_gpu_and_back_beside_the_steps_and_addresses_stay(tmp_path: Path) -> None:
+    model, target = drafter(), nn.Linear(4, 4).to(GPU)
+    model.lm_head = nn.Linear(8, 100_000, bias=False, dtype=torch.bfloat16, device=GPU)
+    swapper = Swapper(model, target, None, 16)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    for version in (1, 2):
+        new = {**weights(version), "lm_head.weight": torch.randn(100_000, 8).bfloat16()}
+        path = tmp_path / f"{version}.safetensors"
+        save_file(new, str(path))
+        swapper.begin_staging(version, path, "", consume=True)
+        while swapper.busy:
+            swapper.work(0.0, 1)
+        staged = swapper.staged
+        assert staged is not None, swapper.failure
+        assert path.stat().st_size < 2000
+        swapper.apply(staged)
+        swapper.begin_read_back(staged, whole=True, leads=True)
+        while swapper.busy:
+            swapper.work(0.0, 1)
+        assert swapper.unread == ""
+        assert content_sha256(load_file(str(path))) == content_sha256(new)
+    assert addresses == [p.data_ptr() for p in model.parameters()]
 
 
 def test_weights_that_share_the_targets_storage_are_refused_on_the_gpu(tmp_path: Path) -> None:

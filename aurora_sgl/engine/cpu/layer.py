@@ -89,6 +89,7 @@ class CompiledLayer:
         bias_addresses = [None if bias is None else bias.data_ptr() for bias in biases]
         self.pool, self.dtype, self.hidden = pool, dtype, hidden
         self._keep = (tensors, angles)
+        self._all_addresses = [t.data_ptr() for t in tensors]
         self._weights, self._addresses = weights, addresses
         self.struct = native.Layer(
             norm=layer.input_layernorm.weight.data_ptr(),
@@ -117,6 +118,10 @@ class CompiledLayer:
             and [weight.data_ptr() for weight in self._weights] == self._addresses
         )
 
+    def moved(self) -> bool:
+        """Whether any tensor, also a norm's weight, lies elsewhere now."""
+        return [t.data_ptr() for t in self._keep[0]] != self._all_addresses
+
 
 def _need(holds: bool, reason: str) -> None:
     if not holds:
@@ -134,6 +139,13 @@ _layers: dict[int, tuple[Any, CompiledLayer | str]] = {}  # id of the layer -> i
 def forget() -> None:
     """Look at every layer anew: somebody may have replaced weights."""
     _layers.clear()
+
+
+def forget_moved() -> None:
+    """Look anew at the layers that a swap has given other memory."""
+    for key, (_, entry) in list(_layers.items()):
+        if isinstance(entry, CompiledLayer) and entry.moved():
+            del _layers[key]
 
 
 def refusals() -> set[str]:

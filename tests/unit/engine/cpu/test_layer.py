@@ -206,6 +206,20 @@ def test_weights_that_move_are_found_again_and_another_dtype_is_refused():
     layer.forget()
 
 
+def test_after_a_swap_only_the_layers_whose_memory_was_exchanged_are_looked_at_anew():
+    layer.forget()
+    pool, x = _pool(torch.float32), torch.randn(1, HIDDEN)
+    drafter, target = _sglang_layer(torch.float32), _sglang_layer(torch.float32)
+    first, other = layer.compiled(drafter, x, pool), layer.compiled(target, x, pool)
+    norm = drafter.input_layernorm.weight
+    norm.data = norm.data.clone()
+    layer.forget_moved()
+    second = layer.compiled(drafter, x, pool)
+    assert second is not None and second is not first and second.struct.norm == norm.data_ptr()
+    assert layer.compiled(target, x, pool) is other
+    layer.forget()
+
+
 class _Mode(Enum):
     """SGLang's ForwardMode as far as the plan looks at it."""
 
