@@ -144,7 +144,7 @@ class Capture:
         """Send the whole prompt's tokens: a cached prefix has no rows, but training needs it."""
         begun = time.perf_counter()
         prompt = req.origin_input_ids
-        reserved = self.budget.begin(ticket, len(prompt))
+        reserved = self.budget.begin(ticket, len(prompt)) if self._layout is not None else 0
         if not reserved or self._layout is None:
             return
         trace = OpenTrace(state.request_id, len(prompt), state.greedy, reserved)

@@ -1,7 +1,7 @@
 """Rows of hidden states on their way from a forward to the ring, and how they are copied.
 
-The thread of the scheduler makes one item per step or prefill, which only refers to tensors; that of
-the copier makes messages of it. NumPy copies without the interpreter lock.
+The scheduler makes one item per step or prefill, which only refers to tensors; the copier makes
+messages of it. NumPy copies without the interpreter lock.
 """
 
 from __future__ import annotations

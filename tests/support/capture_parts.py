@@ -46,7 +46,9 @@ class House:
         bytes_per_second: int = 1 << 40,
         most_held: int = 1 << 40,
         dtype: torch.dtype = torch.float32,
+        send: Callable[[wire.TraceBatch], bool] | None = None,
     ) -> None:
+        """``send``: to another process; then there is no sidecar in this one."""
         self.hidden, self.dtype = hidden, dtype
         self.budget = TraceBudget(
             4 * hidden * dtype.itemsize,
@@ -60,11 +62,12 @@ class House:
         self.unread: list[bytes] = []
         self.batches: list[wire.TraceBatch] = []
         self._lock = threading.Lock()
-        self.copier = Copier(self._send, 7, ring_bytes)
+        self.copier = Copier(send or self._send, 7, ring_bytes)
         self.capture = Capture(self.budget, self.copier, most_held=most_held)
         aux, last = self.forward(1)
         self.capture.learn_layout(aux, last)
         self.requests = 0
+        self.started: Callable[[int], Any] = self._started
 
     def _send(self, batch: wire.TraceBatch) -> bool:
         if not self.is_there:
@@ -105,10 +108,14 @@ class House:
         )
         if ticket:
             self.capture.begin(req, state, ticket)
-            self.assembler.heard(
-                wire.RequestStarted(state.request_id, 0, "r", 0, "", "", 0, 0, {}, True, True, True)
-            )
+            self.started(self.requests)
         return req, state
+
+    def _started(self, number: int) -> None:
+        request_id = wire.request_id(7, number)
+        self.assembler.heard(
+            wire.RequestStarted(request_id, 0, "r", 0, "", "", 0, 0, {}, True, True, True)
+        )
 
     def prefill(self, req: Any, state: RequestState, start: int, count: int) -> None:
         """Row of position p holds p."""

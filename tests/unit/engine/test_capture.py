@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from aurora_sgl.engine import copier
+from aurora_sgl.engine.draft_tree import VerifyObservation
+from aurora_sgl.engine.forward_rows import ForwardRows, Layout
 from aurora_sgl.engine.request_state import RequestState
-from tests.support.capture_parts import MIB, House, eventually
+from tests.support.capture_parts import MIB, SHAPE, House, eventually
 
 
 @pytest.fixture
@@ -352,3 +355,33 @@ def test_without_memory_for_a_ring_nothing_is_traced(
     eventually(lambda: house.copier.is_behind())
     assert house.capture.choose(10, 10) == 0
     eventually(lambda: house.capture.counters()["trace_bytes_reserved"] == 0)
+
+
+def test_where_only_traced_rows_came_from_a_device_they_are_found_by_their_block() -> None:
+    house = House()
+    some = [house.begin(4) for _ in range(3)]
+    step = SimpleNamespace(
+        observation=VerifyObservation(
+            *(torch.zeros(0),) * 3, torch.zeros(0), None, SHAPE, 0, 0, 0, False, blocks={0: 0, 2: 1}
+        ),
+        paths=[[0, 3, -1, -1], [4, -1, -1, -1], [8, 11, 10, -1]],
+    )
+    rows = ForwardRows(Layout("float32", 24, 8, 4), torch.zeros(8, 24), torch.zeros(8, 8))
+    rows.step = step  # type: ignore[assignment]
+    for row, count in ((0, 2), (2, 3)):
+        trace = some[row][1].trace
+        assert trace is not None
+        rows.marks.append((trace, row, 10, [1] * count))
+    first, second = rows.all_spans()
+    assert (list(first.aux), list(first.last)) == ([0, 1], [0, 3])
+    assert (list(second.aux), list(second.last)) == ([4, 5, 6], [4, 7, 6])
+    house.close()
+
+
+def test_a_request_of_a_server_whose_rows_are_not_known_yet_reserves_nothing(house: House) -> None:
+    house.capture._layout = None
+    _, state = house.begin(10)
+    assert state.trace is None
+    house.budget.clock = lambda: time.monotonic() + 1000
+    house.budget.choose(1, 1)
+    assert house.budget.reserved == house.budget.expected(1, 1)
