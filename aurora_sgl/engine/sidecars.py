@@ -45,6 +45,17 @@ def start(dp_size: int, settings: Settings) -> None:
     atexit.register(stop)
 
 
+def misunderstood(url: str) -> str:
+    """Why no store can be at this URL; "" when one can."""
+    from aurora_sgl.store.connection import parse_url
+
+    try:
+        parse_url(url)
+    except AuroraError as error:
+        return str(error)
+    return ""
+
+
 def socket_folder(dp_size: int) -> Path:
     """A new private folder whose name is short enough for sockets in it.
 

@@ -129,8 +129,10 @@ def look_at_folders(settings: Settings) -> tuple[Outlook, Settings | None]:
     With a database elsewhere records need a folder for their spool only, and any will do; weights
     and traces need the artifact root.
     """
+    from aurora_sgl.engine import sidecars
+
     outlook = Outlook(traces=settings.capture_share > 0)
-    if settings.database_url and (trouble := _misunderstood(settings.database_url)):
+    if settings.database_url and (trouble := sidecars.misunderstood(settings.database_url)):
         outlook.notices["store"] = f"{trouble}; records wait in the spool."
     trouble = unwritable(settings.home)
     if trouble:
@@ -148,16 +150,6 @@ def look_at_folders(settings: Settings) -> tuple[Outlook, Settings | None]:
         outlook.traces = outlook.swaps = False
         outlook.notices[_ARTIFACTS] = f"The artifact root {root} can't be written ({trouble})."
     return outlook, settings
-
-
-def _misunderstood(url: str) -> str:
-    from aurora_sgl.store.connection import parse_url
-
-    try:
-        parse_url(url)
-    except AuroraError as error:
-        return str(error)
-    return ""
 
 
 def unwritable(folder: Path) -> str:
