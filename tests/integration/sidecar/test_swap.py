@@ -200,7 +200,7 @@ def test_what_the_engine_refuses_is_in_its_row_and_waits_before_the_next_try(
     assert second - first > 0.9 * BACKOFF_SECONDS[0]
     world.engine.refuse = ""
     wait_until(lambda: world.server()["live_version_id"] == new, 15)
-    assert world.server()["last_error"] == ""
+    wait_until(lambda: world.server()["last_error"] == "", 15, "the answer with the hash")
 
 
 def test_what_the_model_holds_is_hashed_and_not_what_was_staged(world: World) -> None:

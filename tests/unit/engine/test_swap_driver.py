@@ -159,3 +159,76 @@ def test_the_ranks_are_told_to_stage_before_they_are_told_to_apply(house: House)
         time.sleep(0.002)
     assert then == ApplySwap(5)
     assert house.driver.next_command() is None, "it is not asked again at once"
+
+
+def until_live(house: House, version: int) -> None:
+    begun = time.monotonic()
+    while house.live.version_id != version or house.swapper.busy:
+        assert time.monotonic() < begun + 10
+        if (command := house.driver.next_command()) is not None:
+            house.driver.obey(command)
+        house.driver.work()
+
+
+def test_a_hash_that_never_comes_leaves_the_version_live_without_one(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(house.driver, "hashed", lambda _: None)
+    house.ask(5, *house.weights(2.0), deadline_us=wire.now_us() + 1_500_000)
+    report = house.run()
+    assert (report.version_id, report.ok, report.live_sha256) == (5, True, "")
+    monkeypatch.undo()
+    house.ask(6, *house.weights(3.0))
+    assert house.run().live_sha256, "the next one has it again"
+
+
+def test_a_sidecar_that_asks_for_the_next_version_does_not_wait_for_the_hash_of_the_last(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(house.driver, "hashed", lambda _: None)
+        house.ask(5, *house.weights(2.0))
+        until_live(house, 5)
+        house.driver.work()
+        assert house.reports == []
+    house.ask(6, *house.weights(3.0))
+    assert [(one.version_id, one.ok, one.live_sha256) for one in house.reports] == [(5, True, "")]
+    assert house.run().version_id == 6
+    house.driver.hashed(wire.LiveHash(5, "0" * 64))  # too late: nobody is asked any more
+    assert len(house.reports) == 2
+
+
+def test_a_step_moves_four_megabytes_at_most_and_an_idle_server_goes_on_faster(
+    tmp_path: Path,
+) -> None:
+    def works(*, idle: bool) -> int:
+        house = House(tmp_path)
+        house.model.fc = torch.nn.Linear(1024, 6 * 1024, bias=False)  # 24 MB
+        house.swapper = Swapper(house.model, torch.nn.Linear(2, 2), None, 40)
+        path = tmp_path / "large.safetensors"
+        save_file({"fc.weight": torch.zeros(6 * 1024, 1024)}, str(path))
+        house.swapper.begin_staging(1, path, "")
+        count = 0
+        while house.swapper.busy:
+            house.driver._swapper = house.swapper
+            house.driver.work(idle=idle)
+            count += 1
+        assert house.swapper.staged is not None
+        return count
+
+    assert works(idle=False) >= 24 / 4 and works(idle=True) < works(idle=False)
+
+
+def test_staging_that_takes_too_long_is_given_up(house: House) -> None:
+    house.ask(5, *house.weights(2.0), deadline_us=wire.now_us() + 100_000)
+    command = house.driver.next_command()
+    assert command is not None
+    house.driver.obey(command)
+    time.sleep(0.15)
+    assert house.swapper.busy, "nobody has worked on it"
+    then = house.driver.next_command()
+    assert then == ApplySwap(5)
+    house.driver.obey(then)
+    assert "longer than" in house.reports[-1].reason and not house.swapper.busy
+    house.ask(6, *house.weights(3.0))
+    assert house.run().ok
