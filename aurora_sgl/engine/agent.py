@@ -251,10 +251,11 @@ class Agent:
         if state is None:
             return []
         try:
-            record = self.recorder.started(req, state)
-            state.recorded = True
             if state.traced and self.capture:
                 self.capture.begin(req, state, state.ticket)
+                state.traced = state.trace is not None
+            record = self.recorder.started(req, state)
+            state.recorded = True
         except Exception as error:
             self.parts.failed(_A_REQUEST, error)
             self.let_go([state])

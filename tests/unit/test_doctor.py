@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from aurora_sgl import cli, doctor, store
+from aurora_sgl import cli, doctor, store, wire
 from aurora_sgl.config import Settings, get_settings
+from aurora_sgl.store import queries
 
 
 @pytest.fixture
@@ -87,3 +88,22 @@ def test_the_command_prints_json_and_exits_with_1_when_something_is_missing(
 )
 def test_releases_of_sglang_are_supported_by_number(release: str, supported: bool) -> None:
     assert doctor.is_supported(release) is supported
+
+
+def test_what_the_budgets_of_traces_hold_is_told_for_the_target_that_was_served(
+    settings: Settings,
+) -> None:
+    engine = store.connect(settings.store_url)
+    store.upgrade(engine)
+    assert "traces" not in found(settings), "nothing was served yet"
+    counters = {
+        "trace_row_bytes": 65536.0, "trace_budget_disk": 2.0 * 1024**3,
+        "trace_budget_unfinished": 512.0 * 1024**2, "trace_budget_second": 64.0 * 1024**2,
+    }  # fmt: skip
+    hello = wire.Hello(5, 1, {"name": "a"}, 0, 0, 0, counters)
+    with store.session(engine) as s:
+        group = queries.groups.ensure_group(s, "g", "t", "", "d")
+        queries.servers.register_server(s, group.id, hello)
+    finding = found(settings)["traces"]
+    assert finding.state == "ok" and "the files hold 32,768 tokens" in finding.found
+    engine.dispose()
