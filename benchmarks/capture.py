@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -52,6 +53,28 @@ SERVER = {
 }  # fmt: skip
 
 
+class Taken:
+    """What the scheduler's thread spends from here to ``end``."""
+
+    def __init__(self) -> None:
+        self.seconds = time.perf_counter()
+        self.processor = time.thread_time()
+        self.interrupted = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+
+    def end(self) -> None:
+        self.seconds = time.perf_counter() - self.seconds
+        self.processor = time.thread_time() - self.processor
+        now = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+        self.interrupted = now - self.interrupted
+
+    def __add__(self, other: Taken) -> Taken:
+        both = Taken()
+        both.seconds = self.seconds + other.seconds
+        both.processor = self.processor + other.processor
+        both.interrupted = self.interrupted + other.interrupted
+        return both
+
+
 class Engine:
     """The scheduler's thread: forwards of a target of this width, and our capture beside them."""
 
@@ -62,7 +85,7 @@ class Engine:
         self.capture = Capture.of(Settings(**settings), self.channel.send_traces, BOOT, 8 * hidden)
         self.capture.learn_layout(*self.forward(1))
         self.requests = 0
-        self.thread_seconds = 0.0  # of the processor, in the calls since `clear`
+        self.began = Taken()  # the latest request
 
     def forward(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a forward leaves: memory of its own, written once."""
@@ -70,32 +93,30 @@ class Engine:
         return aux, torch.empty(rows, self.hidden, dtype=torch.bfloat16).fill_(1)
 
     def begin(self, prompt: int, answer: int) -> tuple[Any, RequestState]:
-        ticket = self.capture.choose(prompt, answer)
         self.requests += 1
-        state = RequestState(wire.request_id(BOOT, self.requests), ticket > 0, True, True, 0)
-        req = SimpleNamespace(
-            origin_input_ids=array("q", range(prompt)), output_ids=array("q"), finished_len=None
-        )
-        if ticket:
+        state = RequestState(wire.request_id(BOOT, self.requests), True, True, True, 0)
+        tokens = array("q", range(prompt))
+        req = SimpleNamespace(origin_input_ids=tokens, output_ids=array("q"), finished_len=None)
+        self.began = Taken()
+        if ticket := self.capture.choose(prompt, answer):
             self.capture.begin(req, state, ticket)
+        self.began.end()
         return req, state
 
-    def prefill(self, req: Any, state: RequestState, start: int, rows: int) -> tuple[float, float]:
-        """Seconds of the thread and of its processor for one chunk."""
+    def prefill(self, req: Any, state: RequestState, start: int, rows: int) -> Taken:
+        """One chunk."""
         aux, last = self.forward(rows)
-        begun, processor = time.perf_counter(), time.thread_time()
+        taken = Taken()
         gathered = self.capture.gather(aux, last)
         self.capture.prompt_rows(gathered, req, state, start, 0, rows)
         self.capture.hand_over(gathered)
-        took = time.perf_counter() - begun, time.thread_time() - processor
+        taken.end()
         if start + rows == len(req.origin_input_ids):
             req.output_ids.append(1)
-        return took
+        return taken
 
-    def step(
-        self, some: list[tuple[Any, RequestState]], *, length: int = 1 << 30
-    ) -> tuple[float, float]:
-        """The same for one decode step; requests with answers of ``length`` tokens end."""
+    def step(self, some: list[tuple[Any, RequestState]], *, length: int = 1 << 30) -> Taken:
+        """One decode step; requests with answers of ``length`` tokens end."""
         size, nodes = len(some), SHAPE.nodes
         aux, last = self.forward(size * nodes)
         paths = torch.arange(size)[:, None] * nodes + torch.arange(SHAPE.depth + 1)[None]
@@ -107,14 +128,15 @@ class Engine:
         tracked = [(row, *one, len(one[0].output_ids)) for row, one in enumerate(some)]
         for req, _ in some:
             req.output_ids.extend([1] * min(ACCEPTED, length - len(req.output_ids)))
-        begun, processor = time.perf_counter(), time.thread_time()
+        taken = Taken()
         gathered = self.capture.gather(aux, last)
         self.capture.step_rows(gathered, tracked, step)
         for req, state in some:
             if len(req.output_ids) >= length:
                 self.capture.end(gathered, req, state)
         self.capture.hand_over(gathered)
-        return time.perf_counter() - begun, time.thread_time() - processor
+        taken.end()
+        return taken
 
     def close(self) -> None:
         self.capture.copier.close()
@@ -166,25 +188,24 @@ def cost(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _one_prefill(engine: Engine, chunk: int) -> tuple[float, float]:
-    begun, processor = time.perf_counter(), time.thread_time()
+def _one_prefill(engine: Engine, chunk: int) -> Taken:
     req, state = engine.begin(chunk, 16)
-    first = time.perf_counter() - begun, time.thread_time() - processor
-    then = engine.prefill(req, state, 0, chunk)
+    took = engine.began + engine.prefill(req, state, 0, chunk)
     wait_until(lambda: engine.capture.copier.held == 0, 60)
-    return first[0] + then[0], first[1] + then[1]
+    return took
 
 
-def _cost_row(
-    hidden: int, what: str, took: list[tuple[float, float]], aim: float
-) -> dict[str, Any]:
-    wall, processor = (sorted(1000 * one for one in column) for column in zip(*took, strict=True))
+def _cost_row(hidden: int, what: str, took: list[Taken], aim: float) -> dict[str, Any]:
+    """The longest also of those calls in which the machine gave the processor to nobody else: what
+    is left is our own work and waiting for the copier's thread."""
+    ours = [one.seconds for one in took if not one.interrupted]
     return {
         "hidden": hidden,
         "what": what,
-        "median ms": round(median(wall), 3),
-        "longest ms": round(wall[-1], 3),
-        "processor ms": round(median(processor), 3),
+        "median ms": round(1000 * median(one.seconds for one in took), 3),
+        "longest ms": round(1000 * max(one.seconds for one in took), 3),
+        "longest undisturbed": round(1000 * max(ours), 3) if ours else None,
+        "processor ms": round(1000 * median(one.processor for one in took), 3),
         "aim ms": aim,
     }
 
