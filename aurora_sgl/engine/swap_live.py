@@ -80,7 +80,8 @@ class LiveWeights:
             for host, piece in carrier.to_host(chain.from_iterable(live)):
                 if host is not None and piece is not None:
                     file.read(other.buffer[: piece.span], piece.offset)
-                    if not torch.equal(host, other.view(piece).to(host.dtype)):
+                    served = piece.here.dtype  # the file may have been more exact
+                    if not torch.equal(host.to(served), other.view(piece).to(served)):
                         raise SwapRefused(f"'{name}' is not what was staged")
                 yield host is not None
         for name in staged.homes.keys() - staged.parts.keys():  # of a loader that does more

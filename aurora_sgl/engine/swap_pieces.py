@@ -189,13 +189,13 @@ class Carrier:
             slot.kept = False
 
     def to_host(self, parts: Iterator[Part]) -> Iterator[tuple[torch.Tensor | None, Part | None]]:
-        """Each part's values on the CPU; (None, None): they are on their way, ask in a later step.
+        """Each part's values on the CPU in the file's dtype; (None, None): they are on their way, ask in a later step.
 
         The values of a GPU are in a slot, until the next ones are asked for.
         """
         if self.direct:
             for part in parts:
-                yield part.here, part
+                yield part.here.to(part.dtype), part
             return
         flying: deque[tuple[Slot, Part]] = deque()
         for part in parts:

@@ -140,6 +140,25 @@ def test_pieces_go_where_the_loader_would_put_them_and_nothing_is_live_before(
         assert content_sha256(load_file(path)) == content_sha256(tensors)
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("served", [torch.bfloat16, torch.float32])
+def test_what_is_read_back_has_the_dtypes_of_the_file(
+    tmp_path: Path, stored: torch.dtype, served: torch.dtype
+) -> None:
+    house = House(tmp_path, dtype=served)
+    weight = torch.randn(WIDE, HIDDEN).to(torch.bfloat16).to(stored)  # served without a loss
+    tensors = house.tensors(1, **{"down.weight": weight})
+    path = house.file(tensors)
+    house.swapper.begin_staging(1, path, "", consume=True)
+    work(house.swapper)
+    assert house.swapper.staged is not None, house.swapper.failure
+    house.swapper.apply(house.swapper.staged)
+    house.swapper.begin_read_back(house.swapper.staged, whole=True, leads=True)
+    work(house.swapper)
+    assert house.swapper.unread == ""
+    assert content_sha256(load_file(path)) == content_sha256(tensors)
+
+
 def test_what_is_read_back_is_the_models_own(house: House) -> None:
     tensors = house.tensors(1)
     path = house.file(tensors)
