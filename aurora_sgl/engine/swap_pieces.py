@@ -189,7 +189,8 @@ class Carrier:
             slot.kept = False
 
     def to_host(self, parts: Iterator[Part]) -> Iterator[tuple[torch.Tensor | None, Part | None]]:
-        """Each part's values on the CPU in the file's dtype; (None, None): they are on their way, ask in a later step.
+        """Each part's values on the CPU in the file's dtype; (None, None): they are on their way,
+        ask in a later step.
 
         The values of a GPU are in a slot, until the next ones are asked for.
         """
