@@ -20,12 +20,10 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def row_bytes(server: Mapping[str, Any]) -> int:
-    """Bytes of one token's hidden states, from what a server says of itself (``wire.Hello``): the
-    layers that feed the drafter, and the last one. 0: it does not say."""
+    """Bytes of one token's hidden states at most, from what a server says of itself
+    (``wire.Hello``): the layers that feed the drafter, and the last one. 0: it does not say."""
     hidden = int(server.get("target_hidden_size") or 0)
     layers = len(server.get("aux_layers") or ()) or 3
-    if str(server.get("algorithm", "")).upper() == "EAGLE":
-        layers = 1
     return hidden * (layers + 1) * ITEM_BYTES.get(str(server.get("dtype", "")), 4)
 
 

@@ -48,8 +48,8 @@ def test_a_server_that_captures_nothing_has_no_room_to_tell_of() -> None:
 @pytest.mark.parametrize(
     ("server", "wanted"),
     [
-        ({"target_hidden_size": 8192, "algorithm": "EAGLE3", "dtype": "bfloat16"}, 65536),
-        ({"target_hidden_size": 4096, "algorithm": "EAGLE", "dtype": "bfloat16"}, 16384),
+        ({"target_hidden_size": 8192, "dtype": "bfloat16"}, 65536),
+        ({"target_hidden_size": 4096, "aux_layers": [1], "dtype": "bfloat16"}, 16384),
         ({"target_hidden_size": 576, "aux_layers": [2, 9, 26], "dtype": "float32"}, 9216),
         ({"target_hidden_size": 576, "aux_layers": [2, 26], "dtype": "float16"}, 3456),
         ({}, 0),
