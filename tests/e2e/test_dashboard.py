@@ -31,9 +31,12 @@ def test_the_page_shows_traffic_as_it_runs_and_puts_a_version_live_in_the_server
             viewer = browser.viewer(chromium, dashboard.url)
             viewer.log_in("ada")
             page = viewer.page
-            trend = page.locator(".js-plotly-plot .scatterlayer")
+            # While a page is drawn anew, what it had may be there a moment longer: the last is new.
+            trend = page.locator(".js-plotly-plot .scatterlayer").last
             expect(trend).to_be_visible()
-            counted = page.get_by_test_id("stMetric").filter(has_text="Tokens/s of all servers")
+            counted = (
+                page.get_by_test_id("stMetric").filter(has_text="Tokens/s of all servers").last
+            )
             shown = (counted.inner_text(), trend.inner_html())
             asked = itertools.cycle(prompts[1:4])
 
