@@ -46,3 +46,9 @@ def is_set(name: str) -> bool:
 def value(name: str) -> str:
     """What a variable of ours says; "" without it."""
     return os.environ.get(name, "")
+
+
+def leave_alone() -> None:
+    """Tell SGLang's processes, which are spawned later, that nothing of ours is wanted there."""
+    if not is_set(CPU):  # its kernels serve without drafts too
+        os.environ[IDLE] = "1"

@@ -18,17 +18,13 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
     import sglang
     from sglang.srt.runtime_context import get_parallel
 
-    settings = get_settings()
     args = worker.server_args
     parallel = get_parallel()
     runner = worker.target_worker.model_runner
     drafter = worker.draft_worker.draft_runner
-    name = settings.server_name or f"{socket.gethostname()}:{_value(args, 'port', 0)}"
     graphs = getattr(runner, "decode_cuda_graph_runner", None) is not None
-    dp_rank = _replica(parallel)
     description = {
-        "name": name if not dp_rank else f"{name}/dp{dp_rank}",
-        "group": settings.group,
+        **identity(args, parallel),
         "sglang_version": sglang.__version__,
         "target_model": str(runner.model_config.model_path),
         "target_revision": str(getattr(runner.model_config, "revision", None) or ""),
@@ -45,7 +41,6 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "nodes": int(worker.speculative_num_draft_tokens),
         "dtype": str(runner.dtype).removeprefix("torch."),
         "device": str(worker.device),
-        "dp_rank": int(dp_rank),
         "tp_size": int(getattr(parallel, "tp_size", 1)),
         "rejection_sampling": bool(_value(args, "speculative_use_rejection_sampling", False)),
         # Under CUDA graphs the verify graph was captured for the full tree; a plain step would
@@ -53,6 +48,18 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "plain_steps_possible": not graphs and not _value(args, "speculative_adaptive", False),
     }
     return description, int(getattr(parallel, "attn_tp_rank", 0)) == 0
+
+
+def identity(args: Any, parallel: Any) -> dict[str, Any]:
+    """Which server, of which group: what the sidecar registers it by."""
+    settings = get_settings()
+    name = settings.server_name or f"{socket.gethostname()}:{_value(args, 'port', 0)}"
+    dp_rank = _replica(parallel)
+    return {
+        "name": name if not dp_rank else f"{name}/dp{dp_rank}",
+        "group": settings.group,
+        "dp_rank": dp_rank,
+    }
 
 
 def _replica(parallel: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from aurora_sgl import environment, wire
 from aurora_sgl.config import get_settings
 from aurora_sgl.engine import clean, startup
 from aurora_sgl.engine.channel import Channel
-from aurora_sgl.engine.describe import describe_worker
+from aurora_sgl.engine.describe import describe_worker, identity
 from aurora_sgl.engine.recorder import new_boot_id
 
 _HELLO_SECONDS = 2.0
@@ -75,17 +74,23 @@ def _least(worker: Any) -> dict[str, Any]:
     args = getattr(worker, "server_args", None)
     drafter = getattr(getattr(worker, "draft_worker", None), "draft_runner", None)
     model = getattr(drafter, "model", None)
-    settings = get_settings()
-    name = settings.server_name or f"{socket.gethostname()}:{getattr(args, 'port', 0)}"
     return {
-        "name": name,
-        "group": settings.group,
+        **_identity(args),
         "target_model": str(getattr(args, "model_path", "")),
         "target_revision": str(getattr(args, "revision", None) or ""),
         "draft_architecture": type(model).__name__ if model is not None else "",
         "drafter_path": str(getattr(args, "speculative_draft_model_path", None) or ""),
-        "dp_rank": 0,
     }
+
+
+def _identity(args: Any) -> dict[str, Any]:
+    """Each replica its own, where SGLang says which one this is."""
+    try:
+        from sglang.srt.runtime_context import get_parallel
+
+        return identity(args, get_parallel())
+    except Exception:
+        return identity(args, None)
 
 
 def _one_line(error: Exception) -> str:

@@ -280,8 +280,7 @@ def _launch_subprocesses(original: Callable[..., Any], *args: Any, **kw: Any) ->
         _before_launch(*args, **kw)
     except Exception as error:
         logger.exception("aurora: the start failed; SGLang goes on without")
-        if not _on_cpu():
-            os.environ[environment.IDLE] = "1"
+        environment.leave_alone()
         _say_nothing_is_recorded(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return original(*args, **kw)
 

@@ -66,11 +66,11 @@ def begin(server_args: Any) -> None:
             "installed, and not switched on: nothing is recorded. Set AURORA_HOME to a data "
             "folder (or AURORA_ENABLED=1 for ./aurora-data), or start with aurora-sgl serve"
         )
-        leave_alone()
+        environment.leave_alone()
         return
     if reason := not_ours(server_args, algorithm):
         say(f"nothing is recorded, traced or swapped: {reason}")
-        leave_alone()
+        environment.leave_alone()
         return
     outlook = _start(server_args, settings)
     if mistakes():
@@ -95,12 +95,6 @@ def not_ours(server_args: Any, algorithm: str) -> str:
     if architectures.has_algorithm(_ALIASES.get(algorithm, algorithm)):
         return ""
     return f"--speculative-algorithm {algorithm} is not supported; EAGLE, EAGLE3 and NEXTN are"
-
-
-def leave_alone() -> None:
-    """Tell SGLang's processes, which are spawned later, that nothing of ours is wanted there."""
-    if not environment.is_set(environment.CPU):  # its kernels serve without drafts too
-        os.environ[environment.IDLE] = "1"
 
 
 def _start(server_args: Any, settings: Settings) -> Outlook:

@@ -28,7 +28,7 @@ from aurora_sgl.sidecar import reconcile
 from aurora_sgl.sidecar.service import SidecarService
 from aurora_sgl.sidecar.supervisor import SidecarSupervisor
 from tests.support import store_samples as samples
-from tests.support.sidecar_engine import Engine, Sidecar, wait_until
+from tests.support.sidecar_engine import Engine, Sidecar, end_all, wait_until
 
 BOOT = 4242
 TARGET = {
@@ -57,12 +57,7 @@ def running() -> Iterator[list[Sidecar | Engine]]:
     """What a test starts; stopped after it."""
     both: list[Sidecar | Engine] = []
     yield both
-    for one in both:
-        if isinstance(one, Engine):
-            one.close()
-        else:
-            one.process.kill()
-            one.process.wait()
+    end_all(both)
 
 
 class House:

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +212,13 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         self.context.destroy(linger=0)
+
+
+def end_all(running: Iterable[Sidecar | Engine]) -> None:
+    """Whatever a test started is gone."""
+    for one in running:
+        if isinstance(one, Engine):
+            one.close()
+        else:
+            one.process.kill()
+            one.process.wait()

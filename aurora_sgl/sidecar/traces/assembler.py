@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aurora_sgl import wire
+from aurora_sgl.trace_format import ITEM_BYTES
 
 #: Seconds without a chunk after which a request is given up.
 IDLE_SECONDS = 300.0
@@ -23,8 +24,6 @@ IDLE_SECONDS = 300.0
 CONSENT_SECONDS = 15.0
 #: Requests whose consent is remembered.
 MAX_KNOWN = 20_000
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from aurora_sgl import store, wire
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.endpoint import address
 from tests.support import store_samples as samples
-from tests.support.sidecar_engine import Engine, Sidecar, wait_until
+from tests.support.sidecar_engine import Engine, Sidecar, end_all, wait_until
 
 BOOT = 4242
 
@@ -30,12 +30,7 @@ def started(tmp_path: Path) -> Iterator[list[Sidecar | Engine]]:
     """What a test starts; stopped after it."""
     running: list[Sidecar | Engine] = []
     yield running
-    for one in running:
-        if isinstance(one, Engine):
-            one.close()
-        else:
-            one.process.kill()
-            one.process.wait()
+    end_all(running)
 
 
 def url_of(home: Path) -> str:

@@ -27,6 +27,7 @@ from aurora_sgl.config import get_settings  # noqa: E402
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape  # noqa: E402
 from aurora_sgl.engine import labels, plan, plugin  # noqa: E402
 from aurora_sgl.engine.agent import ALONE_SECONDS, Agent  # noqa: E402
+from aurora_sgl.engine.herald import Herald  # noqa: E402
 from aurora_sgl.engine.request_state import RequestState  # noqa: E402
 from aurora_sgl.engine.swap_driver import SwapDriver  # noqa: E402
 from aurora_sgl.engine.trace_budget import TOKEN_BYTES  # noqa: E402
@@ -286,6 +287,18 @@ def test_an_agent_that_cannot_start_is_told_to_the_sidecar_and_requests_go_on(
     assert "The plugin could not start in this server (AttributeError" in hello.notices["agent"]
     assert "the plugin did not start" in hello.server["unknown_drafter"]
     assert hello.notices["data folder"] == "It is full."
+
+
+def test_each_replica_whose_agent_cannot_start_has_a_name_of_its_own(
+    endpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt import runtime_context
+
+    monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(dp_rank=1))
+    broken = EAGLEWorkerV2(server_args=SimpleNamespace(model_path="some/model", port=30000))
+    herald = Herald.of(broken, RuntimeError("no"))
+    assert herald is not None
+    assert herald.description["name"].endswith(":30000/dp1") and herald.description["dp_rank"] == 1
 
 
 def test_workers_of_another_kind_of_speculation_get_no_agent(endpoint: Any, fresh: None) -> None:
