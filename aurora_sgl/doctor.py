@@ -19,7 +19,7 @@ from aurora_sgl.machine import cpu_flags, native_bfloat16
 #: Releases that the plugin's hooks fit, first and last; tests/unit/upstream/test_names.py and
 #: test_upstream_fields.py read names, parameters and fields out of each of them. The tested one is
 #: what requirements/cpu.lock names: the whole suite runs on it.
-SGLANG_FIRST, SGLANG_LAST, SGLANG_TESTED = "0.5.21", "0.5.23", "0.5.21"
+SGLANG_FIRST, SGLANG_LAST, SGLANG_TESTED = "0.5.21", "0.5.23", "0.5.23"
 #: Those that served: identity, records, swaps and sampling of tests/e2e, on a CPU.
 SGLANG_RUN = ("0.5.21", "0.5.22", "0.5.23")
 

@@ -21,7 +21,9 @@ DRAFTER_SOURCE = "AURORA_DRAFTER_SOURCE"
 ENDPOINT = "AURORA_ENDPOINT"
 #: From the server to its processes: the secret of this start, see ``engine.labels``.
 STAMP = "AURORA_STAMP"
-#: From the server to its processes: ``1``: nothing of ours is asked for, leave SGLang as it is.
+#: From the server to its processes: ``1``: nothing of ours is asked for, leave SGLang as it is;
+#: ``schedulers``: in these only, where our CPU kernels stay, and what keeps requests from ending
+#: them.
 IDLE = "AURORA_IDLE"
 #: From the server to its schedulers: JSON, what was wrong at the start, see ``wire.Hello``.
 NOTICES = "AURORA_NOTICES"
@@ -50,5 +52,4 @@ def value(name: str) -> str:
 
 def leave_alone() -> None:
     """Tell SGLang's processes, which are spawned later, that nothing of ours is wanted there."""
-    if not is_set(CPU):  # its kernels serve without drafts too
-        os.environ[IDLE] = "1"
+    os.environ[IDLE] = "schedulers" if is_set(CPU) else "1"

@@ -138,7 +138,7 @@ def decoder(target_model: str, revision: str = "") -> Decode | None:
     file = _tokenizer_file(target_model, revision)
     if file is None:
         return None
-    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
 

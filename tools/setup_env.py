@@ -22,7 +22,7 @@ VENV = ROOT / ".venv"
 LOG = VENV / "setup.log"
 LOCK = ROOT / "requirements" / "cpu.lock"
 STAGES = 4
-SGLANG_CUDA = "sglang==0.5.21"  # the tested release; pyproject.toml says which others work
+SGLANG_CUDA = "sglang==0.5.23"  # the tested release; pyproject.toml says which others work
 
 
 class SetupFailed(Exception):

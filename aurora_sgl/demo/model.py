@@ -236,7 +236,7 @@ def hugging_face_name(name: str) -> str:
 
 def write_tokenizer(facts: dict[str, Any], into: Path) -> None:
     """Byte-level BPE; SmolLM (``tokenizer.ggml.pre = smollm``) also splits numbers into digits."""
-    from tokenizers import (  # type: ignore[import-untyped]
+    from tokenizers import (
         AddedToken,
         Tokenizer,
         decoders,

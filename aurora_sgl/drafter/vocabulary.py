@@ -122,7 +122,7 @@ def count_tokens(target: Path, texts: Iterable[str]) -> Counter[int]:
 
     Raises ``AuroraError`` when the folder holds no ``tokenizer.json``.
     """
-    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer
 
     path = Path(target) / "tokenizer.json"
     if not path.exists():

@@ -27,7 +27,9 @@ from aurora_sgl.engine.cached_kv import CachedKV
 from aurora_sgl.engine.capture import Capture, Gathered, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.consent import Consent
+from aurora_sgl.engine.conversations import Conversations, Place
 from aurora_sgl.engine.draft_tree import StepRows, VerifyObservation, rows_to_host, to_host
+from aurora_sgl.engine.labels import Labels
 from aurora_sgl.engine.parts import Parts
 from aurora_sgl.engine.plan import Plans, RequestPlan, put, requests
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
@@ -127,6 +129,7 @@ class Agent:
         self.notices = startup.notices_of_start()  # see wire.Hello
         self.parts = Parts(self.notices)
         self.consent = Consent(self.notices)
+        self.conversations = Conversations()
         self.cached_kv = CachedKV(worker, self.recorder.live, self.parts)
         self._said_hello = 0.0
         self._sidecar_heard = time.monotonic() if self.channel else -math.inf
@@ -165,6 +168,8 @@ class Agent:
         """Record these requests no further: something of theirs was missed."""
         gone = [state for state in states if state is not None]
         lost = [self.recorder.let_go(state) for state in gone]
+        for state in gone:
+            self.conversations.hold(state.turn)
         self._forget(gone, "lost")
         if self.channel is not None:
             self._done += [record for record in lost if record is not None]
@@ -288,16 +293,25 @@ class Agent:
             keeps = float(TRY_STEPS) if admission is Admission.TRIES else 0.0
         else:
             speculates, keeps = wish, math.inf if wish else 0.0
-        session = getattr(recv_req, "session_id", None)
+        ticket, turn = self._choose_trace(recv_req, labels) if self.capture else (0, 0)
+        renews = self.cached_kv.renews(recv_req)
+        put(recv_req, RequestPlan(speculates, keeps, ticket > 0, ticket, turn, renews, labels))
+
+    def _choose_trace(self, recv_req: Any, labels: Labels) -> tuple[int, int]:
+        """(ticket of its trace, 0 without one; key of its turn of a conversation) of a request."""
+        if labels.warmup:
+            return 0, 0
+        prompt, session = recv_req.input_ids, getattr(recv_req, "session_id", None)
+        turn = self.conversations.find(prompt, str(labels.conversation or session or ""))
         ticket = 0
-        if self.capture is not None and self.recorder.choose_to_trace(labels, session):
-            prompt = recv_req.input_ids
+        share = self.recorder.capture_share
+        if self.recorder.may_trace(labels) and self.conversations.wants_trace(turn, share):
+            assert self.capture is not None
             most = recv_req.sampling_params.max_new_tokens
             ticket = self.capture.choose(len(prompt) if prompt is not None else 0, most)
-        if ticket:
+        if self.conversations.keep(turn, traced=ticket > 0) is not Place.PLAIN:
             recv_req.extra_key = f"{recv_req.extra_key or ''}{_TRACED}"
-        renews = self.cached_kv.renews(recv_req)
-        put(recv_req, RequestPlan(speculates, keeps, ticket > 0, ticket, renews, labels))
+        return ticket, turn.key
 
     def observe_verify(self, batch: Any, result: Any) -> None:
         """After the verify forward: take references to what records need."""
@@ -428,6 +442,8 @@ class Agent:
             return []
 
     def _finish(self, req: Any, state: RequestState, gathered: Gathered) -> wire.Record:
+        if state.traced and (state.trace is None or state.trace.broken):
+            self.conversations.hold(state.turn)
         if self.capture is not None:
             self.capture.end(gathered, req, state)
         record = self.recorder.finish(req, state)

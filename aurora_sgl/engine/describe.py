@@ -22,7 +22,6 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
     parallel = get_parallel()
     runner = worker.target_worker.model_runner
     drafter = worker.draft_worker.draft_runner
-    graphs = getattr(runner, "decode_cuda_graph_runner", None) is not None
     description = {
         **identity(args, parallel),
         "sglang_version": sglang.__version__,
@@ -43,9 +42,10 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "device": str(worker.device),
         "tp_size": int(getattr(parallel, "tp_size", 1)),
         "rejection_sampling": bool(_value(args, "speculative_use_rejection_sampling", False)),
-        # Under CUDA graphs the verify graph was captured for the full tree; a plain step would
-        # need a graph of its own. So there every step carries drafts.
-        "plain_steps_possible": not graphs and not _value(args, "speculative_adaptive", False),
+        # On CUDA every step carries drafts: a verify graph is captured for the full tree, and
+        # without graphs some backends take a step's width from the start of the server.
+        "plain_steps_possible": str(worker.device) == "cpu"
+        and not _value(args, "speculative_adaptive", False),
     }
     return description, int(getattr(parallel, "attn_tp_rank", 0)) == 0
 

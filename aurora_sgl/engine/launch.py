@@ -14,9 +14,9 @@ import traceback
 
 from aurora_sgl import environment
 
-os.environ.setdefault("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND", "1")
-
 if environment.is_set(environment.CPU):
+    # A plain step leaves the drafter's KV cold. On CUDA that was never seen to be right.
+    os.environ.setdefault("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND", "1")
     from aurora_sgl.engine.openmp import wait_politely
 
     wait_politely()  # before anything loads OpenMP

@@ -25,6 +25,7 @@ class RequestPlan:
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     traced: bool = False
     ticket: int = 0  # of the bytes that are reserved for its trace on the leading rank
+    turn: int = 0  # key of a turn of a conversation, see ``conversations``
     renews: bool = False  # it uses no cached prefix: see ``renewal``
     labels: Labels = UNKNOWN
 

@@ -139,7 +139,7 @@ def register() -> None:
     elif runs_one_of(WITHOUT_A_MODEL) or environment.is_set(environment.IDLE):
         return
     else:
-        hooks = scheduler_hooks()
+        hooks = {} if environment.value(environment.IDLE) else scheduler_hooks()
         if _on_cpu():  # before the look at the names imports what takes kernels from us
             _register_on_cpu(HookRegistry, HookType)
     if missing := first_missing(hooks):

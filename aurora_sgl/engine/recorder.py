@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import weakref
-import zlib
 from typing import Any
 
 from aurora_sgl import wire
@@ -40,7 +39,6 @@ class Recorder:
         self._train_by_default = train_by_default
         self._dp_rank = dp_rank
         self._counter = 0
-        self._capture_credit = 0.0
         self._running: dict[int, tuple[weakref.ref[Any], RequestState]] = {}
 
     @property
@@ -51,21 +49,9 @@ class Recorder:
         """Whether a request may be learnt from: its own word, else the server's setting."""
         return self._train_by_default if labels.may_train is None else labels.may_train
 
-    def choose_to_trace(self, labels: Labels, session: object = None) -> bool:
-        """Whether the hidden states of a request that comes in now are captured.
-
-        All requests of a conversation are or none, so that what one of them finds in the cache was
-        captured too; without a word about conversations, each request is chosen by itself.
-        """
-        if labels.warmup or self.capture_share <= 0 or not self.may_train(labels):
-            return False
-        if conversation := labels.conversation or session:
-            return zlib.crc32(clean.text(conversation).encode()) < self.capture_share * 2**32
-        self._capture_credit += self.capture_share
-        if self._capture_credit < 1.0:
-            return False
-        self._capture_credit -= 1.0
-        return True
+    def may_trace(self, labels: Labels) -> bool:
+        """Whether the hidden states of a request may be captured."""
+        return not labels.warmup and self.capture_share > 0 and self.may_train(labels)
 
     def begin(self, req: Any, plan: RequestPlan, *, follow: bool) -> RequestState | None:
         """Register a request at its first prefill; None for warm-ups and health checks.
@@ -85,6 +71,7 @@ class Recorder:
             greedy=is_greedy(req.sampling_params),
             swap_count=self.live.swap_count,
             keeps=plan.keeps,
+            turn=plan.turn,
             whole=labels.whole,
             labels=labels,
         )

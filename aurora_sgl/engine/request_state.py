@@ -24,6 +24,7 @@ class RequestState:
     greedy: bool
     swap_count: int  # of the server when the request was first prefilled
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
+    turn: int = 0  # key of its turn, see ``conversations``
     whole: bool = False  # its steps carry the whole draft shape, whatever pays
     labels: Labels = UNKNOWN
     steps: int = 0

@@ -87,14 +87,15 @@ def is_asked(settings: Settings) -> bool:
 
 
 def not_ours(server_args: Any, algorithm: str) -> str:
-    """Why nothing of ours fits this kind of speculation; "" when it does."""
+    """Why nothing of ours fits this kind of speculation or these ranks; "" when it does."""
     from aurora_sgl.drafter import architectures
+    from aurora_sgl.engine import layouts
 
     if getattr(server_args, "enable_multi_layer_eagle", False):
         return "--enable-multi-layer-eagle has a drafter for each depth, which is not supported"
-    if architectures.has_algorithm(_ALIASES.get(algorithm, algorithm)):
-        return ""
-    return f"--speculative-algorithm {algorithm} is not supported; EAGLE, EAGLE3 and NEXTN are"
+    if not architectures.has_algorithm(_ALIASES.get(algorithm, algorithm)):
+        return f"--speculative-algorithm {algorithm} is not supported; EAGLE, EAGLE3 and NEXTN are"
+    return layouts.refusal(server_args)
 
 
 def _start(server_args: Any, settings: Settings) -> Outlook:

@@ -366,6 +366,8 @@ def chosen(mine: Agent, *some: TokenizedGenerateReqInput) -> list[plan.RequestPl
 
 def test_requests_are_traced_as_long_as_their_whole_traces_fit(capturing: Agent) -> None:
     some = [received(80), received(80), received(80), received(20, 20)]
+    for number, one in enumerate(some):
+        one.input_ids[0] = number + 100  # of four conversations
     plans = chosen(capturing, *some)
     assert [one.traced for one in plans if one] == [True, True, False, True]
     assert [bool(one.extra_key) for one in some] == [True, True, False, True]
@@ -373,6 +375,31 @@ def test_requests_are_traced_as_long_as_their_whole_traces_fit(capturing: Agent)
     counters = capturing.hello().counters
     assert counters["traces_admitted"] == 3 and counters["traces_refused_memory"] == 1
     assert counters["trace_bytes_reserved"] == 220 * ROW and counters["dropped_traces"] == 0
+
+
+def test_a_turn_that_is_not_traced_stays_where_its_conversation_is(capturing: Agent) -> None:
+    turns = [received(40), received(60), received(95), received(98)]
+    plans = [chosen(capturing, one)[0] for one in turns]
+    # The third does not fit beside the others; a trace of the fourth would have a hole.
+    assert [one.traced for one in plans if one] == [True, True, False, False]
+    assert [one.extra_key for one in turns] == ["|aurora:traced"] * 4
+    turns = [received(10, extra_key="theirs") for _ in range(2)]
+    capturing.recorder.capture_share = 0.0
+    turns[0].input_ids[0] = turns[1].input_ids[0] = 77
+    chosen(capturing, *turns)
+    assert [one.extra_key for one in turns] == ["theirs", "theirs"]
+
+
+def test_a_request_whose_trace_broke_off_ends_the_tracing_of_its_conversation(
+    capturing: Agent,
+) -> None:
+    first, second = received(40), received(50)
+    (planned,) = chosen(capturing, first)
+    assert planned is not None and planned.traced
+    state = RequestState(1 << 33, True, True, True, 0, recorded=True, turn=planned.turn)
+    capturing.let_go([state])
+    (planned,) = chosen(capturing, second)
+    assert planned is not None and not planned.traced and second.extra_key == "|aurora:traced"
 
 
 def test_a_prompt_that_does_not_fit_is_served_and_never_traced(capturing: Agent) -> None:

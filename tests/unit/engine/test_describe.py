@@ -22,14 +22,12 @@ class LlamaForCausalLMEagle3(torch.nn.Module):
     """The name of SGLang's own."""
 
 
-def worker(*, eagle_config: Any = None, graphs: Any = None, **args: Any) -> Any:
+def worker(*, eagle_config: Any = None, device: str = "cpu", **args: Any) -> Any:
     target = SimpleNamespace(
         model_path="some/model", revision=None, vocab_size=100, hidden_size=8, num_hidden_layers=32
     )
     drafter = SimpleNamespace(hf_config=SimpleNamespace(eagle_config=eagle_config))
-    runner = SimpleNamespace(
-        model_config=target, dtype=torch.bfloat16, decode_cuda_graph_runner=graphs
-    )
+    runner = SimpleNamespace(model_config=target, dtype=torch.bfloat16)
     return SimpleNamespace(
         server_args=SimpleNamespace(port=30000, speculative_algorithm="EAGLE3", **args),
         target_worker=SimpleNamespace(model_runner=runner),
@@ -39,7 +37,7 @@ def worker(*, eagle_config: Any = None, graphs: Any = None, **args: Any) -> Any:
         speculative_num_steps=3,
         topk=4,
         speculative_num_draft_tokens=8,
-        device="cpu",
+        device=device,
     )
 
 
@@ -101,9 +99,9 @@ def test_the_layers_that_feed_the_drafter_are_its_configs_or_sglangs(
     assert describe_worker(worker(eagle_config=config))[0]["aux_layers"] == layers
 
 
-def test_under_cuda_graphs_and_with_sglangs_adaptive_mode_every_step_carries_drafts() -> None:
+def test_on_cuda_and_with_sglangs_adaptive_mode_every_step_carries_drafts() -> None:
     assert describe_worker(worker())[0]["plain_steps_possible"]
-    assert not describe_worker(worker(graphs=object()))[0]["plain_steps_possible"]
+    assert not describe_worker(worker(device="cuda"))[0]["plain_steps_possible"]
     assert not describe_worker(worker(speculative_adaptive=True))[0]["plain_steps_possible"]
 
 

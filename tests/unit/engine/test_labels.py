@@ -89,7 +89,7 @@ def train(*values: bytes) -> Headers:
 def may_train(headers: Headers | None, by_default: bool, params: Any = None) -> bool:
     recorder = Recorder(1, train_by_default=by_default, capture_share=1.0, dp_rank=0)
     found = said(headers, params)
-    assert recorder.choose_to_trace(found) == recorder.may_train(found)
+    assert recorder.may_trace(found) == recorder.may_train(found)
     return recorder.may_train(found)
 
 

@@ -22,6 +22,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from aurora_sgl import wire  # noqa: E402
 from aurora_sgl.engine import clean, labels  # noqa: E402
+from aurora_sgl.engine.conversations import Conversations  # noqa: E402
 from aurora_sgl.engine.plan import RequestPlan  # noqa: E402
 from aurora_sgl.engine.recorder import Recorder  # noqa: E402
 
@@ -63,7 +64,10 @@ def records(req: Req) -> tuple[wire.RequestStarted, wire.RequestFinished]:
     recorder = Recorder(9, train_by_default=True, capture_share=1.0, dp_rank=0)
     said = labels.take(req.sampling_params)
     assert said.stamped
-    recorder.choose_to_trace(said, req.session_id)
+    name = str(said.conversation or req.session_id or "")
+    turns = Conversations()
+    turns.keep(turns.find(req.origin_input_ids, name), traced=True)
+    assert turns.wants_trace(turns.find([9], name), 1.0)
     state = recorder.begin(req, RequestPlan(True, labels=said), follow=True)
     assert state is not None
     made = [recorder.started(req, state), recorder.finish(req, state)]

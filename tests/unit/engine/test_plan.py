@@ -22,7 +22,6 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from aurora_sgl.engine import labels, plan  # noqa: E402
 from aurora_sgl.engine.plan import Plans, RequestPlan  # noqa: E402
-from aurora_sgl.engine.recorder import Recorder  # noqa: E402
 
 PARAMS: tuple[Any, ...] = (
     None,
@@ -89,20 +88,3 @@ def test_plans_of_requests_that_never_start_do_not_pile_up() -> None:
     assert not plans.pop("rid 0").speculates  # forgotten
     plans.keep("\ud83d", RequestPlan(speculates=True, traced=True))
     assert plans.pop("\ud83d").traced
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_all_requests_of_a_conversation_are_captured_or_none(share: float) -> None:
-    recorder = Recorder(1, train_by_default=True, capture_share=share, dp_rank=0)
-    chosen = 0
-    for number in range(400):
-        said = labels.Labels(conversation=f"talk {number} \ud83d")
-        turns = {recorder.choose_to_trace(said) for _ in range(5)}
-        by_session = {recorder.choose_to_trace(labels.Labels(), f"s{number}") for _ in range(5)}
-        assert len(turns) == len(by_session) == 1
-        chosen += turns.pop()
-    assert share - 0.08 <= chosen / 400 <= share + 0.08
-    none = [recorder.choose_to_trace(labels.Labels()) for _ in range(400)]
-    assert sum(none) == pytest.approx(400 * share, abs=1)
-    assert not recorder.choose_to_trace(labels.Labels(may_train=False, conversation="talk 1"))
-    assert not recorder.choose_to_trace(labels.Labels(warmup=True))

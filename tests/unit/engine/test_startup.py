@@ -220,9 +220,21 @@ def test_sockets_that_find_no_place_turn_recording_off(
         ({"speculative_algorithm": "DFLASH"}, "DFLASH is not supported"),
         ({"speculative_algorithm": "DSPARK"}, "DSPARK is not supported"),
         ({"enable_multi_layer_eagle": True}, "--enable-multi-layer-eagle"),
+        ({"pp_size": 2}, "--pp-size is not supported (the first stage has no drafter)"),
+        ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "--enable-dp-attention"),
+        ({"attn_dp_size": 4, "tp_size": 8}, "--enable-dp-attention"),
+        ({"attn_cp_size": 2}, "context parallelism"),
+        ({"dcp_size": 2}, "context parallelism"),
+        ({"enable_prefill_cp": True}, "context parallelism"),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode"),
+        ({"nnodes": 2, "tp_size": 16}, "--nnodes"),
+        ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
+        ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
+        ({"enable_pdmux": True}, "--enable-pdmux"),
     ],
 )
-def test_another_kind_of_speculation_is_served_untouched_and_says_so(
+def test_what_we_have_nothing_for_is_served_untouched_and_says_so(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     started: list[config.Settings],
@@ -317,7 +329,7 @@ def test_a_release_that_lacks_one_of_our_names_gets_no_hook(
     ]
 
 
-@pytest.mark.parametrize("idle", ["1", ""])
+@pytest.mark.parametrize("idle", ["1", "schedulers", ""])
 def test_a_scheduler_of_a_server_that_is_left_alone_gets_no_hook(
     monkeypatch: pytest.MonkeyPatch, idle: str
 ) -> None:
