@@ -192,6 +192,10 @@ class Agent:
         size = len(batch.reqs)
         states = [getattr(req, "_aurora", None) for req in batch.reqs]
         drafting = [state for state in states if state is not None and state.speculates]
+        whole = any(state.whole for state in drafting)
+        if drafting and self.may_drop and not whole and self.policy.probes(size):
+            self.step_shape.keeps_kv = True
+            return NO_DRAFT
         if drafting and self.may_drop and not self.policy.keeps(size):
             for state in drafting:
                 state.speculates = state.keeps > 0
@@ -204,7 +208,8 @@ class Agent:
     def account_step(self, batch_size: int, *, shape: DraftShape, seconds: float) -> None:
         self.recorder.live.steps_since_swap += 1
         self.policy.swapped(self.recorder.live.swap_count)
-        self.policy.account(shape=shape, batch_size=batch_size, seconds=seconds)
+        needed = seconds - self.step_shape.kv_seconds
+        self.policy.account(shape=shape, batch_size=batch_size, seconds=needed)
         if self.capture is not None:
             self.capture.budget.stepped(seconds)
 
@@ -338,6 +343,7 @@ class Agent:
             accept_index=to_host(accept_index),
             target_predict=to_host(predict.reshape(size, nodes)) if predict is not None else None,
             shape=self.step_shape.of_step(nodes),
+            keeps_kv=self.step_shape.keeps_kv,
             version_id=live.version_id,
             swap_count=live.swap_count,
             swap_age=live.steps_since_swap,

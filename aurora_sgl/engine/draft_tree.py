@@ -28,6 +28,7 @@ class VerifyObservation:
     swap_count: int
     swap_age: int
     rejection_sampling: bool
+    keeps_kv: bool = False  # a step without drafts that computed their KV all the same
     aux: torch.Tensor | None = None  # [batch * nodes, width], accepted path in front
     last: torch.Tensor | None = None  # [batch * nodes, hidden], node order
     #: Row of the batch -> block of ``aux`` and ``last`` where they hold only some requests.

@@ -404,7 +404,7 @@ def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, *
     result = original(worker, batch, *args, **kw)
     agent = _agent
     if agent is not None and agent.leads and not batch.forward_mode.is_idle():
-        plain = int(verify_input.draft_token_num) == 1
+        plain = int(verify_input.draft_token_num) == 1 and not agent.step_shape.keeps_kv
         agent.cached_kv.after_step(batch.out_cache_loc, plain=plain)
         batch_spec_info, batch.spec_info = batch.spec_info, verify_input
         agent.guard("recording verify steps", lambda: agent.observe_verify(batch, result))

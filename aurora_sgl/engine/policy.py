@@ -21,6 +21,7 @@ from statistics import median
 from aurora_sgl import intervals
 from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
+from aurora_sgl.engine.step_times import StepTimes
 from aurora_sgl.step_cost import MARGIN, is_worth
 
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
@@ -29,12 +30,17 @@ _CREDIT_LIMIT = 256.0
 #: Share of the speed that trying may cost where drafts are known to lose.
 LOSS = 0.01
 #: Steps for which a request that tries keeps its drafts where they are known to lose.
-TRY_STEPS = 24
-_MEDIAN_STEPS = 8  # steps of one kind from which their median counts
+TRY_STEPS = 3
+#: One try in 300 steps, whatever is known: it may be of a noisy minute.
+AGAIN_SHARE = (_ENTRY_FEE + TRY_STEPS) / 300
+#: Steps with drafts of one batch size between two plain ones that are made to time them again.
+PROBE_STEPS = 48
 _LIVE = 64.0  # steps of requests from which the live accept length counts
 _MEMORY = 512.0  # steps of requests over which it is averaged
-_AGAIN = 256  # steps with drafts of one batch size, among which shapes near the best are made again
-_AGAIN_STEPS = 4
+_AGAIN = 256  # steps with drafts of one batch size, among which every shape is made again
+_AGAIN_STEPS = 4  # of one near the best
+_FAR_STEPS = 2  # of one that is not
+_NOISE = 1.25  # times as long as a larger shape
 _NEAR = 0.9  # of the speed of the best shape
 
 
@@ -93,11 +99,11 @@ class SpeculationPolicy:
         self._explore_share = explore_share
         self._credit = 1.0
         #: By shape and group of batch sizes, as all that is kept by ``group``.
-        self._durations: dict[tuple[DraftShape, int], deque[float]] = {}
-        self._medians: dict[tuple[DraftShape, int], float] = {}  # of those with _MEDIAN_STEPS
+        self.times = StepTimes()
         self._recent: deque[float] = deque(maxlen=64)  # of steps of any kind
         self._paying: dict[int, bool] = {}
         self._rounds: dict[int, int] = {}  # steps with drafts
+        self._probed: dict[int, int] = {}  # how many there were at the last plain one among them
         self._swap_count = 0
         #: Steps and accepted drafts of the live version by shape, older ones count less.
         self._steps = dict.fromkeys(shapes, 0.0)
@@ -127,17 +133,22 @@ class SpeculationPolicy:
         return Admission.TRIES
 
     def keeps(self, batch_size: int) -> bool:
-        """Whether running requests, but for those that try, keep their drafts in this step.
+        """Whether running requests, but for those that try, keep their drafts in this step."""
+        return not self.by_size or self.pays(batch_size) is not False
 
-        A batch size at which only steps with drafts were seen is left to plain steps once, so that
-        the two can be compared.
-        """
-        if not self.by_size:
-            return True
+    def probes(self, batch_size: int) -> bool:
+        """Whether a step whose requests carry drafts is made without, and keeps their draft KV:
+        where only steps with drafts were seen, and now and then where drafts pay, so that what is
+        known of plain steps stays true."""
         group = batch_bucket(batch_size)
-        if all(self._time(shape, group) is None for shape in self.shapes):
-            return True
-        return self._time(NO_DRAFT, group) is not None and self.pays(batch_size) is not False
+        if not self.by_size or self.best(batch_size) is None:
+            return False
+        if self.times.of(NO_DRAFT, group) is not None:
+            since = self._rounds.get(group, 0) - self._probed.get(group, 0)
+            if since < PROBE_STEPS or self.pays(batch_size) is False:
+                return False
+        self._probed[group] = self._rounds.get(group, 0)
+        return True
 
     def shape(self, batch_size: int) -> DraftShape:
         """The shape of this step's drafts: what pays best, or what has to be timed."""
@@ -149,15 +160,22 @@ class SpeculationPolicy:
             return self.shapes[0]
         if untimed is not None and self._best_case(untimed, group) > self._speed(best, group):
             return untimed
-        turn = self._rounds.get(group, 0) % _AGAIN // _AGAIN_STEPS
-        least = _NEAR * self._speed(best, group)
+        return self._again(group, best) or best
+
+    def _again(self, group: int, best: DraftShape) -> DraftShape | None:
+        """A shape that is made once more in this step, so that what is known of it stays true."""
+        place, least = self._rounds.get(group, 0) % _AGAIN, _NEAR * self._speed(best, group)
         near = [one for one in self.shapes if self._speed(one, group) >= least]
-        return near[turn] if turn < len(near) else best
+        if place < _AGAIN_STEPS * len(near):
+            return near[place // _AGAIN_STEPS]
+        far = [one for one in self.shapes if one not in near]
+        place -= _AGAIN // 2
+        return far[place // _FAR_STEPS] if 0 <= place < _FAR_STEPS * len(far) else None
 
     def best(self, batch_size: int) -> DraftShape | None:
         """The timed shape that brings most tokens per second at this batch size."""
         group = batch_bucket(batch_size)
-        timed = [shape for shape in self.shapes if self._time(shape, group) is not None]
+        timed = [shape for shape in self.shapes if self.times.of(shape, group) is not None]
         return max(timed, key=lambda shape: self._speed(shape, group), default=None)
 
     def pays(self, batch_size: int) -> bool | None:
@@ -167,14 +185,14 @@ class SpeculationPolicy:
         if gain is None:
             return None
         self._paying[group] = is_worth(gain, speculates=self._paying.get(group, False))
-        untimed, plain = self._untimed(group), self._time(NO_DRAFT, group)
+        untimed, plain = self._untimed(group), self.times.plain(group)
         if self._paying[group] or untimed is None or plain is None:
             return self._paying[group]
         return None if self._best_case(untimed, group) * plain > MARGIN else False
 
     def gain(self, batch_size: int) -> float | None:
         """Speed with drafts of the best shape over that without; None until it is known."""
-        best, plain = self.best(batch_size), self._time(NO_DRAFT, batch_bucket(batch_size))
+        best, plain = self.best(batch_size), self.times.plain(batch_bucket(batch_size))
         if best is None or plain is None or self.accept_length(best) is None:
             return None
         return self._speed(best, batch_bucket(batch_size)) * plain
@@ -183,8 +201,8 @@ class SpeculationPolicy:
         """Time of a step with drafts of the best shape over that of a plain one; None until both
         are known."""
         group, best = batch_bucket(batch_size), self.best(batch_size)
-        plain = self._time(NO_DRAFT, group)
-        drafts = self._time(best, group) if best is not None else None
+        plain = self.times.plain(group)
+        drafts = self.times.of(best, group) if best is not None else None
         return drafts / plain if plain and drafts else None
 
     def accept_length(self, shape: DraftShape | None = None) -> float | None:
@@ -211,17 +229,19 @@ class SpeculationPolicy:
 
     def _speed(self, shape: DraftShape, group: int) -> float:
         """Tokens of one request per second; 0: not timed."""
-        took = self._time(shape, group)
+        took = self.times.of(shape, group)
         return (self.accept_length(shape) or 1.0) / took if took else 0.0
 
     def _untimed(self, group: int) -> DraftShape | None:
         """The first shape of which too few steps were timed at this batch size."""
-        return next((shape for shape in self.shapes if self._time(shape, group) is None), None)
+        return next((shape for shape in self.shapes if self.times.of(shape, group) is None), None)
 
     def _best_case(self, shape: DraftShape, group: int) -> float:
-        """What an untimed shape brings at most: it takes no less time than those before it."""
+        """What an untimed shape brings at most: it takes no less time than those before it, and
+        than the few steps of its own that there were."""
         before = (NO_DRAFT, *self.shapes[: self.shapes.index(shape)])
-        least = max(self._time(one, group) or 0.0 for one in before)
+        least = max(self.times.of(one, group) or 0.0 for one in before)
+        least = max(least, self.times.least(shape, group))
         return (self.accept_length(shape) or 1.0) / least if least else float("inf")
 
     # -- what it is made from --------------------------------------------------------------------
@@ -238,10 +258,16 @@ class SpeculationPolicy:
         else:
             self.plain_steps += 1
         self._recent.append(seconds)
-        durations = self._durations.setdefault((shape, group), deque(maxlen=64))
-        durations.append(seconds)
-        if len(durations) >= _MEDIAN_STEPS:
-            self._medians[shape, group] = median(durations)
+        self.times.add(shape, group, seconds)
+        self._forget_noise(shape, group)
+
+    def _forget_noise(self, shape: DraftShape, group: int) -> None:
+        """A smaller shape does not take longer: if it did, the machine was busy then."""
+        took = self.times.of(shape, group)
+        if took is not None and shape in self.shapes:
+            for smaller in self.shapes[: self.shapes.index(shape)]:
+                if (self.times.of(smaller, group) or 0.0) > _NOISE * took:
+                    self.times.forget(smaller, group)
 
     def observe(self, swap_count: int, shape: DraftShape, steps: int, accepted: int) -> None:
         """Count steps of requests with drafts of one version and shape, and what they accepted."""
@@ -264,8 +290,7 @@ class SpeculationPolicy:
         """Where no sidecar does it: all requests carry drafts where these pay at some batch size,
         by the step times and the accept length that were measured here; else some try."""
         if self.by_size:
-            groups = {group for _, group in self._durations}
-            answers = [self.pays(group) for group in groups]
+            answers = [self.pays(group) for group in self.times.groups]
             self.share = 1.0 if True in answers else self._explore_share
 
     def _trying_share(self, batch_size: int) -> tuple[float, bool]:
@@ -280,10 +305,7 @@ class SpeculationPolicy:
             return share, False
         # The one that tries makes the step longer for all, and brings more for itself alone.
         loss = needed / (1.0 + (length - 1.0) / batch_size) - 1.0
-        return min(share, LOSS / loss), True
-
-    def _time(self, shape: DraftShape, group: int) -> float | None:
-        return self._medians.get((shape, group))
+        return min(share, max(AGAIN_SHARE, LOSS / loss)), True
 
     def counters(self) -> dict[str, float]:
         """Step counts, the median duration of the last steps, and of either kind at the batch size
@@ -306,7 +328,7 @@ class SpeculationPolicy:
         if self._recent:
             result["step_ms"] = 1000 * median(self._recent)
         both = []
-        for group in sorted({group for _, group in self._durations}):
+        for group in self.times.groups:
             needed, best, gain = self.break_even(group), self.best(group), self.gain(group)
             if needed is None or best is None:
                 continue
@@ -315,10 +337,10 @@ class SpeculationPolicy:
             result[f"nodes_{group}"] = float(best.nodes)
             if gain is not None:
                 result[f"gain_{group}"] = gain
-            samples = min(len(self._durations[NO_DRAFT, group]), len(self._durations[best, group]))
-            both.append((samples, group, best, gain or 0.0))
+            samples = min(self.times.count(one, group) for one in (NO_DRAFT, best))
+            plain, drafts = self.times.plain(group), self.times.of(best, group)
+            both.append((samples, group, gain or 0.0, plain or 0.0, drafts or 0.0))
         if both:
-            _, group, best, result["gain"] = max(both)
-            result["step_ms_plain"] = 1000 * median(self._durations[NO_DRAFT, group])
-            result["step_ms_spec"] = 1000 * median(self._durations[best, group])
+            _, _, result["gain"], plain, drafts = max(both)
+            result["step_ms_plain"], result["step_ms_spec"] = 1000 * plain, 1000 * drafts
         return result

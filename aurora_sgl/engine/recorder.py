@@ -126,7 +126,7 @@ class Recorder:
             # Sampled: the tokens along the accepted path; a stop may have cut the output, but
             # SGLang keeps the whole run in output_ids.
             target_tokens = list(req.output_ids[before : before + accept_len])
-        state.holes |= observation.shape == NO_DRAFT
+        state.holes |= observation.shape == NO_DRAFT and not observation.keeps_kv
         record = wire.VerifyStep(
             request_id=state.request_id,
             step=state.steps,

@@ -9,8 +9,9 @@ top-k: what the store keeps by them is of one shape.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from aurora_sgl.draft_shape import DraftShape
@@ -41,23 +42,52 @@ class StepShape:
 
     def __init__(self, worker: Any, whole: DraftShape) -> None:
         self.whole = whole  # what the server was started with
+        #: Whether the next step, if it is one without drafts, computes their draft KV all the same,
+        #: so that its requests can go on with drafts.
+        self.keeps_kv = False
+        #: Seconds of the last step that draft KV took for which a plain step has no need.
+        self.kv_seconds = 0.0
         self._current = whole  # of the step at hand
         self._worker = worker
 
     @contextmanager
     def set_to(self, shape: DraftShape) -> Iterator[None]:
         """Within, steps have drafts of this shape, or none."""
+        self.kv_seconds = 0.0
         changes = self._changes(shape) if shape != self.whole else []
         before = [getattr(part, name) for part, name, _ in changes]
         for part, name, value in changes:
             setattr(part, name, value)
         self._current = shape
         try:
-            yield
+            with self._with_kv() if self.keeps_kv and not shape.depth else nullcontext():
+                yield
         finally:
             for (part, name, _), value in zip(changes, before, strict=True):
                 setattr(part, name, value)
             self._current = self.whole
+            self.keeps_kv = False
+
+    @contextmanager
+    def _with_kv(self) -> Iterator[None]:
+        """Within, steps without drafts compute draft KV, as SGLang's own zero-step mode does."""
+        from sglang.srt.environ import envs
+
+        drafter = self._worker.draft_worker
+        extend = drafter._draft_extend_for_decode
+
+        def timed(*args: Any, **kw: Any) -> Any:
+            begun = time.perf_counter()
+            result = extend(*args, **kw)
+            self.kv_seconds = time.perf_counter() - begun
+            return result
+
+        drafter._draft_extend_for_decode = timed
+        try:
+            with envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND.override(False):
+                yield
+        finally:
+            del drafter._draft_extend_for_decode
 
     def of_step(self, nodes: int) -> DraftShape:
         """The shape of the step at hand, which verifies so many nodes: what was put in, or what
@@ -70,7 +100,7 @@ class StepShape:
         """What differs from the whole shape: object, attribute, value."""
         worker, drafter = self._worker, self._worker.draft_worker
         # SGLang's own zero-step mode verifies the root alone and asks nothing of the drafter.
-        parts = [worker, drafter] if shape.depth else [worker]
+        parts = [worker, drafter] if shape.depth or self.keeps_kv else [worker]
         changes = [(part, "speculative_num_steps", shape.depth) for part in parts]
         changes += [(part, "speculative_num_draft_tokens", shape.nodes) for part in parts]
         if not shape.depth:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -74,6 +75,8 @@ class House:
         self.policy, self.accept_length, self.chance = policy, accept_length, chance
         self.random = random.Random(0)
         self.depths: Counter[tuple[int, int]] = Counter()
+        #: How many times as long a step takes as on a quiet machine.
+        self.noise: Callable[[], float] = lambda: 1.0
 
     def brings(self, depth: int) -> int:
         if self.chance is None:
@@ -104,30 +107,32 @@ class House:
             while len(running) < streams:
                 running.append(self.begin(len(running) + 1))
             drafting = [one for one in running if one.drafts]
-            if drafting and not self.policy.keeps(streams):
+            probes = bool(drafting) and self.policy.probes(streams)
+            if drafting and not probes and not self.policy.keeps(streams):
                 for one in drafting:
                     one.drafts = one.keeps > 0
                     one.keeps -= 1
                 drafting = [one for one in drafting if one.drafts]
-            shape = self.policy.shape(streams) if drafting else NO_DRAFT
+            shape = self.policy.shape(streams) if drafting and not probes else NO_DRAFT
             depth = shape.depth
             self.depths[streams, depth] += 1
             base = 0.030 * (1 + 0.02 * streams)
-            ratio = self.ratio(streams, depth) if drafting else 1.0
-            seconds = base * ratio * self.random.gauss(1.0, 0.05)
+            ratio = self.ratio(streams, depth) if depth else 1.0
+            took = base * ratio * self.random.gauss(1.0, 0.05)
+            seconds = took * self.noise()
             self.policy.account(shape=shape, batch_size=streams, seconds=seconds)
+            spent += took + (0.12 * base if probes else 0.0)  # the draft KV that it keeps
             accepted = 0
             for one in running:
                 brought = 1.0
-                if one.drafts:
+                if one.drafts and not probes:
                     brought = self.brings(depth)
                     accepted += int(brought) - 1
                 one.left -= brought
                 made += brought
                 plain += brought * base / streams
-            if drafting:
+            if depth:
                 self.policy.observe(0, shape, len(drafting), accepted)
-            spent += seconds
             running = [one for one in running if one.left > 0]
         return plain / spent
 
@@ -147,6 +152,60 @@ def test_drafts_never_cost_more_than_a_fiftieth_at_any_load(streams, accept_leng
         assert policy.pays(streams) is False
 
 
+def bursts(house: House) -> Callable[[], float]:
+    """Another process now and then takes the machine, for some steps each time."""
+    left = [0, 1.0]
+
+    def noise() -> float:
+        if left[0] <= 0:
+            left[:] = [house.random.randint(5, 60), house.random.choice((1.0, 1.3, 2.5, 6.0))]
+        left[0] -= 1
+        return left[1]
+
+    return noise
+
+
+@pytest.mark.parametrize("shapes", [(ONE,), CHAIN, TREE], ids=["one", "chain", "tree"])
+@pytest.mark.parametrize("streams", [1, 4, 16])
+@pytest.mark.parametrize("gain", [0.75, 1.0, 1.4])
+def test_what_was_timed_in_a_noisy_minute_is_put_right_within_300_steps(
+    shapes: tuple[DraftShape, ...], streams: int, gain: float
+) -> None:
+    """In both directions: drafts that pay are found again, and those that lose are left."""
+    chance, gain = chance_for(gain, streams, shapes)
+    speeds = []
+    for seed in range(4):
+        house = House(SpeculationPolicy(1.0, shapes=shapes), 0.0, chance=chance)
+        house.random.seed(seed)
+        house.noise = bursts(house)
+        house.speed_up(streams, 300 * streams)
+        house.noise = lambda: 1.0
+        house.speed_up(streams, 300 * streams)  # a step brings a token or more
+        speeds.append(house.speed_up(streams, 1500 * streams))
+    # A first step in a shape that takes fourteen plain ones is felt, with 16 chains of three.
+    least = 0.98 if house.ratio(streams, shapes[-1].depth) < 10 else 0.96
+    assert sum(speeds) / len(speeds) >= max(least, 0.94 * gain)
+    assert min(speeds) >= 0.95
+
+
+def chance_for(gain: float, streams: int, shapes: tuple[DraftShape, ...]) -> tuple[float, float]:
+    """That a draft's next token is accepted where the best shape brings ``gain``, or the most that
+    any can; and what it brings."""
+    house = House(SpeculationPolicy(1.0, shapes=shapes), 0.0)
+
+    def brings(chance: float) -> float:
+        return max(
+            sum(chance**level for level in range(one.depth + 1)) / house.ratio(streams, one.depth)
+            for one in shapes
+        )
+
+    low, high = 0.0, 0.9
+    for _ in range(30):
+        chance = (low + high) / 2
+        low, high = (chance, high) if brings(chance) < gain else (low, chance)
+    return low, brings(low)
+
+
 def test_a_batch_is_in_the_group_that_the_store_sums_it_in() -> None:
     policy = SpeculationPolicy(1.0)
     for size, seconds in ((4, 0.010), (5, 0.050)):
@@ -159,7 +218,7 @@ def test_a_batch_is_in_the_group_that_the_store_sums_it_in() -> None:
     for _ in range(10):
         policy.account(shape=ONE, batch_size=8, seconds=0.150)  # as 5 are
     assert policy.break_even(4) == pytest.approx(2.0)
-    assert policy.break_even(5) == policy.break_even(8) == pytest.approx(2.5)
+    assert policy.break_even(5) == policy.break_even(8) == pytest.approx(3.0)
 
 
 def test_a_load_at_which_drafts_lose_leaves_them_to_another_at_which_they_pay() -> None:
