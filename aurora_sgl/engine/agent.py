@@ -22,7 +22,7 @@ from aurora_sgl import environment, wire
 from aurora_sgl.config import get_settings
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.drafter.checkpoint import WEIGHTS
-from aurora_sgl.engine import clean, startup, unknown
+from aurora_sgl.engine import clean, shadows, startup, unknown
 from aurora_sgl.engine.cached_kv import CachedKV
 from aurora_sgl.engine.capture import Capture, Gathered, LastHiddenState
 from aurora_sgl.engine.channel import Channel
@@ -112,6 +112,7 @@ class Agent:
             worker.draft_worker.hot_token_id,
             worker.target_worker.model_config.vocab_size,
             swaps=bool(endpoint) and settings.record,
+            reserved=shadows.take(worker),
         )
         self._done: list[wire.Record] = []
         self.swaps = SwapDriver(

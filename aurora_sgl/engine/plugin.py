@@ -44,6 +44,7 @@ SCHEDULER_HOOKS = (
     f"{_SPECULATIVE}eagle_utils.eagle_sample",
     f"{_SPECULATIVE}eagle_utils.verify_tree_greedy_func",
     "sglang.srt.layers.logits_processor.LogitsProcessor.forward",
+    f"{_MANAGERS}scheduler.Scheduler.init_memory_pools",
     f"{_MANAGERS}scheduler.Scheduler.process_input_requests",
     f"{_MANAGERS}scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
     f"{_MANAGERS}scheduler_components.batch_result_processor."
@@ -188,6 +189,7 @@ def scheduler_hooks() -> dict[str, Callable[..., Any]]:
         _eagle_sample,
         _verify_tree_greedy_func,
         _process_logits,
+        _init_memory_pools,
         _process_input_requests,
         _pull_raw_reqs,
         _process_batch_result_decode,
@@ -303,6 +305,20 @@ def _before_launch(*args: Any, **kw: Any) -> None:
 
 
 # -- the scheduler process -----------------------------------------------------------------------
+
+
+def _init_memory_pools(original: Callable[..., Any], scheduler: Any, *args: Any, **kw: Any) -> Any:
+    """SGLang has loaded both models, and sizes its KV pool by what is left."""
+    worker = getattr(scheduler, "draft_worker", None)
+    if type(worker).__name__ == _WORKER and environment.value(environment.ENDPOINT):
+        try:
+            from aurora_sgl.engine import shadows
+
+            size = shadows.reserve(worker)
+            logger.info("aurora: %.0f MB are held for the drafter's next version", size / 1e6)
+        except Exception as error:  # told again where the first swap is refused
+            logger.warning("aurora: no room for the drafter's next version: %s", error)
+    return original(scheduler, *args, **kw)
 
 
 def _agent_of(worker: Any) -> Agent | None:

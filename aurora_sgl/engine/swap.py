@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain, pairwise
@@ -25,12 +25,15 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_sgl.drafter.checkpoint import WEIGHTS, content_sha256
+from aurora_sgl.engine import shadows
 from aurora_sgl.engine.cpu import layer, linear
 from aurora_sgl.engine.cpu.packed import Packed, pack
 from aurora_sgl.engine.swap_file import SwapRefused, WeightsFile
 from aurora_sgl.engine.swap_live import LiveWeights, StagedWeights, Task
 from aurora_sgl.engine.swap_names import SHARED, Home, find_home, is_weight, lacking
 from aurora_sgl.engine.swap_pieces import Carrier, NotInPieces, Part, copies_of
+
+_NO_SIDECAR = "this server has no sidecar"
 
 
 class Swapper:
@@ -48,8 +51,10 @@ class Swapper:
         target_vocabulary: int,
         *,
         swaps: bool = True,
+        reserved: Mapping[str, torch.nn.Parameter] | None = None,
     ) -> None:
-        """Without ``swaps`` no memory is taken, and every one is refused."""
+        """Without ``swaps`` no memory is taken, and every one is refused. ``reserved``: shadows
+        that were made before, see ``shadows``."""
         self._parameters: dict[str, torch.nn.Parameter] = dict(draft_model.named_parameters())
         self._device = next(iter(self._parameters.values())).device
         self._target_storages = {p.untyped_storage().data_ptr() for p in target_model.parameters()}
@@ -63,7 +68,7 @@ class Swapper:
         self._applied: torch.cuda.Event | None = None
         self._shadows: dict[str, torch.nn.Parameter] = {}
         self._exchangeable = self._with_memory_of_their_own()
-        self._no_room = self._make_shadows() if swaps else "this server has no sidecar"
+        self._no_room = self._make_shadows(reserved or {}) if swaps else _NO_SIDECAR
         self.staged: StagedWeights | None = None
         self.failure: tuple[int, str] | None = None  # (version, reason) of a failed staging
         self.unread = ""  # why the last reading back failed
@@ -73,13 +78,13 @@ class Swapper:
         """Memory that waits for the next version."""
         return sum(shadow.numel() * shadow.element_size() for shadow in self._shadows.values())
 
-    def _make_shadows(self) -> str:
+    def _make_shadows(self, reserved: Mapping[str, torch.nn.Parameter]) -> str:
         """Shadows of all parameters that are the drafter's own; why there are none, or ""."""
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._carrier = Carrier(self._device)
                 self._shadows = {
-                    name: _shadow(parameter)
+                    name: shadows.of(parameter, reserved.get(name))
                     for name, parameter in self._parameters.items()
                     if not self._is_the_targets(parameter) and not name.endswith(SHARED)
                 }
@@ -437,16 +442,6 @@ class Swapper:
             return self.read_back(staged, whole=True)
         staged = self.stage(0, path, content_sha256(load_file(path)))
         return self.read_back(staged, whole=False)
-
-
-def _shadow(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """A second parameter with the attributes that SGLang's weight loaders look at."""
-    # Its memory is touched now, so that staging meets no page faults.
-    twin = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
-    if parameter.__class__ is not torch.nn.Parameter:
-        twin.__class__ = parameter.__class__
-    twin.__dict__.update(parameter.__dict__)
-    return twin
 
 
 def _in_the_background(work: Callable[[], Packed]) -> Future[Packed]:

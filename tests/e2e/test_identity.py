@@ -11,8 +11,14 @@ import torch
 from sqlalchemy import select
 
 from aurora_sgl import store
+from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.draft_shape import DraftShape
+from aurora_sgl.drafter import checkpoint
+from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.engine.step_shape import shapes_within
+from aurora_sgl.sequences import dataset
+from aurora_sgl.sequences.trace_cache import TraceFiles
+from aurora_sgl.store import queries
 from aurora_sgl.store.models import AcceptanceEvent
 from tests.e2e.conftest import Running, start, until
 from tests.e2e.test_sampling import assert_targets_law
@@ -73,6 +79,38 @@ def shapes_served(running: Running) -> set[tuple[int, int]]:
     return until(seen, 20, "verify steps in the store")
 
 
+def assert_steps_without_drafts_leave_none_behind(running: Running, model: Path) -> None:
+    """A server that times a plain step among steps with drafts keeps their draft KV: what follows
+    is what the drafter proposes for the whole text."""
+    with store.session(running.engine, write=False) as s:
+        rows = queries.requests.recent_requests(s, running.group_id, limit=500)
+        uri = queries.versions.version(s, running.live_version() or 0).weights_uri
+    artifacts = ArtifactRoot(str(running.home / "artifacts"))
+    drafter = checkpoint.load(artifacts.local_path(uri)).float().eval()
+    files = TraceFiles(artifacts, running.home / "cache")
+    built = dataset.build(
+        rows, files, drafter.config, dev_share=0.0, gate_share=0.0, donors=rows
+    )  # fmt: skip
+    head = TargetHead.load(model)
+    after = same = 0
+    for sequence in built.train:
+        events = running.events(sequence.request_id)
+        kinds = [event["depth"] > 0 for event in events]
+        if all(kinds) or not any(kinds) or any(event["mixed"] for event in events):
+            continue
+        for event in events[kinds.index(False) :]:
+            root = torch.tensor([event["position"] - 1])
+            if not event["depth"] or int(root) > sequence.rows:
+                continue
+            shape = DraftShape(event["depth"], event["topk"], event["nodes"])
+            with torch.no_grad():
+                (draft,) = drafter.propose(sequence.tokens, sequence.features, root, shape, head)
+            after += 1
+            same += list(draft.tokens) == event["draft_tokens"]
+    assert after >= 10, "plain steps among steps with drafts"
+    assert same >= 0.95 * after, (same, after)
+
+
 def test_eagle3_trees_give_hugging_faces_tokens(
     server: Running, prompts: list[list[int]], hugging_face: Any
 ) -> None:
@@ -129,6 +167,8 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
             }
         if kind == "wide tree":
             assert_null_runs_cover_zero(running, shape)
+        if moves:
+            assert_steps_without_drafts_leave_none_behind(running, model)
         if kind == "chain":  # trees are in test_sampling, on the shared server
             assert_targets_law(
                 running, prompts[2], hugging_face, temperature=1.0, top_k=3, top_p=0.95

@@ -16,6 +16,7 @@ from aurora_sgl.rollout import promote
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
 from tests.e2e.conftest import PROMPTS, Running, start, until
+from tests.support import breaking
 from tests.support.random_llama import greedy_tokens, make_drafter, make_target
 
 TOKENS = 24
@@ -29,6 +30,7 @@ class Ranked:
     prompts: list[list[int]]
     answers: list[list[int]]
     other: Path
+    breaks: Path  # names the part of a swap that raises on the second rank
 
     def serve(self) -> list[dict[str, Any]]:
         """Every prompt, four at a time; the answers must be Hugging Face's."""
@@ -46,17 +48,41 @@ class Ranked:
         with store.session(self.running.engine, write=False) as s:
             return list(queries.servers.servers(s, self.running.group_id))
 
-    def put_other_live(self) -> int:
+    def promote_other(self) -> int:
         artifacts = ArtifactRoot(str(self.running.home / "artifacts"))
         engine, group = self.running.engine, self.running.group_id
         version = import_version(engine, artifacts, self.other, group).id
         promote(engine, version, actor="test", reason="another drafter")
+        return int(version)
+
+    def until_live(self, version: int) -> None:
         until(
             lambda: {row.live_version_id for row in self.servers()} == {version},
-            120,
+            180,
             "every server to have the other drafter",
         )
-        return int(version)
+
+    def refused(self) -> list[str]:
+        """Why swaps were refused, the newest first."""
+        with store.session(self.running.engine, write=False) as s:
+            rows = queries.swaps.swaps(s, self.running.group_id)
+            return [row.reason for row in rows if not row.ok]
+
+    def promote_while_the_second_rank_fails(self) -> int:
+        """In each part of a swap, one after the other. Nobody waits for that rank for ever, and
+        what was live is served."""
+        live = {row.live_version_id for row in self.servers()}
+        version = 0
+        for part in breaking.SWAP_BREAKS:
+            self.breaks.write_text(part)
+            tries = len(self.refused())
+            version = version or self.promote_other()
+            until(lambda tries=tries: len(self.refused()) > tries, 120, f"what {part} breaks")
+            assert "another rank" in self.refused()[0]
+            self.serve()
+            assert {row.live_version_id for row in self.servers()} == live
+        self.breaks.write_text("")
+        return version
 
 
 @pytest.fixture(params=[("--tp-size", "2"), ("--dp-size", "2")], ids=["tp 2", "dp 2"])
@@ -73,8 +99,12 @@ def ranked(
         make_drafter(target, answers, tmp_path / f"drafter-{seed}", seed) for seed in (0, 1)
     ]
     cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # SGLang asks for it on one NUMA node
+    breaks = tmp_path / "breaks"
+    breaks.write_text("")
+    if request.param[0] == "--tp-size":
+        cores |= {breaking.SWAPS: str(breaks), **breaking.installed(tmp_path / "plugin")}
     running = start(tmp_path / "home", target, drafters[0], flags=request.param, environment=cores)
-    yield request.param[0], Ranked(running, prompts, answers, drafters[1])
+    yield request.param[0], Ranked(running, prompts, answers, drafters[1], breaks)
     running.process.stop()
     running.engine.dispose()
 
@@ -85,7 +115,9 @@ def test_tokens_records_and_a_swap_hold_over_ranks(ranked: tuple[str, Ranked]) -
     until(lambda: len(world.servers()) == replicas, 60, "a row for each replica")
     assert len({row.name for row in world.servers()}) == replicas
     before = world.serve()
-    version = world.put_other_live()
+    ranks = kind == "--tp-size"
+    version = world.promote_while_the_second_rank_fails() if ranks else world.promote_other()
+    world.until_live(version)
     after = world.serve()
     rows = [world.running.request(one["meta_info"]["id"], 60) for one in before + after]
     assert all(row.status == "finished" for row in rows)

@@ -1,6 +1,7 @@
 """An SGLang plugin of the tests' own: parts of ours fail for requests whose id asks for it.
 
-A rid ``break NAME ...`` makes the function behind NAME raise while that request is in its hands.
+A rid ``break NAME ...`` makes the function behind NAME raise while that request is in its hands. A
+NAME in the file that ``SWAPS`` names makes a part of swaps raise on the second of the ranks.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ BREAKS = {
     "shape": f"{_AGENT}choose_shape",
     "marks": "aurora_sgl.engine.draft_kv.DraftKV.mark",
 }
+SWAPS = "AURORA_TEST_BREAK_SWAPS"
+SWAP_BREAKS = {
+    "staging": "aurora_sgl.engine.swap.Swapper.begin_staging",
+    "apply": "aurora_sgl.engine.swap.Swapper.apply",
+    "word": "aurora_sgl.engine.swap_driver.SwapDriver._stands",
+    # After the first parameters are exchanged.
+    "middle": "aurora_sgl.engine.cpu.linear.moved",
+}
+_calls = [0]
 _rids: list[str] = []  # of the batch at hand, for what is not given it
 
 
@@ -45,6 +55,19 @@ def _breaking(name: str) -> Callable[..., Any]:
     return hook
 
 
+def _breaking_swap(name: str) -> Callable[..., Any]:
+    def hook(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        from sglang.srt.runtime_context import get_parallel
+
+        asked = Path(os.environ[SWAPS]).read_text().strip() == name
+        _calls[0] = _calls[0] + 1 if asked else 0
+        if asked and get_parallel().tp_rank == 1 and (name != "middle" or _calls[0] == 3):
+            raise RuntimeError(f"{name} is broken by a test")
+        return original(*args, **kw)
+
+    return hook
+
+
 def register() -> None:
     """The plugin's entry point: hooks in the scheduler process only."""
     if multiprocessing.parent_process() is None:
@@ -53,6 +76,8 @@ def register() -> None:
 
     for name, target in BREAKS.items():
         HookRegistry.register(target, _breaking(name), HookType.AROUND)
+    for name, target in SWAP_BREAKS.items() if SWAPS in os.environ else ():
+        HookRegistry.register(target, _breaking_swap(name), HookType.AROUND)
 
 
 def installed(folder: Path) -> dict[str, str]:

@@ -316,7 +316,7 @@ def test_without_memory_for_shadows_swaps_are_refused_and_nothing_else_fails(
     def none(*_: Any) -> Any:
         raise RuntimeError("out of memory\nfor ever")
 
-    monkeypatch.setattr("aurora_sgl.engine.swap._shadow", none)
+    monkeypatch.setattr("aurora_sgl.engine.shadows.shadow", none)
     swapper = Swapper(house.model, house.target, house.hot, 40)
     assert swapper.read_back_at_start(house.file(house.tensors(1)), whole=True) == ""
     with pytest.raises(SwapRefused, match=r"no memory for a second copy .*out of memory\)"):
