@@ -62,8 +62,8 @@ def noise(seed: int = 0) -> Iterator[None]:
 def main() -> int:
     """A server with as many threads as cores, alone and beside two busy threads of nice 10."""
     parser = arguments(
-        "How much of its tokens/s does a server on CPU keep beside two busy threads (nice 10) of other\n"
-        "sessions? Windows of one request in turn, alone and beside. Aim: 0.5.\n\n"
+        "How much of its tokens/s does a server on CPU keep beside two busy threads (nice 10) of\n"
+        "other sessions? Windows of one request in turn, alone and beside. Aim: 0.5.\n\n"
         "    python -m benchmarks.neighbours [--rounds 8] [--tokens 48] [--json] [--keep]"
     )
     parser.add_argument("--rounds", type=int, default=8)

@@ -53,6 +53,7 @@ class CachedKV:
         """A request's prefill is over: remember what it found of another drafter."""
         if state.strangers is None or state.steps:
             return
+        self._heads.found(self._live.swap_count, int(req.cached_tokens))
         _, others, in_head = map(int, state.strangers)
         if others:
             namespace, cached = req.extra_key or "", int(req.cached_tokens)

@@ -40,6 +40,7 @@ class Turn(NamedTuple):
     key: int  # the same for the same prompt
     length: int  # tokens of its prompt
     before: Place | None  # where the turns before it are; None: there are none that we know
+    again: Place | None = None  # where the same prompt was before; it is in the cache there
     name: str = ""  # of its conversation, where the client gives one
 
 
@@ -57,19 +58,26 @@ class Conversations:
     def find(self, prompt: Sequence[int] | None, name: str = "") -> Turn:
         """A request that came in; ``name``: of its conversation, if it has one."""
         if not prompt:
-            return Turn(0, 0, None, name)
+            return Turn(0, 0, None, name=name)
         sums = self._sums(prompt)
         known = np.flatnonzero((self._lengths > 0) & (self._lengths <= len(sums)))
         known = known[sums[self._lengths[known] - 1] == self._keys[known]]
-        before = None
-        if len(known):
-            before = Place(int(self._places[known[np.argmax(self._lengths[known])]]))
-        return Turn(int(sums[-1]), len(sums), before, name)
+        same = known[self._lengths[known] == len(sums)]
+        shorter = known[self._lengths[known] < len(sums)]
+        before = again = None
+        if len(same):
+            again = Place(int(self._places[same[0]]))
+        if len(shorter):
+            before = Place(int(self._places[shorter[np.argmax(self._lengths[shorter])]]))
+        return Turn(int(sums[-1]), len(sums), before, again, name)
 
     def wants_trace(self, turn: Turn, share: float) -> bool:
         """Whether a turn is to be traced, where ``share`` of the conversations are."""
-        if turn.before is not None:
-            return turn.before is Place.TRACED
+        where = turn.before if turn.before is not None else turn.again
+        if where is Place.HELD or turn.before is Place.PLAIN:
+            return False
+        if where is Place.TRACED:
+            return True
         if turn.name:
             return zlib.crc32(clean.text(turn.name).encode()) < share * 2**32
         self._credit += share
@@ -83,7 +91,8 @@ class Conversations:
         if traced:
             place = Place.TRACED
         else:
-            place = Place.PLAIN if turn.before in (None, Place.PLAIN) else Place.HELD
+            where = turn.before if turn.before is not None else turn.again
+            place = Place.PLAIN if where in (None, Place.PLAIN) else Place.HELD
         if not turn.length:
             return place
         same = (self._lengths == turn.length) & (self._keys == np.uint64(turn.key))

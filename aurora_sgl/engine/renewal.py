@@ -5,7 +5,7 @@ behind; a system prompt never does, since it is met again and again and so never
 all requests behind it would draft a little worse, and none would say something about the new
 drafter alone. So of the requests that meet such a head one computes it again as if it were not
 cached, and what its drafter makes is copied to where the cache has that head. The same for a whole
-prompt that comes again.
+prompt that comes again. All of it together stays within half a percent of what the cache saves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ _HITS_EACH = 64  # tokens of a head for each request that has to meet it first
 _MOST_HEADS = 1024
 #: The request that computes a head again may be so much longer than what others found cached.
 _TIMES, _MORE = 2, 256
+#: Tokens that all of them together may compute again since a swap: of what others found cached
+#: since then, and so many to begin with.
+_SHARE, _FIRST = 0.005, 192
 
 
 @dataclass(slots=True)
@@ -41,11 +44,17 @@ class StaleHeads:
     def __init__(self) -> None:
         self._heads: dict[Key, _Head] = {}
         self._swap_count = 0
+        self._allowed = float(_FIRST)  # tokens
 
     @staticmethod
     def level(cached: int) -> int:
         """How many tokens a head is known by of which so many are cached; 0: too few."""
         return next((level for level in _LEVELS if level <= cached), 0)
+
+    def found(self, swap_count: int, cached: int) -> None:
+        """A request found so many tokens in the cache, of whichever drafter."""
+        self._since(swap_count)
+        self._allowed += _SHARE * cached
 
     def met(
         self,
@@ -78,14 +87,16 @@ class StaleHeads:
             head = self._heads.get(key)
             if head is None or head.hits < min(length, head.shortest) // _HITS_EACH:
                 continue
-            if len(prompt) <= _TIMES * head.shortest + _MORE:
+            if len(prompt) <= min(_TIMES * head.shortest + _MORE, self._allowed):
                 del self._heads[key]
+                self._allowed -= len(prompt)
                 return True
         return False
 
     def _since(self, swap_count: int) -> None:
         if swap_count != self._swap_count:
             self._swap_count = swap_count
+            self._allowed = float(_FIRST)
             self._heads.clear()
 
 

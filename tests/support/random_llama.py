@@ -20,16 +20,18 @@ def make_target(
     hidden_size: int = 256,
     layers: int = 8,
     heads: int = 8,
+    inner: int = 0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """A random ``LlamaForCausalLM`` (tied embeddings) whose heads two ranks can share."""
+    """A random ``LlamaForCausalLM`` (tied embeddings) whose heads two ranks can share. ``inner``:
+    width of its MLPs, by default twice that of its layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=inner or 2 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,

@@ -65,7 +65,7 @@ def test_after_a_trace_that_broke_off_no_later_turn_is_traced() -> None:
     place(known, other, 1.0)
     known.hold(turn.key)
     assert place(known, second, 1.0) is Place.HELD
-    assert known.find(other).before is Place.TRACED
+    assert known.find(other).again is Place.TRACED
     known.hold(12345)  # of no turn that is remembered
 
 
@@ -77,6 +77,16 @@ def test_the_same_prompt_again_goes_where_it_was_and_a_branch_where_its_last_tur
     assert place(known, first, 1.0) is Place.HELD
     assert place(known, second, 1.0) is Place.HELD
     assert place(known, [*third[:-1], 7], 1.0) is Place.HELD
+
+
+def test_a_prompt_that_comes_again_is_chosen_anew_until_it_is_traced() -> None:
+    """It was cached where it was, and will be where it is: nothing is lost for long."""
+    known = Conversations()
+    first, second, *_ = prompts(6)
+    assert place(known, first, 1.0, fits=False) is Place.PLAIN  # such as one without consent
+    assert place(known, first, 1.0) is Place.TRACED
+    assert place(known, first, 0.0) is Place.TRACED
+    assert place(known, second, 0.0) is Place.TRACED
 
 
 def test_a_shared_system_prompt_says_nothing_about_a_chat() -> None:
@@ -91,8 +101,9 @@ def test_odd_prompts(prompt: list[int] | None) -> None:
     known = Conversations(remembered=4)
     turn = known.find(prompt)
     assert turn.before is None and known.keep(turn, traced=True) is Place.TRACED
-    assert known.find(prompt).before is (Place.TRACED if prompt else None)
+    assert known.find(prompt).again is (Place.TRACED if prompt else None)
     if prompt:  # one that is shorter or longer by the same token is another
+        assert known.find(prompt[:-1]).again is None
         assert known.find(prompt[:-1]).before is None
 
 
@@ -101,8 +112,8 @@ def test_old_turns_are_forgotten() -> None:
     turns = [[n, n + 1, n + 2] for n in range(20)]
     for one in turns:
         place(known, one, 1.0)
-    assert known.find(turns[0]).before is None
-    assert all(known.find(one).before is Place.TRACED for one in turns[-8:])
+    assert known.find(turns[0]).again is None
+    assert all(known.find(one).again is Place.TRACED for one in turns[-8:])
 
 
 def test_a_turn_without_a_prompt_is_chosen_by_its_name() -> None:

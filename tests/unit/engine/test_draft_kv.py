@@ -88,6 +88,23 @@ def test_another_drafters_places_are_told_from_empty_ones_and_from_those_of_the_
 PROMPT = list(range(2000))
 
 
+def test_what_is_computed_again_is_a_small_part_of_what_the_cache_saves() -> None:
+    heads, cached, again = StaleHeads(), 0, 0
+    for number in range(3000):
+        prompt = [*PROMPT[:600], number]
+        if heads.renews(1 + number // 1000, "", prompt):
+            again += len(prompt)
+            continue
+        heads.found(1 + number // 1000, 600)
+        heads.met(1 + number // 1000, "", prompt, 600, in_head=True)
+        cached += 600
+    assert 3 * 600 <= again <= 0.005 * cached + 3 * 192
+    assert not heads.renews(4, "", PROMPT[:600])
+    for number in range(200):  # few requests, and a swap every tenth
+        heads.met(5 + number // 10, "", [*PROMPT[:300], number], 300, in_head=True)
+        assert not heads.renews(5 + number // 10, "", [*PROMPT[:300], 7])
+
+
 def test_a_head_is_renewed_once_by_the_next_request_that_is_not_much_longer() -> None:
     heads = StaleHeads()
     assert not heads.renews(1, "", PROMPT[:60])
@@ -104,6 +121,7 @@ def test_a_head_is_renewed_once_by_the_next_request_that_is_not_much_longer() ->
 @pytest.mark.parametrize(("cached", "hits"), [(20, 1), (100, 1), (300, 4), (1500, 16)])
 def test_the_longer_a_head_the_more_requests_have_to_meet_it(cached: int, hits: int) -> None:
     heads = StaleHeads()
+    heads.found(1, 400_000)
     for other in range(hits):
         assert not heads.renews(1, "", [*PROMPT[:cached], 1])
         heads.met(1, "", [*PROMPT[:cached], -other], cached, in_head=True)
