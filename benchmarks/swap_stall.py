@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=50)
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of one answer")
+    parser.add_argument("--quiet", type=float, default=8.0, help="seconds without a swap first")
+    parser.add_argument("--keep", action="store_true", help="add them to results/operation.jsonl")
     given = parser.parse_args()
     environment = {"AURORA_SPECULATION": "on"}
     started = server(
@@ -102,10 +104,11 @@ def main() -> None:
         engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
         group_id, server_id, first = first_live(engine)
         versions = [first, _relative(engine, home, group_id, first)]
+        size = (home / "relative" / "model.safetensors").stat().st_size
         streams = [Stream(process.url, n, given.tokens) for n in range(given.streams)]
         for stream in streams:
             stream.start()
-        time.sleep(8)
+        time.sleep(given.quiet)
         windows: list[tuple[float, float]] = []
         for number in range(given.swaps):
             wanted = versions[(number + 1) % 2]
@@ -125,6 +128,8 @@ def main() -> None:
         begins += [stream.arrivals[at] for stream in streams for at in stream.breaks[:-1]]
         quiet = [(a, b + 0.3) for a, b in windows if not any(a - 1 <= t <= b + 0.3 for t in begins)]
         row = {
+            "drafter MB": size / 1e6,
+            "seconds a swap": median(b - a for a, b in windows),
             "swaps": given.swaps,
             "streams": given.streams,
             "compared": len(quiet),
@@ -134,9 +139,8 @@ def main() -> None:
             {"seen by": name, **_compare(gaps, quiet), **row}
             for name, gaps in (("scheduler", made), ("client", seen))
         ]
-    report(
-        "longest gap at a swap, in median steps (aim: max <= 2, 0 failed)", rows, as_json=given.json
-    )
+    title = "longest gap at a swap, in median steps (aim: max <= 2, 0 failed)"
+    report(title, rows, as_json=given.json, keep="swap stall" if given.keep else "")
 
 
 def _compare(
@@ -148,15 +152,21 @@ def _compare(
         max((g for end, g in gaps if begun <= end <= done), default=0.0) / step
         for begun, done in windows
     )
-    outside = sorted(
-        g / step for end, g in gaps if not any(begun <= end <= done for begun, done in windows)
-    )
+    inside, outside = [], []
+    for end, gap in gaps:
+        within = any(begun <= end <= done for begun, done in windows)
+        (inside if within else outside).append(gap / step)
+    outside.sort()
     return {
         "step ms": 1000 * step,
         "median": median(longest),
         "p99": longest[int(0.99 * (len(longest) - 1))],
         "max": longest[-1],
+        "steps": len(inside),
+        "over 2": sum(gap > 2 for gap in inside) / max(1, len(inside)),
         "p99 without": outside[int(0.99 * (len(outside) - 1))],
+        "max without": outside[-1],
+        "over 2 without": sum(gap > 2 for gap in outside) / len(outside),
     }
 
 

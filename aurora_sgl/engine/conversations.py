@@ -73,11 +73,10 @@ class Conversations:
 
     def wants_trace(self, turn: Turn, share: float) -> bool:
         """Whether a turn is to be traced, where ``share`` of the conversations are."""
-        where = turn.before if turn.before is not None else turn.again
-        if where is Place.HELD or turn.before is Place.PLAIN:
-            return False
-        if where is Place.TRACED:
-            return True
+        if turn.before is not None:
+            return turn.before is Place.TRACED
+        if turn.again in (Place.TRACED, Place.HELD):
+            return True  # what is cached of it there was traced
         if turn.name:
             return zlib.crc32(clean.text(turn.name).encode()) < share * 2**32
         self._credit += share

@@ -99,9 +99,14 @@ def test_headers_hold_in_every_http_worker(two: Running) -> None:
             _, domain, may_train = said[place % len(said)]
             assert (row.domain, row.may_train) == (domain, may_train)
             assert may_train or not row.traced
-    with store.session(two.engine, write=False) as s:
-        rows = queries.requests.recent_requests(s, two.group_id, limit=500)
-    assert {row.domain for row in rows} == {"default", "open"}, "warm-ups are not there, nor no's"
+
+    def domains() -> set[str]:
+        with store.session(two.engine, write=False) as s:
+            rows = queries.requests.recent_requests(s, two.group_id, limit=500)
+            return {row.domain for row in rows}
+
+    until(lambda: domains() >= {"default", "open"}, 30, "the traces")
+    assert domains() == {"default", "open"}, "warm-ups are not there, nor no's"
 
 
 def test_what_comes_by_another_door_is_served_counted_and_not_learnt_from(two: Running) -> None:

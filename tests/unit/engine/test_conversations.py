@@ -69,14 +69,14 @@ def test_after_a_trace_that_broke_off_no_later_turn_is_traced() -> None:
     known.hold(12345)  # of no turn that is remembered
 
 
-def test_the_same_prompt_again_goes_where_it_was_and_a_branch_where_its_last_turn_was() -> None:
+def test_the_same_prompt_again_stays_and_a_branch_goes_where_its_last_turn_was() -> None:
     known = Conversations()
     first, second, third, *_ = prompts(5)
     assert place(known, first, 1.0) is Place.TRACED
-    assert place(known, first, 0.0, fits=False) is Place.HELD  # such as a consent taken back
-    assert place(known, first, 1.0) is Place.HELD
-    assert place(known, second, 1.0) is Place.HELD
+    assert place(known, first, 1.0, fits=False) is Place.HELD  # such as one without consent
+    assert place(known, second, 1.0) is Place.HELD  # which may go on from that answer
     assert place(known, [*third[:-1], 7], 1.0) is Place.HELD
+    assert place(known, first, 1.0) is Place.TRACED  # its own prompt was traced whole
 
 
 def test_a_prompt_that_comes_again_is_chosen_anew_until_it_is_traced() -> None:
