@@ -34,7 +34,7 @@ class Place(IntEnum):
     HELD = 2
 
 
-class Turn(NamedTuple):
+class ConversationTurn(NamedTuple):
     """One request of a conversation."""
 
     key: int  # the same for the same prompt
@@ -55,23 +55,23 @@ class Conversations:
         self._powers = np.ones(1, np.uint64)
         self._credit = 0.0
 
-    def find(self, prompt: Sequence[int] | None, name: str = "") -> Turn:
+    def find(self, prompt: Sequence[int] | None, name: str = "") -> ConversationTurn:
         """A request that came in; ``name``: of its conversation, if it has one."""
         if not prompt:
-            return Turn(0, 0, None, name=name)
+            return ConversationTurn(0, 0, None, name=name)
         sums = self._sums(prompt)
-        known = np.flatnonzero((self._lengths > 0) & (self._lengths <= len(sums)))
-        known = known[sums[self._lengths[known] - 1] == self._keys[known]]
-        same = known[self._lengths[known] == len(sums)]
-        shorter = known[self._lengths[known] < len(sums)]
+        starts = np.flatnonzero((self._lengths > 0) & (self._lengths <= len(sums)))
+        starts = starts[sums[self._lengths[starts] - 1] == self._keys[starts]]
+        same = starts[self._lengths[starts] == len(sums)]
+        shorter = starts[self._lengths[starts] < len(sums)]
         before = again = None
         if len(same):
             again = Place(int(self._places[same[0]]))
         if len(shorter):
             before = Place(int(self._places[shorter[np.argmax(self._lengths[shorter])]]))
-        return Turn(int(sums[-1]), len(sums), before, again, name)
+        return ConversationTurn(int(sums[-1]), len(sums), before, again, name)
 
-    def wants_trace(self, turn: Turn, share: float) -> bool:
+    def wants_trace(self, turn: ConversationTurn, share: float) -> bool:
         """Whether a turn is to be traced, where ``share`` of the conversations are."""
         if turn.before is not None:
             return turn.before is Place.TRACED
@@ -85,7 +85,7 @@ class Conversations:
         self._credit -= 1.0
         return True
 
-    def keep(self, turn: Turn, *, traced: bool) -> Place:
+    def keep(self, turn: ConversationTurn, *, traced: bool) -> Place:
         """Remember whether a turn is traced. Returns where it belongs."""
         if traced:
             place = Place.TRACED

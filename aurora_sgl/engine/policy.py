@@ -21,7 +21,7 @@ from statistics import median
 from aurora_sgl import intervals
 from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
-from aurora_sgl.engine.step_times import StepTimes
+from aurora_sgl.engine.step_times import StepTimings
 from aurora_sgl.step_cost import MARGIN, is_worth
 
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
@@ -99,7 +99,7 @@ class SpeculationPolicy:
         self._explore_share = explore_share
         self._credit = 1.0
         #: By shape and group of batch sizes, as all that is kept by ``group``.
-        self.times = StepTimes()
+        self.times = StepTimings()
         self._recent: deque[float] = deque(maxlen=64)  # of steps of any kind
         self._paying: dict[int, bool] = {}
         self._rounds: dict[int, int] = {}  # steps with drafts

@@ -22,7 +22,7 @@ _NEIGHBOURS, _NEAR = 12, 64  # steps of a group that are looked back at, within 
 _LEAST = 4  # of the other kind among them
 
 
-class StepTimes:
+class StepTimings:
     """In seconds. A group is one of ``batch_sizes.batch_bucket``."""
 
     def __init__(self) -> None:
@@ -87,12 +87,12 @@ class StepTimes:
 
     def plain(self, group: int) -> float | None:
         """Of steps without drafts, as they would be now; None: not known."""
-        known = self.of(NO_DRAFT, group)
-        if known is None:
+        timed = self.of(NO_DRAFT, group)
+        if timed is None:
             return None
         compared = [
             ratio * time
             for shape, ratio in self._compared.get(group, ())
             if (time := self.of(shape, group)) is not None
         ]
-        return median(compared) if compared else known
+        return median(compared) if compared else timed

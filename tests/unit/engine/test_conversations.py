@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from aurora_sgl.engine.conversations import Conversations, Place, Turn
+from aurora_sgl.engine.conversations import Conversations, ConversationTurn, Place
 
 HEAD = list(range(500, 620))  # a system prompt that all share
 
@@ -122,4 +122,4 @@ def test_a_turn_without_a_prompt_is_chosen_by_its_name() -> None:
     chosen = [known.wants_trace(turn, 0.3) for turn in named]
     assert chosen == [known.wants_trace(turn, 0.3) for turn in named]
     assert 0.2 < sum(chosen) / 400 < 0.4
-    assert known.keep(Turn(0, 0, None), traced=False) is Place.PLAIN
+    assert known.keep(ConversationTurn(0, 0, None), traced=False) is Place.PLAIN
