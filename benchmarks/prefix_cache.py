@@ -10,7 +10,7 @@ only. Served: one more turn of each chat after the swaps, from the cache and the
 Replayed (with ``--home``, a data folder of the demo): requests whose whole prompt has draft KV of
 the version before.
 
-    python benchmarks/prefix_cache.py [--chats 12] [--turns 6] [--home FOLDER] [--json] [--keep]
+    python benchmarks/prefix_cache.py [--chats 8] [--turns 6] [--home FOLDER] [--json] [--keep]
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SYSTEM = (
     "words, you say when you do not know something, you never make up numbers or names, you ask "
     "back when a question can be read in two ways, and you end with the next step to take."
 )
-TOKENS = 32  # of an answer
+TOKENS = 24  # of an answer
 AT_ONCE = 4
 FLAGS = ("--enable-cache-report", "--max-total-tokens", "24576")
 SHARES = (0.1, 0.5, 1.0)
@@ -132,7 +132,9 @@ def drafters_of(home: Path) -> list[tuple[int, Path]]:
 
 def cached_row(title: str, chats: list[Chat]) -> dict[str, Any]:
     prompts, cached = (sum(getattr(c, name) for c in chats) for name in ("prompt_tokens", "cached"))
-    return {"server": title, "prompt tokens": prompts, "cached": cached, "part": cached / prompts}
+    row = {"server": title, "prompt tokens": prompts, "cached": cached, "part": cached / prompts}
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def stale_served(url: str, chats: list[Chat]) -> Difference:
@@ -217,17 +219,19 @@ def stale_replayed(home: Path, model: Path) -> Iterator[dict[str, Any]]:
 
 
 def stale_row(title: str, found: Difference) -> dict[str, Any]:
-    return {
+    row = {
         "draft KV of prompts": title, "requests": found.requests, "own": found.baseline,
         "stale": found.candidate, "difference": found.difference,
         "from": found.ci_low, "to": found.ci_high,
     }  # fmt: skip
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def main() -> int:
     parser = arguments(__doc__ or "")
     parser.add_argument("--keep", action="store_true", help="add them to results/operation.jsonl")
-    parser.add_argument("--chats", type=int, default=12)
+    parser.add_argument("--chats", type=int, default=8)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="capture shares")
     parser.add_argument("--home", type=Path, help="data folder of a demo with three versions")

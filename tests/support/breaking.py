@@ -26,7 +26,7 @@ BREAKS = {
     "shape": f"{_AGENT}choose_shape",
     "marks": "aurora_sgl.engine.draft_kv.DraftKV.mark",
 }
-SWAPS = "AURORA_TEST_BREAK_SWAPS"
+SWAPS = "BREAK_SWAPS_OF_A_RANK"
 SWAP_BREAKS = {
     "staging": "aurora_sgl.engine.swap.Swapper.begin_staging",
     "apply": "aurora_sgl.engine.swap.Swapper.apply",

@@ -167,9 +167,19 @@ def parents(parent_list: list[int], chosen: list[int], topk: int) -> list[int]:
     return found
 
 
+class Batch(SimpleNamespace):
+    """What it was not given is None, as most fields of SGLang's ``ForwardBatch``."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def batch_of(input_ids: Any, positions: Any, places: Any, hidden: Any) -> Any:
-    mode = SimpleNamespace(is_idle=lambda: False, is_extend=lambda: False)
-    return SimpleNamespace(
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    mode = ForwardMode.DECODE
+    return Batch(
         input_ids=input_ids,
         positions=positions.clone(),
         out_cache_loc=places,
