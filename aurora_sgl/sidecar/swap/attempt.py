@@ -11,13 +11,21 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.processes.priority import when_idle
 from aurora_sgl.sidecar.swap.staging import StagedFile, Stager, Wanted
 
-#: Seconds that the engine has to answer a Stage command, and for each byte of the file: it takes at
-#: least some 1.5 MB a step, twice, and a step may take 0.1 s.
+#: Seconds that the engine has to answer a Stage command, and steps for each byte of the file: it
+#: takes at least some 1.5 MB a step, twice.
 DEADLINE_SECONDS = 60.0
-SECONDS_PER_BYTE = 2 * 0.1 / 1.5e6
+STEPS_PER_BYTE = 2 / 1.5e6
+STEP_SECONDS = 0.1  # at least; else twice what the engine's last steps took
 BACKOFF_SECONDS = (5.0, 300.0)
 
 log = logging.getLogger(__name__)
+
+
+def patience_for(size: int, hello: wire.Hello) -> float:
+    """Seconds that an engine has for a drafter of so many bytes: its steps carry the pieces, and
+    those of a large target on a busy machine take long."""
+    step = max(STEP_SECONDS, 2 * hello.counters.get("step_ms", 0.0) / 1000)
+    return DEADLINE_SECONDS + STEPS_PER_BYTE * size * step
 
 
 class Swaps:
@@ -52,7 +60,7 @@ class Swaps:
             staged = when_idle(lambda: self._stager.stage(wanted, hello))
         except AuroraError as error:
             return self._fail(str(error))
-        patience = DEADLINE_SECONDS + SECONDS_PER_BYTE * staged.size
+        patience = patience_for(staged.size, hello)
         deadline = wire.now_us() + int(patience * 1e6)
         command = wire.Stage(wanted.version_id, str(staged.path), wanted.weights_sha256, deadline)
         if not self._send(command):
