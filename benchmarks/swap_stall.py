@@ -126,6 +126,8 @@ def main() -> None:
         seen = [gap for stream in streams for gap in stream.gaps()]
         made, begins = _made(engine, server_id)
         begins += [stream.arrivals[at] for stream in streams for at in stream.breaks[:-1]]
+        if given.streams == 1:  # nobody waits for another's prefill
+            begins = []
         quiet = [(a, b + 0.3) for a, b in windows if not any(a - 1 <= t <= b + 0.3 for t in begins)]
         row = {
             "drafter MB": size / 1e6,

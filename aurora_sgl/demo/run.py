@@ -173,7 +173,7 @@ class _Demo:
         self.screen.end_bar("starting SGLang")
         self.screen.url = self.server.url
         self.screen.say(f"SGLang is ready: {self.server.url}/v1")
-        await self._until(self._server_known, 60.0, "the sidecar did not register the server")
+        await self._until(self._server_known, 180.0, "the sidecar did not register the server")
         if self.dashboard is not None:
             self.dashboard.start()
         watching = asyncio.create_task(self._watch())
