@@ -16,8 +16,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from statistics import median
 from typing import Any
@@ -26,6 +24,7 @@ import torch
 
 from aurora_sgl.engine.cpu import native
 from aurora_sgl.engine.cpu.compiled_attention import ForwardPlan
+from benchmarks.neighbours import busy
 from benchmarks.servers import report
 
 WAYS = {
@@ -35,9 +34,6 @@ WAYS = {
 }
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49_152
 PLACES, LENGTH, SECONDS = 600, 128, 4.0
-BUSY = (
-    "import os, time\nos.nice(10); os.fork()\nend = time.time() + 60\nwhile time.time() < end: pass"
-)
 
 
 class Step:
@@ -118,16 +114,6 @@ def steps(way: str) -> list[float]:
     )
     found: list[float] = json.loads(run.stdout)
     return found
-
-
-@contextmanager
-def busy() -> Iterator[None]:
-    others = subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True)
-    try:
-        yield
-    finally:
-        os.killpg(others.pid, 9)
-        others.wait()
 
 
 def main() -> None:

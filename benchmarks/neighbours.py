@@ -18,7 +18,11 @@ from benchmarks.recording import interval
 from benchmarks.servers import arguments, ask, report, server, sglang_flags, target
 
 NICE = 10
-_BUSY = "import os, sys\nos.nice(int(sys.argv[1]))\nwhile True: pass"
+#: Until whoever started it is gone.
+_BUSY = (
+    "import os, sys\nos.nice(int(sys.argv[1]))\nparent = os.getppid()\n"
+    "while os.getppid() == parent: pass"
+)
 
 
 @contextmanager

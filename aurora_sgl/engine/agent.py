@@ -87,6 +87,7 @@ class Agent:
         whole = DraftShape(*(int(description[name]) for name in ("depth", "topk", "nodes")))
         may_shrink = self.may_drop and str(description["device"]) == "cpu"
         self.step_shape = StepShape(worker, whole)
+        self.may_probe = self.may_drop and self.step_shape.can_keep_kv
         self.policy = SpeculationPolicy(
             share if can_skip else 1.0,
             by_size=by_size,
@@ -194,7 +195,7 @@ class Agent:
         states = [getattr(req, "_aurora", None) for req in batch.reqs]
         drafting = [state for state in states if state is not None and state.speculates]
         whole = any(state.whole for state in drafting)
-        if drafting and self.may_drop and not whole and self.policy.probes(size):
+        if drafting and self.may_probe and not whole and self.policy.probes(size):
             self.step_shape.keeps_kv = True
             return NO_DRAFT
         if drafting and self.may_drop and not self.policy.keeps(size):
@@ -202,7 +203,7 @@ class Agent:
                 state.speculates = state.keeps > 0
                 state.keeps -= 1
             drafting = [state for state in drafting if state.speculates]
-        if any(state.whole for state in drafting):
+        if whole:  # such requests keep their drafts
             return self.step_shape.whole
         return self.policy.shape(size) if drafting else NO_DRAFT
 

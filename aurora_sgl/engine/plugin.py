@@ -105,6 +105,8 @@ LEANED_ON = (
     "sglang.srt.distributed.parallel_state.get_tp_group",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._build_trivial_verify_input",
     f"{_SPECULATIVE}eagle_worker_v2.EAGLEWorkerV2._stub_skipped_draft_extend",
+    f"{_SPECULATIVE}eagle_worker_v2.EagleDraftWorker._draft_extend_for_decode",
+    "sglang.srt.environ.Envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND",
     "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
     "sglang.srt.model_executor.model_runner.ModelRunnerOutput",
     "sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3",

@@ -16,6 +16,7 @@ from typing import Any
 
 from aurora_sgl.draft_shape import DraftShape
 
+_SKIP_SWITCH = "SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"
 _SIBLINGS = 4  # nodes of the widest tree of one level, with the root
 
 
@@ -67,6 +68,15 @@ class StepShape:
                 setattr(part, name, value)
             self._current = self.whole
             self.keeps_kv = False
+
+    @property
+    def can_keep_kv(self) -> bool:
+        """Whether this SGLang has what ``keeps_kv`` leans on: a step must not fail for it."""
+        from sglang.srt import environ
+
+        drafter = self._worker.draft_worker
+        has_switch = hasattr(getattr(environ, "envs", None), _SKIP_SWITCH)
+        return has_switch and hasattr(drafter, "_draft_extend_for_decode")
 
     @contextmanager
     def _with_kv(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -354,6 +355,35 @@ def test_a_shape_is_in_the_worker_for_one_step_and_gone_after_it(topk: int, leve
                 assert indices.equal(torch.arange(shape.depth).repeat(5, 1))
             raise KeyError  # a step that fails
         assert repr(worker) == before
+
+
+def test_a_step_that_keeps_draft_kv_computes_it_and_says_what_that_took() -> None:
+    from sglang.srt.environ import envs
+
+    switch = envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND
+
+    class Drafter(SimpleNamespace):
+        def _draft_extend_for_decode(self, rows: int) -> tuple[int, int, bool]:
+            time.sleep(0.02)
+            return rows, self.speculative_num_draft_tokens, bool(switch.get())
+
+    whole = DraftShape(3, 4, 8)
+    shape = {"speculative_num_steps": 3, "speculative_num_draft_tokens": 8}
+    drafter = Drafter(**shape, draft_attn_backend=SimpleNamespace(speculative_num_steps=3))
+    worker = SimpleNamespace(**shape, topk=4, draft_worker=drafter)
+    before, steps = repr(worker), StepShape(worker, whole)
+    assert steps.can_keep_kv
+    with switch.override(True):
+        steps.keeps_kv = True
+        with steps.set_to(NO_DRAFT):
+            assert drafter._draft_extend_for_decode(5) == (5, 1, False)
+        assert steps.kv_seconds >= 0.02 and not steps.keeps_kv and repr(worker) == before
+        assert drafter._draft_extend_for_decode(5) == (5, 8, True)
+        with steps.set_to(NO_DRAFT):
+            assert drafter.speculative_num_draft_tokens == 8
+        assert steps.kv_seconds == 0.0
+    worker.draft_worker = SimpleNamespace()  # of a release that has no such step
+    assert not StepShape(worker, whole).can_keep_kv
 
 
 def test_where_everything_is_to_carry_drafts_nothing_is_left_out() -> None:
