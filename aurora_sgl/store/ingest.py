@@ -343,20 +343,31 @@ def _finish_requests(connection: Connection, records: Iterable[wire.Record]) -> 
         )
 
 
+def _live(version_id: int, hashed: int) -> dict[str, Any]:
+    """What a Hello says of the live drafter: not its hash, which comes some steps after the swap.
+    Until then the hash of the drafter before must not stand beside the new version."""
+    live_version_id = known_version(version_id)
+    if version_id == hashed:
+        return {"live_version_id": live_version_id}
+    kept = case((Server.live_version_id == version_id, Server.live_sha256), else_="")
+    return {"live_version_id": live_version_id, "live_sha256": "" if hashed else kept}
+
+
 def _update_server(connection: Connection, server_id: int, records: Iterable[wire.Record]) -> None:
     """What the engine said of itself; only from envelopes that were not taken before, so that a
     retry doesn't bring back an old state."""
     change: dict[str, Any] = {}
-    dropped = 0
+    dropped = hashed = 0  # the version whose hash these records say
     for record in records:
         if isinstance(record, wire.Hello):
             change["counters"] = storable(record.counters)
             change["notices"] = storable(record.notices)
             change["last_seen_at"] = utc_now()
             if record.live_version_id:
-                change["live_version_id"] = known_version(record.live_version_id)
+                change |= _live(record.live_version_id, hashed)
             dropped = max(dropped, record.dropped)
         elif isinstance(record, wire.SwapDone) and record.ok:
+            hashed = record.version_id
             change["live_version_id"] = known_version(record.version_id)
             change |= {"live_sha256": record.live_sha256, "last_error": ""}
         elif isinstance(record, wire.SwapDone):

@@ -242,6 +242,45 @@ def test_an_old_batch_does_not_bring_back_an_old_live_version(engine: Engine) ->
         assert queries.watermarks.watermark(s, server_id, samples.BOOT) == 3
 
 
+@pytest.mark.parametrize("cut", ["one batch", "each alone"])
+@pytest.mark.parametrize(
+    ("records", "live", "sha256"),
+    [
+        (["hello 1", "done 1"], 1, "a"),
+        (["done 1", "hello 1"], 1, "a"),
+        (["done 1", "hello 2"], 2, ""),  # live, and its hash is not read back yet
+        (["done 1", "hello 2", "hello 2"], 2, ""),
+        (["done 1", "hello 2", "done 2"], 2, "b"),
+        (["done 1", "hello 2", "done 2", "hello 2"], 2, "b"),
+        (["done 1", "hello 2", "hello 1"], 1, ""),
+        (["done 1", "done 2", "hello 2"], 2, "b"),
+    ],
+)
+def test_the_hash_beside_the_live_version_is_its_own_or_none(
+    engine: Engine, records: list[str], live: int, sha256: str, cut: str
+) -> None:
+    server_id = register(engine)
+    with store.session(engine) as s:
+        ids = [samples.add_version(s, 1, letter) for letter in "ab"]
+
+    def record(word: str, version_id: int) -> wire.Record:
+        if word == "hello":
+            return samples.hello(live=version_id)
+        sha256 = "ab"[ids.index(version_id)] * 64
+        return wire.SwapDone(samples.BOOT, version_id, version_id, True, "", sha256, 1.0, 2.0)
+
+    words = [one.split() for one in records]
+    batch: list[wire.Record] = [record(word, ids[int(at) - 1]) for word, at in words]
+    if cut == "one batch":
+        ingest(engine, server_id, samples.BOOT, [(1, batch)])
+    else:
+        for seq, one in enumerate(batch, 1):
+            ingest(engine, server_id, samples.BOOT, [(seq, [one])])
+    with store.session(engine, write=False) as s:
+        server = queries.servers.server(s, server_id)
+        assert (server.live_version_id, server.live_sha256) == (ids[live - 1], sha256 * 64)
+
+
 def test_what_a_server_says_is_wrong_is_kept_until_it_says_otherwise(engine: Engine) -> None:
     server_id = register(engine)
     for seq, notices in ((1, {"consent": "headers\x00 are lost"}), (2, {})):

@@ -286,6 +286,7 @@ def test_an_answer_that_outgrows_every_budget_is_dropped_alone(house: House) -> 
     other = house.begin(8, 4)
     for one in ((req, state), other):
         house.prefill(*one, 0, len(one[0].origin_input_ids))
+    eventually(lambda: len(house.assembler) == 2)  # the sidecar has something to give up
     house.step([(req, state), other], [1, 3], ends=(1,))
     for _ in range(12):
         house.step([(req, state)], [4])
