@@ -60,14 +60,14 @@ class Postgres:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pgserver's platformdirs warns about XDG_RUNTIME_DIR
             self._server = pgserver.get_server(folder, cleanup_mode="stop")
-        self._folder = folder
+        self.folder = folder
         self.url = self._server.get_uri().replace("postgresql://", "postgresql+psycopg://")
 
     def stop(self) -> None:
         from pgserver._commands import pg_ctl
 
-        pg_ctl(["-w", "-m", "immediate", "stop"], pgdata=self._folder,
-               user=self._folder.owner(), timeout=60)  # fmt: skip
+        pg_ctl(["-w", "-m", "immediate", "stop"], pgdata=self.folder,
+               user=self.folder.owner(), timeout=60)  # fmt: skip
 
     def start(self) -> None:
         self._server.ensure_postgres_running()
@@ -104,7 +104,7 @@ class Traffic:
 
     url: str
     answers: list[Answer] = field(default_factory=list)
-    failed: int = 0
+    failures: list[tuple[float, float]] = field(default_factory=list)  # asked, failed
     _ending: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -121,9 +121,13 @@ class Traffic:
         for thread in self._threads:
             thread.join()
 
+    @property
+    def failed(self) -> int:
+        return len(self.failures)
+
     def _ask(self, prompts: Iterator[Any]) -> None:
         while not self._ending.is_set():
-            prompt, rid = next(prompts), uuid.uuid4().hex
+            prompt, rid, asked = next(prompts), uuid.uuid4().hex, time.monotonic()
             body = {
                 "text": prompt.prompt,
                 "rid": rid,
@@ -135,7 +139,8 @@ class Traffic:
                 answer.raise_for_status()
                 info = answer.json()["meta_info"]
             except httpx.HTTPError:
-                self.failed += 1
+                self.failures.append((asked, time.monotonic()))
+                self._ending.wait(0.5)
                 continue
             self.answers.append(Answer(rid, time.monotonic(), info.get(STEPS, 0)))
 
