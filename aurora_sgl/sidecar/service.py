@@ -22,6 +22,7 @@ from aurora_sgl import wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.health import HealthServer
 from aurora_sgl.sidecar.batcher import Batcher, Intake
 from aurora_sgl.sidecar.endpoint import Endpoint
 from aurora_sgl.sidecar.frames import TRACE
@@ -130,23 +131,27 @@ class SidecarService:
                 ("traces", self._write_traces),
             )
         ]
-        self._health = None
-        if settings.health_port >= 0:
-            self._health = open_health(
-                settings.health_host,
-                settings.health_port and settings.health_port + replica,
-                endpoint,
-                self.status,
-                or_free="health_port" not in settings.model_fields_set,
-            )
-            if self._health.error:
-                self._reconciler.standing["health"] = (
-                    f"{self._health.error}; choose another with AURORA_HEALTH_PORT."
-                )
         #: By boot: lost at the spool before this sidecar's time.
         self._lost_before = {b: boot.spool_full for b, boot in self._cursor.boots.items()}
+        self._health = self._open_health(settings, endpoint, replica)
         self._stop_read, self._stop_write = os.pipe()
         self._parent_fd = _watch(parent_pid)
+
+    def _open_health(self, settings: Settings, endpoint: Path, replica: int) -> HealthServer | None:
+        if settings.health_port < 0:
+            return None
+        server = open_health(
+            settings.health_host,
+            settings.health_port and settings.health_port + replica,
+            endpoint,
+            self.status,
+            or_free="health_port" not in settings.model_fields_set,
+        )
+        if server.error:
+            self._reconciler.standing["health"] = (
+                f"{server.error}; choose another with AURORA_HEALTH_PORT."
+            )
+        return server
 
     def request_stop(self) -> None:
         """From a signal handler: leave the main loop, drain and return."""

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from aurora_sgl.atomic import sync_folder
 from aurora_sgl.sidecar.files import FolderLock
-from aurora_sgl.sidecar.spool.scan import MAX_FRAME, Piece, frame, pieces
+from aurora_sgl.sidecar.spool.scan import MAX_FRAME, Stretch, frame, stretches
 
 MAGIC = b"AURSPL1\n"
 SEGMENT_BYTES = 8 << 20
@@ -283,39 +283,39 @@ class Spool:
                 end = self._sizes.get(position.segment, 0)
             if position >= tail:
                 return frames
-            for piece in self._pieces(position, end):
-                frames.append(self._frame(piece, position.segment))
-                size += len(piece.data)
+            for stretch in self._stretches(position, end):
+                frames.append(self._frame(stretch, position.segment))
+                size += len(stretch.data)
                 if len(frames) >= max_frames or size >= max_bytes:
                     return frames
             if position.segment == tail.segment:
                 return frames
             position = Position(position.segment + 1, len(MAGIC))
 
-    def _pieces(self, position: Position, end: int) -> Iterator[Piece]:
+    def _stretches(self, position: Position, end: int) -> Iterator[Stretch]:
         if position.offset >= end:
             return
         try:
             with _path(self.folder, position.segment).open("rb") as file:
                 file.seek(position.offset)
-                yield from pieces(file, end)
+                yield from stretches(file, end)
         except FileNotFoundError as error:
             log.error("a segment of the spool is gone: %s", error)
-            yield Piece(b"", end, False)
+            yield Stretch(b"", end, False)
 
-    def _frame(self, piece: Piece, segment: int) -> Frame:
-        end = Position(segment, piece.end)
-        if piece.sound:
-            return Frame(piece.data[:1], piece.data[1:], end)
+    def _frame(self, stretch: Stretch, segment: int) -> Frame:
+        end = Position(segment, stretch.end)
+        if stretch.sound:
+            return Frame(stretch.data[:1], stretch.data[1:], end)
         with self._lock:
             if end > self._damage_end:  # not when it is read again
-                if Position(segment, piece.end - len(piece.data)) != self._damage_end:
+                if Position(segment, stretch.end - len(stretch.data)) != self._damage_end:
                     self.damaged += 1
                     log.error("%s has damaged bytes before byte %d; they are set aside",
-                              _path(self.folder, segment), piece.end)  # fmt: skip
-                self.damaged_bytes += len(piece.data)
+                              _path(self.folder, segment), stretch.end)  # fmt: skip
+                self.damaged_bytes += len(stretch.data)
                 self._damage_end = end
-        return Frame(DAMAGED, piece.data, end)
+        return Frame(DAMAGED, stretch.data, end)
 
     def release(self, position: Position) -> None:
         """The store has what lies wholly before ``position``: delete it when it is old enough."""

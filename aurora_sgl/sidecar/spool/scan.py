@@ -24,7 +24,7 @@ _HEADER = struct.Struct("<II")
 _CAN_BE_HEADER = re.compile(rb"(?s)(?=.{3}[\x00-\x04].{4}[A-Z])")
 
 
-class Piece(NamedTuple):
+class Stretch(NamedTuple):
     """A sound frame, or damaged bytes between two of them."""
 
     data: bytes  # kind and payload of a frame; damaged bytes as they lie there
@@ -37,7 +37,7 @@ def frame(data: bytes) -> bytes:
     return _HEADER.pack(len(data), zlib.crc32(data)) + data
 
 
-def pieces(file: BinaryIO, end: int) -> Iterator[Piece]:
+def stretches(file: BinaryIO, end: int) -> Iterator[Stretch]:
     """All that lies from the file's position up to ``end``, without a gap. A file that ends
     earlier gives an empty piece of damage for the rest."""
     offset = file.tell()
@@ -46,7 +46,7 @@ def pieces(file: BinaryIO, end: int) -> Iterator[Piece]:
         if data is None:
             break
         offset += _HEADER.size + len(data)
-        yield Piece(data, offset, True)
+        yield Stretch(data, offset, True)
     if offset < end:
         file.seek(offset)
         yield from _with_damage(file.read(end - offset), offset, end)
@@ -63,19 +63,19 @@ def _next_frame(file: BinaryIO, room: int) -> bytes | None:
     return data if len(data) == length and zlib.crc32(data) == crc else None
 
 
-def _with_damage(data: bytes, base: int, end: int) -> Iterator[Piece]:
+def _with_damage(data: bytes, base: int, end: int) -> Iterator[Stretch]:
     place = 0
     while place < len(data):
         start = place if _end_of_frame(data, place) else _next_sound(data, place + 1)
         for cut in range(place, start, PIECE_BYTES):
             stop = min(cut + PIECE_BYTES, start)
-            yield Piece(data[cut:stop], base + stop, False)
+            yield Stretch(data[cut:stop], base + stop, False)
         place = start
         if stop := _end_of_frame(data, place):
-            yield Piece(data[place + _HEADER.size : stop], base + stop, True)
+            yield Stretch(data[place + _HEADER.size : stop], base + stop, True)
             place = stop
     if base + len(data) < end:
-        yield Piece(b"", end, False)
+        yield Stretch(b"", end, False)
 
 
 def _next_sound(data: bytes, start: int) -> int:
