@@ -33,13 +33,25 @@ def written(place: Path) -> Iterator[Path]:
 
 
 def replace_file(place: Path, data: bytes, *, mode: int = 0o666) -> None:
-    """Write a file and have it on the disk before it takes its place; ``mode`` less the umask."""
+    """Write a file and have it on the disk before it takes its place, and its place before this
+    returns: a power cut brings back neither an empty file nor the old one. ``mode`` less the
+    umask."""
     with written(place) as new:
         descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+    sync_folder(place.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk: what was made, renamed or removed there."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def swap(new: Path, place: Path) -> None:

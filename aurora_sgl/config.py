@@ -70,14 +70,19 @@ class Settings(BaseSettings):
     spool_bytes: int = Field(default=1024**3, ge=0)
     """Bytes of the sidecar's spool while the store is away; more are dropped and counted."""
 
+    spool_keep_minutes: float = Field(default=10.0, ge=0)
+    """Minutes for which the spool keeps what the store has, for a store that fails over to a
+    replica that is behind; at most a quarter of ``spool_bytes``."""
+
     trace_memory_bytes: int = Field(default=512 * 1024**2, ge=1)
     """Bytes of unfinished traces that the sidecar holds, and that are reserved for requests."""
 
     health_host: str = "127.0.0.1"
     """Address of the sidecar's /health and /metrics."""
 
-    health_port: int = Field(default=0, ge=-1, le=65535)
-    """Their port; 0: a free one; -1: none."""
+    health_port: int = Field(default=8520, ge=-1, le=65535)
+    """Their port, of the second replica the next one, and so on; the default falls to a free one
+    where it is taken. 0: a free one; -1: none."""
 
     speculation: str = Field(default="auto", pattern="^(auto|on|off)$")
     """auto: until speculation is faster than decoding without it, ``explore_share`` of the steps
@@ -238,8 +243,8 @@ class SchedulerSettings(BaseSettings):
     host: str = "127.0.0.1"
     """Address of the scheduler's /health and /metrics."""
 
-    port: int = Field(default=0, ge=-1, le=65535)
-    """Their port; 0: a free one; -1: none."""
+    port: int = Field(default=8510, ge=-1, le=65535)
+    """Their port; the default falls to a free one where it is taken. 0: a free one; -1: none."""
 
 
 def in_words(error: ValidationError) -> list[tuple[str, str]]:

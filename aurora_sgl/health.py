@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -48,6 +51,46 @@ class _Collector(Collector):
         return families(self._samples())
 
 
+class _Listener(ThreadingHTTPServer):
+    """Of either family of addresses; where all of IPv6 is meant, of IPv4 too."""
+
+    def __init__(self, family: int, address: Any, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = family
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        TCPServer.server_bind(self)  # HTTPServer would ask for the host's name first, and wait
+        self.server_name, self.server_port = self.server_address[0], self.server_address[1]  # type: ignore[assignment]
+
+
+def _listen(
+    host: str, port: int, handler: type[BaseHTTPRequestHandler], or_free: bool
+) -> _Listener:
+    """Raises ``OSError`` or what ``socket`` raises for a name or number that is none."""
+    if not 0 <= port <= 65535:
+        raise OverflowError("a port is at most 65535")
+    hosts = [host, "0.0.0.0"] if host == "::" else [host]  # a machine without IPv6
+    failure: Exception | None = None
+    for number in [port, 0] if or_free and port else [port]:
+        for name in hosts:
+            try:
+                family, address = _address(name, number)
+                return _Listener(family, address, handler)
+            except (OSError, ValueError, OverflowError) as error:
+                failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _address(host: str, port: int) -> tuple[int, Any]:
+    """Family and address of a name; of one that has several an IPv4 address."""
+    every = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = min(every, key=lambda one: one[0] != socket.AF_INET)
+    return family, address
+
+
 class HealthServer:
     """Answers ``/health`` (and ``/healthz``): 200 when ready, else 503 with the reason."""
 
@@ -57,44 +100,54 @@ class HealthServer:
         port: int,
         health: Callable[[], dict[str, Any]],
         samples: Callable[[], Iterable[Sample]],
+        *,
+        or_free: bool = False,
     ) -> None:
-        """``health`` has ``ready`` and ``reason``. Port 0 takes a free one. A port in use is
-        logged, and the process goes on without: ``url`` is empty, and ``error`` says why."""
+        """``health`` has ``ready`` and ``reason``. Port 0 takes a free one, and so does one that is
+        in use with ``or_free``. Otherwise a port in use is logged, and the process goes on
+        without: ``url`` is empty, and ``error`` says why."""
         registry = CollectorRegistry()
         registry.register(_Collector(samples))
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if self.path == "/metrics":
+                path = urlsplit(self.path).path
+                if path == "/metrics":
                     self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
-                elif self.path in ("/health", "/healthz"):
+                elif path in ("/health", "/healthz"):
                     now = health()
                     code = 200 if now["ready"] else 503
                     self._answer(code, "application/json", json.dumps(now).encode())
                 else:
                     self._answer(404, "text/plain", b"see /health and /metrics\n")
 
+            do_HEAD = do_GET
+
             def _answer(self, code: int, kind: str, body: bytes) -> None:
                 self.send_response(code)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Listener | None = None
         self.url = self.error = ""
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
-        except (OSError, ValueError) as error:  # a port in use, a name that is none
+            self._server = _listen(host, port, Handler, or_free)
+        except (OSError, ValueError, OverflowError) as error:  # in use, or no name, or no port
             why = getattr(error, "strerror", None) or error
             self.error = f"There is no health endpoint on {host}, port {port}: {why}"
             log.error("%s", self.error)
             return
-        self._server.daemon_threads = True
-        self.url = f"http://{host}:{self._server.server_address[1]}"
+        shown = str(self._server.server_address[0]) if host == "::" else host
+        shown = f"[{shown}]" if ":" in shown else shown
+        self.url = f"http://{shown}:{self._server.server_address[1]}"
+        if port and self._server.server_address[1] != port:
+            log.warning("port %d is taken; health and metrics are at %s", port, self.url)
         threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
 
     def close(self) -> None:

@@ -140,6 +140,7 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True):
     boot_id: int
     seq: int
     records: list[Record]
+    before: int = 0  # records of the boot in all envelopes before this one
 
 
 class TraceHeader(msgspec.Struct, array_like=True, frozen=True):

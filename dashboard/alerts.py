@@ -14,6 +14,14 @@ from .context import Group, now
 
 #: How long a thing of the past is shown.
 RECENT = timedelta(hours=24)
+#: Where records are lost, in words.
+PLACES = {
+    "engine": "at the engine, whose buffer was full",
+    "transport": "on the way to the sidecar",
+    "spool": "at the spool, which was full",
+    "rejected": "refused by the store (aurora-sgl db refused)",
+    "store": "forgotten by the store",
+}
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,18 @@ def _drift(group: Group) -> list[Alert]:
 
 
 def _drops(group: Group) -> list[Alert]:
-    lost = {place: count for place, count in data.drops(group).items() if count}
-    if not lost:
-        return []
-    losses = ", ".join(f"{count:,} at the {place}" for place, count in sorted(lost.items()))
-    text = f"Records were lost since these servers started: {losses}. Requests were not."
-    return [Alert(text, False)]
+    """Of the last day: an alert ends when nothing more is lost."""
+    lost = data.drops(group, now() - RECENT)
+    traces = lost.pop("trace", 0)
+    problems = []
+    if lost:
+        losses = ", ".join(f"{lost[place]:,} {PLACES.get(place, place)}" for place in sorted(lost))
+        text = f"Records were lost in the last day: {losses} (since the servers started)."
+        problems.append(Alert(f"{text} Requests were not.", False))
+    if traces:
+        text = f"Traces were lost in the last day: {traces:,} since the servers started."
+        problems.append(Alert(f"{text} Requests were not.", False))
+    return problems
 
 
 def _traces(group: Group) -> list[Alert]:

@@ -168,9 +168,10 @@ def servers(group: Group) -> dict[int, str]:
         return {row.id: row.name for row in every}
 
 
-def drops(group: Group) -> dict[str, int]:
+def drops(group: Group, since: datetime) -> dict[str, int]:
+    """What was lost, by place, at boots that lost something there after this moment."""
     with store.session(group.engine, write=False) as s:
-        return queries.drops.drops(s, group.id)
+        return queries.drops.drops(s, group.id, since=since)
 
 
 def aliases(group: Group) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from aurora_sgl import __version__
-from aurora_sgl.cli import dashboard, db, learning, operating, rollout, serving, versions
+from aurora_sgl.cli import dashboard, db, learning, operating, refused, rollout, serving, versions
 from aurora_sgl.console import print_error
 from aurora_sgl.errors import AuroraError
 
@@ -41,6 +41,7 @@ for command in (
 app.add_typer(versions.versions_app, name="versions", no_args_is_help=True)
 app.add_typer(operating.switch_app, name="switch", no_args_is_help=True)
 app.add_typer(operating.trial_app, name="trial", no_args_is_help=True)
+db.db_app.command("refused")(refused.db_refused)
 app.add_typer(db.db_app, name="db", no_args_is_help=True)
 app.add_typer(dashboard.dashboard_app, name="dashboard")
 

@@ -30,6 +30,7 @@ class Channel:
         self._waiting: deque[list[wire.Record]] = deque()
         self._waiting_records = 0
         self._seq = 0
+        self._sent = 0  # records in those envelopes
         self.dropped_records = 0
         self.dropped_odd = 0  # of the dropped records those that could not be sent
         self.unread_commands = 0
@@ -73,6 +74,7 @@ class Channel:
                 if data is not None:
                     self._records.send(data, zmq.NOBLOCK)
                     self._seq += 1
+                    self._sent += len(records)
             except zmq.Again:
                 return
             except zmq.ZMQError as error:
@@ -83,12 +85,15 @@ class Channel:
     def _encoded(self, records: list[wire.Record]) -> bytes | None:
         """The next envelope, without the records that cannot be encoded; None: nothing is left."""
         try:
-            return wire.encode(wire.Envelope(self._boot_id, self._seq + 1, records))
+            return self._envelope(records)
         except Exception:  # a text that is no UTF-8, a number too large, an object of another kind
             sound = [record for record in records if self._can_encode(record)]
         self._waiting_records -= len(records) - len(sound)
         records[:] = sound  # so that the odd one is counted once, however often this is tried
-        return wire.encode(wire.Envelope(self._boot_id, self._seq + 1, sound)) if sound else None
+        return self._envelope(sound) if sound else None
+
+    def _envelope(self, records: list[wire.Record]) -> bytes:
+        return wire.encode(wire.Envelope(self._boot_id, self._seq + 1, records, self._sent))
 
     def _can_encode(self, record: wire.Record) -> bool:
         try:

@@ -33,7 +33,7 @@ def start(dp_size: int, settings: Settings) -> None:
     base = socket_folder(dp_size)
     try:
         for rank in range(dp_size):
-            supervisor = SidecarSupervisor(settings, base / str(rank))
+            supervisor = SidecarSupervisor(settings, base / str(rank), rank)
             supervisor.start()
             _supervisors.append(supervisor)
     except BaseException:

@@ -53,7 +53,11 @@ class SchedulerService:
     def start(self) -> None:
         if self._rules.port >= 0:
             self.health = HealthServer(
-                self._rules.host, self._rules.port, self.status, self._all_samples
+                self._rules.host,
+                self._rules.port,
+                self.status,
+                self._all_samples,
+                or_free="port" not in self._rules.model_fields_set,
             )
             if self.health.url:
                 log.info("health and metrics at %s", self.health.url)

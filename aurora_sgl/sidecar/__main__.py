@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--spool", type=Path, help="folder of the spool (default: in the data folder)"
     )
+    parser.add_argument("--replica", type=int, default=0, help="which of a server's sidecars it is")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO,
@@ -37,7 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     step_back(NICENESS)
     try:
         service = SidecarService(
-            get_settings(), chosen.endpoint, spool=chosen.spool, parent_pid=chosen.parent_pid
+            get_settings(),
+            chosen.endpoint,
+            spool=chosen.spool,
+            parent_pid=chosen.parent_pid,
+            replica=chosen.replica,
         )
     except Exception as error:
         line = str(error)

@@ -17,6 +17,8 @@ from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.files import FolderLock
 
 NAMES = ("records", "traces", "commands")
+#: The file beside them that has the address of ``/health`` and ``/metrics``.
+HEALTH_FILE = "health.json"
 
 #: A Unix socket's path has room for 108 bytes with the closing zero (sys/un.h on Linux).
 MAX_PATH = 107

@@ -22,6 +22,7 @@ class _Raw(msgspec.Struct, array_like=True, frozen=True):
     boot_id: int
     seq: int
     records: list[msgspec.Raw]
+    before: int = 0
 
 
 def open_envelope(data: bytes) -> tuple[wire.Envelope, list[bytes]]:
@@ -40,4 +41,4 @@ def open_envelope(data: bytes) -> tuple[wire.Envelope, list[bytes]]:
             records.append(msgspec.msgpack.decode(one, type=wire.Record))
         except msgspec.DecodeError:
             unreadable.append(bytes(one))
-    return wire.Envelope(raw.boot_id, raw.seq, records), unreadable
+    return wire.Envelope(raw.boot_id, raw.seq, records, raw.before), unreadable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 from aurora_sgl.atomic import replace_file
 from aurora_sgl.health import HealthServer, Sample
 from aurora_sgl.intervals import accept_length
+from aurora_sgl.sidecar.endpoint import HEALTH_FILE
 from aurora_sgl.sidecar.served import Sums
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,10 @@ class Status:
 
 def health(now: Status) -> dict[str, Any]:
     names = ("ready", "reason", "live_version_id", "live_sha256", "phase", "notices")
-    age = round(now.oldest_unstored_seconds, 1)
-    return {name: getattr(now, name) for name in names} | {"oldest_unstored_seconds": age}
+    return {name: getattr(now, name) for name in names} | {
+        "oldest_unstored_seconds": round(now.oldest_unstored_seconds, 1),
+        "lost": {place: int(count) for place, count in now.lost.items() if count},
+    }
 
 
 def samples(now: Status) -> Iterator[Sample]:
@@ -50,7 +56,8 @@ def samples(now: Status) -> Iterator[Sample]:
         for name, value in values.items():
             yield Sample(f"aurora_sidecar_{name}", kind, name.replace("_", " "), value)
     for place, value in now.lost.items():
-        yield Sample("aurora_sidecar_lost", "counter", "records lost, by the place where", value,
+        yield Sample("aurora_sidecar_lost", "counter",
+                     "records lost, by the place where (trace: traces; malformed: messages)", value,
                      (("place", place),))  # fmt: skip
     for code in sorted(now.notices):
         yield Sample("aurora_sidecar_notice", "gauge",
@@ -68,9 +75,17 @@ def samples(now: Status) -> Iterator[Sample]:
                      sums.accepted, labels)  # fmt: skip
 
 
-def open_health(host: str, port: int, folder: Path, status: Callable[[], Status]) -> HealthServer:
-    """The endpoint; its address is written to ``health.json`` in the folder."""
-    server = HealthServer(host, port, lambda: health(status()), lambda: samples(status()))
+def open_health(
+    host: str, port: int, folder: Path, status: Callable[[], Status], *, or_free: bool = False
+) -> HealthServer:
+    """The endpoint; its address is in the log, and in ``health.json`` in the folder."""
+    server = HealthServer(
+        host, port, lambda: health(status()), lambda: samples(status()), or_free=or_free
+    )
     if server.url:
-        replace_file(folder / "health.json", json.dumps({"url": server.url}).encode())
+        log.info("health and metrics at %s", server.url)
+        try:
+            replace_file(folder / HEALTH_FILE, json.dumps({"url": server.url}).encode())
+        except OSError as error:
+            log.error("%s can't be written: %s", folder / HEALTH_FILE, error.strerror)
     return server

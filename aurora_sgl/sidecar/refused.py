@@ -1,21 +1,24 @@
 """What no store will take, set aside beside the spool: one line of JSON a record, with the reason.
 
 ``refused.jsonl`` holds the record as it came (``data``, base64 of msgpack), so that :func:`read`
-gives it back, for a look or for another try. A kill may set the same record aside twice;
-:func:`read` gives it once.
+gives it back, for a look or for another try (see ``retry``). A kill may set the same record aside
+twice; :func:`read` gives it once.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from aurora_sgl import wire
+from aurora_sgl.atomic import sync_folder
 from aurora_sgl.clock import utc_now
 
 FILE = "refused.jsonl"
@@ -50,7 +53,7 @@ class RefusedFile:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self._full = False
+        self.unkept = 0  # lines that the file had no room for
 
     def keep(self, refused: Iterable[RefusedRecord]) -> None:
         """Raises ``OSError`` on a failing disk."""
@@ -59,6 +62,10 @@ class RefusedFile:
     def keep_bytes(self, data: bytes, why: str) -> None:
         """Bytes of the spool that this release can't read. Raises ``OSError``."""
         self._write([Line(utc_now().isoformat(), why, 0, 0, "bytes", data)])
+
+    def keep_line(self, line: Line) -> None:
+        """As it was set aside before. Raises ``OSError``."""
+        self._write([line])
 
     def take_over(self, folder: Path) -> None:
         """What another spool had set aside. Raises ``OSError``."""
@@ -71,36 +78,58 @@ class RefusedFile:
             self._append(data)
 
     def _append(self, data: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        fd = os.open(self.path, flags, 0o600)
-        try:
+        with locked(self.path) as fd:
             size = os.fstat(fd).st_size
             if size + len(data) > LIMIT_BYTES:
-                if not self._full:
+                if not self.unkept:
                     log.error("%s is full; what is refused is only counted", self.path)
-                self._full = True
+                self.unkept += data.count(b"\n")
                 return
-            if os.write(fd, data) != len(data):
+            try:
+                if os.write(fd, data) != len(data):
+                    raise OSError(28, "no room")
+                os.fsync(fd)
+            except OSError:
                 os.ftruncate(fd, size)
-                raise OSError(28, "no room")
-            os.fsync(fd)
+                raise
+            if not size:
+                sync_folder(self.path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """A descriptor of a file, made when needed, that nobody else writes or moves meanwhile."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not path.exists() or os.fstat(fd).st_ino != path.stat().st_ino:
+                continue  # it was moved while we waited for it
+            yield fd
+            return
         finally:
             os.close(fd)
 
 
-def read(path: Path) -> Iterator[RefusedRecord]:
-    """The records of a file, each once; what is no record and torn lines are left out."""
-    envelopes = set()
+def lines(path: Path) -> Iterator[Line]:
+    """What a file holds, each thing once; torn lines are left out."""
+    contents = set()
     for raw in path.read_bytes().splitlines():
         try:
             line = msgspec.json.decode(raw, type=Line)
         except msgspec.DecodeError:
             continue
-        if line.kind == "bytes" or line.data in envelopes:
-            continue
-        envelopes.add(line.data)
-        (record,) = wire.decode_envelope(line.data).records
-        yield RefusedRecord(line.boot_id, line.seq, record, line.why)
+        if line.data not in contents:
+            contents.add(line.data)
+            yield line
+
+
+def read(path: Path) -> Iterator[RefusedRecord]:
+    """The records of a file, each once; what is no record is left out."""
+    for line in lines(path):
+        if line.kind != "bytes":
+            (record,) = wire.decode_envelope(line.data).records
+            yield RefusedRecord(line.boot_id, line.seq, record, line.why)
 
 
 def _line(one: RefusedRecord) -> Line:

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -21,14 +22,18 @@ from aurora_sgl import wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.health import HealthServer
 from aurora_sgl.sidecar.batcher import Batcher, Intake
 from aurora_sgl.sidecar.endpoint import Endpoint
 from aurora_sgl.sidecar.frames import TRACE
 from aurora_sgl.sidecar.health import Status, open_health
+from aurora_sgl.sidecar.ledger import losses
 from aurora_sgl.sidecar.reconcile import Reconciler
 from aurora_sgl.sidecar.served import LiveCounts, Sums
 from aurora_sgl.sidecar.servers import NOT_IDENTIFIED, Registry, ReportedLive
-from aurora_sgl.sidecar.spool.cursor import Cursor
+from aurora_sgl.sidecar.spool.bypass import Bypass
+from aurora_sgl.sidecar.spool.cursor import Boot, Cursor
+from aurora_sgl.sidecar.spool.log import Keep
 from aurora_sgl.sidecar.spool.slots import adopt, open_spool
 from aurora_sgl.sidecar.swap.staging import Stager
 from aurora_sgl.sidecar.traces.assembler import AssembledTrace, TraceAssembler
@@ -63,24 +68,34 @@ class SidecarService:
     """Everything of one sidecar process."""
 
     def __init__(
-        self, settings: Settings, endpoint: Path, *, spool: Path | None = None, parent_pid: int = 0
+        self,
+        settings: Settings,
+        endpoint: Path,
+        *,
+        spool: Path | None = None,
+        parent_pid: int = 0,
+        replica: int = 0,
     ) -> None:
-        """Raises ``AuroraError`` when a folder is in use, too long or not writable."""
+        """``replica``: which of a server's sidecars this is. Raises ``AuroraError`` when a folder
+        is in use, too long or not writable."""
         home = settings.home.resolve()
         self._endpoint = Endpoint(endpoint)
         try:
-            self._spool = open_spool(home, spool, settings.spool_bytes)
+            keep = Keep(60 * settings.spool_keep_minutes, settings.spool_bytes // 4)
+            self._spool = open_spool(home, spool, settings.spool_bytes, keep)
         except AuroraError:
             self._endpoint.close()
             raise
         self._cursor = Cursor(self._spool)
-        if spool is None:
-            adopt(home, self._spool, self._cursor)
+        more = partial(adopt, home, self._spool, self._cursor) if spool is None else None
+        if more is not None:
+            more()
+        self._bypass = Bypass(self._spool)
         artifacts = ArtifactRoot(settings.artifact_root)
         self._artifacts = artifacts
-        self._link = StoreLink(settings.store_url, "records wait in the spool")
+        self._link = StoreLink(settings.store_url, "records wait in the spool", durable=True)
         self._registry = Registry(self._link, self._cursor, settings.group)
-        self._intake = Intake(self._spool, self._registry)
+        self._intake = Intake(self._spool, self._registry, self._bypass)
         self._served = LiveCounts()
         self._assembler = TraceAssembler(settings.trace_memory_bytes)
         self._trace_intake = TraceIntake(self._assembler)
@@ -90,7 +105,13 @@ class SidecarService:
         self._queued_lock = threading.Lock()
         self._trace_store = TraceStore(self._link, artifacts, settings.capture_bytes)
         self._batcher = Batcher(
-            self._spool, self._cursor, self._link, self._registry, self._trace_store
+            self._spool,
+            self._cursor,
+            self._link,
+            self._registry,
+            self._trace_store,
+            self._bypass,
+            more,
         )
         self._reconciler = Reconciler(
             settings,
@@ -110,17 +131,27 @@ class SidecarService:
                 ("traces", self._write_traces),
             )
         ]
-        self._health = None
-        if settings.health_port >= 0:
-            self._health = open_health(
-                settings.health_host, settings.health_port, endpoint, self.status
-            )
-            if self._health.error:
-                self._reconciler.standing["health"] = (
-                    f"{self._health.error}; choose another with AURORA_HEALTH_PORT."
-                )
+        #: By boot: lost at the spool before this sidecar's time.
+        self._lost_before = {b: boot.spool_full for b, boot in self._cursor.boots.items()}
+        self._health = self._open_health(settings, endpoint, replica)
         self._stop_read, self._stop_write = os.pipe()
         self._parent_fd = _watch(parent_pid)
+
+    def _open_health(self, settings: Settings, endpoint: Path, replica: int) -> HealthServer | None:
+        if settings.health_port < 0:
+            return None
+        server = open_health(
+            settings.health_host,
+            settings.health_port and settings.health_port + replica,
+            endpoint,
+            self.status,
+            or_free="health_port" not in settings.model_fields_set,
+        )
+        if server.error:
+            self._reconciler.standing["health"] = (
+                f"{server.error}; choose another with AURORA_HEALTH_PORT."
+            )
+        return server
 
     def request_stop(self) -> None:
         """From a signal handler: leave the main loop, drain and return."""
@@ -150,6 +181,7 @@ class SidecarService:
             self._trace_intake.report(self._queued_bytes)
             if time.monotonic() - second >= 1.0:
                 second = time.monotonic()
+                self._bypass.spill()
                 self._spool.sync()
         self._leave(engine_is_gone=self._parent_fd in events)
 
@@ -188,7 +220,7 @@ class SidecarService:
         while (item := self._traces.get()) is not None:
             try:
                 row = self._writer.write(*item)
-                if row and not self._spool.append(TRACE, msgspec.msgpack.encode(row)):
+                if row and not self._bypass.put(TRACE, msgspec.msgpack.encode(row)):
                     self._writer.dropped["spool"] += 1
                     self._artifacts.delete(row.uri)
             except Exception:
@@ -224,7 +256,10 @@ class SidecarService:
             last.join(max(0.5, deadline - time.monotonic()))
         self._reconciler.swaps.close()
         self._trace_intake.close()
+        self._bypass.spill()
         self._spool.sync()
+        if len(self._bypass):
+            log.error("%d messages had no room on the disk and are lost", len(self._bypass))
         if self._health is not None:
             self._health.close()
         self._endpoint.close()
@@ -241,18 +276,6 @@ class SidecarService:
         age = self._batcher.oldest_seconds
         reason = self._reason(live, age)
         swaps, counts = self._reconciler.swaps, self._batcher.counts
-        boot = self._cursor.boots.get(self._registry.current)
-        lost = {
-            "trace": float(self._traces_lost()),
-            "malformed": float(self._intake.malformed),
-        }
-        if boot is not None:
-            lost |= {
-                "engine": boot.dropped,
-                "transport": boot.transport,
-                "spool": boot.spool_full,
-                "rejected": boot.rejected,
-            }
         return Status(
             ready=not reason,
             reason=reason,
@@ -265,12 +288,18 @@ class SidecarService:
                 "verify_steps": counts["events"],
                 "records": counts["records"],
                 "records_set_aside": counts["set_aside"],
+                "records_refused_unkept": self._batcher.refused.unkept,
+                "spool_damaged_places": self._spool.damaged,
+                "spool_damaged_bytes": self._spool.damaged_bytes,
+                "store_rewinds": self._batcher.watermarks.rewinds,
                 "traces_written": self._writer.written,
                 "swaps_applied": swaps.applied,
                 "swaps_refused": swaps.refused,
             },
             gauges={
                 "spool_bytes": self._spool.size,
+                "spool_kept_bytes": self._spool.kept_bytes,
+                "spool_memory_bytes": self._bypass.bytes,
                 "traces_open": len(self._assembler),
                 "trace_memory_bytes": self._assembler.bytes,
                 "swap_apply_milliseconds": swaps.last_apply_ms,
@@ -282,11 +311,35 @@ class SidecarService:
                     for name in _ENGINE
                 },
             },
-            lost=lost,
+            lost=self._lost(hello),
             served=self._by_version(),
-            notices={**(hello.notices if hello else {}), **self._reconciler.standing},
+            notices={**(hello.notices if hello else {}), **self._notices()},
             oldest_unstored_seconds=age,
         )
+
+    def _lost(self, hello: wire.Hello | None) -> dict[str, float]:
+        """What the server's present start has lost, as it happens: also what the store has not
+        heard of yet."""
+        boot_id = self._registry.current
+        lost = losses(self._cursor.boots.get(boot_id) or Boot())
+        lost["engine"] = max(lost["engine"], hello.dropped if hello else 0)
+        before = self._lost_before.get(boot_id, 0)
+        lost["spool"] = max(lost["spool"], before + self._intake.lost[boot_id])
+        return {
+            **lost,
+            "trace": float(self._traces_lost()),
+            "malformed": float(self._intake.malformed),
+        }
+
+    def _notices(self) -> dict[str, str]:
+        """What is off in this sidecar."""
+        refused = self._batcher.refused
+        if refused.unkept:
+            self._reconciler.standing["refused"] = (
+                f"{refused.path} is full: records that the store refuses are only counted. See "
+                "aurora-sgl db refused, then move the file away."
+            )
+        return self._reconciler.standing
 
     def _reason(self, live: ReportedLive, age: float) -> str:
         """Why the sidecar is not ready, in words; "" when it is."""

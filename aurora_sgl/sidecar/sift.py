@@ -21,16 +21,18 @@ Envelope = tuple[int, Sequence[wire.Record]]  # its number and its records
 class Sift:
     """One batch of one boot."""
 
-    def __init__(self, link: StoreLink, server_id: int, boot_id: int) -> None:
+    def __init__(self, link: StoreLink, server_id: int, boot_id: int, *, expected: int = 0) -> None:
+        """``expected``: the store's watermark as it was."""
         self._link = link
         self._server_id = server_id
         self._boot_id = boot_id
+        self._expected = expected
         self._rehearsed = False
         self.events = 0  # verify steps that are new in the store
         self.refused: list[RefusedRecord] = []
 
     def store(self, batch: Sequence[Envelope]) -> None:
-        """Raises ``StoreAway``, and ``LostRow`` when the server's row is gone."""
+        """Raises ``StoreAway``, ``LostRow`` when the server's row is gone, and ``StoreBehind``."""
         why = self._try(batch)
         if not why:
             return
@@ -69,7 +71,12 @@ class Sift:
     def _take(self, batch: Sequence[Envelope], *, partial: bool = False) -> None:
         with self._link.guard() as engine:
             self.events += ingest(
-                engine, self._server_id, self._boot_id, batch, partial=partial
+                engine,
+                self._server_id,
+                self._boot_id,
+                batch,
+                partial=partial,
+                expected=self._expected,
             ).inserted_events
 
     def _rehearse(self) -> None:

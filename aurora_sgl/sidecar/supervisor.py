@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import signal
@@ -13,12 +15,14 @@ from pathlib import Path
 
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sidecar.endpoint import NAMES, address
+from aurora_sgl.sidecar.endpoint import HEALTH_FILE, NAMES, address
 
 BACKOFF_SECONDS = (0.5, 30.0)
 #: A sidecar that ran this long was healthy: the next failure starts the pauses anew.
 HEALTHY_SECONDS = 60.0
 STOP_SECONDS = 10.0
+#: Seconds in which a sidecar that starts says where it answers.
+ADDRESS_SECONDS = 30.0
 LOG_BYTES = 10 << 20
 #: Of the line with which a sidecar that can't start ends.
 LAST_WORDS = "aurora-sgl sidecar: "
@@ -32,12 +36,14 @@ class SidecarSupervisor:
     The sidecar ends by itself when this process does, however that happens.
     """
 
-    def __init__(self, settings: Settings, endpoint_dir: Path) -> None:
-        """Raises ``AuroraError`` for a folder whose socket paths are too long."""
+    def __init__(self, settings: Settings, endpoint_dir: Path, replica: int = 0) -> None:
+        """``replica``: which of a server's sidecars it is. Raises ``AuroraError`` for a folder
+        whose socket paths are too long."""
         for name in NAMES:
             address(endpoint_dir, name)
         self._settings = settings
         self._endpoint = endpoint_dir.absolute()
+        self._replica = replica
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -62,6 +68,7 @@ class SidecarSupervisor:
             self._endpoint.mkdir(parents=True, exist_ok=True)
             if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES:
                 os.replace(self.log_path, self.log_path.with_suffix(".log.1"))
+            (self._endpoint / HEALTH_FILE).unlink(missing_ok=True)
             with self.log_path.open("ab") as log_file:
                 return subprocess.Popen(
                     [
@@ -72,6 +79,8 @@ class SidecarSupervisor:
                         str(self._endpoint),
                         "--parent-pid",
                         str(os.getpid()),
+                        "--replica",
+                        str(self._replica),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
@@ -86,7 +95,8 @@ class SidecarSupervisor:
         """The settings of this process, whatever they came from, as variables."""
         environment = dict(os.environ)
         for name, value in self._settings.model_dump(mode="json").items():
-            environment[f"AURORA_{name.upper()}"] = str(value)
+            if name != "health_port" or name in self._settings.model_fields_set:
+                environment[f"AURORA_{name.upper()}"] = str(value)
         environment["AURORA_HOME"] = str(self._settings.home.resolve())
         environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
@@ -97,6 +107,7 @@ class SidecarSupervisor:
             process = self._process
             assert process is not None
             started = time.monotonic()
+            self._tell_address(process)
             code = process.wait()
             if self._stopping.is_set():
                 return
@@ -120,6 +131,17 @@ class SidecarSupervisor:
                     self._process.terminate()
             except AuroraError as error:
                 log.error("%s", error)
+
+    def _tell_address(self, process: subprocess.Popen[bytes]) -> None:
+        """Say in the server's log where the sidecar answers, once it does."""
+        file, deadline = self._endpoint / HEALTH_FILE, time.monotonic() + ADDRESS_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError):
+                url = json.loads(file.read_text())["url"]
+                log.info("health and metrics of the sidecar at %s", url)
+                return
+            if self._stopping.wait(0.2):
+                return
 
     def _reason(self, code: int) -> str:
         """What a sidecar that could not start said last."""

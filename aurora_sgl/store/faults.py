@@ -34,6 +34,15 @@ class LostRow(AuroraError):
     """A row that others hang on (a server's, a group's) is not in the store any more."""
 
 
+class StoreBehind(AuroraError):
+    """The store has less of a boot than it had: it failed over to a replica that was behind, or
+    was restored."""
+
+    def __init__(self, boot_id: int, taken: int) -> None:
+        super().__init__(f"the store has forgotten what came after envelope {taken}")
+        self.boot_id, self.taken = boot_id, taken
+
+
 class BadRecord(AuroraError):
     """A record that no store would take."""
 

@@ -18,7 +18,7 @@ from aurora_sgl import wire
 from aurora_sgl.clock import from_us, utc_now
 from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.events import insert_events
-from aurora_sgl.store.faults import BadRecord, LostRow
+from aurora_sgl.store.faults import BadRecord, LostRow, StoreBehind
 from aurora_sgl.store.models import (
     AcceptanceEvent,
     AcceptanceMinute,
@@ -58,19 +58,26 @@ class IngestResult:
 
 
 def ingest(
-    engine: Engine, server_id: int, boot_id: int, batch: Batch, *, partial: bool = False
+    engine: Engine,
+    server_id: int,
+    boot_id: int,
+    batch: Batch,
+    *,
+    partial: bool = False,
+    expected: int = 0,
 ) -> IngestResult:
     """Take envelopes ``(seq, records)`` of one boot. The same batch again changes nothing.
 
     A step whose request's start never came gets a request in the domain ``default`` that may not
-    be trained on. ``partial``: more of the last envelope follows, the watermark stays. Raises
+    be trained on. ``partial``: more of the last envelope follows, the watermark stays.
+    ``expected``: what the watermark was before; ``StoreBehind`` when it is less. Raises
     ``LostRow`` for an unknown server, ``BadRecord`` for a step of another boot, and what the
     database and its driver raise (see ``store.faults``); nothing is stored then.
     """
     steps = _steps(batch)
     ensure_partitions(engine, (from_us(us) for us in {step.at_us for step in steps}))
     with engine.begin() as connection:
-        return _take(connection, server_id, boot_id, batch, partial)
+        return _take(connection, server_id, boot_id, batch, partial, expected)
 
 
 def rehearse(engine: Engine, server_id: int, boot_id: int) -> None:
@@ -83,11 +90,18 @@ def rehearse(engine: Engine, server_id: int, boot_id: int) -> None:
 
 
 def _take(
-    connection: Connection, server_id: int, boot_id: int, batch: Batch, partial: bool
+    connection: Connection,
+    server_id: int,
+    boot_id: int,
+    batch: Batch,
+    partial: bool,
+    expected: int = 0,
 ) -> IngestResult:
     records = list(chain.from_iterable(part for _, part in batch))
     steps = _steps(batch)
     taken = _lock_watermark(connection, server_id, boot_id)
+    if taken < expected:
+        raise StoreBehind(boot_id, taken)
     boot_version_id = _boot_version(connection, server_id, boot_id)
     _start_requests(connection, server_id, boot_id, records)
     new = _without_stored(connection, steps)

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.connection import connect
 from aurora_sgl.store.connection import session as open_session
+from aurora_sgl.store.durable import commit_to_disk
 from aurora_sgl.store.faults import Kind, fault_of, in_words, is_away
 from aurora_sgl.store.schema import current, head, upgrade
 
@@ -35,15 +36,20 @@ class StoreAway(Exception):
 class StoreLink:
     """Connects, migrates and reconnects. Safe to share between threads."""
 
-    def __init__(self, url: str, meanwhile: str = "") -> None:
-        """``meanwhile``: what happens while the store is away, for the log."""
+    def __init__(self, url: str, meanwhile: str = "", *, durable: bool = False) -> None:
+        """``meanwhile``: what happens while the store is away, for the log. ``durable``: what was
+        committed outlives a power cut."""
         self._url = url
         self._meanwhile = f", {meanwhile}" if meanwhile else ""
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._file: tuple[Path, int] | None = None  # SQLite: path and inode
         self._complained: dict[int, str] = {}  # by thread: one may fail while another does well
-        self.connects = 0  # grows with each new connection: what was cached of the store is old
+        self._durable = durable
+        self.connects = 0  # grows with each new engine: what was cached of the store is old
+        #: Grows with each new connection, also those that the engine makes by itself: the database
+        #: behind it may be another one, to which this one failed over.
+        self.connections = 0
         self.last_ok = 0.0  # time.monotonic() of the last success; 0: never
 
     def engine(self) -> Engine:
@@ -80,8 +86,15 @@ class StoreLink:
         if engine.dialect.name == "sqlite" and engine.url.database:
             path = Path(engine.url.database)
             self._file = (path, path.stat().st_ino)
+        if self._durable:
+            commit_to_disk(engine)
+        event.listen(engine, "connect", self._connected)
+        self._connected()
         self.connects += 1
         return engine
+
+    def _connected(self, *_: Any) -> None:
+        self.connections += 1
 
     def _complain(self, why: str) -> NoReturn:
         line = why.splitlines()[0]

@@ -131,6 +131,24 @@ def test_losses_drift_switches_failed_runs_and_failed_watches_are_told(small: Ho
     assert rest.count(ESCAPED) == 3 and PICTURE not in rest
 
 
+def test_an_alert_of_losses_counts_records_and_traces_apart_and_ends_a_day_after_the_last(
+    small: House,
+) -> None:
+    with store.session(small.engine) as s:
+        queries.drops.add_drops(s, small.servers[77], "rejected", 7)
+        queries.drops.add_drops(s, small.servers[77], queries.drops.STORED_LATER, 5)
+        queries.drops.add_drops(s, small.servers[77], "trace", 3)
+    warnings = "\n".join(one.value for one in draw(small.home, "Now").warning)
+    assert "Records were lost in the last day: 2 refused by the store" in warnings
+    assert "Traces were lost in the last day: 3 since the servers started" in warnings
+    with small.engine.begin() as connection:
+        connection.execute(
+            text("UPDATE drop_count SET updated_at = :day"),
+            {"day": utc_now() - timedelta(hours=25)},
+        )
+    assert not any("lost in the last day" in one.value for one in draw(small.home, "Now").warning)
+
+
 def test_what_the_scheduler_will_do_next_and_why_is_told(small: House) -> None:
     with store.session(small.engine) as s:
         queries.scheduler_states.set_scheduler_state(

@@ -107,6 +107,7 @@ class Engine:
             socket.reconnect_ivl = 50
             socket.connect(address(endpoint, name))
         self.seq = 0
+        self.sent = 0  # records in those envelopes
         self.live = 0
         self.swaps = 0
         self.dropped = 0
@@ -122,7 +123,8 @@ class Engine:
     def send(self, *records: wire.Record) -> int:
         with self._lock:
             self.seq += 1
-            envelope = wire.Envelope(self.boot_id, self.seq, list(records))
+            envelope = wire.Envelope(self.boot_id, self.seq, list(records), self.sent)
+            self.sent += len(records)
             self.records.send(wire.encode(envelope))
             return self.seq
 

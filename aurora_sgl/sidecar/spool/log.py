@@ -1,35 +1,38 @@
-"""The local append-only spool: what the sidecar took, until the store has it.
+"""The local append-only spool: what the sidecar took, until the store has it, and some time longer.
 
-A spool is a folder of numbered segments. A segment is a magic line and frames; a frame is
-``length, crc32`` (little-endian uint32 each) and a payload, whose first byte is its kind.
+A spool is a folder of numbered segments. A segment is a magic line and frames (see ``scan``).
 
 Durability: a frame is in the kernel's page cache when :meth:`Spool.append` returns, so killing
 the process loses nothing; :meth:`Spool.sync` (once a second, and at each rotation) puts it on the
-disk, so a power cut loses at most about a second. A tail that was torn by a kill is cut off at
-the next start.
+disk, so a power cut loses at most about a second. Nothing is ever cut: a torn tail or a flipped bit
+is read over, and the bytes come out as a frame of the kind ``DAMAGED``.
+
+Segments that the store has are kept for a while (:class:`Keep`), since a store that fails over may
+forget what it had; they go first when there is no room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import struct
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+from aurora_sgl.atomic import sync_folder
 from aurora_sgl.sidecar.files import FolderLock
+from aurora_sgl.sidecar.spool.scan import MAX_FRAME, Stretch, frame, stretches
 
 MAGIC = b"AURSPL1\n"
 SEGMENT_BYTES = 8 << 20
-MAX_FRAME = 64 << 20
+#: The kind of frames that hold what no frame is: damaged bytes.
+DAMAGED = b"D"
 #: Seconds between two notes of when something arrived, and how many are kept at most.
 MARK_SECONDS, MAX_MARKS = 1.0, 4096
-_HEADER = struct.Struct("<II")
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +44,24 @@ class Position(NamedTuple):
     offset: int
 
 
+#: Before anything.
+START = Position(0, 0)
+
+
 class Frame(NamedTuple):
     kind: bytes  # one byte
     payload: bytes
     end: Position  # just after this frame
+
+
+class Keep(NamedTuple):
+    """How long, and how much, of what the store has is kept."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+NOTHING = Keep()
 
 
 def _path(folder: Path, segment: int) -> Path:
@@ -55,44 +72,61 @@ def _segments(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("[0-9]*.spool"))
 
 
-def _frames(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int]]:
-    """Whole and sound frames from the file's position up to ``end``, each with its end offset."""
-    offset = file.tell()
-    while offset + _HEADER.size < end:
-        length, crc = _HEADER.unpack(file.read(_HEADER.size))
-        if not 0 < length <= MAX_FRAME or offset + _HEADER.size + length > end:
-            return
-        data = file.read(length)
-        if len(data) != length or zlib.crc32(data) != crc:
-            return
-        offset += _HEADER.size + length
-        yield data, offset
+def _new_segment(path: Path) -> int:
+    """A descriptor of a segment with its magic line; on ``OSError`` nothing is left of it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        _write(fd, MAGIC, 0)
+        sync_folder(path.parent)
+    except BaseException:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+        raise
+    return fd
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    if os.pwrite(fd, data, offset) != len(data):
+        raise OSError(28, "no room")
 
 
 class Spool:
     """One writer and one reader (which may be two threads) over the segments of a folder."""
 
-    def __init__(self, folder: Path, limit_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        segment_bytes: int = SEGMENT_BYTES,
+        keep: Keep = NOTHING,
+    ) -> None:
         """Raises ``AuroraError`` when another process has the spool or it can't be written."""
         self.folder = folder
         self.limit_bytes = limit_bytes
         self.segment_bytes = max(1 << 12, min(segment_bytes, limit_bytes // 8))
+        self.keep = keep
         self.dropped = 0  # frames refused because the spool or the disk was full
-        self.damaged = 0  # segments with unreadable bytes in the middle
+        self.damaged = 0  # places with bytes that are no frame
+        self.damaged_bytes = 0
+        self._damage_end = START  # of the last one that was counted
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)
         self._folder_lock = FolderLock(folder, "the spool")
-        self._dirty = False
+        self._dirty = self._complained = False
         segments = _segments(folder) or [1]
         self._sizes = {
             number: _path(folder, number).stat().st_size
             for number in segments
             if _path(folder, number).exists()
         }
-        self._marks = self._found_marks()
-        self._open_tail(segments[-1])
+        self._stored: dict[int, float] = {}  # segments that the store has, and since when
+        self._marks = self._first_marks()
+        self._fd = -1
+        self._tail = Position(segments[-1], len(MAGIC))
+        with contextlib.suppress(OSError):  # a full disk: then it is tried at each append
+            self._open_tail()
 
-    def _found_marks(self) -> deque[tuple[Position, float]]:
+    def _first_marks(self) -> deque[tuple[Position, float]]:
         """When what lies here already came, roughly: by the times of the files."""
         now, marks = time.time(), deque[tuple[Position, float]]()
         for number in self._sizes:
@@ -102,30 +136,26 @@ class Spool:
             marks.append((place, time.monotonic() - (now - written)))
         return marks
 
-    def _open_tail(self, number: int) -> None:
-        path = _path(self.folder, number)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        size = os.fstat(self._fd).st_size
-        end = len(MAGIC)
-        if os.pread(self._fd, end, 0) != MAGIC:
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, MAGIC, 0)
+    def _open_tail(self) -> None:
+        """What lies in the newest segment stays as it is, damaged or not: writing goes on behind
+        it."""
+        number = self._tail.segment
+        path, size = _path(self.folder, number), self._sizes.get(number, 0)
+        if size < len(MAGIC):
+            self._fd, size = _new_segment(path), len(MAGIC)
         else:
-            with path.open("rb") as file:
-                file.seek(end)
-                for _, offset in _frames(file, size):
-                    end = offset
-        if size > end:
-            log.warning("cut %d bytes of a torn record off %s", size - end, path.name)
-            os.ftruncate(self._fd, end)
-        self._tail = Position(number, end)
-        self._sizes[number] = end
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._tail = Position(number, size)
+        self._sizes[number] = size
 
     @property
     def start(self) -> Position:
         """The oldest place that can be read."""
         with self._lock:
-            return Position(min(self._sizes), len(MAGIC))
+            return self._start()
+
+    def _start(self) -> Position:
+        return Position(min(self._sizes, default=self._tail.segment), len(MAGIC))
 
     @property
     def tail(self) -> Position:
@@ -138,32 +168,54 @@ class Spool:
         with self._lock:
             return sum(self._sizes.values())
 
-    def append(self, kind: bytes, payload: bytes) -> bool:
-        """Take one frame. False when it was dropped (and counted): no room, or a failing disk."""
-        data = kind + payload
-        frame = _HEADER.pack(len(data), zlib.crc32(data)) + data
+    @property
+    def kept_bytes(self) -> int:
+        """Of those the bytes that the store has."""
         with self._lock:
-            room = self.limit_bytes - sum(self._sizes.values())
-            if len(data) > MAX_FRAME or len(frame) > room:
-                self.dropped += 1
-                return False
+            return sum(self._sizes[number] for number in self._stored)
+
+    def append(self, kind: bytes, payload: bytes) -> bool:
+        """Take one frame. False when it was refused (and counted): no room, or a failing disk."""
+        data = frame(kind + payload)
+        with self._lock:
             try:
-                if self._tail.offset + len(frame) > self.segment_bytes:
-                    self._rotate()
-                written = os.pwrite(self._fd, frame, self._tail.offset)
-                if written != len(frame):
-                    raise OSError(28, "short write")
+                if len(payload) >= MAX_FRAME or not self._make_room(len(data)):
+                    self.dropped += 1
+                    return False
+                self._append(data)
             except OSError as error:
-                if self.dropped == 0:
+                if not self._complained:
                     log.error("the spool %s can't be written: %s", self.folder, error.strerror)
+                self._complained = True
                 self.dropped += 1
+                self._make_room(self.limit_bytes)  # what the store has goes: the disk needs it
                 return False
-            self._mark()
-            self._tail = Position(self._tail.segment, self._tail.offset + len(frame))
-            self._sizes[self._tail.segment] = self._tail.offset
+            self._complained = False
             self._dirty = True
             self._grown.notify_all()
             return True
+
+    def _append(self, data: bytes) -> None:
+        """Raises ``OSError``; then all is as it was."""
+        if self._fd < 0:
+            self._open_tail()
+        if self._tail.offset + len(data) > self.segment_bytes:
+            self._rotate()
+        try:
+            _write(self._fd, data, self._tail.offset)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._tail.offset)
+            raise
+        self._mark()
+        self._tail = Position(self._tail.segment, self._tail.offset + len(data))
+        self._sizes[self._tail.segment] = self._tail.offset
+
+    def _make_room(self, size: int) -> bool:
+        """Whether the limit has room, if need be without segments that the store has."""
+        while (room := self.limit_bytes - sum(self._sizes.values())) < size and self._stored:
+            self._delete(min(self._stored))
+        return room >= size
 
     def _mark(self) -> None:
         """Note that the frame at the tail came now."""
@@ -183,13 +235,23 @@ class Spool:
             return time.monotonic() - self._marks[0][1] if self._marks else 0.0
 
     def _rotate(self) -> None:
+        """Go on in a new segment, or, on ``OSError``, stay in the old one."""
         if self._tail.offset <= len(MAGIC):
             return
-        os.ftruncate(self._fd, self._tail.offset)
-        os.fsync(self._fd)
-        old = self._fd
-        self._open_tail(self._tail.segment + 1)
-        os.close(old)
+        number = self._tail.segment + 1
+        path = _path(self.folder, number)
+        fd = _new_segment(path)
+        try:
+            os.ftruncate(self._fd, self._tail.offset)
+            os.fsync(self._fd)
+        except BaseException:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        os.close(self._fd)
+        self._fd = fd
+        self._tail = Position(number, len(MAGIC))
+        self._sizes[number] = len(MAGIC)
 
     def sync(self) -> None:
         """Put what was appended on the disk."""
@@ -211,48 +273,80 @@ class Spool:
     def read(
         self, position: Position, max_frames: int = 4096, max_bytes: int = 4 << 20
     ) -> list[Frame]:
-        """Frames after ``position``, oldest first; an empty list at the tail."""
+        """Frames after ``position``, oldest first, damaged bytes among them; an empty list at the
+        tail."""
         frames: list[Frame] = []
         size = 0
-        while len(frames) < max_frames and size < max_bytes:
+        while True:
             with self._lock:
                 tail = self._tail
-                if position >= tail:
-                    break
                 end = self._sizes.get(position.segment, 0)
-            sound = position.offset
-            if end:
-                with _path(self.folder, position.segment).open("rb") as file:
-                    file.seek(position.offset)
-                    for data, offset in _frames(file, end):
-                        sound = offset
-                        frames.append(Frame(data[:1], data[1:], Position(position.segment, offset)))
-                        size += len(data)
-                        if len(frames) >= max_frames or size >= max_bytes:
-                            return frames
-            if sound < end:
-                self._skip_damage(position.segment, end - sound)
-            if position.segment == tail.segment and sound == end:
-                break
+            if position >= tail:
+                return frames
+            for stretch in self._stretches(position, end):
+                frames.append(self._frame(stretch, position.segment))
+                size += len(stretch.data)
+                if len(frames) >= max_frames or size >= max_bytes:
+                    return frames
+            if position.segment == tail.segment:
+                return frames
             position = Position(position.segment + 1, len(MAGIC))
-        return frames
 
-    def _skip_damage(self, segment: int, lost: int) -> None:
+    def _stretches(self, position: Position, end: int) -> Iterator[Stretch]:
+        if position.offset >= end:
+            return
+        try:
+            with _path(self.folder, position.segment).open("rb") as file:
+                file.seek(position.offset)
+                yield from stretches(file, end)
+        except FileNotFoundError as error:
+            log.error("a segment of the spool is gone: %s", error)
+            yield Stretch(b"", end, False)
+
+    def _frame(self, stretch: Stretch, segment: int) -> Frame:
+        end = Position(segment, stretch.end)
+        if stretch.sound:
+            return Frame(stretch.data[:1], stretch.data[1:], end)
         with self._lock:
-            self.damaged += 1
-            if segment == self._tail.segment:
-                self._rotate()
-        log.error("skipped %d damaged bytes in %s", lost, _path(self.folder, segment))
+            if end > self._damage_end:  # not when it is read again
+                if Position(segment, stretch.end - len(stretch.data)) != self._damage_end:
+                    self.damaged += 1
+                    log.error("%s has damaged bytes before byte %d; they are set aside",
+                              _path(self.folder, segment), stretch.end)  # fmt: skip
+                self.damaged_bytes += len(stretch.data)
+                self._damage_end = end
+        return Frame(DAMAGED, stretch.data, end)
 
     def release(self, position: Position) -> None:
-        """Delete what lies wholly before ``position``: the store has it."""
+        """The store has what lies wholly before ``position``: delete it when it is old enough."""
         with self._lock:
-            for segment in [n for n in self._sizes if n < position.segment]:
-                _path(self.folder, segment).unlink(missing_ok=True)
-                del self._sizes[segment]
+            now = time.monotonic()
+            for number in self._sizes:
+                if number < position.segment:
+                    self._stored.setdefault(number, now)
+            kept = sum(self._sizes[number] for number in self._stored)
+            for number in sorted(self._stored):
+                if now - self._stored[number] < self.keep.seconds and kept <= self.keep.bytes:
+                    break
+                kept -= self._sizes[number]
+                self._delete(number)
+
+    def rewind(self) -> Position:
+        """All that is still here is wanted again; where it begins."""
+        with self._lock:
+            self._stored.clear()
+            return self._start()
+
+    def _delete(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            _path(self.folder, number).unlink(missing_ok=True)
+        del self._sizes[number]
+        del self._stored[number]
 
     def close(self) -> None:
         self.sync()
         with self._lock:
-            os.close(self._fd)
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
         self._folder_lock.release()

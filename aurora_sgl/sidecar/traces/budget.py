@@ -45,6 +45,13 @@ class TraceStore:
                     self._delete(row.uri)
         self.enforce()
 
+    def missing(self, rows: list[TraceRow]) -> list[TraceRow]:
+        """Of rows that are read again those that the store has not, and whose files are there: the
+        others were deleted since. Raises ``StoreAway``."""
+        with self._link.session(write=False) as s:
+            gone = [row for row in rows if queries.traces.trace(s, row.request_id) is None]
+        return [row for row in gone if self._artifacts.exists(row.uri)]
+
     def _refusal(self, rows: list[TraceRow]) -> Kind | None:
         """Insert all the rows or none; whose fault it is when the store takes none."""
         try:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.store.models import DropCount, Server
 from aurora_sgl.store.upsert import insert
+
+#: The place under which those are counted that were refused and could be stored later.
+STORED_LATER = "stored_later"
 
 
 def set_drops(s: Session, server_id: int, place: str, total: int) -> None:
@@ -40,14 +45,27 @@ def add_drops(s: Session, server_id: int, place: str, count: int) -> None:
     )
 
 
-def drops(s: Session, group_id: int) -> dict[str, int]:
-    """What was lost by place, over all boots of the group."""
-    rows = s.execute(
-        select(DropCount.place, DropCount.count)
+def drops(s: Session, group_id: int, *, since: datetime | None = None) -> dict[str, int]:
+    """What was lost by place, over all boots of the group, or over those that lost something there
+    after a moment. Records, but for the place ``trace``, which counts traces. What was refused and
+    stored later is not lost."""
+    query = (
+        select(DropCount.place, DropCount.server_id, DropCount.count, DropCount.updated_at)
         .join(Server, Server.id == DropCount.server_id)
         .where(Server.group_id == group_id)
     )
+    rows = s.execute(query).all()
+    later = {row.server_id: row.count for row in rows if row.place == STORED_LATER}
     total: dict[str, int] = {}
-    for place, count in rows:
-        total[place] = total.get(place, 0) + count
-    return total
+    for row in rows:
+        if row.place == STORED_LATER or (since is not None and row.updated_at < since):
+            continue
+        stored = later.get(row.server_id, 0) if row.place == "rejected" else 0
+        total[row.place] = total.get(row.place, 0) + max(0, row.count - stored)
+    return {place: count for place, count in total.items() if count}
+
+
+def drops_of_server(s: Session, server_id: int) -> dict[str, int]:
+    """What was lost by place of one boot."""
+    query = select(DropCount.place, DropCount.count).where(DropCount.server_id == server_id)
+    return {place: count for place, count in s.execute(query)}

@@ -33,6 +33,10 @@ def group_of_boot(s: Session, boot_id: int) -> str | None:
     )
 
 
+def server_of_boot(s: Session, boot_id: int) -> Server | None:
+    return s.scalars(select(Server).where(Server.boot_id == boot_id)).one_or_none()
+
+
 def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
     """The row of this boot, made or refreshed from what the engine says of itself."""
     labels = hello.server

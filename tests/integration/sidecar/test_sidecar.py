@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -88,6 +90,7 @@ def test_records_reach_the_store_and_the_health_endpoint_says_so(
     metrics = sidecar.get("/metrics")[1]
     assert "aurora_sidecar_verify_steps_total 60.0" in metrics
     assert "aurora_sidecar_ready 1.0" in metrics
+    assert re.search(r"health and metrics at http://127\.0\.0\.1:\d+", sidecar.text())
     wait_until(lambda: any(isinstance(c, wire.SetPhase) for c in engine.heard))
     wait_until(lambda: count(url, "server", "phase = 'exploring' AND state = 'running'") == 1)
     assert sidecar.stop() == 0
@@ -185,14 +188,29 @@ def test_a_full_spool_drops_the_newest_and_the_store_learns_how_many(
     locker.execute("BEGIN IMMEDIATE")
     for step in range(2000):
         engine.send(samples.chain_step(1, step, 1, boot_id=BOOT))
-    time.sleep(1.5)
+    wait_until(lambda: lost_at_spool(sidecar) > 0, 20, "a loss that is told while it happens")
+    assert json.loads(sidecar.get("/health")[1])["lost"]["spool"] > 0
+    wait_until(lambda: settled(sidecar), 20)
     locker.execute("ROLLBACK")
     wait_until(lambda: 0 < count(url, "acceptance_event") < 2000, 45)
     time.sleep(1.0)
     engine.send(samples.chain_step(1, 2000, 1, boot_id=BOOT))
     wait_until(lambda: count(url, "acceptance_event") + drops(url).get("spool", 0) == 2001)
     assert set(drops(url)) == {"spool"}
+    assert lost_at_spool(sidecar) == drops(url)["spool"]
     assert "the spool is full" in sidecar.text()
+
+
+def lost_at_spool(sidecar: Sidecar) -> int:
+    found = re.search(r'lost_total{place="spool"} (\d+)', sidecar.get("/metrics")[1])
+    return int(found[1]) if found else 0
+
+
+def settled(sidecar: Sidecar) -> bool:
+    """Whether the sidecar has taken all that was sent."""
+    before = lost_at_spool(sidecar)
+    time.sleep(0.5)
+    return lost_at_spool(sidecar) == before
 
 
 def test_what_the_engine_dropped_is_in_the_store_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,23 @@ from typing import Any
 import msgspec
 import pytest
 from sqlalchemy import Engine, text
+from typer.testing import CliRunner
 
-from aurora_sgl import store, wire
+from aurora_sgl import cli, store, wire
 from aurora_sgl.artifacts import ArtifactRoot
-from aurora_sgl.sidecar import servers
+from aurora_sgl.config import get_settings
+from aurora_sgl.sidecar import retry, servers
 from aurora_sgl.sidecar.batcher import Batcher, Intake
 from aurora_sgl.sidecar.frames import TRACE
-from aurora_sgl.sidecar.refused import FILE, read
+from aurora_sgl.sidecar.refused import FILE, RefusedFile, RefusedRecord, read
 from aurora_sgl.sidecar.servers import Registry
+from aurora_sgl.sidecar.spool.bypass import Bypass
 from aurora_sgl.sidecar.spool.cursor import Cursor
 from aurora_sgl.sidecar.spool.log import Spool
 from aurora_sgl.sidecar.spool.slots import adopt
 from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
-from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.link import StoreLink
 from tests.support import store_samples as samples
 
@@ -35,22 +38,35 @@ BOOT = samples.BOOT
 class Inside:
     """The parts of a sidecar between its socket and the store."""
 
-    def __init__(self, folder: Path, engine: Engine, group: str = "default") -> None:
+    def __init__(self, folder: Path, engine: Engine, group: str = "default", **spool: Any) -> None:
         url = engine.url.render_as_string(hide_password=False)
         self.engine = engine
-        self.spool = Spool(folder, 1 << 26)
+        self.spool = Spool(folder, **{"limit_bytes": 1 << 26, **spool})
         self.cursor = Cursor(self.spool)
-        self.link = StoreLink(url)
+        self.link = StoreLink(url, durable=True)
         self.registry = Registry(self.link, self.cursor, group)
-        self.intake = Intake(self.spool, self.registry)
+        self.bypass = Bypass(self.spool)
+        self.intake = Intake(self.spool, self.registry, self.bypass)
         traces = TraceStore(self.link, ArtifactRoot(str(folder / "artifacts")), 1 << 30)
         self.traces = traces
-        self.batcher = Batcher(self.spool, self.cursor, self.link, self.registry, traces)
+        self.batcher = Batcher(
+            self.spool, self.cursor, self.link, self.registry, traces, self.bypass
+        )
         self.seq = 0
+        self.sent: Counter[int] = Counter()  # records, by boot
 
     def send(self, *records: wire.Record, boot_id: int = BOOT, seq: int = 0) -> None:
+        self.intake.take(self.envelope(*records, boot_id=boot_id, seq=seq))
+
+    def envelope(self, *records: wire.Record, boot_id: int = BOOT, seq: int = 0) -> bytes:
+        """The next one, which may get lost."""
         self.seq = seq or self.seq + 1
-        self.intake.take(wire.encode(wire.Envelope(boot_id, self.seq, list(records))))
+        envelope = wire.Envelope(boot_id, self.seq, list(records), self.sent[boot_id])
+        self.sent[boot_id] += len(records)
+        return wire.encode(envelope)
+
+    def drops(self) -> dict[str, int]:
+        return {row["place"]: row["count"] for row in self.rows("SELECT * FROM drop_count")}
 
     def rows(self, query: str) -> list[dict[str, Any]]:
         with store.reading(self.engine) as connection:
@@ -117,16 +133,91 @@ def test_a_record_that_no_column_takes_is_set_aside_and_takes_no_other_with_it(
     assert inside.batcher.trouble == "" and inside.batcher.oldest_seconds == 0.0
 
 
-def test_what_was_set_aside_can_be_stored_once_its_rule_is_gone(inside: Inside) -> None:
+def test_what_was_set_aside_can_be_stored_by_a_command_once_its_rule_is_gone(
+    inside: Inside,
+) -> None:
     inside.write("CREATE UNIQUE INDEX mine ON request (prompt_tokens)")
     starts = [changed(samples.started(n), prompt_tokens=10 + n % 5) for n in range(2, 8)]
     inside.send(samples.hello(), *starts)
+    inside.send(changed(STEP, at_us=1 << 62))  # which no store will ever take
     assert inside.batcher.drain()
     assert inside.count("request") == 5
+    assert inside.drops() == {"rejected": 2}
+    folder = inside.spool.folder
+    groups = retry.refused_groups(folder)
+    assert sorted((one.kind, one.count) for one in groups) == [("start", 1), ("step", 1)]
+    assert retry.retry(inside.engine, folder) == {"refused": 2}  # the rule is still there
     inside.write("DROP INDEX mine")
-    for one in read(inside.spool.folder / FILE):
-        ingest(inside.engine, 1, one.boot_id, [(one.seq, [one.record])])
-    assert inside.count("request") == 6
+    inside.send(samples.started(9))  # the sidecar goes on meanwhile
+    assert inside.batcher.drain()
+    assert retry.retry(inside.engine, folder) == {"stored": 1, "refused": 1}
+    assert inside.count("request") == 7
+    (left,) = read(folder / FILE)
+    assert left.record == changed(STEP, at_us=1 << 62)
+    with store.session(inside.engine, write=False) as s:
+        group = queries.groups.group_by_name(s, "default").id
+        assert queries.drops.drops(s, group) == {"rejected": 1}
+    assert retry.retry(inside.engine, folder) == {"refused": 1}
+
+
+def test_a_retry_that_was_killed_is_gone_on_with(inside: Inside) -> None:
+    inside.send(samples.hello(), samples.started(1))
+    assert inside.batcher.drain()
+    folder = inside.spool.folder
+    one, two = (RefusedRecord(BOOT, 1, samples.started(n), "why") for n in (2, 3))
+    RefusedFile(folder).keep([one])
+    (folder / FILE).rename(folder / retry.MOVED)
+    RefusedFile(folder).keep([two])
+    assert retry.folders(folder.parent.parent) == []  # not a spool of a data folder
+    assert [row.count for row in retry.refused_groups(folder)] == [2]
+    assert retry.retry(inside.engine, folder) == {"stored": 2}
+    assert inside.count("request") == 3
+    assert not (folder / retry.MOVED).exists() and not (folder / FILE).exists()
+
+
+def test_a_record_of_a_server_in_another_group_or_in_none_stays_set_aside(inside: Inside) -> None:
+    inside.send(samples.hello(), samples.started(1))
+    assert inside.batcher.drain()
+    other = samples.hello(BOOT + 1, "other:1")
+    other.server["target_model"] = "another target"
+    inside.send(other, samples.started(1, boot_id=BOOT + 1), boot_id=BOOT + 1, seq=1)
+    assert inside.batcher.drain()
+    RefusedFile(inside.spool.folder).keep([RefusedRecord(5, 1, samples.started(1, boot_id=5), "?")])
+    assert retry.retry(inside.engine, inside.spool.folder) == {"refused": 3}
+    assert inside.count("request") == 1
+    assert {one.why for one in read(inside.spool.folder / FILE)} >= {retry.NO_SERVER}
+
+
+@pytest.fixture
+def home(tmp_path: Path, upgraded_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A data folder with a store, which this process takes for its own."""
+    home = tmp_path / "home"
+    (home / "spool" / "0").mkdir(parents=True)
+    (home / "aurora.db").write_bytes(upgraded_sqlite.read_bytes())
+    monkeypatch.setenv("AURORA_HOME", str(home))
+    get_settings.cache_clear()
+    yield home
+    get_settings.cache_clear()
+
+
+def test_the_command_shows_what_was_refused_and_tries_it_again(home: Path) -> None:
+    engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
+    with store.session(engine) as s:
+        group = queries.groups.ensure_group(s, "default", "target", "", "")
+        queries.servers.register_server(s, group.id, samples.hello())
+    refused = [RefusedRecord(BOOT, 1, samples.started(n), "a table is gone") for n in (1, 2)]
+    RefusedFile(home / "spool" / "0").keep(refused)
+    runner = CliRunner()
+    shown = runner.invoke(cli.app, ["db", "refused", "--json"])
+    (row,) = json.loads(shown.output)
+    assert (row["why"], row["kind"], row["count"]) == ("a table is gone", "start", 2)
+    done = runner.invoke(cli.app, ["db", "refused", "--retry", "--json"])
+    assert done.exit_code == 0, done.output
+    assert [row["stored"] for row in json.loads(done.output)] == [2]
+    assert json.loads(runner.invoke(cli.app, ["db", "refused", "--json"]).output) == []
+    with store.reading(engine) as connection:
+        assert connection.scalar(text("SELECT count(*) FROM request")) == 2
+    engine.dispose()
 
 
 BREAKS = {

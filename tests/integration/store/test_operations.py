@@ -118,6 +118,8 @@ def test_drops_are_counted_by_place_and_totals_never_twice(engine: Engine, group
         queries.drops.add_drops(s, server_id, "trace", 1)
         queries.drops.add_drops(s, server_id, "spool", 0)
         assert queries.drops.drops(s, group_id) == {"engine": 5, "trace": 3}
+        assert queries.drops.drops_of_server(s, server_id) == {"engine": 5, "trace": 3}
+        assert queries.drops.drops(s, group_id, since=utc_now() + timedelta(hours=1)) == {}
 
 
 def test_a_run_ends_once(engine: Engine, group_id: int) -> None:

@@ -93,6 +93,7 @@ def test_a_record_that_cannot_be_encoded_is_dropped_and_counted_its_neighbours_a
     assert [record.request_id & 0xFF for record in second.records] == [6]  # type: ignore[union-attr]
     assert (first.seq, second.seq) == (2, 3)  # without a gap: nothing was lost on the way
     assert (channel.dropped_odd, channel.dropped_records, channel.waiting_records) == (2, 2, 0)
+    assert (first.before, second.before) == (1, 3)  # records that were sent before them
 
 
 def test_an_odd_record_does_not_wait_at_the_head_while_there_is_no_sidecar(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_good_start_says_what_it_does_in_one_line(
         ("AURORA_CAPTURE_SHARE", "1.5", "capture_share", 1.0),
         ("AURORA_SPECULATION", "sometimes", "speculation", "auto"),
         ("AURORA_RECORD", "maybe", "record", True),
-        ("AURORA_HEALTH_PORT", "70000", "health_port", 0),
+        ("AURORA_HEALTH_PORT", "70000", "health_port", 8520),
         ("AURORA_SPOOL_BYTES", "1G", "spool_bytes", 1024**3),
     ],
 )
