@@ -94,10 +94,16 @@ def read_window(text: str) -> dict[str, Any]:
 
 
 def user() -> str:
+    """Who acts, for the audit. A container may run under a number that has no name."""
     import getpass
+    import os
     import socket
 
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # the latter from Python 3.13 on
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
 
 
 def columns_of(row: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
 from aurora_sgl.errors import AuroraError, Refused
+from aurora_sgl.private import OWNER, make_folder
+from aurora_sgl.store import throttle
 
 VIEWER, OPERATOR = "viewer", "operator"
 ROLES = (VIEWER, OPERATOR)
 SESSION_SECONDS = 12 * 3600.0
 SETUP_SECONDS = 24 * 3600.0
 SHORTEST_PASSWORD, LONGEST_PASSWORD = 10, 1024
-#: Failed logins that cost nothing; each one more doubles the wait, up to the longest.
-FREE_FAILURES, LONGEST_WAIT = 3, 300.0
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS account (
@@ -36,8 +36,6 @@ CREATE TABLE IF NOT EXISTS account (
 CREATE TABLE IF NOT EXISTS session (
     token_hash TEXT PRIMARY KEY, name TEXT NOT NULL, expires_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS setup (token_hash TEXT PRIMARY KEY, expires_at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS failure (
-    key TEXT PRIMARY KEY, count INTEGER NOT NULL, free_at REAL NOT NULL);
 """
 
 
@@ -58,10 +56,12 @@ class Accounts:
         self.path = path
         self._hasher = PasswordHasher()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            make_folder(path.parent)
+            with suppress(FileExistsError):
+                # Not opened when it is there: closing it would end SQLite's locks of this process.
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, OWNER.file))
             with self._transaction() as db:
-                for statement in TABLES.split(";"):
+                for statement in (TABLES + throttle.TABLE).split(";"):
                     db.execute(statement)
         except (OSError, sqlite3.Error) as error:
             raise AuroraError(
@@ -157,27 +157,25 @@ class Accounts:
         """The account, when name and password fit.
 
         Raises ``Refused`` when they don't (never saying which of the two), and without looking
-        at the password while this name or address has to wait after failed tries.
+        at the password while this name has to wait at this address, see store.throttle.
         """
-        keys = [f"name:{_folded(name)[:100]}", f"address:{address}"]
+        keys = throttle.keys_of(_folded(name), address)
         with self._transaction() as db:
-            wait = max(_wait(db, key) for key in keys)
+            wait = throttle.wait(db, keys)
             row = db.execute(
                 "SELECT name, role, password_hash FROM account WHERE name = ?", [_folded(name)]
             ).fetchone()
             if wait <= 0:
                 # Counted before the password is looked at, so that many tries at once don't
                 # all slip through while the first one is hashed.
-                for key in keys:
-                    _fail(db, key)
+                throttle.count(db, keys)
         if wait > 0:
-            raise Refused(f"too many failed logins; try again in {wait:.0f} s")
+            raise Refused(f"too many failed logins; try again in {max(1, round(wait))} s")
         password_hash = row[2] if row and row[2] else self._nobody
         if not self._verifies(password_hash, password[:LONGEST_PASSWORD]) or not (row and row[2]):
             raise Refused("the name or the password is wrong")
         with self._transaction() as db:
-            for key in keys:
-                db.execute("DELETE FROM failure WHERE key = ?", [key])
+            throttle.forgive(db, keys)
         return Account(row[0], row[1], True)
 
     @property
@@ -246,21 +244,3 @@ def _hash(token: str) -> str:
 def _open_setup(db: sqlite3.Connection, token: str) -> bool:
     query = "SELECT 1 FROM setup WHERE token_hash = ? AND expires_at > ?"
     return db.execute(query, [_hash(token), time.time()]).fetchone() is not None
-
-
-def _wait(db: sqlite3.Connection, key: str) -> float:
-    """Seconds until this name or address may try again."""
-    row = db.execute("SELECT free_at FROM failure WHERE key = ?", [key]).fetchone()
-    return float(row[0]) - time.time() if row else 0.0
-
-
-def _fail(db: sqlite3.Connection, key: str) -> None:
-    row = db.execute("SELECT count FROM failure WHERE key = ?", [key]).fetchone()
-    count = 1 + (row[0] if row else 0)
-    beyond = count - FREE_FAILURES
-    wait = min(LONGEST_WAIT, 2.0 ** min(beyond, 12)) if beyond > 0 else 0.0
-    db.execute(
-        "INSERT INTO failure VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
-        "count = excluded.count, free_at = excluded.free_at",
-        [key, count, time.time() + wait],
-    )
