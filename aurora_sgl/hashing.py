@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,11 @@ from pathlib import Path
 
 def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def keyed_sha256(key: bytes, data: bytes) -> str:
+    """A hash that only who has the key can make."""
+    return hmac.new(key, data, hashlib.sha256).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

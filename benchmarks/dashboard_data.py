@@ -23,6 +23,7 @@ import numpy as np
 from aurora_sgl import store, wire
 from aurora_sgl.clock import utc_now
 from aurora_sgl.store.packing import pack_ints
+from aurora_sgl.store.rollup import CLUSTER_SUMS, CLUSTERS
 
 DOMAINS = ("chat", "code", "extraction", "sql", "translation")
 GAINS = np.array([0.0, 0.06, 0.12, 0.04, -0.05])  # of the chance of acceptance, by domain
@@ -249,6 +250,8 @@ SUMS = (
     "verify_steps", "proposed", "accepted", "requests", "completion_tokens", "sum_steps_squared",
     "sum_accepted_squared", "sum_steps_accepted",
 )  # fmt: skip
+#: Over all draft shapes, and with mixed steps: of one draft shape and without those the same.
+WIDER = [prefix + name for prefix in CLUSTERS[1:] for name in CLUSTER_SUMS]
 
 
 def add(minutes: dict[Any, list[Any]], key: Any, row: list[Any]) -> None:
@@ -264,14 +267,16 @@ def write_minutes(db: sqlite3.Connection, minutes: dict[Any, list[Any]]) -> None
         reached = histogram[::-1].cumsum()[::-1][1:]
         rows.append((
             minute, server, version, domain, DEPTH, TOPK, NODES, "greedy", bucket, 0, *sums,
+            *[sums[SUMS.index(name)] for _ in CLUSTERS[1:] for name in CLUSTER_SUMS],
             json.dumps(histogram.tolist()), json.dumps(reached.tolist()),
         ))  # fmt: skip
-    grow = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUMS)
+    columns = (*SUMS, *WIDER)
+    grow = ", ".join(f"{name} = {name} + excluded.{name}" for name in columns)
     # A minute that two transactions share keeps the histogram of the first: a few in a million.
     db.executemany(
         "INSERT INTO acceptance_minute (bucket_start, server_id, drafter_version_id, domain, "
-        f"depth, topk, nodes, accept_rule, batch_bucket, mixed, {', '.join(SUMS)}, histogram, "
-        f"per_position) VALUES ({', '.join('?' * 20)}) ON CONFLICT DO UPDATE SET {grow}",
+        f"depth, topk, nodes, accept_rule, batch_bucket, mixed, {', '.join(columns)}, histogram, "
+        f"per_position) VALUES ({', '.join('?' * 28)}) ON CONFLICT DO UPDATE SET {grow}",
         rows,
     )
 

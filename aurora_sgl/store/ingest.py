@@ -42,6 +42,7 @@ from aurora_sgl.store.rollup import (
     roll_up,
     tally_key,
 )
+from aurora_sgl.store.salt import Salt
 from aurora_sgl.store.upsert import insert, insert_missing, storable, upsert
 
 #: Values of one IN list; both databases take more, plans get no better.
@@ -106,11 +107,12 @@ def _take(
     _start_requests(connection, server_id, boot_id, records)
     new = _without_stored(connection, steps)
     clusters = {tally_key(step, step.version_id or boot_version_id) for step in new}
-    tallies = _load_tallies(connection, clusters)
-    domains = _domains(connection, {step.request_id for step in new})
+    request_ids = {step.request_id for step in new}
+    tallies = _load_tallies(connection, request_ids)
+    domains = _domains(connection, request_ids)
     minutes, sums = roll_up(new, boot_version_id, domains, tallies)
     insert_events(connection, new, boot_version_id)
-    _store_tallies(connection, tallies)
+    _store_tallies(connection, {key: tallies[key] for key in clusters})
     _store_minutes(connection, server_id, minutes)
     _count_requests(connection, sums)
     _finish_requests(connection, records)
@@ -169,6 +171,7 @@ def _start_requests(
 ) -> None:
     started: dict[int, dict[str, Any]] = {}
     orphans: dict[int, dict[str, Any]] = {}
+    salt = Salt(connection)
     for record in records:
         if isinstance(record, wire.RequestStarted):
             started[record.request_id] = {
@@ -178,7 +181,7 @@ def _start_requests(
                 "rid": storable(record.rid),
                 "dp_rank": record.dp_rank,
                 "domain": storable(record.domain),
-                "conversation_hash": storable(record.conversation_hash),
+                "conversation_hash": salt(record.conversation_hash),
                 "prompt_tokens": record.prompt_tokens,
                 "cached_tokens": record.cached_tokens,
                 "sampling": storable(record.sampling),
@@ -227,16 +230,16 @@ def _without_stored(
     return list(unique.values())
 
 
-def _load_tallies(connection: Connection, keys: set[TallyKey]) -> dict[TallyKey, Tally]:
-    ids = sorted({key.request_id for key in keys})
+def _load_tallies(connection: Connection, request_ids: set[int]) -> dict[TallyKey, Tally]:
+    """All that these requests have."""
+    ids = sorted(request_ids)
     tally = RequestTally
     query = select(tally).where(tally.request_id.in_(bindparam("ids", expanding=True)))
     tallies: dict[TallyKey, Tally] = {}
     for begin in range(0, len(ids), _CHUNK):
         for row in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
             key = TallyKey(*(getattr(row, name) for name in TallyKey._fields))
-            if key in keys:
-                tallies[key] = Tally(row.verify_steps, row.accepted)
+            tallies[key] = Tally(row.verify_steps, row.accepted)
     return tallies
 
 
@@ -276,12 +279,11 @@ def _store_minutes(
         minute_us = round(row.bucket_start.timestamp()) * 1_000_000
         key = MinuteKey(minute_us, *(getattr(row, name) for name in MinuteKey._fields[1:]))
         stored[key] = row
-    sums = ("verify_steps", "proposed", "accepted", "requests", "completion_tokens",
-            "sum_steps_squared", "sum_accepted_squared", "sum_steps_accepted")  # fmt: skip
     rows = []
     for key, minute in minutes.items():
         old = stored.get(key)
-        values = {name: getattr(minute, name) + (getattr(old, name) if old else 0) for name in sums}
+        grown = minute.sums()
+        values = {name: more + (getattr(old, name) if old else 0) for name, more in grown.items()}
         histogram = add_lists(minute.histogram, list(old.histogram) if old else [])
         rows.append(
             {
@@ -294,7 +296,7 @@ def _store_minutes(
             }
         )
     key_columns = ["bucket_start", "server_id", *MinuteKey._fields[1:]]
-    upsert(connection, m, rows, key_columns, [*sums, "histogram", "per_position"])
+    upsert(connection, m, rows, key_columns, [*Minute().sums(), "histogram", "per_position"])
 
 
 def _count_requests(connection: Connection, sums: dict[int, RequestSums]) -> None:

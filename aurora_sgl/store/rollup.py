@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,19 +37,12 @@ class TallyKey(NamedTuple):
     mixed: bool
 
 
-@dataclass(slots=True)
-class Minute:
-    """The sums that new steps add to one row."""
+class WideKey(NamedTuple):
+    """A cluster over all draft shapes; ``mixed`` ``None``: of steps that are and that are not."""
 
-    verify_steps: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    requests: int = 0
-    completion_tokens: int = 0
-    sum_steps_squared: int = 0
-    sum_accepted_squared: int = 0
-    sum_steps_accepted: int = 0
-    histogram: list[int] = field(default_factory=list)
+    request_id: int
+    drafter_version_id: int
+    mixed: bool | None
 
 
 @dataclass(slots=True)
@@ -58,6 +51,55 @@ class Tally:
 
     verify_steps: int = 0
     accepted: int = 0
+
+
+@dataclass(slots=True)
+class ClusterSums:
+    """What new steps add to the number of clusters and to the sums over them."""
+
+    requests: int = 0
+    sum_steps_squared: int = 0
+    sum_accepted_squared: int = 0
+    sum_steps_accepted: int = 0
+
+    def add_step(self, cluster: Tally, accepted: int) -> None:
+        """A cluster with n steps and y accepted that takes one more step with a accepted grows n^2
+        by 2n + 1, y^2 by 2ya + a^2 and ny by na + y + a."""
+        n, y, a = cluster.verify_steps, cluster.accepted, accepted
+        self.requests += n == 0
+        self.sum_steps_squared += 2 * n + 1
+        self.sum_accepted_squared += 2 * y * a + a * a
+        self.sum_steps_accepted += n * a + y + a
+        cluster.verify_steps, cluster.accepted = n + 1, y + a
+
+
+@dataclass(slots=True)
+class Minute:
+    """The sums that new steps add to one row."""
+
+    verify_steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    completion_tokens: int = 0
+    histogram: list[int] = field(default_factory=list)
+    by_shape: ClusterSums = field(default_factory=ClusterSums)
+    by_version: ClusterSums = field(default_factory=ClusterSums)
+    whole: ClusterSums = field(default_factory=ClusterSums)
+
+    def sums(self) -> dict[str, int]:
+        """By the names of their columns."""
+        values = {name: getattr(self, name) for name in PLAIN_SUMS}
+        for prefix, clusters in zip(
+            CLUSTERS, (self.by_shape, self.by_version, self.whole), strict=True
+        ):
+            values |= {prefix + name: getattr(clusters, name) for name in CLUSTER_SUMS}
+        return values
+
+
+PLAIN_SUMS = ("verify_steps", "proposed", "accepted", "completion_tokens")
+CLUSTER_SUMS = tuple(ClusterSums.__dataclass_fields__)
+#: Prefixes of the columns: clusters of one draft shape, of all shapes, and of mixed steps too.
+CLUSTERS = ("", "version_", "any_")
 
 
 @dataclass(slots=True)
@@ -97,9 +139,9 @@ def roll_up(
     domains: dict[int, str],
     tallies: dict[TallyKey, Tally],
 ) -> tuple[dict[MinuteKey, Minute], dict[int, RequestSums]]:
-    """Sum new steps by minute and by request; ``tallies`` must hold the clusters as stored, and
-    is counted on. A cluster with n steps and y accepted that takes one more step with a accepted
-    grows n^2 by 2n + 1, y^2 by 2ya + a^2 and ny by na + y + a."""
+    """Sum new steps by minute and by request; ``tallies`` must hold all clusters of these requests
+    as stored, and is counted on."""
+    wide = _over_shapes(tallies)
     minutes: dict[MinuteKey, Minute] = {}
     requests: dict[int, RequestSums] = {}
     for step in steps:
@@ -118,14 +160,12 @@ def roll_up(
         minute = minutes.get(key)
         if minute is None:
             minute = minutes[key] = Minute()
-        tally = tallies.setdefault(tally_key(step, version_id), Tally())
-        n, y, a = tally.verify_steps, tally.accepted, step.accepted
-        if n == 0:
-            minute.requests += 1
-        minute.sum_steps_squared += 2 * n + 1
-        minute.sum_accepted_squared += 2 * y * a + a * a
-        minute.sum_steps_accepted += n * a + y + a
-        tally.verify_steps, tally.accepted = n + 1, y + a
+        a = step.accepted
+        minute.by_shape.add_step(tallies.setdefault(tally_key(step, version_id), Tally()), a)
+        if step.depth > 0:
+            for clusters, mixed in ((minute.by_version, step.mixed), (minute.whole, None)):
+                cluster = WideKey(step.request_id, version_id, mixed)
+                clusters.add_step(wide.setdefault(cluster, Tally()), a)
         minute.verify_steps += 1
         minute.proposed += step.proposed
         minute.accepted += a
@@ -142,3 +182,17 @@ def roll_up(
         sums.kept += step.kept
         sums.accept_rule = step.accept_rule
     return minutes, requests
+
+
+def _over_shapes(tallies: Mapping[TallyKey, Tally]) -> dict[WideKey, Tally]:
+    """Steps with drafts only."""
+    sums: dict[WideKey, Tally] = {}
+    for key, tally in tallies.items():
+        if key.depth == 0:
+            continue
+        for mixed in (key.mixed, None):
+            cluster = WideKey(key.request_id, key.drafter_version_id, mixed)
+            total = sums.setdefault(cluster, Tally())
+            total.verify_steps += tally.verify_steps
+            total.accepted += tally.accepted
+    return sums

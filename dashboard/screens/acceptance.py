@@ -309,7 +309,7 @@ def _hour(moment: datetime) -> datetime:
 def _equal_shape(shown: Shown) -> None:
     here, points = shown.here, shown.points
     shapes: dict[tuple[int, int, int], dict[int, ServedCounts]] = {}
-    sums = trends.by(points, lambda p: (p.depth, p.topk, p.nodes, p.version_id))
+    sums = trends.by(points, lambda p: (p.depth, p.topk, p.nodes, p.version_id), of_shape=True)
     for (*shape, version), served in sorted(sums.items(), key=lambda item: item[0]):
         shapes.setdefault((shape[0], shape[1], shape[2]), {})[version] = served
     versions = sorted({version for of in shapes.values() for version in of}, reverse=True)

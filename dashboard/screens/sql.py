@@ -46,7 +46,8 @@ ORDER BY hour""",
 TOKEN_EXAMPLES = {
     "Tokens that are rejected most often": """SELECT draft_token, target_token, count(*) AS steps
 FROM v_rejected_tokens
-WHERE rank = 1
+WHERE rank = 1 AND request_id IN (
+    SELECT id FROM request WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 500)
 GROUP BY draft_token, target_token
 ORDER BY steps DESC
 LIMIT 50"""

@@ -10,7 +10,13 @@ from aurora_sgl.store.models.learning import (
     Trial,
     TrialWindow,
 )
-from aurora_sgl.store.models.operations import DropCount, Lease, SpoolWatermark, Switch
+from aurora_sgl.store.models.operations import (
+    DropCount,
+    Lease,
+    SpoolWatermark,
+    StoreKey,
+    Switch,
+)
 from aurora_sgl.store.models.rollout import Audit, Drift, SchedulerState, Watch, WatchWindow
 from aurora_sgl.store.models.serving import (
     AcceptanceEvent,
@@ -43,6 +49,7 @@ __all__ = [
     "SchedulerState",
     "Server",
     "SpoolWatermark",
+    "StoreKey",
     "Swap",
     "Switch",
     "Trace",

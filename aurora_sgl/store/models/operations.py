@@ -52,6 +52,15 @@ class SpoolWatermark(Base):
     updated_at: Mapped[datetime]
 
 
+class StoreKey(Base):
+    """A secret of the store by its name, see ``store.salt``. No SQL page reads it."""
+
+    __tablename__ = "store_key"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
 class DropCount(Base):
     """Records that were lost at one place (engine, spool, trace) of one server."""
 

@@ -102,7 +102,7 @@ class Request(Base):
     finished_at: Mapped[datetime | None]
     status: Mapped[str] = mapped_column(default="running")
     domain: Mapped[str] = mapped_column(default="default")
-    conversation_hash: Mapped[str] = mapped_column(default="")
+    conversation_hash: Mapped[str] = mapped_column(default="")  # salted, see ``store.salt``
     prompt_tokens: Mapped[int] = mapped_column(default=0)
     cached_tokens: Mapped[int] = mapped_column(default=0)
     completion_tokens: Mapped[int] = mapped_column(default=0)
@@ -171,6 +171,10 @@ class AcceptanceMinute(Base):
     ``sum_steps_squared`` = sum n^2, ``sum_accepted_squared`` = sum y^2,
     ``sum_steps_accepted`` = sum n y over requests. A row holds the growth of those sums by its
     own steps, so sums over rows that cover whole requests are exact.
+
+    The four are right for rows of one draft shape. For sums over several there are the same four
+    with n and y under one (version, mixed), ``version_...``, and under one version, ``any_...``;
+    0 in rows without drafts.
     """
 
     __tablename__ = "acceptance_minute"
@@ -195,6 +199,14 @@ class AcceptanceMinute(Base):
     sum_steps_squared: Mapped[int]
     sum_accepted_squared: Mapped[int]
     sum_steps_accepted: Mapped[int]
+    version_requests: Mapped[int]
+    version_sum_steps_squared: Mapped[int]
+    version_sum_accepted_squared: Mapped[int]
+    version_sum_steps_accepted: Mapped[int]
+    any_requests: Mapped[int]
+    any_sum_steps_squared: Mapped[int]
+    any_sum_accepted_squared: Mapped[int]
+    any_sum_steps_accepted: Mapped[int]
     histogram: Mapped[list[int]]
     per_position: Mapped[list[int]]
 
@@ -232,8 +244,8 @@ class Trace(Base):
     start: Mapped[int]
     end: Mapped[int]
     output_start: Mapped[int]
-    prompt_sha256: Mapped[str]  # of the token ids [0:output_start]
-    head_sha256: Mapped[str]  # of the first 16 token ids
+    prompt_sha256: Mapped[str]  # of the token ids [0:output_start], salted
+    head_sha256: Mapped[str]  # of the first 16 token ids, salted
     greedy: Mapped[bool]
     aux_width: Mapped[int]
     last_width: Mapped[int]

@@ -17,6 +17,7 @@ from aurora_sgl.store.models import (
     RequestTally,
     Server,
 )
+from aurora_sgl.store.queries.clusters import BY_SHAPE, BY_VERSION, WHOLE, cluster_sums
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,31 @@ def accept_length_by_version(
     """What each version reached, over steps with proposals; in the order of version ids.
 
     Only requests whose draft KV is of one version, unless ``with_mixed``. Read from the roll-ups
-    (times are then cut to the minute); with ``min_swap_age`` from the events themselves.
+    (times are then cut to the minute), which can't count a request once under a part of a draft
+    shape or under one with mixed steps: that, and ``min_swap_age``, is read from the events.
     """
-    table = AcceptanceEvent if min_swap_age > 0 else AcceptanceMinute
-    domain = Request.domain if min_swap_age > 0 else AcceptanceMinute.domain
-    if min_swap_age > 0:
+    shape = {"depth": depth, "topk": topk, "nodes": nodes}
+    is_whole = None not in shape.values()
+    narrowed = any(value is not None for value in shape.values())
+    from_events = min_swap_age > 0 or (narrowed and (with_mixed or not is_whole))
+    table = AcceptanceEvent if from_events else AcceptanceMinute
+    domain = Request.domain if from_events else AcceptanceMinute.domain
+    if from_events:
         query = _from_events(since, until, by_domain).where(
             AcceptanceEvent.swap_age >= min_swap_age
         )
     else:
-        query = _from_minutes(since, until, by_domain)
+        clusters = BY_SHAPE if is_whole else WHOLE if with_mixed else BY_VERSION
+        query = _from_minutes(since, until, by_domain, clusters)
     query = query.where(Server.group_id == group_id)
-    equal = {"depth": depth, "topk": topk, "nodes": nodes, "accept_rule": accept_rule}
-    for name, value in equal.items():
+    for name, value in (shape | {"accept_rule": accept_rule}).items():
         if value is not None:
             query = query.where(getattr(table, name) == value)
     if not with_mixed:
         query = query.where(~table.mixed)
     if domains is not None:
         query = query.where(domain.in_(domains))
-    if min_swap_age > 0:
+    if from_events:
         query = _clustered(query)
     return [_accept_length(row) for row in s.execute(query)]
 
@@ -116,21 +122,19 @@ def per_request(
 
 
 def _from_minutes(
-    since: datetime | None, until: datetime | None, by_domain: bool
+    since: datetime | None, until: datetime | None, by_domain: bool, clusters: str
 ) -> Select[*tuple[object, ...]]:
     m = AcceptanceMinute
     keys = [m.drafter_version_id, *([m.domain] if by_domain else [])]
+    names = ("requests", "steps2", "accepted2", "product")
     query = (
         select(
             *keys,
-            func.sum(m.requests).label("requests"),
             func.sum(m.verify_steps).label("steps"),
             func.sum(m.proposed).label("proposed"),
             func.sum(m.accepted).label("accepted"),
             func.sum(m.completion_tokens).label("kept"),
-            func.sum(m.sum_steps_squared).label("steps2"),
-            func.sum(m.sum_accepted_squared).label("accepted2"),
-            func.sum(m.sum_steps_accepted).label("product"),
+            *(total.label(name) for total, name in zip(cluster_sums(clusters), names, strict=True)),
         )
         .join(Server, Server.id == m.server_id)
         .where(m.depth > 0)

@@ -1,13 +1,11 @@
 """One statement that somebody typed, run so that it can only read, and only what it may.
 
-SQLite: a connection of its own that opens the file read-only, an authorizer that allows SELECT
-from the public tables and views and nothing else, a limit on the size of a value, and a progress
-handler that ends what takes too long. PostgreSQL: a login role of its own (``make_sql_roles``)
-that was granted SELECT and nothing else, a read-only transaction, ``statement_timeout``, and the
-extended protocol, which takes one statement at a time; a row is read at a time, so an answer of a
-million rows costs no more than what is shown of it.
+It runs in a process of its own, see ``store.sql_child``, which the kernel ends when its time or its
+memory is used up. PostgreSQL: with a login role of its own (``make_sql_roles``) that was granted
+SELECT and nothing else.
 
-Viewers see no tokens: in SQLite the columns read as NULL, in PostgreSQL they are not granted.
+Viewers see no tokens and no hashes of them: in SQLite the columns read as NULL, in PostgreSQL they
+are not granted.
 """
 
 from __future__ import annotations
@@ -15,12 +13,16 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import sqlite3
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 from sqlalchemy import Engine, inspect, make_url
@@ -28,12 +30,16 @@ from sqlalchemy.engine import URL
 
 from aurora_sgl import atomic
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.store import sql_child
 from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.models import Base
 
 SECONDS, ROWS = 5.0, 1000
-#: Bytes of the largest value that a statement may make.
-VALUE_BYTES = 4_000_000
+#: Of an answer, and of the memory of the process that reads it.
+ANSWER_BYTES, MEMORY_BYTES = 8 << 20, 256 << 20
+STATEMENT_LENGTH = 20_000
+#: Statements that run at once; others wait. With them ends what all together can take.
+_SEATS = BoundedSemaphore(3)
 VIEWS = (
     "v_accept_length_by_version",
     "v_accept_length_by_domain_hour",
@@ -41,10 +47,11 @@ VIEWS = (
     "v_acceptance_event",
     "v_rejected_tokens",
 )
-TABLES = tuple(sorted(Base.metadata.tables))
-#: Tokens, and hashes of so few of them that they could be guessed.
+TABLES = tuple(sorted(set(Base.metadata.tables) - {"store_key"}))
+#: Tokens, and hashes by which two requests are known to have the same ones.
 TOKEN_COLUMNS = {
     "acceptance_event": {"draft_tokens", "target_tokens"},
+    "request": {"conversation_hash"},
     "trace": {"prompt_sha256", "head_sha256"},
     "v_acceptance_event": {"draft_tokens", "target_tokens"},
     "v_rejected_tokens": {"draft_token", "target_token"},
@@ -82,143 +89,102 @@ def run_sql(
     Raises ``AuroraError`` with one line: what the database said, that it took too long, or that
     it may not be read.
     """
+    task = task_of(
+        engine, statement, with_tokens=with_tokens, role_url=role_url, rows=rows, seconds=seconds
+    )
+    begun = time.monotonic()
+    read = _read(task)
+    return Answer(
+        read.columns,
+        [tuple(map(_value, row)) for row in read.rows],
+        time.monotonic() - begun,
+        read.cut,
+    )
+
+
+def task_of(
+    engine: Engine, statement: str, *, with_tokens: bool, role_url: str, rows: int, seconds: float
+) -> sql_child.Task:
+    """Raises ``AuroraError``."""
     typed = statement.strip().rstrip(";").strip()
     if not typed:
         raise AuroraError("type a statement first, SELECT ... FROM ...")
-    begun = time.monotonic()
-    if is_sqlite(engine):
-        columns, read = _sqlite(engine, typed, with_tokens, rows + 1, begun + seconds, seconds)
-    elif not role_url:
+    if len(typed) > STATEMENT_LENGTH:
+        raise AuroraError(f"a statement may have {STATEMENT_LENGTH:,} characters at most")
+    if not is_sqlite(engine) and not role_url:
         raise AuroraError(
             "on PostgreSQL this page logs in with a role of its own; make it once with: "
             "aurora-sgl dashboard sql-role"
         )
-    else:
-        columns, read = _postgres(role_url, typed, rows + 1, seconds)
-    return Answer(columns, read[:rows], time.monotonic() - begun, len(read) > rows)
-
-
-# -- SQLite ---------------------------------------------------------------------------------
-
-Found = tuple[list[str], list[tuple[Any, ...]]]
-#: Functions that reach beyond the database, or say what is not asked.
-FUNCTIONS_REFUSED = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}
-
-
-def _sqlite(
-    engine: Engine, typed: str, with_tokens: bool, rows: int, until: float, seconds: float
-) -> Found:
-    path = engine.url.database
-    assert path is not None
-    with closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True, timeout=2)) as db:
-        db.execute("PRAGMA query_only = ON")
-        # Built here: while the authorizer watches, SQLite could not declare their columns.
-        db.execute("SELECT 1 FROM json_each('[]'), json_tree('[]')")
-        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_BYTES)
-        db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-        db.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000)
-        db.set_authorizer(_authorizer(with_tokens))
-        db.set_progress_handler(lambda: int(time.monotonic() > until), 10_000)
-        try:
-            cursor = db.execute(typed)
-            columns = [column[0] for column in cursor.description or ()]
-            return columns, [_readable(row) for row in cursor.fetchmany(rows)]
-        except sqlite3.Error as error:
-            raise AuroraError(_sqlite_line(str(error), seconds)) from None
-
-
-def _authorizer(with_tokens: bool) -> Callable[..., int]:
-    readable = {*TABLES, *VIEWS}
-
-    def decide(
-        action: int, one: str | None, two: str | None, database: str | None, _: str | None
-    ) -> int:
-        if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE):
-            return sqlite3.SQLITE_OK
-        if action == sqlite3.SQLITE_FUNCTION:
-            refused = (two or "").lower() in FUNCTIONS_REFUSED
-            return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
-        if action != sqlite3.SQLITE_READ:
-            return sqlite3.SQLITE_DENY
-        table, column = (one or "").lower(), (two or "").lower()
-        if not with_tokens and column in TOKEN_COLUMNS.get(table, ()):
-            return sqlite3.SQLITE_IGNORE  # reads as NULL
-        is_readable = table in readable or table in ("json_each", "json_tree")
-        # A common table expression or subquery has no database; a table of it always has.
-        return sqlite3.SQLITE_OK if is_readable or not database else sqlite3.SQLITE_DENY
-
-    return decide
-
-
-def _sqlite_line(message: str, seconds: float) -> str:
-    if message == "interrupted":
-        return f"stopped after {seconds:.0f} s; ask for less, or add a WHERE on a time"
-    if any(word in message for word in ("authoriz", "prohibited", "readonly")):
-        return (
-            f"refused ({message}): this page only reads, and only the public tables and views; "
-            "they are listed beside it"
-        )
-    if "one statement" in message:
-        return "one statement at a time, please"
-    return message
-
-
-def _quoted(path: str) -> str:
-    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-
-
-# -- PostgreSQL -----------------------------------------------------------------------------
-
-
-def _postgres(role_url: str, typed: str, rows: int, seconds: float) -> Found:
-    import psycopg
-
-    url = make_url(role_url).set(drivername="postgresql")
-    options = (
-        f"-c default_transaction_read_only=on -c statement_timeout={int(seconds * 1000)} "
-        "-c timezone=UTC -c lock_timeout=1000 -c search_path=public"
+    hidden = {} if with_tokens else {name: sorted(of) for name, of in TOKEN_COLUMNS.items()}
+    return sql_child.Task(
+        statement=typed,
+        path=(engine.url.database or "") if is_sqlite(engine) else "",
+        url=_libpq_url(role_url),
+        search_path="" if "search_path" in str(engine.url.query.get("options")) else "public",
+        tables=[*TABLES, *VIEWS],
+        hidden=hidden,
+        rows=rows,
+        bytes=ANSWER_BYTES,
+        memory=MEMORY_BYTES,
+        seconds=seconds,
     )
+
+
+def _libpq_url(role_url: str) -> str:
+    if not role_url:
+        return ""
+    url = make_url(role_url).set(drivername="postgresql")
+    return url.render_as_string(hide_password=False)
+
+
+def _read(task: sql_child.Task) -> sql_child.Read:
+    """In a process of its own. Raises ``AuroraError``."""
+    if not _SEATS.acquire(timeout=2 * task.seconds):
+        raise AuroraError("others are asking the store just now; try again in a moment")
     try:
-        with closing(
-            psycopg.connect(
-                url.render_as_string(hide_password=False),
-                options=options,
-                connect_timeout=5,
-                autocommit=False,
-            )
-        ) as connection:
-            connection.read_only = True
-            read: list[tuple[Any, ...]] = []
-            with connection.cursor() as cursor:
-                # stream() uses the extended protocol: one statement, one row at a time.
-                for row in cursor.stream(typed):
-                    read.append(_readable(row))
-                    if len(read) >= rows:
-                        connection.cancel()
-                        break
-                if not read:  # a stream without rows does not say its columns
-                    cursor.execute(typed, prepare=True)
-                columns = [column.name for column in cursor.description or ()]
-            return columns, read
-    except psycopg.Error as error:
-        raise AuroraError(_postgres_line(error, seconds)) from None
-
-
-def _postgres_line(error: Exception, seconds: float) -> str:
-    state = getattr(error, "sqlstate", None) or ""
-    message = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
-    if state == "57014":
-        return f"stopped after {seconds:.0f} s; ask for less, or add a WHERE on a time"
-    if state in ("42501", "25006"):
-        return (
-            f"refused ({message}): this page only reads, and only the public tables and views; "
-            "they are listed beside it"
+        done = subprocess.run(
+            # Without site-packages, where PostgreSQL's driver lies, it starts in half the time.
+            [sys.executable, "-I", *(["-S"] if task.path else []), sql_child.__file__],
+            input=json.dumps(task._asdict()).encode(),
+            capture_output=True,
+            timeout=task.seconds + 60,  # of starting and of telling; it ends itself long before
         )
-    if "multiple commands" in message:
-        return "one statement at a time, please"
-    if "didn't produce" in message or "no result" in message:
-        return "refused: this page only reads; the statement returns no rows"
-    return message
+    except subprocess.TimeoutExpired:
+        raise AuroraError(sql_child.stopped(task.seconds)) from None
+    finally:
+        _SEATS.release()
+    if -done.returncode in (signal.SIGALRM, signal.SIGXCPU):
+        raise AuroraError(sql_child.stopped(task.seconds))
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        raise AuroraError(
+            f"the process that ran the statement ended without an answer (code {done.returncode}), "
+            "most likely for want of memory; ask for less"
+        ) from None
+    if "error" in answer:
+        raise AuroraError(answer["error"])
+    return sql_child.Read(**answer)
+
+
+def _value(value: Any) -> Any:
+    """What ``sql_child`` wrote as JSON, as it was."""
+    if not isinstance(value, dict):
+        return value
+    return datetime.fromisoformat(value["time"]) if "time" in value else value["json"]
+
+
+#: Whoever logs in with such a role begins with these.
+ROLE_SETTINGS = (
+    "default_transaction_read_only = on",
+    f"statement_timeout = {int(SECONDS * 1000)}",
+    "lock_timeout = 1000",
+    "idle_in_transaction_session_timeout = 10000",
+)
+#: Only a superuser may set these. Without the first a server's log has each statement's parse tree,
+#: without the second a sort may take as much disk as it can write in the limit of time.
+SUPERUSER_SETTINGS = ("log_min_messages = fatal", "temp_file_limit = '1GB'")
 
 
 def make_sql_roles(engine: Engine) -> dict[str, str]:
@@ -241,7 +207,8 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
             def do(statement: str) -> None:
                 connection.exec_driver_sql(statement)
 
-            database = str(connection.exec_driver_sql("SELECT current_database()").scalar())
+            names = "SELECT current_database(), quote_ident(current_schema())"
+            database, schema = map(str, connection.exec_driver_sql(names).one())
             for role in ("viewer", "operator"):
                 name = _role_name(database, role)
                 password = secrets.token_hex(24)
@@ -253,9 +220,13 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
                     f'{verb} ROLE "{name}" LOGIN NOINHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE '
                     f"CONNECTION LIMIT 8 PASSWORD '{password}'"
                 )
-                do(f'ALTER ROLE "{name}" SET default_transaction_read_only = on')
-                do(f'REVOKE ALL ON ALL TABLES IN SCHEMA public FROM "{name}"')
-                do(f'GRANT USAGE ON SCHEMA public TO "{name}"')
+                for setting in ROLE_SETTINGS:
+                    do(f'ALTER ROLE "{name}" SET {setting}')
+                for setting in SUPERUSER_SETTINGS:
+                    with suppress(ProgrammingError), connection.begin_nested():
+                        do(f'ALTER ROLE "{name}" SET {setting}')
+                do(f'REVOKE ALL ON ALL TABLES IN SCHEMA {schema} FROM "{name}"')
+                do(f'GRANT USAGE ON SCHEMA {schema} TO "{name}"')
                 for table in tables:
                     what = _granted(table, role)
                     if what:
@@ -302,7 +273,3 @@ def _role_name(database: str, role: str) -> str:
 def _role_url(url: URL, name: str, password: str) -> str:
     changed = url.set(username=name, password=password)
     return changed.render_as_string(hide_password=False)
-
-
-def _readable(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.hex() if isinstance(value, bytes | memoryview) else value for value in row)

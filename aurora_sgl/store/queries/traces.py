@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.store.models import Request, Trace
+from aurora_sgl.store.salt import Salt
 from aurora_sgl.store.upsert import upsert
 
 
@@ -31,10 +32,12 @@ def add_trace(
     dtype: str,
     created_at: datetime | None = None,
 ) -> None:
-    """Record a trace file; a second file of the same request takes the place of the first.
+    """Record a trace file; a second file of the same request takes the place of the first. Hashes
+    of tokens are kept salted.
 
     The request's row must exist (ingest its start first).
     """
+    salt = Salt(s.connection())
     row = {
         "request_id": request_id,
         "uri": uri,
@@ -44,8 +47,8 @@ def add_trace(
         "start": start,
         "end": end,
         "output_start": output_start,
-        "prompt_sha256": prompt_sha256,
-        "head_sha256": head_sha256,
+        "prompt_sha256": salt(prompt_sha256),
+        "head_sha256": salt(head_sha256),
         "greedy": greedy,
         "aux_width": aux_width,
         "last_width": last_width,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from operator import add
 from typing import Any, TypeVar
@@ -26,11 +26,12 @@ from sqlalchemy.orm import Session
 from aurora_sgl.intervals import AcceptCounts, or_none
 from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.models import AcceptanceEvent, AcceptanceMinute, Request, RequestTally, Server
+from aurora_sgl.store.queries.clusters import BY_SHAPE, BY_VERSION, cluster_sums
 
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S", bound=Select[Any])
 
-SUMS = 8  # numbers of a ``ServedCounts``
+SUMS, OVER_REQUESTS = 8, 4  # numbers of a ``ServedCounts``, and those that are over requests
 #: Width of a bucket, and how many characters of SQLite's text of a time name it.
 BUCKETS = {"minute": 16, "10 minutes": 15, "hour": 13, "day": 10}
 MINUTE = timedelta(minutes=1)  # of a roll-up
@@ -78,6 +79,8 @@ class ServedCounts:
 class TrendPoint:
     """What one version served to one domain in one bucket of time, under one draft shape.
 
+    Sums of ``served`` over points count a request once whatever shapes it had, sums of
+    ``of_shape`` once for each: for points of one shape.
     ``histogram[i]``: steps with i accepted proposals; empty unless it was asked for.
     """
 
@@ -89,11 +92,13 @@ class TrendPoint:
     nodes: int  # 0: not known
     served: ServedCounts
     histogram: tuple[int, ...] = ()
+    of_shape: ServedCounts = ServedCounts()
 
 
 @dataclass(frozen=True)
 class Filter:
-    """What is looked at; empty lists mean everything. Times are cut to the minute."""
+    """What is looked at; empty lists mean everything. Times are cut to the minute. Of a draft shape
+    all three or none."""
 
     group_id: int
     since: datetime | None = None
@@ -120,14 +125,18 @@ def trend(
     counts = [func.sum(func.coalesce(_element(s, m.histogram, i), 0)) for i in range(deepest + 1)]
     start = _bucket(s, bucket).label("start")
     keys = (start, m.drafter_version_id, m.domain, m.depth, m.topk, m.nodes)
-    query = _where(select(*keys, *_sums(), *counts), wanted).group_by(*keys).order_by(*keys)
+    query = select(*keys, *_sums(), *counts)
+    query = _where(query, wanted).group_by(*keys).order_by(*keys)
+    has_shape = wanted.depth is not None
     points, moments = [], dict[str | datetime, datetime]()
     for row in s.execute(query):
         moment = moments.get(row[0]) or moments.setdefault(row[0], _time(row[0]))
         numbers = [int(value) for value in row[len(keys) :]]
-        served = ServedCounts(*numbers[:SUMS])
+        of_shape, wider = ServedCounts(*numbers[:SUMS]), numbers[SUMS : SUMS + OVER_REQUESTS]
+        histogram = tuple(numbers[SUMS + OVER_REQUESTS :])
+        served = of_shape if has_shape else _over_shapes(of_shape, *wider)
         key = (row[1], row[2], row[3], row[4], row[5])
-        points.append(TrendPoint(moment, *key, served, tuple(numbers[SUMS:])))
+        points.append(TrendPoint(moment, *key, served, histogram, of_shape))
     return points
 
 
@@ -135,11 +144,14 @@ def total(points: Iterable[TrendPoint]) -> ServedCounts:
     return by(points, lambda p: 0).get(0, ServedCounts())
 
 
-def by(points: Iterable[TrendPoint], key: Callable[[TrendPoint], K]) -> dict[K, ServedCounts]:
-    """Sums by what ``key`` says of a point, in the order of first appearance."""
+def by(
+    points: Iterable[TrendPoint], key: Callable[[TrendPoint], K], *, of_shape: bool = False
+) -> dict[K, ServedCounts]:
+    """Sums by what ``key`` says of a point, in the order of first appearance. ``of_shape``: points
+    of a key have one draft shape."""
     totals: dict[K, list[int]] = {}
     for point in points:
-        name, values = key(point), point.served.values()
+        name, values = key(point), (point.of_shape if of_shape else point.served).values()
         sums = totals.get(name)
         totals[name] = list(values) if sums is None else list(map(add, sums, values))
     return {name: ServedCounts(*sums) for name, sums in totals.items()}
@@ -190,17 +202,24 @@ def _steps_of_minute(
 def served_by_version(s: Session, version_ids: Sequence[int]) -> dict[int, ServedCounts]:
     """All that versions served so far, from the sums of single requests: exact intervals."""
     t = RequestTally
-    n, y = func.sum(t.verify_steps), func.sum(t.accepted)
-    query = (
+    request = (
         select(
-            *(t.drafter_version_id, func.count(), n, literal(0), y, n + y),
-            func.sum(t.verify_steps * t.verify_steps),
-            func.sum(t.accepted * t.accepted),
-            func.sum(t.verify_steps * t.accepted),
+            t.drafter_version_id.label("version_id"),
+            func.sum(t.verify_steps).label("n"),
+            func.sum(t.accepted).label("y"),
         )
         .where(t.depth > 0, ~t.mixed)
-        .group_by(t.drafter_version_id)
+        .group_by(t.request_id, t.drafter_version_id)
+        .subquery()
+        .c
     )
+    n, y = func.sum(request.n), func.sum(request.y)
+    query = select(
+        *(request.version_id, func.count(), n, literal(0), y, n + y),
+        func.sum(request.n * request.n),
+        func.sum(request.y * request.y),
+        func.sum(request.n * request.y),
+    ).group_by(request.version_id)
     asked = set(version_ids)
     return {row[0]: ServedCounts(*map(int, row[1:])) for row in s.execute(query) if row[0] in asked}
 
@@ -235,12 +254,18 @@ def domains(s: Session, group_id: int, since: datetime | None = None) -> list[st
 
 
 def _sums() -> list[ColumnElement[Any]]:
+    """Those of a ``ServedCounts`` of one draft shape, and the four over all shapes."""
     m = AcceptanceMinute
-    columns = (
-        m.requests, m.verify_steps, m.proposed, m.accepted, m.completion_tokens,
-        m.sum_steps_squared, m.sum_accepted_squared, m.sum_steps_accepted,
-    )  # fmt: skip
-    return [func.sum(column) for column in columns]
+    columns = (m.verify_steps, m.proposed, m.accepted, m.completion_tokens)
+    requests, *squares = cluster_sums(BY_SHAPE)
+    steps = [func.sum(column) for column in columns]
+    return [requests, *steps, *squares, *cluster_sums(BY_VERSION)]
+
+
+def _over_shapes(
+    of_shape: ServedCounts, requests: int, steps2: int, accepted2: int, product: int
+) -> ServedCounts:
+    return replace(of_shape, requests=requests, steps2=steps2, accepted2=accepted2, product=product)
 
 
 def _where(query: S, wanted: Filter) -> S:

@@ -61,10 +61,10 @@ def test_squares_grow_to_those_of_whole_requests_in_any_cut(
         for minute in minutes.values():
             for i, value in enumerate(
                 (
-                    minute.sum_steps_squared,
-                    minute.sum_accepted_squared,
-                    minute.sum_steps_accepted,
-                    minute.requests,
+                    minute.by_shape.sum_steps_squared,
+                    minute.by_shape.sum_accepted_squared,
+                    minute.by_shape.sum_steps_accepted,
+                    minute.by_shape.requests,
                 )
             ):
                 totals[i] += value
