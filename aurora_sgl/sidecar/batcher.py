@@ -25,6 +25,7 @@ from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
 from aurora_sgl.store.faults import Kind, fault_of, in_words
+from aurora_sgl.store.ingest import RULES, IngestRules
 from aurora_sgl.store.link import StoreAway, StoreLink
 
 #: Seconds in which a batch gathers after its first frame.
@@ -93,12 +94,14 @@ class Batcher:
         link: StoreLink,
         registry: Registry,
         traces: TraceStore,
+        rules: IngestRules = RULES,
     ) -> None:
         self._spool = spool
         self._cursor = cursor
         self._link = link
         self._registry = registry
         self._traces = traces
+        self._rules = rules
         self._refused = RefusedFile(spool.folder)
         self._stop = threading.Event()
         self.trouble = ""  # why records wait, in words; "" when the last ones were stored
@@ -216,7 +219,7 @@ class Batcher:
         if registration.refused:
             refused = _all(boot_id, batch, registration.refused)
         else:
-            sift = Sift(self._link, registration.server_id, boot_id)
+            sift = Sift(self._link, registration.server_id, boot_id, self._rules)
             if batch:
                 sift.store(batch)
             refused = sift.refused

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from aurora_sgl import wire
 from aurora_sgl.sidecar.refused import RefusedRecord
 from aurora_sgl.store.faults import Kind, fault_of, in_words
-from aurora_sgl.store.ingest import ingest, rehearse
+from aurora_sgl.store.ingest import RULES, IngestRules, ingest, rehearse
 from aurora_sgl.store.link import StoreLink
 
 Envelope = tuple[int, Sequence[wire.Record]]  # its number and its records
@@ -21,10 +21,13 @@ Envelope = tuple[int, Sequence[wire.Record]]  # its number and its records
 class Sift:
     """One batch of one boot."""
 
-    def __init__(self, link: StoreLink, server_id: int, boot_id: int) -> None:
+    def __init__(
+        self, link: StoreLink, server_id: int, boot_id: int, rules: IngestRules = RULES
+    ) -> None:
         self._link = link
         self._server_id = server_id
         self._boot_id = boot_id
+        self._rules = rules
         self._rehearsed = False
         self.events = 0  # verify steps that are new in the store
         self.refused: list[RefusedRecord] = []
@@ -69,7 +72,7 @@ class Sift:
     def _take(self, batch: Sequence[Envelope], *, partial: bool = False) -> None:
         with self._link.guard() as engine:
             self.events += ingest(
-                engine, self._server_id, self._boot_id, batch, partial=partial
+                engine, self._server_id, self._boot_id, batch, partial=partial, rules=self._rules
             ).inserted_events
 
     def _rehearse(self) -> None:
