@@ -64,6 +64,14 @@ class Settings(BaseSettings):
     train_by_default: bool = True
     """Whether a request without the x-aurora-train header may be used for training."""
 
+    keep_opted_out_tokens: bool = False
+    """Whether the store keeps the tokens of requests that may not be learnt from. Off: of their
+    verify steps it has the counts alone."""
+
+    most_domains: int = Field(default=200, ge=1)
+    """Names of domains that clients of a group may use on one day (UTC); requests of the rest count
+    as ``other``."""
+
     record_buffer: int = Field(default=20_000, ge=1)
     """Records that wait in the engine while the sidecar is away; more are dropped and counted."""
 

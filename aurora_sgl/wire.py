@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 
 WIRE_VERSION = 1
+#: Beside the sampling parameters of a request: those for which it was served without drafts.
+WITHOUT_DRAFTS = "without_drafts"
 
 #: Bits of a request id that count requests of one boot; the boot id stands above them.
 REQUEST_COUNTER_BITS = 32

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 from aurora_sgl.config import SchedulerSettings
 from aurora_sgl.rollout import status
+from aurora_sgl.store.domains import OTHER
 from aurora_sgl.trace_room import ADVICE
 
 from . import data, words
@@ -33,7 +34,7 @@ class Alert:
 def alerts(group: Group, look: status.GroupStatus) -> list[Alert]:
     """The worst first."""
     problems = [*_servers(look), *_notices(look), *_watch(look), *_drift(group), *_drops(group)]
-    problems += [*_learning(group, look), *_traces(group)]
+    problems += [*_learning(group, look), *_traces(group), *_domains(group)]
     return sorted(problems, key=lambda alert: not alert.severe)
 
 
@@ -125,6 +126,17 @@ def _traces(group: Group) -> list[Alert]:
     room = data.trace_room(group)
     problem = room.too_small_for(SchedulerSettings().requests) if room is not None else ""
     return [Alert(f"{problem[:1].upper()}{problem[1:]}: {ADVICE}.", False)] if problem else []
+
+
+def _domains(group: Group) -> list[Alert]:
+    most = data.most_domains(group)
+    if most is None:
+        return []
+    text = (
+        f"Clients named more than {most} domains today (UTC); requests of the rest count as "
+        f'"{OTHER}" (AURORA_MOST_DOMAINS).'
+    )
+    return [Alert(text, False)]
 
 
 def _learning(group: Group, look: status.GroupStatus) -> list[Alert]:

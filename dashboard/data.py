@@ -15,6 +15,7 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.rollout import status
 from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store import queries
+from aurora_sgl.store.domains import day_of, limit_reached
 from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
 from aurora_sgl.store.queries import explorer, trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
@@ -113,6 +114,12 @@ def _recent_extent(url: str, wanted: Filter) -> tuple[datetime, datetime] | None
 def domains(url: str, group_id: int, since: datetime | None) -> list[str]:
     with store.session(engine_of(url), write=False) as s:
         return trends.domains(s, group_id, since)
+
+
+def most_domains(group: Group) -> int | None:
+    """How many domains are told apart today, where clients named more; else ``None``."""
+    with store.session(group.engine, write=False) as s:
+        return limit_reached(s, group.id, day_of(utc_now()))
 
 
 @st.cache_data(ttl=FRESH, max_entries=20, show_spinner=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from aurora_sgl.wire import WITHOUT_DRAFTS
+
 OFF = "off"
 #: SGLang writes "the whole vocabulary" and "until the context ends" as numbers from here on
 #: (0.5.21: TOP_K_ALL in sampling_params.py).
@@ -18,7 +20,8 @@ NEUTRAL = {
 
 def told(sampling: Mapping[str, Any]) -> str:
     """``temperature greedy, top_k off, ...``; empty when nothing was recorded."""
-    return ", ".join(f"{name} {_value(name, sampling)}" for name in sorted(sampling))
+    names = sorted(name for name in sampling if name != WITHOUT_DRAFTS)
+    return ", ".join(f"{name} {_value(name, sampling)}" for name in names)
 
 
 def _value(name: str, sampling: Mapping[str, Any]) -> str:

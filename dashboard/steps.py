@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 ACCEPTED, CORRECTION, BONUS, PLAIN = "accepted", "correction", "bonus", "plain"
+UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Token:
     """One output token of a step. ``cut``: made, and not kept after a stop or a grammar cut."""
 
-    id: int
+    id: int  # UNKNOWN where the store has counts alone
     kind: str  # accepted | correction | bonus | plain
     cut: bool
 
@@ -46,11 +47,19 @@ def tell(events: Iterable[Mapping[str, Any]]) -> list[StepTold]:
     return [_step(event) for event in events]
 
 
+def have_tokens(events: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether they say which tokens they were: those of requests that may not be learnt from don't,
+    unless AURORA_KEEP_OPTED_OUT_TOKENS says otherwise."""
+    return any(len(event["target_tokens"]) for event in events)
+
+
 def _step(event: Mapping[str, Any]) -> StepTold:
     draft: Sequence[int] = event["draft_tokens"]
     accepted: Sequence[int] = event["accepted_nodes"]
-    tokens = [draft[node - 1] for node in accepted]
-    last = _target_token(event)
+    if not len(event["target_tokens"]):
+        tokens, last = [UNKNOWN] * int(event["accepted"]), UNKNOWN
+    else:
+        tokens, last = [draft[node - 1] for node in accepted], _target_token(event)
     kinds = [ACCEPTED] * len(tokens)
     if last is not None:
         tokens.append(last)

@@ -30,11 +30,13 @@ from aurora_sgl.engine.consent import Consent
 from aurora_sgl.engine.conversations import Conversations, Place
 from aurora_sgl.engine.draft_tree import StepRows, VerifyObservation, rows_to_host, to_host
 from aurora_sgl.engine.labels import Labels
+from aurora_sgl.engine.one_token import NoDrafts
 from aurora_sgl.engine.parts import Parts
 from aurora_sgl.engine.plan import Plans, RequestPlan, put, requests
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy
 from aurora_sgl.engine.recorder import Recorder, new_boot_id
 from aurora_sgl.engine.request_state import RequestState
+from aurora_sgl.engine.samples import Prompts
 from aurora_sgl.engine.step_shape import StepShape, shapes_within
 from aurora_sgl.engine.swap import Swapper
 from aurora_sgl.engine.swap_driver import SwapDriver
@@ -76,6 +78,7 @@ class Agent:
         self.recorder = Recorder(
             self.boot_id,
             train_by_default=settings.train_by_default,
+            keep_opted_out_tokens=settings.keep_opted_out_tokens,
             capture_share=settings.capture_share if self.channel and not no_artifacts else 0.0,
             dp_rank=int(description.get("dp_rank", 0)),
         )
@@ -129,9 +132,11 @@ class Agent:
         self.prefill: Prefill | None = None
         self.queue = 0  # requests that wait to be prefilled
         self.notices = startup.notices_of_start()  # see wire.Hello
+        self.no_drafts = NoDrafts(worker, description, self.notices)
         self.parts = Parts(self.notices)
         self.consent = Consent(self.notices)
         self.conversations = Conversations()
+        self.prompts = Prompts()
         self.cached_kv = CachedKV(worker, self.recorder.live, self.parts)
         self._said_hello = 0.0
         self._sidecar_heard = time.monotonic() if self.channel else -math.inf
@@ -222,10 +227,13 @@ class Agent:
         for req in new:
             req._aurora = None
             try:
-                plan = self.plans.pop(req.rid)
-                state = self.recorder.begin(req, plan, follow=self.leads)
+                self.no_drafts.begin(req)
+                plan, prompt = self.plans.pop(req.rid), self.prompts.take(req.rid)
+                state = self.recorder.begin(req, plan, follow=self.leads, prompt=prompt)
                 if state is not None:
                     state.ticket = plan.ticket
+                    if req._aurora_no_drafts:
+                        state.go_without_drafts(req._aurora_no_drafts)
             except Exception as error:
                 self.parts.failed(_A_REQUEST, error)
         return new
@@ -263,9 +271,13 @@ class Agent:
         if state is None:
             return []
         try:
-            if state.traced and self.capture:
+            if state.traced and self.capture and state.trace is None:
                 self.capture.begin(req, state, state.ticket)
-                state.traced = state.trace is not None
+            state.traced = state.trace is not None
+            if state.labels.prompt_of is not None:
+                if state.traced:
+                    self.prompts.begin(req, state)
+                return []
             record = self.recorder.started(req, state)
             state.recorded = True
         except Exception as error:
@@ -294,6 +306,8 @@ class Agent:
         """
         labels = self.consent.take(recv_req)
         wish = labels.speculate if self.can_skip else True
+        if self.no_drafts.applies(recv_req):
+            wish = not (self.can_skip or self.no_drafts.can_withhold)
         if wish is None:
             admission = self.policy.admit(batch_size)
             speculates = admission is not Admission.PLAIN
@@ -302,21 +316,28 @@ class Agent:
             speculates, keeps = wish, math.inf if wish else 0.0
         ticket, turn = self._choose_trace(recv_req, labels) if self.capture else (0, 0)
         renews = self.cached_kv.renews(recv_req)
-        put(recv_req, RequestPlan(speculates, keeps, ticket > 0, ticket, turn, renews, labels))
+        traced = ticket != 0
+        ticket = max(ticket, 0)
+        put(recv_req, RequestPlan(speculates, keeps, traced, ticket, turn, renews, labels))
 
     def _choose_trace(self, recv_req: Any, labels: Labels) -> tuple[int, int]:
-        """(ticket of its trace, 0 without one; key of its turn of a conversation) of a request."""
+        """(ticket of its trace, 0 without one, -1 for one that goes on with its prompt's; key of
+        its turn of a conversation) of a request."""
         if labels.warmup:
             return 0, 0
         prompt, session = recv_req.input_ids, getattr(recv_req, "session_id", None)
         turn = self.conversations.find(prompt, str(labels.conversation or session or ""))
         ticket = 0
         share = self.recorder.capture_share
-        if self.recorder.may_trace(labels) and self.conversations.wants_trace(turn, share):
+        if labels.samples and self.prompts.claim(labels.samples, recv_req.rid):
+            ticket = -1
+        elif self.recorder.may_trace(labels) and self.conversations.wants_trace(turn, share):
             assert self.capture is not None
             most = recv_req.sampling_params.max_new_tokens
+            if labels.prompt_of is not None:
+                most = labels.prompt_of
             ticket = self.capture.choose(len(prompt) if prompt is not None else 0, most)
-        if self.conversations.keep(turn, traced=ticket > 0) is not Place.PLAIN:
+        if self.conversations.keep(turn, traced=ticket != 0) is not Place.PLAIN:
             recv_req.extra_key = f"{recv_req.extra_key or ''}{_TRACED}"
         return ticket, turn.key
 
@@ -379,7 +400,8 @@ class Agent:
             whole = [
                 step.accept_lens[row] - 1
                 for row, _, state, _ in tracked
-                if not state.holes and state.swap_count == observation.swap_count
+                if not (state.holes or state.one_token)
+                and state.swap_count == observation.swap_count
             ]
             self.policy.observe(observation.swap_count, observation.shape, len(whole), sum(whole))
         gathered = self._gather(observation.aux, observation.last)
@@ -440,6 +462,11 @@ class Agent:
     def _ended(self, req: Any, gathered: Gathered) -> list[wire.Record]:
         """The last record of a request that ended at its first token."""
         state: RequestState | None = getattr(req, "_aurora", None)
+        if state is not None and state.labels.prompt_of is not None:
+            self.recorder.forget(state)
+            self.prompts.done(state)
+            req._aurora = None
+            return []
         if state is None or not state.recorded:
             return []
         try:
@@ -472,6 +499,7 @@ class Agent:
             self._said_hello = now
             vanished = self.recorder.vanished()
             self._forget(vanished, "vanished")
+            self._forget_prompts()
             self.channel.put([self.hello(), *vanished])
         while self._done:
             self.channel.put([self._done.pop(0)])
@@ -485,6 +513,11 @@ class Agent:
             ours = self.swaps.next_command()
             if ours is not None:
                 recv_reqs.append(ours)
+
+    def _forget_prompts(self) -> None:
+        for state in self.prompts.forget_old():
+            self.conversations.hold(state.turn)
+            self._forget([state], "vanished")
 
     def hello(self) -> wire.Hello:
         assert self.channel is not None
@@ -506,6 +539,7 @@ class Agent:
             "failures": float(self.parts.failures),
             "parts_down": float(self.parts.down),
             "unstamped": float(self.consent.unstamped),
+            "unreadable_consent": float(self.consent.unreadable),
             "speculation_share": self.policy.share,
             "capture_share": self.recorder.capture_share,
             "queue": float(self.queue),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from aurora_sgl import environment
-from aurora_sgl.engine import labels
+from aurora_sgl.engine import clean, labels
 
 logger = logging.getLogger("aurora_sgl")
 
 _LARGEST = 2**31 - 1  # of the int32 tensor that top-k becomes
+
+_rid: ContextVar[Any] = ContextVar("aurora_rid", default=None)
 
 
 def create_tokenized_object(
@@ -35,16 +38,31 @@ def create_tokenized_object(
     check_top_k(getattr(params, "top_k", None))
     if params is not None and hasattr(params, "custom_params"):
         try:
-            _attach(manager, params)
+            _attach(manager, params, client_rid(obj))
         except Exception:  # then its labels are unknown, and it is not learnt from
             logger.warning("aurora: a request's headers are lost", exc_info=True)
     return result
 
 
-def _attach(manager: Any, params: Any) -> None:
+def _attach(manager: Any, params: Any, rid: str) -> None:
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 
-    labels.attach(params, warmup=manager.server_status == ServerStatus.Starting)
+    labels.attach(params, warmup=manager.server_status == ServerStatus.Starting, rid=rid)
+
+
+def normalize(original: Callable[..., Any], obj: Any, *args: Any, **kw: Any) -> Any:
+    """Around ``GenerateReqInput.normalize_batch_and_arguments``, after which several samples of a
+    prompt have ids that no client knows: remember what the client called its request."""
+    _rid.set(getattr(obj, "rid", None))
+    return original(obj, *args, **kw)
+
+
+def client_rid(obj: Any) -> str:
+    """What the client calls a request; "" when it said nothing."""
+    rid = _rid.get()
+    if isinstance(rid, list):  # one for each prompt
+        rid = getattr(obj, "rid", None)
+    return clean.text(rid) if isinstance(rid, str) else ""
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 app = http_server.app
@@ -21,12 +22,17 @@ def _install() -> None:
     from aurora_sgl.engine import front, labels
 
     original = TokenizerManager._create_tokenized_object
+    normalizes = GenerateReqInput.normalize_batch_and_arguments
 
     def create_tokenized_object(manager: Any, *args: Any, **kw: Any) -> Any:
         return front.create_tokenized_object(original, manager, *args, **kw)
 
+    def normalize(obj: Any, *args: Any, **kw: Any) -> Any:
+        return front.normalize(normalizes, obj, *args, **kw)
+
     app.add_middleware(labels.HeaderMiddleware)
     TokenizerManager._create_tokenized_object = create_tokenized_object
+    GenerateReqInput.normalize_batch_and_arguments = normalize
     http_server.requests = front.WarmUpRequests()
 
 

@@ -30,6 +30,7 @@ WARM_UP = "x-aurora-warmup"  # with the stamp: a warm-up of SGLang's, not a clie
 _YES = frozenset(("yes", "true", "1", "on"))
 _NO = frozenset(("no", "false", "0", "off"))
 _WHOLE = "whole"
+_NO_LIMIT = 2**31 - 1
 _PREFIX = b"x-aurora-"
 
 _header_labels: ContextVar[dict[str, Any] | None] = ContextVar("aurora_said", default=None)
@@ -49,6 +50,10 @@ class Labels:
     whole: bool = False  # with drafts of the whole shape in every step
     warmup: bool = False
     stamped: bool = True  # a middleware of ours saw its headers
+    rid: str = ""  # the client's own id, where SGLang gives a request another one
+    samples: str = ""  # a token of its own for each prompt that is answered several times
+    prompt_of: int | None = None  # it is the prompt alone of samples with so many tokens each
+    unreadable: bool = False  # its x-aurora-train says neither yes nor no, and counts as a no
 
 
 #: Of a request whose headers nobody saw.
@@ -84,7 +89,9 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
         if text := next(filter(None, map(_text, ours.get(label, ()))), ""):
             labels[label] = text
     if "train" in ours:
-        labels["train"] = _is_yes(ours["train"])
+        words = _words(ours["train"])
+        labels["train"] = words <= _YES
+        labels["unreadable"] = not words <= _YES | _NO
     wish = _text(ours["speculate"][0]).lower() if "speculate" in ours else ""
     if wish == _WHOLE or wish in _YES or wish in _NO:
         labels["speculate"] = wish not in _NO
@@ -93,10 +100,10 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
     return labels
 
 
-def _is_yes(values: list[bytes]) -> bool:
-    """Whether every value of every copy of the header is a clear yes."""
-    words = [word for value in values for word in value.split(b",")]
-    return all(word.strip().lower().decode("latin-1") in _YES for word in words)
+def _words(values: list[bytes]) -> set[str]:
+    """Every value of every copy of a header."""
+    parts = [part for value in values for part in value.split(b",")]
+    return {part.strip().lower().decode("latin-1") for part in parts}
 
 
 def _text(value: bytes) -> str:
@@ -113,8 +120,9 @@ def new_stamp() -> None:
     os.environ[STAMP_VARIABLE] = secrets.token_urlsafe(24)
 
 
-def attach(sampling_params: Any, *, warmup: bool) -> None:
-    """Put what the current HTTP request says into ``sampling_params.custom_params``."""
+def attach(sampling_params: Any, *, warmup: bool, rid: str = "") -> None:
+    """Put what the current HTTP request says into ``sampling_params.custom_params``; ``rid``: the
+    client's own id, for when the request gets another one."""
     header_labels, stamp = _header_labels.get(), environment.value(STAMP_VARIABLE)
     if not stamp or (header_labels is None and not warmup):
         return
@@ -122,6 +130,9 @@ def attach(sampling_params: Any, *, warmup: bool) -> None:
     own = params if isinstance(params, dict) else None
     labels = {**(header_labels or {}), "stamp": stamp, "alone": own is None}
     labels["warmup"] = warmup or labels.get("warmup") is True
+    if (getattr(sampling_params, "n", 1) or 1) > 1:
+        labels["rid"], labels["samples"] = rid, secrets.token_hex(8)
+        labels["tokens"] = sampling_params.max_new_tokens
     sampling_params.custom_params = {**(own or {}), KEY: labels}
 
 
@@ -148,7 +159,18 @@ def take(sampling_params: Any) -> Labels:
         speculate=speculate if isinstance(speculate, bool) else None,
         whole=labels.get("whole") is True,
         warmup=labels.get("warmup") is True,
+        unreadable=labels.get("unreadable") is True,
+        rid=str(labels.get("rid") or ""),
+        samples=str(labels.get("samples") or ""),
+        prompt_of=_prompt_of(labels, sampling_params),
     )
+
+
+def _prompt_of(labels: dict[str, Any], sampling_params: Any) -> int | None:
+    """SGLang asks for no tokens of the prompt of several samples (0.5.21 to 0.5.23)."""
+    tokens = labels.get("tokens")
+    alone = labels.get("samples") and sampling_params.max_new_tokens == 0 and tokens != 0
+    return (tokens if isinstance(tokens, int) else _NO_LIMIT) if alone else None
 
 
 def _is_stamp(value: bytes) -> bool:

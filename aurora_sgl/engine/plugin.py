@@ -34,6 +34,7 @@ _MANAGERS = "sglang.srt.managers."
 MAIN_HOOKS = (
     "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
     f"{_MANAGERS}tokenizer_manager.TokenizerManager._create_tokenized_object",
+    f"{_MANAGERS}io_struct.GenerateReqInput.normalize_batch_and_arguments",
 )
 
 #: Hooked in every scheduler process.
@@ -108,6 +109,9 @@ LEANED_ON = (
     f"{_SPECULATIVE}eagle_worker_v2.EagleDraftWorker._draft_extend_for_decode",
     "sglang.srt.environ.Envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND",
     "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
+    "sglang.srt.layers.sampler.apply_custom_logit_processor",
+    "sglang.srt.sampling.sampling_params.SamplingParams",
+    f"{_SPECULATIVE}eagle_info.EagleVerifyInput",
     "sglang.srt.model_executor.model_runner.ModelRunnerOutput",
     "sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3",
     "sglang.srt.models.llama_eagle.LlamaForCausalLMEagle",
@@ -171,7 +175,7 @@ def main_hooks() -> dict[str, Callable[..., Any]]:
     """Around what of the process that takes HTTP requests: ``hook(original, *arguments of it)``."""
     from aurora_sgl.engine import front, workers
 
-    hooks = (_launch_subprocesses, front.create_tokenized_object)
+    hooks = (_launch_subprocesses, front.create_tokenized_object, front.normalize)
     return {**dict(zip(MAIN_HOOKS, hooks, strict=True)), "uvicorn.run": workers.run_uvicorn}
 
 
@@ -418,9 +422,11 @@ def _draft_extend_for_prefill(
 
 
 def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any) -> Any:
-    verify_input = batch.spec_info
+    verify_input, agent = batch.spec_info, _agent
+    if agent is not None:
+        withhold = partial(agent.no_drafts.withhold, batch, verify_input)
+        agent.guard("withholding drafts", withhold, always=True)
     result = original(worker, batch, *args, **kw)
-    agent = _agent
     if agent is not None and agent.leads and not batch.forward_mode.is_idle():
         plain = int(verify_input.draft_token_num) == 1 and not agent.step_shape.keeps_kv
         agent.cached_kv.after_step(batch.out_cache_loc, plain=plain)
@@ -432,6 +438,11 @@ def _verify(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, *
 
 def _eagle_sample(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     """Until SGLang 0.5.20 the accepted nodes are not in the step's result."""
+    if _agent is not None:
+        from aurora_sgl.engine import one_token
+
+        process = partial(one_token.process_logits, *args[:3])
+        _agent.guard("applying logit processors", process, always=True)
     sample = original(*args, **kw)
     if _agent is not None:
         _agent.accept_index = sample[2]

@@ -31,12 +31,19 @@ class Recorder:
     """Turns SGLang's batches into records. One per scheduler process."""
 
     def __init__(
-        self, boot_id: int, *, train_by_default: bool, capture_share: float, dp_rank: int
+        self,
+        boot_id: int,
+        *,
+        train_by_default: bool,
+        capture_share: float,
+        dp_rank: int,
+        keep_opted_out_tokens: bool = False,
     ) -> None:
         self.boot_id = boot_id
         self.live = LiveVersion()
         self.capture_share = capture_share
         self._train_by_default = train_by_default
+        self._keep_opted_out_tokens = keep_opted_out_tokens
         self._dp_rank = dp_rank
         self._counter = 0
         self._running: dict[int, tuple[weakref.ref[Any], RequestState]] = {}
@@ -53,11 +60,14 @@ class Recorder:
         """Whether the hidden states of a request may be captured."""
         return not labels.warmup and self.capture_share > 0 and self.may_train(labels)
 
-    def begin(self, req: Any, plan: RequestPlan, *, follow: bool) -> RequestState | None:
+    def begin(
+        self, req: Any, plan: RequestPlan, *, follow: bool, prompt: RequestState | None = None
+    ) -> RequestState | None:
         """Register a request at its first prefill; None for warm-ups and health checks.
 
         On every rank, and without a look at anything that a client can set but its labels: what
         the ranks do in a step follows from it. ``follow``: whether this rank records the request.
+        ``prompt``: its prompt's own request, whose trace goes on as its (see ``samples``).
         """
         labels = plan.labels
         if labels.warmup or str(req.rid).startswith("HEALTH_CHECK"):
@@ -65,7 +75,10 @@ class Recorder:
             return None
         self._counter += 1
         state = RequestState(
-            request_id=wire.request_id(self.boot_id, self._counter),
+            request_id=prompt.request_id
+            if prompt is not None
+            else wire.request_id(self.boot_id, self._counter),
+            trace=prompt.trace if prompt is not None else None,
             traced=plan.traced,
             speculates=plan.speculates,
             greedy=is_greedy(req.sampling_params),
@@ -73,6 +86,7 @@ class Recorder:
             keeps=plan.keeps,
             turn=plan.turn,
             whole=labels.whole,
+            keeps_tokens=self._keep_opted_out_tokens or self.may_train(labels),
             labels=labels,
         )
         req._aurora = state
@@ -88,7 +102,7 @@ class Recorder:
         return wire.RequestStarted(
             request_id=state.request_id,
             at_us=wire.now_us(),
-            rid=clean.text(req.rid),
+            rid=clean.text(labels.rid or req.rid),
             dp_rank=self._dp_rank,
             domain=clean.text(labels.domain, MAX_LABEL),
             conversation_hash=sha256_ints(list(clean.text(conversation).encode()))
@@ -96,7 +110,7 @@ class Recorder:
             else sha256_ints(prompt),
             prompt_tokens=len(prompt),
             cached_tokens=clean.integer(getattr(req, "cached_tokens", 0)),
-            sampling=describe_sampling(req),
+            sampling=describe_sampling(req) | _without_drafts(state),
             may_train=self.may_train(labels),
             traced=state.traced,
             speculates=state.speculates,
@@ -113,19 +127,19 @@ class Recorder:
     def verify_step(
         self, step: StepRows, req: Any, state: RequestState, row: int, before: int
     ) -> wire.Record:
-        """The record of one request of a decode batch; ``before``: its output tokens until then."""
+        """The record of one request of a decode batch; ``before``: its output tokens until then.
+
+        Of a request that may not be learnt from it has the counts, and no tokens.
+        """
         observation = step.observation
+        shape = NO_DRAFT if state.one_token else observation.shape
         accept_len = step.accept_lens[row]
         accepted = accept_len - 1
         path = [r - row * observation.shape.nodes for r in step.paths[row][1 : accepted + 1]]
         tip = path[-1] if path else 0
         has_children = step.first_child[row][tip] != -1
-        if step.target_predict is not None:
-            target_tokens = step.target_predict[row]
-        else:
-            # Sampled: the tokens along the accepted path; a stop may have cut the output, but
-            # SGLang keeps the whole run in output_ids.
-            target_tokens = list(req.output_ids[before : before + accept_len])
+        drafted, parents, target = _tokens(step, req, row, before, shape.nodes)
+        keeps = state.keeps_tokens
         state.holes |= observation.shape == NO_DRAFT and not observation.keeps_kv
         record = wire.VerifyStep(
             request_id=state.request_id,
@@ -135,24 +149,24 @@ class Recorder:
             swap_age=observation.swap_age,
             mixed=is_mixed(state, observation),
             position=len(req.origin_input_ids) + before,
-            depth=observation.shape.depth,
-            topk=observation.shape.topk,
-            nodes=observation.shape.nodes,
+            depth=shape.depth,
+            topk=shape.topk,
+            nodes=shape.nodes,
             accept_rule="greedy"
             if state.greedy
             else ("rejection_sampling" if observation.rejection_sampling else "target_sampling"),
             batch_size=step.batch_size,
-            proposed=observation.shape.nodes - 1,
+            proposed=shape.nodes - 1,
             accepted=accepted,
             kept=visible_length(req) - before,
             first_rejected_at=accepted + 1 if has_children else 0,
-            draft_tokens=step.draft_token[row][1:],
-            draft_parents=parents_from_links(step.first_child[row], step.next_sibling[row]),
-            accepted_nodes=path,
-            target_tokens=target_tokens,
+            draft_tokens=drafted if keeps else [],
+            draft_parents=parents if keeps else [],
+            accepted_nodes=path if keeps else [],
+            target_tokens=target if keeps else [],
         )
         state.steps += 1
-        state.proposed += observation.shape.nodes - 1
+        state.proposed += shape.nodes - 1
         state.accepted += accepted
         return record
 
@@ -169,6 +183,10 @@ class Recorder:
             clean.integer(getattr(req, "cached_tokens", 0)),
             clean.integer(getattr(req, "retraction_count", 0)),
         )
+
+    def forget(self, state: RequestState) -> None:
+        """A request that is not recorded is over."""
+        self._running.pop(state.request_id, None)
 
     def vanished(self) -> list[wire.RequestFinished]:
         """Requests that SGLang forgot without finishing them, such as aborts in the queue."""
@@ -194,6 +212,23 @@ class Recorder:
             accepted=state.accepted,
             retractions=retractions,
         )
+
+
+def _without_drafts(state: RequestState) -> dict[str, str]:
+    return {wire.WITHOUT_DRAFTS: ", ".join(state.no_drafts)} if state.no_drafts else {}
+
+
+def _tokens(
+    step: StepRows, req: Any, row: int, before: int, nodes: int
+) -> tuple[list[int], list[int], list[int]]:
+    """(tokens of the proposals, their parents, the target's tokens) of one request of a step."""
+    parents = parents_from_links(step.first_child[row], step.next_sibling[row])
+    drafted = step.draft_token[row][1:nodes], parents[: nodes - 1]
+    if step.target_predict is not None:
+        return *drafted, step.target_predict[row][:nodes]
+    # Sampled: the tokens along the accepted path; a stop may have cut the output, but SGLang keeps
+    # the whole run in output_ids.
+    return *drafted, list(req.output_ids[before : before + step.accept_lens[row]])
 
 
 def new_boot_id() -> int:

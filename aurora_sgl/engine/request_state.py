@@ -26,6 +26,9 @@ class RequestState:
     keeps: float = 0.0  # steps for which it keeps its drafts even where they lose
     turn: int = 0  # key of its turn, see ``conversations``
     whole: bool = False  # its steps carry the whole draft shape, whatever pays
+    keeps_tokens: bool = True  # its records hold tokens, not counts alone
+    #: Parameters for which it gets one token of every step (see ``one_token``).
+    no_drafts: tuple[str, ...] = ()
     labels: Labels = UNKNOWN
     steps: int = 0
     proposed: int = 0
@@ -38,12 +41,20 @@ class RequestState:
     ticket: int = 0  # of what is reserved for its trace until it begins
     trace: OpenTrace | None = None  # None: its hidden states are not captured, or no more
 
+    @property
+    def one_token(self) -> bool:
+        return bool(self.no_drafts)
+
+    def go_without_drafts(self, parameters: tuple[str, ...]) -> None:
+        """Whatever its header asked for, and whatever would pay."""
+        self.no_drafts, self.speculates, self.whole = parameters, False, False
+
 
 def is_mixed(state: RequestState, observation: VerifyObservation) -> bool:
     """Whether the drafts of this step were made from draft KV of more than the live version."""
     if state.swap_count != observation.swap_count:
         return True
-    if observation.shape == NO_DRAFT:
+    if observation.shape == NO_DRAFT or state.one_token:
         return False
     return state.holes or (state.strangers is not None and int(state.strangers[0]) > 0)
 

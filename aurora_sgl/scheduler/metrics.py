@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.health import Sample
+from aurora_sgl.intervals import accept_length
 from aurora_sgl.scheduler.loop import Scheduler
 from aurora_sgl.sequences.held_out import held_out_counts
 from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store import queries
+from aurora_sgl.store.domains import OTHER
 
 #: Accept lengths are those of the last hour.
 BACK = timedelta(hours=1)
+#: Pairs of version and domain that are told apart.
+MOST_PAIRS = 200
 STATES = ("waiting", "training", "gate", "trial", "watch", "cooldown", "off")
 
 
@@ -24,15 +28,13 @@ def of_group(s: Session, group_id: int, gate_share: float = GATE_SHARE) -> list[
     """Accept length and verify steps by version and domain, runs, verdicts, evidence, drops."""
     samples: list[Sample] = []
     since = utc_now() - BACK
-    for row in queries.accept_lengths.accept_length_by_version(
-        s, group_id, since=since, by_domain=True
-    ):
-        labels = (("version", str(row.version_id)), ("domain", row.domain))
+    for (version_id, domain), (steps, accepted) in _served(s, group_id, since).items():
+        labels = (("version", str(version_id)), ("domain", domain))
         samples += [
             Sample("aurora_accept_length", "gauge", "accept length, last hour",
-                   row.accept_length, labels),
+                   accept_length(accepted, steps), labels),
             Sample("aurora_verify_steps", "gauge", "verify steps with drafts, last hour",
-                   row.verify_steps, labels),
+                   steps, labels),
         ]  # fmt: skip
     runs = Counter(run.status for run in queries.runs.runs(s, group_id))
     for status in ("running", "succeeded", "failed", "skipped"):
@@ -57,6 +59,18 @@ def of_group(s: Session, group_id: int, gate_share: float = GATE_SHARE) -> list[
     samples.append(Sample("aurora_live_version", "gauge", "the version that should be live",
                           live or 0))  # fmt: skip
     return samples
+
+
+def _served(s: Session, group_id: int, since: datetime) -> dict[tuple[int, str], tuple[int, int]]:
+    """(verify steps, accepted) by version and domain: the pairs with the most steps, and the rest
+    of each version as one. Clients name domains as they like, and a series stays for ever."""
+    rows = queries.accept_lengths.accept_length_by_version(s, group_id, since=since, by_domain=True)
+    sums: dict[tuple[int, str], tuple[int, int]] = {}
+    for place, row in enumerate(sorted(rows, key=lambda row: -row.verify_steps)):
+        key = (row.version_id, row.domain if place < MOST_PAIRS else OTHER)
+        steps, accepted = sums.get(key, (0, 0))
+        sums[key] = (steps + row.verify_steps, accepted + row.accepted)
+    return sums
 
 
 def of_itself(scheduler: Scheduler, state: str, ticked: float) -> Iterator[Sample]:

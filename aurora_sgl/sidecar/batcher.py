@@ -38,6 +38,7 @@ from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.sidecar.watermarks import Watermarks
 from aurora_sgl.store.faults import Kind, StoreBehind, fault_of, in_words
+from aurora_sgl.store.ingest import RULES, IngestRules
 from aurora_sgl.store.link import StoreAway, StoreLink
 
 #: Seconds in which a batch gathers after its first frame.
@@ -120,6 +121,7 @@ class Batcher:
         traces: TraceStore,
         bypass: Bypass | None = None,
         adopt: Callable[[], int] | None = None,
+        rules: IngestRules = RULES,
     ) -> None:
         """``bypass``: what the spool had no room for. ``adopt``: takes over more of what other
         sidecars left, and says how much; called until there is no more."""
@@ -132,6 +134,7 @@ class Batcher:
         self._adopt = adopt
         self.watermarks = Watermarks(spool, cursor, link, registry)
         self.refused = RefusedFile(spool.folder)
+        self._rules = rules
         self._stop = threading.Event()
         self.trouble = ""  # why records wait, in words; "" when the last ones were stored
         self.counts: Counter[str] = Counter()
@@ -316,7 +319,9 @@ class Batcher:
         if registration.refused:
             refused = _all(boot_id, batch, registration.refused)
         else:
-            sift = Sift(self._link, registration.server_id, boot_id, expected=boot.stored)
+            sift = Sift(
+                self._link, registration.server_id, boot_id, self._rules, expected=boot.stored
+            )
             if batch:
                 sift.store([(one.seq, one.records) for one in batch])
                 boot.stored = max(boot.stored, max(one.seq for one in batch))

@@ -40,6 +40,7 @@ from aurora_sgl.sidecar.traces.assembler import AssembledTrace, TraceAssembler
 from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.intake import TraceIntake
 from aurora_sgl.sidecar.traces.writer import TraceWriter
+from aurora_sgl.store.ingest import IngestRules
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import STALE_SECONDS
 
@@ -57,6 +58,7 @@ TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
 #: Counters of the engine's heartbeat that the metrics show.
 _ENGINE = (
     *("queue", "running_requests", "step_ms", "failures", "parts_down", "dropped_odd"),
+    *("unstamped", "unreadable_consent"),
     *("traces_admitted", "traces_refused", "dropped_traces", "trace_bytes_reserved"),
     *("trace_bytes_held", "capture_scale"),
 )
@@ -112,6 +114,7 @@ class SidecarService:
             self._trace_store,
             self._bypass,
             more,
+            IngestRules(settings.keep_opted_out_tokens, settings.most_domains),
         )
         self._reconciler = Reconciler(
             settings,

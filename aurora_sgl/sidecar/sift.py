@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from aurora_sgl import wire
 from aurora_sgl.sidecar.refused import RefusedRecord
 from aurora_sgl.store.faults import Kind, fault_of, in_words
-from aurora_sgl.store.ingest import ingest, rehearse
+from aurora_sgl.store.ingest import RULES, IngestRules, ingest, rehearse
 from aurora_sgl.store.link import StoreLink
 
 Envelope = tuple[int, Sequence[wire.Record]]  # its number and its records
@@ -21,11 +21,20 @@ Envelope = tuple[int, Sequence[wire.Record]]  # its number and its records
 class Sift:
     """One batch of one boot."""
 
-    def __init__(self, link: StoreLink, server_id: int, boot_id: int, *, expected: int = 0) -> None:
+    def __init__(
+        self,
+        link: StoreLink,
+        server_id: int,
+        boot_id: int,
+        rules: IngestRules = RULES,
+        *,
+        expected: int = 0,
+    ) -> None:
         """``expected``: the store's watermark as it was."""
         self._link = link
         self._server_id = server_id
         self._boot_id = boot_id
+        self._rules = rules
         self._expected = expected
         self._rehearsed = False
         self.events = 0  # verify steps that are new in the store
@@ -77,6 +86,7 @@ class Sift:
                 batch,
                 partial=partial,
                 expected=self._expected,
+                rules=self._rules,
             ).inserted_events
 
     def _rehearse(self) -> None:

@@ -6,7 +6,7 @@ cost more than the database does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -35,34 +35,41 @@ _POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
 _KINDS = [AcceptanceEvent.__table__.c[name].type.compile(_POSTGRES).lower() for name in COLUMNS]
 
 
-def insert_events(connection: Connection, steps: Sequence[VerifyStep], boot_version: int) -> None:
-    """Insert steps whose keys are known not to be there."""
+def insert_events(
+    connection: Connection,
+    steps: Sequence[VerifyStep],
+    boot_version: int,
+    bare: Container[int] = (),
+) -> None:
+    """Insert steps whose keys are known not to be there; ``bare``: the requests of which nothing
+    is kept but counts."""
     if not steps:
         return
     if is_sqlite(connection):
         names, marks = ", ".join(COLUMNS), ", ".join("?" * len(COLUMNS))
         connection.exec_driver_sql(
             f"INSERT INTO acceptance_event ({names}) VALUES ({marks})",
-            list(_rows(steps, boot_version, as_text=True)),
+            list(_rows(steps, boot_version, bare, as_text=True)),
         )
         return
     driver: Any = connection.connection.driver_connection  # psycopg.Connection
     copy = f"COPY acceptance_event ({', '.join(COLUMNS)}) FROM STDIN (FORMAT BINARY)"
     with driver.cursor() as cursor, cursor.copy(copy) as stream:
         stream.set_types(_KINDS)
-        for row in _rows(steps, boot_version, as_text=False):
+        for row in _rows(steps, boot_version, bare, as_text=False):
             stream.write_row(row)
 
 
 def _rows(
-    steps: Sequence[VerifyStep], boot_version: int, *, as_text: bool
+    steps: Sequence[VerifyStep], boot_version: int, bare: Container[int], *, as_text: bool
 ) -> Iterator[tuple[Any, ...]]:
     plain, packed = attrgetter(*PLAIN), attrgetter(*PACKED_INTS)
+    nothing = (b"",) * len(PACKED_INTS)
     for step in steps:
         moment = from_us(step.at_us)
         yield (
             moment.strftime("%Y-%m-%d %H:%M:%S.%f") if as_text else moment,  # as UtcDateTime does
             step.version_id or boot_version,
             *plain(step),
-            *map(pack_ints, packed(step)),
+            *(nothing if step.request_id in bare else map(pack_ints, packed(step))),
         )

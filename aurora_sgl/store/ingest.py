@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, bindparam, case, select, update
 from aurora_sgl import wire
 from aurora_sgl.clock import from_us, utc_now
 from aurora_sgl.store.connection import is_sqlite
+from aurora_sgl.store.domains import DomainNames, Wanted, day_of
 from aurora_sgl.store.events import insert_events
 from aurora_sgl.store.faults import BadRecord, LostRow, StoreBehind
 from aurora_sgl.store.models import (
@@ -52,6 +53,17 @@ Batch = Sequence[tuple[int, Sequence[wire.Record]]]
 
 
 @dataclass(frozen=True)
+class IngestRules:
+    """What is left out of what clients and engines send; see the settings of the same names."""
+
+    keep_opted_out_tokens: bool = False
+    most_domains: int = 200
+
+
+RULES = IngestRules()
+
+
+@dataclass(frozen=True)
 class IngestResult:
     inserted_events: int
     duplicate_events: int
@@ -66,19 +78,24 @@ def ingest(
     *,
     partial: bool = False,
     expected: int = 0,
+    rules: IngestRules = RULES,
 ) -> IngestResult:
     """Take envelopes ``(seq, records)`` of one boot. The same batch again changes nothing.
 
     A step whose request's start never came gets a request in the domain ``default`` that may not
-    be trained on. ``partial``: more of the last envelope follows, the watermark stays.
-    ``expected``: what the watermark was before; ``StoreBehind`` when it is less. Raises
-    ``LostRow`` for an unknown server, ``BadRecord`` for a step of another boot, and what the
-    database and its driver raise (see ``store.faults``); nothing is stored then.
+    be trained on. Of a request that may not, events have counts and no tokens, though older engines
+    send them; a domain beyond the day's names is ``domains.OTHER``. ``partial``: more of the last
+    envelope follows, the watermark stays. ``expected``: what the watermark was before;
+    ``StoreBehind`` when it is less. Raises ``LostRow`` for an unknown server, ``BadRecord`` for a
+    step of another boot, and what the database and its driver raise (see ``store.faults``);
+    nothing is stored then.
     """
     steps = _steps(batch)
     ensure_partitions(engine, (from_us(us) for us in {step.at_us for step in steps}))
     with engine.begin() as connection:
-        return _take(connection, server_id, boot_id, batch, partial, expected)
+        result, names = _take(connection, server_id, boot_id, batch, partial, expected, rules)
+    names.committed()
+    return result
 
 
 def rehearse(engine: Engine, server_id: int, boot_id: int) -> None:
@@ -86,7 +103,8 @@ def rehearse(engine: Engine, server_id: int, boot_id: int) -> None:
     it does, a record that was refused was not to blame."""
     ensure_partitions(engine)
     with engine.connect() as connection, connection.begin() as transaction:
-        _take(connection, server_id, boot_id, [(1, _sound_records(boot_id))], partial=True)
+        sound = _sound_records(boot_id)
+        _take(connection, server_id, boot_id, [(1, sound)], partial=True, expected=0, rules=RULES)
         transaction.rollback()
 
 
@@ -96,22 +114,25 @@ def _take(
     boot_id: int,
     batch: Batch,
     partial: bool,
-    expected: int = 0,
-) -> IngestResult:
+    expected: int,
+    rules: IngestRules,
+) -> tuple[IngestResult, DomainNames]:
     records = list(chain.from_iterable(part for _, part in batch))
     steps = _steps(batch)
     taken = _lock_watermark(connection, server_id, boot_id)
     if taken < expected:
         raise StoreBehind(boot_id, taken)
-    boot_version_id = _boot_version(connection, server_id, boot_id)
-    _start_requests(connection, server_id, boot_id, records)
+    boot_version_id, group_id = _boot(connection, server_id, boot_id)
+    names = DomainNames(connection, group_id, rules.most_domains)
+    _start_requests(connection, server_id, boot_id, records, names)
     new = _without_stored(connection, steps)
     clusters = {tally_key(step, step.version_id or boot_version_id) for step in new}
-    request_ids = {step.request_id for step in new}
-    tallies = _load_tallies(connection, request_ids)
-    domains = _domains(connection, request_ids)
+    rows = _requests(connection, {step.request_id for step in new})
+    tallies = _load_tallies(connection, set(rows))
+    domains = {request_id: row.domain for request_id, row in rows.items()}
     minutes, sums = roll_up(new, boot_version_id, domains, tallies)
-    insert_events(connection, new, boot_version_id)
+    bare = {request_id for request_id, row in rows.items() if not row.may_train}
+    insert_events(connection, new, boot_version_id, () if rules.keep_opted_out_tokens else bare)
     _store_tallies(connection, {key: tallies[key] for key in clusters})
     _store_minutes(connection, server_id, minutes)
     _count_requests(connection, sums)
@@ -125,7 +146,7 @@ def _take(
         .where(SpoolWatermark.server_id == server_id, SpoolWatermark.boot_id == boot_id)
         .values(last_seq=last, updated_at=utc_now())
     )
-    return IngestResult(len(new), len(steps) - len(new), last)
+    return IngestResult(len(new), len(steps) - len(new), last), names
 
 
 def _steps(batch: Batch) -> list[wire.VerifyStep]:
@@ -157,18 +178,26 @@ def _lock_watermark(connection: Connection, server_id: int, boot_id: int) -> int
     return int(taken or 0)
 
 
-def _boot_version(connection: Connection, server_id: int, boot_id: int) -> int:
+def _boot(connection: Connection, server_id: int, boot_id: int) -> tuple[int, int]:
+    """(the version that it was started with or 0, its group)."""
     row = connection.execute(
-        select(Server.boot_version_id, Server.boot_id).where(Server.id == server_id)
+        select(Server.boot_version_id, Server.boot_id, Server.group_id).where(
+            Server.id == server_id
+        )
     ).one_or_none()
     if row is None or row.boot_id != boot_id:
         raise LostRow(f"server {server_id} is not registered with boot {boot_id}")
-    return row.boot_version_id or 0
+    return row.boot_version_id or 0, row.group_id
 
 
 def _start_requests(
-    connection: Connection, server_id: int, boot_id: int, records: Iterable[wire.Record]
+    connection: Connection,
+    server_id: int,
+    boot_id: int,
+    records: Sequence[wire.Record],
+    names: DomainNames,
 ) -> None:
+    domains = names.settle(_wanted(one) for one in records if isinstance(one, wire.RequestStarted))
     started: dict[int, dict[str, Any]] = {}
     orphans: dict[int, dict[str, Any]] = {}
     salt = Salt(connection)
@@ -180,7 +209,7 @@ def _start_requests(
                 "admitted_at": from_us(record.at_us),
                 "rid": storable(record.rid),
                 "dp_rank": record.dp_rank,
-                "domain": storable(record.domain),
+                "domain": domains[_wanted(record)],
                 "conversation_hash": salt(record.conversation_hash),
                 "prompt_tokens": record.prompt_tokens,
                 "cached_tokens": record.cached_tokens,
@@ -206,6 +235,10 @@ def _start_requests(
     upsert(connection, Request, list(started.values()), ["id"], columns)
     rest = [row for request_id, row in orphans.items() if request_id not in started]
     insert_missing(connection, Request, rest, ["id"])
+
+
+def _wanted(record: wire.RequestStarted) -> Wanted:
+    return day_of(from_us(record.at_us)), storable(record.domain)
 
 
 def _without_stored(
@@ -251,16 +284,17 @@ def _store_tallies(connection: Connection, tallies: dict[TallyKey, Tally]) -> No
     upsert(connection, RequestTally, rows, TallyKey._fields, ["verify_steps", "accepted"])
 
 
-def _domains(connection: Connection, request_ids: set[int]) -> dict[int, str]:
+def _requests(connection: Connection, request_ids: set[int]) -> dict[int, Any]:
+    """Domain and consent of requests, as they are stored."""
     ids = sorted(request_ids)
-    query = select(Request.id, Request.domain).where(
+    query = select(Request.id, Request.domain, Request.may_train).where(
         Request.id.in_(bindparam("ids", expanding=True))
     )
-    domains: dict[int, str] = {}
+    rows: dict[int, Any] = {}
     for begin in range(0, len(ids), _CHUNK):
         for row in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
-            domains[row.id] = row.domain
-    return domains
+            rows[row.id] = row
+    return rows
 
 
 def _store_minutes(

@@ -11,6 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from aurora_sgl.intervals import unpaired_difference
+from aurora_sgl.store.domains import OTHER
 from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
 
@@ -237,6 +238,11 @@ def _trend(here: Group, choice: ChartChoice, series: Series, name: Namer) -> Non
     )
     if "other versions" in series:
         caption += f" The newest {MOST} versions and the live one have lines of their own."
+    if any(point.domain == OTHER for point in choice.points):
+        caption += (
+            f' "{OTHER}" are the requests of domains beyond those that are told apart on one day '
+            "(AURORA_MOST_DOMAINS)."
+        )
     st.caption(caption)
 
 

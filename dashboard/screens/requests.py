@@ -13,11 +13,12 @@ from aurora_sgl.config import get_settings
 from aurora_sgl.intervals import accept_length, or_none
 from aurora_sgl.store.models import Request
 from aurora_sgl.store.queries.explorer import FoundRequest
+from aurora_sgl.wire import WITHOUT_DRAFTS
 
 from .. import data, login, sampling, tokens, words
 from ..context import Group, group, now
 from ..parts import refreshing
-from ..steps import StepTold, tell
+from ..steps import StepTold, have_tokens, tell
 
 PERIODS = {
     "15 minutes": timedelta(minutes=15),
@@ -48,16 +49,27 @@ def _page() -> None:
         bind="query-params",
     )  # fmt: skip
     asked = right.text_input(
-        "Or one request", key=CHOSEN, bind="query-params", placeholder="its number",
-        help="As the tables and the SQL page show it; the page's address keeps it.",
+        "Or one request", key=CHOSEN, bind="query-params", placeholder="its number or rid",
+        help="Its number, as the tables and the SQL page show it, or the rid that its client gave "
+        "it (of what ended in the chosen time); the page's address keeps it.",
     ).strip()  # fmt: skip
     if asked:
-        number = int(asked) if asked.isdecimal() else None
-        _one(here, number if number is not None and number <= LARGEST else None)
+        _one(here, _asked(here, asked, str(name)))
         return
     requests = _find(here, str(name))
     if requests is not None:
         _one(here, _table(requests))
+
+
+def _asked(here: Group, asked: str, name: str) -> int | None:
+    """The request of this number, else the one that is chosen of those with this rid."""
+    number = int(asked) if asked.isdecimal() else LARGEST + 1
+    if number <= LARGEST and data.request(here, number)[0] is not None:
+        return number
+    span = PERIODS[name]
+    since = now() - span if span else None
+    requests = data.find_requests(here, since=since, rid=asked, limit=LIMIT)
+    return _table(requests) if requests else None
 
 
 def _find(here: Group, name: str) -> list[FoundRequest] | None:
@@ -138,12 +150,12 @@ def _table(requests: list[FoundRequest]) -> int:
 
 
 def _one(here: Group, request_id: int | None) -> None:
-    """``None``: what was typed is no number."""
+    """``None``: what was typed is the number or the rid of none."""
     request, events = (None, []) if request_id is None else data.request(here, request_id)
     if request is None:
         st.info(
-            "There is no request of this number in this group, or not any more. Clear the field "
-            "to search."
+            "There is no request of this number in this group, or not any more, and none with this "
+            "rid that ended in the chosen time. Clear the field to search."
         )
         return
     length = or_none(accept_length(request.accepted, request.verify_steps))
@@ -156,7 +168,7 @@ def _one(here: Group, request_id: int | None) -> None:
         return
     words.facts("request", _facts(request))
     steps = tell(events)
-    decode, why = _decoder(here, request)
+    decode, why = _decoder(here, request, have_tokens(events))
     st.html(tokens.legend())
     shown = _part(steps)
     st.html(tokens.text(shown, decode))
@@ -176,17 +188,31 @@ def _facts(request: Request) -> dict[str, object]:
         "steps": f"{request.verify_steps:,} verify steps, {request.accepted:,} of "
         f"{request.proposed:,} proposals accepted",
         "sampling": sampling.told(request.sampling) or "the server's default",
+        **_without_drafts(request),
         "ended": f"{request.status}, {request.finish_reason or 'no reason given'}",
         "may be learnt from": "yes" if request.may_train else "no",
     }
 
 
-def _decoder(here: Group, request: Request) -> tuple[tokens.Decode | None, str]:
+def _without_drafts(request: Request) -> dict[str, object]:
+    parameters = request.sampling.get(WITHOUT_DRAFTS)
+    if not parameters:
+        return {}
+    return {"drafts": f"none: they would change what {parameters} makes of the answer"}
+
+
+def _decoder(here: Group, request: Request, has_tokens: bool) -> tuple[tokens.Decode | None, str]:
     """How tokens are shown, and why so."""
     if not login.is_operator():
         return None, "Which tokens these are is shown to operators only."
     if not get_settings().show_text:
         return None, "This installation shows no tokens (AURORA_SHOW_TEXT is off)."
+    if not has_tokens:
+        return None, (
+            "Counts only: the store has no tokens of a request that may not be learnt from "
+            "(x-aurora-train: no, or the server's setting), unless AURORA_KEEP_OPTED_OUT_TOKENS "
+            "is on."
+        )
     if not request.may_train:
         return tokens.as_number, (
             "Ids only: this request's text may not be used (x-aurora-train: no, or the server's "

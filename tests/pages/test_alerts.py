@@ -15,6 +15,7 @@ from aurora_sgl import rollout, store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.rollout.switches import turn
 from aurora_sgl.store import queries
+from aurora_sgl.store.domains import OTHER, DomainNames, day_of
 from tests.pages.test_pages import draw, said
 from tests.support import dashboard_house as samples
 from tests.support.dashboard_house import House
@@ -52,6 +53,17 @@ def test_nothing_is_wrong_when_servers_run_what_they_should(small: House) -> Non
     app = draw(small.home, "Now")
     assert not app.error and not app.warning
     assert "None: servers run what they should, nothing was lost, nothing drifted." in said(app)
+
+
+def test_more_domains_than_are_told_apart_are_said_on_both_pages(small: House) -> None:
+    with small.engine.begin() as connection:
+        names = DomainNames(connection, small.group_id, 3)
+        names.settle([(day_of(utc_now()), f"user-{n}") for n in range(5)])
+    rng = random.Random(1)
+    small.serve(utc_now() - timedelta(minutes=1), 2, domain=OTHER, steps=25, rng=rng)
+    assert "Clients named more than 3 domains today (UTC)" in said(draw(small.home, "Now"))
+    shown = said(draw(small.home, "Acceptance"))
+    assert '"other" are the requests of domains beyond those that are told apart' in shown
 
 
 def test_what_the_budgets_of_traces_hold_is_told_and_a_trigger_that_they_cannot_fill(

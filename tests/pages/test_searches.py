@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sqlalchemy import text
 from streamlit.testing.v1 import AppTest
 
 from aurora_sgl import rollout, store
@@ -54,7 +55,13 @@ def test_what_text_is_shown_follows_the_settings_the_request_and_the_role(
     assert "Text from the target's tokenizer" in shown and "<td>depth 1</td>" in shown
     private = draw(house.home, "Requests", request=str(newest[False]))
     assert f"Request {newest[False]}" in said(private)
-    assert "Ids only: this request's text may not be used" in said(private)
+    assert "Counts only: the store has no tokens of a request" in said(private)
+    assert "<td>depth 1</td>" not in said(private) and "output" not in private.dataframe[0].value
+    with house.engine.begin() as connection:  # as AURORA_KEEP_OPTED_OUT_TOKENS would have it
+        blob = text("UPDATE acceptance_event SET target_tokens = :one WHERE request_id = :id")
+        connection.execute(blob, {"one": b"\7\0\0\0" * 8, "id": newest[False]})
+    kept = draw(house.home, "Requests", request=str(newest[False]))
+    assert "Ids only: this request's text may not be used" in said(kept)
     settings_of(house.home, show_text="false")
     hidden = draw(house.home, "Requests", request=str(newest[True]))
     assert "AURORA_SHOW_TEXT is off" in said(hidden)
@@ -63,6 +70,20 @@ def test_what_text_is_shown_follows_the_settings_the_request_and_the_role(
         assert "There is no request of this number" in said(
             draw(house.home, "Requests", request=number)
         )
+
+
+def test_requests_are_found_by_the_rid_that_their_client_gave_them(
+    house: House, settings_of: Use
+) -> None:
+    settings_of(house.home)
+    with store.session(house.engine, write=False) as s:
+        mine = {str(row.id) for row in queries.requests.requests_by_rid(s, "r5")}
+    assert len(mine) == 2, "one of each server"
+    app = draw(house.home, "Requests", request="r5", ended="ever")
+    assert {row["request"] for row in rows(app)} == mine
+    assert any(f"Request {one}: accept length" in said(app) for one in mine)
+    never = draw(house.home, "Requests", request="r5'; --", ended="ever")
+    assert "There is no request of this number" in said(never)
 
 
 def test_the_audit_has_who_when_why_before_after_and_the_evidence(

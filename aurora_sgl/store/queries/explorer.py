@@ -40,12 +40,13 @@ def find_requests(
     since: datetime | None = None,
     until: datetime | None = None,
     domains: Sequence[str] = (),
+    rid: str | None = None,
     version_id: int | None = None,
     min_accept_length: float | None = None,
     max_accept_length: float | None = None,
     limit: int = 200,
 ) -> list[FoundRequest]:
-    """Requests that ended in [since, until), newest first."""
+    """Requests that ended in [since, until), newest first; ``rid``: what the client calls them."""
     r, t = Request, RequestTally
     length = 1 + cast(r.accepted, Float) / func.nullif(r.verify_steps, 0)
     query = (
@@ -61,6 +62,8 @@ def find_requests(
         query = query.where(r.finished_at < until)
     if domains:
         query = query.where(r.domain.in_(domains))
+    if rid is not None:
+        query = query.where(r.rid == rid)
     if version_id is not None:
         tally = select(t.request_id).where(
             t.request_id == r.id, t.drafter_version_id == version_id, t.depth > 0

@@ -181,6 +181,74 @@ def test_a_part_that_fails_is_told_and_the_step_goes_on() -> None:
     assert len(mine.notices) == 1 and "a mistake of ours" in repr(mine.notices)
 
 
+# -- requests whose answers drafts would change --------------------------------------------------
+
+
+def asking(speculate: object = None, **sampling: Any) -> TokenizedGenerateReqInput:
+    """A request with penalties, that asks for drafts as it likes."""
+    said = {"stamp": os.environ[labels.STAMP_VARIABLE], "speculate": speculate, "whole": True}
+    params = SimpleNamespace(custom_params={labels.KEY: said}, max_new_tokens=8, **sampling)
+    return received(9, sampling_params=params)
+
+
+class Prefilled(SimpleNamespace):
+    """Something that a weak reference can hold."""
+
+
+def prefilled(mine: Agent, one: TokenizedGenerateReqInput) -> Any:
+    """It, at its first prefill."""
+    planned = plan.take(one)
+    assert planned is not None
+    mine.plans.keep(one.rid, planned)
+    req = Prefilled(rid=one.rid, sampling_params=one.sampling_params)
+    req.sampling_params.top_k = 1
+    mine.begin(SimpleNamespace(reqs=[req]))
+    return req
+
+
+@pytest.mark.parametrize("can_skip", [True, False])
+@pytest.mark.parametrize("speculate", [None, True, False])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_penalties_get_no_drafts_whatever_the_header_the_policy_and_the_server_want(
+    can_skip: bool, speculate: bool | None, share: float
+) -> None:
+    mine = agent(plain_steps_possible=can_skip)
+    mine.policy.share = share
+    one = asking(speculate, frequency_penalty=0.5)
+    mine.choose([one])
+    req = prefilled(mine, one)
+    state = req._aurora
+    assert not state.speculates and not state.whole and state.no_drafts == ("frequency_penalty",)
+    alone = SimpleNamespace(reqs=[req])
+    shape = mine.choose_shape(alone)
+    assert shape == (NO_DRAFT if can_skip else WHOLE)
+    links = torch.tensor([[1, 2, -1], [1, 2, -1]])
+    verified = SimpleNamespace(draft_token_num=3, retrieve_next_token=links)
+    other = batch(True).reqs[0]
+    mine.no_drafts.withhold(SimpleNamespace(reqs=[other, req]), verified)
+    assert verified.retrieve_next_token.tolist() == [[1, 2, -1], [-1, -1, -1]]
+    assert mine.notices == {} and mine.parts.failures == 0
+
+
+def test_beside_requests_that_draft_the_step_keeps_its_drafts() -> None:
+    mine = agent()
+    one = asking(True, min_new_tokens=4)
+    mine.choose([one])
+    req = prefilled(mine, one)
+    both = SimpleNamespace(reqs=[req, *batch(True).reqs])
+    assert mine.choose_shape(both) != NO_DRAFT
+
+
+def test_a_server_that_can_leave_nobody_out_says_so() -> None:
+    mine = agent(plain_steps_possible=False, rejection_sampling=True)
+    some = [asking(None, presence_penalty=1.0), asking(None, repetition_penalty=1.1)]
+    mine.choose(some)
+    req = prefilled(mine, some[1])
+    assert req._aurora.speculates and req._aurora.no_drafts == ()
+    assert "2 requests had drafts that may change their answers" in mine.notices["drafts"]
+    assert "repetition_penalty" in mine.notices["drafts"]
+
+
 # -- a start at which something is wrong ---------------------------------------------------------
 
 

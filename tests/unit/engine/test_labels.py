@@ -29,7 +29,7 @@ from sglang.srt.managers.schedule_batch import Req  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from aurora_sgl.engine import front, labels  # noqa: E402
-from aurora_sgl.engine.consent import NOTICE, NOTICE_SECONDS, Consent  # noqa: E402
+from aurora_sgl.engine.consent import NOTICE, NOTICE_SECONDS, UNREADABLE, Consent  # noqa: E402
 from aurora_sgl.engine.plan import Plans, RequestPlan  # noqa: E402
 from aurora_sgl.engine.recorder import Recorder  # noqa: E402
 
@@ -252,6 +252,30 @@ def test_requests_without_a_stamp_are_counted_logged_once_and_told_for_an_hour(
     now[0] += 1
     consent.forget_old()
     assert notices == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "unreadable"),
+    [
+        ((b"yes",), False), ((b"No",), False), ((b"yes, no",), False), ((b"yes", b"off"), False),
+        ((b"none",), True), ((b"never",), True), ((b"",), True), ((b"no,",), True),
+        ((b"yes", b"maybe"), True), ((b"\xff",), True), ("да".encode(), True),
+    ],
+)  # fmt: skip
+def test_a_consent_that_cannot_be_read_is_a_no_and_counted(
+    caplog: pytest.LogCaptureFixture, values: Any, unreadable: bool
+) -> None:
+    notices: dict[str, str] = {}
+    consent = Consent(notices)
+    headers = train(*((values,) if isinstance(values, bytes) else values))
+    for _ in range(2):
+        taken = consent.take(arrived(headers))
+        assert taken.may_train is (values == (b"yes",)) and taken.unreadable is unreadable
+    assert consent.unreadable == 2 * unreadable and consent.unstamped == 0
+    assert bool(notices) is bool(caplog.records) is unreadable
+    if unreadable:
+        assert "2 requests" in notices[UNREADABLE] and "counts as a no" in notices[UNREADABLE]
+        assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def request(rid: str = "rid", **sampling: Any) -> Req:
 
 
 def begin(recorder: Recorder, req: Req, **plan: Any) -> RequestState:
-    state = recorder.begin(req, RequestPlan(True, **plan), follow=True)
+    state = recorder.begin(req, RequestPlan(True, **{"labels": Labels(), **plan}), follow=True)
     assert state is not None
     return state
 
@@ -124,6 +124,53 @@ def test_a_sampled_step_tells_the_tokens_along_the_path_also_past_a_stop() -> No
     assert isinstance(record, wire.VerifyStep)
     assert record.target_tokens == [11, 13, 14] and record.kept == 2
     assert record.accept_rule == "target_sampling"
+
+
+TOKENS = ("draft_tokens", "draft_parents", "accepted_nodes", "target_tokens")
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("may_train", "by_default", "kept", "tokens"),
+    [
+        (False, True, False, False),
+        (None, False, False, False),
+        (False, True, True, True),
+        (True, False, False, True),
+        (None, True, False, True),
+    ],
+)
+def test_of_opted_out_requests_there_are_counts_and_no_tokens(
+    may_train: bool | None, by_default: bool, kept: bool, tokens: bool, sampled: bool
+) -> None:
+    mine = recorder(train_by_default=by_default, keep_opted_out_tokens=kept)
+    req = request(temperature=0.8 if sampled else 0.0)
+    state = begin(mine, req, labels=Labels(may_train=may_train))
+    req.output_ids = [10, 11, 13, 14]
+    seen = observation(**({"target_predict": None} if sampled else {}))
+    record = mine.verify_step(step(seen, [3, 1]), req, state, 0, before=1)
+    assert isinstance(record, wire.VerifyStep)
+    assert (record.proposed, record.accepted, record.kept, record.nodes) == (3, 2, 3, 4)
+    assert [bool(getattr(record, name)) for name in TOKENS] == [tokens] * 4
+
+
+def test_a_row_without_drafts_in_a_step_with_drafts_is_recorded_as_a_plain_one() -> None:
+    mine, req = recorder(), request(frequency_penalty=0.5)
+    state = begin(mine, req)
+    state.go_without_drafts(("frequency_penalty",))
+    req.output_ids = [20, 99]
+    childless = torch.tensor([FIRST_CHILD, [-1] * 4])
+    record = mine.verify_step(
+        step(observation(first_child=childless), [3, 1]), req, state, 1, before=1
+    )
+    assert isinstance(record, wire.VerifyStep)
+    assert (record.depth, record.topk, record.nodes, record.proposed) == (0, 1, 1, 0)
+    assert (record.accepted, record.kept, record.first_rejected_at) == (0, 1, 0)
+    assert (record.draft_tokens, record.draft_parents, record.target_tokens) == ([], [], [99])
+    assert state.proposed == 0 and not record.mixed
+    started = mine.started(req, state)
+    assert isinstance(started, wire.RequestStarted)
+    assert started.sampling[wire.WITHOUT_DRAFTS] == "frequency_penalty" and not started.speculates
 
 
 @pytest.mark.parametrize(
