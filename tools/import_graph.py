@@ -37,6 +37,8 @@ ROOMS = (
         "console",
         "draft_shape",
         "health",
+        "limits",
+        "litter",
         "processes",
         "step_cost",
         "trace_format",

@@ -99,7 +99,7 @@ class Batcher:
         self._link = link
         self._registry = registry
         self._traces = traces
-        self._refused = RefusedFile(spool.folder)
+        self.refused = RefusedFile(spool.folder)
         self._stop = threading.Event()
         self.trouble = ""  # why records wait, in words; "" when the last ones were stored
         self.counts: Counter[str] = Counter()
@@ -237,15 +237,15 @@ class Batcher:
     def _set_aside(self, refused: list[RefusedRecord], unreadable: list[tuple[bytes, str]]) -> None:
         """Raises ``StoreAway`` when the file can't be written: then they wait."""
         try:
-            self._refused.keep(refused)
+            self.refused.keep(refused)
             for data, why in unreadable:
-                self._refused.keep_bytes(data, why)
+                self.refused.keep_bytes(data, why)
         except OSError as error:
-            raise StoreAway(f"{self._refused.path} can't be written: {error.strerror}") from error
+            raise StoreAway(f"{self.refused.path} can't be written: {error.strerror}") from error
         self.counts["set_aside"] += len(refused) + len(unreadable)
         reasons = Counter([*(one.why for one in refused), *(why for _, why in unreadable)])
         for why, count in reasons.items():
-            log.error("%d records are set aside in %s: %s", count, self._refused.path, why)
+            log.error("%d records are set aside in %s: %s", count, self.refused.path, why)
 
 
 def _account(boot: Boot, batch: Batch, notes: list[LossFrame]) -> None:

@@ -10,7 +10,14 @@ from aurora_sgl.store.models.learning import (
     Trial,
     TrialWindow,
 )
-from aurora_sgl.store.models.operations import DropCount, Lease, SpoolWatermark, Switch
+from aurora_sgl.store.models.operations import (
+    DropCount,
+    Lease,
+    PruneRun,
+    RetentionLimit,
+    SpoolWatermark,
+    Switch,
+)
 from aurora_sgl.store.models.rollout import Audit, Drift, SchedulerState, Watch, WatchWindow
 from aurora_sgl.store.models.serving import (
     AcceptanceEvent,
@@ -38,8 +45,10 @@ __all__ = [
     "Evaluation",
     "Json",
     "Lease",
+    "PruneRun",
     "Request",
     "RequestTally",
+    "RetentionLimit",
     "SchedulerState",
     "Server",
     "SpoolWatermark",

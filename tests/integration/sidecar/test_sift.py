@@ -43,7 +43,7 @@ class Inside:
         self.link = StoreLink(url)
         self.registry = Registry(self.link, self.cursor, group)
         self.intake = Intake(self.spool, self.registry)
-        traces = TraceStore(self.link, ArtifactRoot(str(folder / "artifacts")), 1 << 30)
+        traces = TraceStore(self.link, ArtifactRoot(str(folder / "artifacts")))
         self.traces = traces
         self.batcher = Batcher(self.spool, self.cursor, self.link, self.registry, traces)
         self.seq = 0
