@@ -11,21 +11,26 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
 
-from aurora_sgl import atomic
+from aurora_sgl import atomic, litter
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_file
 
 _PIECE = 1 << 20
 _LAST = "config.json"
+#: Folders of the root that are ours.
+FOLDERS = ("traces", "versions")
 
 
 class ArtifactRoot:
@@ -83,7 +88,7 @@ class ArtifactRoot:
         with self._errors(f"write {uri}"):
             if self._holds(full, hashes):
                 return hashes
-            target = f"{full}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else full
+            target = _beside(full) if self.is_local else full
             try:
                 for name in names:
                     self._put(Path(local) / name, f"{target}/{name}")
@@ -112,6 +117,31 @@ class ArtifactRoot:
         with self._errors(f"delete {uri}"), suppress(FileNotFoundError):
             self._fs.rm(full, recursive=True)
 
+    def sweep(self) -> int:
+        """Delete what killed processes left half written, see ``litter``; how many files and
+        folders."""
+        if self.is_local:
+            return sum(litter.sweep(Path(self._full(folder))) for folder in FOLDERS)
+        files = chain.from_iterable(map(self.files, FOLDERS))
+        left = [uri for uri, age in files if litter.is_left(uri.rpartition("/")[2], age)]
+        for uri in left:
+            self.delete(uri)
+        return len(left)
+
+    def files(self, folder: str) -> Iterator[tuple[str, float]]:
+        """URIs of the files below a folder, and the seconds since each was written; those whose age
+        is not known are left out."""
+        now = time.time()
+        with self._errors(f"list {folder}"):
+            try:
+                infos = self._fs.find(self._full(folder), detail=True)
+            except FileNotFoundError:
+                return
+        for path, info in infos.items():
+            written = _time_of(info)
+            if written is not None:
+                yield str(path)[len(self._path) :].lstrip("/"), now - written
+
     def _full(self, uri: str) -> str:
         parts = PurePosixPath(uri).parts
         if not parts or uri.startswith("/") or ".." in parts:
@@ -120,7 +150,7 @@ class ArtifactRoot:
 
     def _put(self, local: Path, full: str) -> str:
         """Copy one file beside ``full``, check its size and rename it."""
-        beside = f"{full}.{uuid.uuid4().hex[:8]}.tmp"
+        beside = _beside(full)
         digest = hashlib.sha256()
         self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
         try:
@@ -171,3 +201,19 @@ class ArtifactRoot:
                 ) from None
             reason = error.strerror or str(error) or type(error).__name__
             raise AuroraError(f"can't {doing} under {self.url}: {reason}") from None
+
+
+def _beside(full: str) -> str:
+    """A name of this process's own in the same folder, see ``litter``."""
+    return f"{full}.{litter.mark()}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+def _time_of(info: Mapping[str, Any]) -> float | None:
+    """When a file was written, as its file system says it; each calls it otherwise."""
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = info.get(name)
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, datetime):
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return None

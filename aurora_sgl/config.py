@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from aurora_sgl.environment import ENABLED, INTERNAL
+from aurora_sgl.limits import Limits
 
 #: What has no field: see ``environment``.
 NOT_FIELDS = (ENABLED, *INTERNAL)
@@ -46,7 +47,8 @@ class Settings(BaseSettings):
     """Share of consenting requests whose hidden states are captured."""
 
     capture_bytes: int = Field(default=2 * 1024**3, ge=0)
-    """Byte budget of the trace files; the oldest go first."""
+    """Byte budget of a new group's trace files; the oldest go first. 0: this server captures
+    nothing."""
 
     capture_request_bytes: int = Field(default=128 * 1024**2, ge=1)
     """Bytes that the trace of one request may have; one that may become longer is not traced."""
@@ -116,8 +118,37 @@ class Settings(BaseSettings):
     """Whether the dashboard shows operators tokens, and their text for requests that may be used
     for training. Viewers never see either."""
 
-    retention_days: int = Field(default=30, ge=1)
-    """Days that acceptance events are kept."""
+    retention_days: int = Field(default=30, ge=1, le=36_500)
+    """Days that acceptance events are kept. This and the next ones are taken when a group is first
+    made; see ``limits``."""
+
+    retention_request_days: int = Field(default=180, ge=1, le=36_500)
+    """Days that requests and their traces are kept."""
+
+    retention_minute_days: int = Field(default=30, ge=1, le=36_500)
+    """Days that roll-ups are kept by minute; older ones are summed to hours."""
+
+    retention_hour_days: int = Field(default=730, ge=1, le=36_500)
+    """Days that roll-ups are kept by hour."""
+
+    retention_versions: int = Field(default=10, ge=0, le=36_500)
+    """Newest versions whose weights are kept beside those in use."""
+
+    retention_refused_days: int = Field(default=30, ge=1, le=36_500)
+    """Days that refused records are kept in a file."""
+
+    @property
+    def limits(self) -> Limits:
+        """What a group that is made now keeps, made to agree with each other."""
+        return Limits(
+            trace_bytes=self.capture_bytes or Settings.model_fields["capture_bytes"].default,
+            event_days=self.retention_days,
+            request_days=max(self.retention_request_days, self.retention_days),
+            minute_days=self.retention_minute_days,
+            hour_days=max(self.retention_hour_days, self.retention_minute_days),
+            versions=self.retention_versions,
+            refused_days=self.retention_refused_days,
+        )
 
     @property
     def store_url(self) -> str:

@@ -64,4 +64,4 @@ class TraceRoom:
         )
 
 
-ADVICE = "raise AURORA_CAPTURE_BYTES, or lower AURORA_SCHEDULER_REQUESTS"
+ADVICE = "raise trace_bytes (aurora-sgl db limits), or lower AURORA_SCHEDULER_REQUESTS"

@@ -181,6 +181,12 @@ def drops(group: Group, since: datetime) -> dict[str, int]:
         return queries.drops.drops(s, group.id, since=since)
 
 
+def event_days(group: Group) -> int:
+    """Days that the group keeps acceptance events."""
+    with store.session(group.engine, write=False) as s:
+        return queries.limits.limits(s, group.id).event_days
+
+
 def aliases(group: Group) -> dict[str, int]:
     with store.session(group.engine, write=False) as s:
         return queries.aliases.aliases(s, group.id)

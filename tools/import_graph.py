@@ -39,6 +39,8 @@ ROOMS = (
         "console",
         "draft_shape",
         "health",
+        "limits",
+        "litter",
         "processes",
         "step_cost",
         "trace_format",

@@ -1,4 +1,4 @@
-"""db upgrade, current and prune; doctor."""
+"""db upgrade, current, prune and limits; doctor."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from aurora_sgl.cli.shared import AsJson, DryRun, open_store, print_rows
-from aurora_sgl.console import print_json, print_table
+from aurora_sgl.cli.rollout import Actor
+from aurora_sgl.cli.shared import AsJson, DryRun, Group, print_rows
+from aurora_sgl.console import print_json
 
 db_app = typer.Typer(help="The store: its schema and how much it keeps.")
 
@@ -38,30 +39,39 @@ def db_prune(
     days: Annotated[int | None, typer.Option(min=1, help="Days of events to keep.")] = None,
     trace_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes of traces to keep.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Delete unused weights too.")] = False,
-    keep_versions: Annotated[int, typer.Option(min=0, help="Newest versions to keep.")] = 10,
+    keep_versions: Annotated[
+        int | None, typer.Option(min=0, help="Newest versions to keep.")
+    ] = None,
+    group: Annotated[str, typer.Option("--group", help="Deployment group (default: each).")] = "",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete old events, traces beyond their budget and, if asked for, unused weights."""
-    from aurora_sgl.artifacts import ArtifactRoot
-    from aurora_sgl.config import get_settings
-    from aurora_sgl.store.retention import prune
+    """Delete now what the limits of each group in the store allow (see db limits)."""
+    from aurora_sgl.cli.retention import prune_groups
 
-    settings = get_settings()
-    report = prune(
-        open_store(),
-        ArtifactRoot(),
-        days=settings.retention_days if days is None else days,
-        trace_bytes=settings.capture_bytes if trace_bytes is None else trace_bytes,
-        weights=weights,
-        keep_versions=keep_versions,
-        dry_run=dry_run,
-    )
-    if as_json:
-        print_json(report)
-        return
-    rows = [{"name": name, "value": value} for name, value in vars(report).items()]
-    print_table("would go" if dry_run else "gone", {"": "name", " ": "value"}, rows)
+    chosen = {"event_days": days, "trace_bytes": trace_bytes, "versions": keep_versions}
+    values = {name: value for name, value in chosen.items() if value is not None}
+    prune_groups(group, values, with_weights=weights, dry_run=dry_run, as_json=as_json)
+
+
+@db_app.command("limits")
+def db_limits(
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=NUMBER, such as trace_bytes=20GiB.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why; goes into the audit.")] = "",
+    group: Group = "",
+    actor: Actor = "",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how much a group keeps, or change it."""
+    from aurora_sgl.cli.retention import change_limits, show_limits
+
+    if changes:
+        change_limits(group, changes, actor, reason, dry_run=dry_run, as_json=as_json)
+    else:
+        show_limits(group, as_json=as_json)
 
 
 def doctor(as_json: AsJson = False) -> None:

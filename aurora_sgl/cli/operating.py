@@ -22,6 +22,7 @@ from aurora_sgl.cli.shared import (
 from aurora_sgl.console import print_json, print_table, text_of
 
 if TYPE_CHECKING:
+    from aurora_sgl.rollout.status import RetentionStatus
     from aurora_sgl.rollout.trial import TrialStatus
     from aurora_sgl.rollout.watch import WatchStatus
 
@@ -67,6 +68,8 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
                 "trial": _trial_json(now.trial),
                 "held_out": vars(held_out),
                 "last_verdict": vars(now.last_verdict) if now.last_verdict else None,
+                "not_live": vars(now.not_live) if now.not_live else None,
+                "retention": vars(now.retention),
             }
         )
         return
@@ -89,6 +92,9 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
     if now.last_verdict is not None:
         last = now.last_verdict
         print(f"last verdict: version {last.version_id} {last.verdict}: {last.reason}")
+    if now.not_live is not None:
+        print(f"not live: {now.not_live.sentence}")
+    print(_retention_line(now.retention))
     if now.watch is not None:
         print(_watch_line(now.watch))
     if now.trial is not None:
@@ -294,3 +300,13 @@ def _trial_line(report: TrialStatus) -> str:
         f"trial {row.id} of version {row.candidate_id} against {row.baseline_id}: {row.status} "
         f"({done}){verdict}{reason}"
     )
+
+
+def _retention_line(kept: RetentionStatus) -> str:
+    last = f"{text_of(kept.started_at)} UTC by {kept.actor}: " if kept.started_at else ""
+    due = (
+        f"next after {text_of(kept.due_at)} UTC"
+        if kept.due_at
+        else "no limits are set yet (a server that joins does, or: aurora-sgl db limits --set)"
+    )
+    return f"retention: {last}{kept.sentence}; {due}"

@@ -42,8 +42,8 @@ def versions_list(group: Group = "", as_json: AsJson = False) -> None:
         "served": "accept_length",
         "over": "requests",
         "replayed": "replayed_accept_length",
-        "made (UTC)": "created_at",
         "from": "note",
+        "not live": "not_live",
     }  # narrow enough for 80 columns; --json and `show` have the rest
     print_rows(f"versions of group {owner.name!r}", columns, rows, as_json)
 
@@ -174,4 +174,6 @@ def version_row(line: VersionLine) -> dict[str, Any]:
         "weights_sha256": version.weights_sha256,
         "pinned": version.pinned,
         "note": version.note,
+        "not_live": line.not_live.word if line.not_live else "",
+        "why_not_live": line.not_live.reason if line.not_live else "",
     }

@@ -5,13 +5,14 @@ People and programs act through these functions; each change says who did it and
 What goes on is read with ``status.look`` (or its parts), ``watch.status``, ``trial.status``.
 """
 
-from aurora_sgl.rollout import status, switches, trial, watch
+from aurora_sgl.rollout import limits, status, switches, trial, watch
 from aurora_sgl.rollout.pins import PinChange, pin, unpin
 from aurora_sgl.rollout.promote import Change, promote, rollback
 
 __all__ = [
     "Change",
     "PinChange",
+    "limits",
     "pin",
     "promote",
     "rollback",

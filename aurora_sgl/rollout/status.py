@@ -12,12 +12,14 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import SchedulerSettings
-from aurora_sgl.rollout import switches, trial, watch
+from aurora_sgl.rollout import switches, trial, watch, why_not
+from aurora_sgl.rollout.why_not import NotLive, not_live
 from aurora_sgl.sequences.held_out import HeldOut, held_out_counts
 from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store import queries
 from aurora_sgl.store.liveness import SILENT_SECONDS, is_silent
 from aurora_sgl.store.models import Audit, Drift, Server
+from aurora_sgl.store.store_clock import store_now
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,16 @@ class LastVerdict:
 
 
 @dataclass(frozen=True)
+class RetentionStatus:
+    """What the last round of retention did, and when the next one is due (by the store's clock)."""
+
+    started_at: datetime | None  # None: there was none yet
+    actor: str
+    sentence: str  # what went, or why it is not done
+    due_at: datetime | None  # None: the group has no limits yet
+
+
+@dataclass(frozen=True)
 class GroupStatus:
     """Everything that ``aurora-sgl status`` shows of a group."""
 
@@ -77,12 +89,14 @@ class GroupStatus:
     watch: watch.WatchStatus | None
     trial: trial.TrialStatus | None
     last_verdict: LastVerdict | None
+    not_live: NotLive | None  # the newest version that was never live, and why
+    retention: RetentionStatus
 
 
 def servers(engine: Engine, group: str) -> list[ServerStatus]:
     """The running servers of a group, by name: what each runs, and why not what it should."""
-    now = utc_now()
     with store.session(engine, write=False) as s:
+        now = store_now(s)
         group_id = queries.groups.group_by_name(s, group).id
         wanted = queries.aliases.wanted_version(s, group_id)
         sha256 = queries.versions.version(s, wanted.version_id).weights_sha256 if wanted else ""
@@ -150,6 +164,29 @@ def last_verdict(engine: Engine, group: str) -> LastVerdict | None:
     return LastVerdict(row.candidate_id, row.verdict, str(row.details.get("reason", "")))
 
 
+def retention(engine: Engine, group: str) -> RetentionStatus:
+    """What was deleted last, and when it goes on."""
+    with store.session(engine, write=False) as s:
+        group_id = queries.groups.group_by_name(s, group).id
+        run, due = queries.prune_runs.last(s, group_id), queries.prune_runs.due_at(s, group_id)
+    if run is None:
+        return RetentionStatus(None, "", "nothing was pruned yet", due)
+    if run.error:
+        sentence = f"not done: {run.error}"
+    elif run.finished_at is None:
+        sentence = "it goes on, or was cut off"
+    else:
+        sentence = f"{run.report.get('sentence') or 'nothing'} deleted"
+    return RetentionStatus(run.started_at, run.actor, sentence, due)
+
+
+def newest_candidate(engine: Engine, group: str) -> NotLive | None:
+    """The newest version that was never live, and why; ``None``: there is none."""
+    with store.session(engine, write=False) as s:
+        reasons = not_live(s, queries.groups.group_by_name(s, group).id)
+    return why_not.newest_candidate(list(reasons.values()))
+
+
 def drifts(engine: Engine, group: str, *, limit: int = 50) -> Sequence[Drift]:
     """Falls of the live accept length that were detected, newest first."""
     with store.session(engine, write=False) as s:
@@ -180,4 +217,6 @@ def look(engine: Engine, group: str) -> GroupStatus:
         watch=watch.status(engine, group),
         trial=trial.status(engine, group),
         last_verdict=last_verdict(engine, group),
+        not_live=newest_candidate(engine, group),
+        retention=retention(engine, group),
     )

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from aurora_sgl import atomic, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError, Unusable
+from aurora_sgl.rollout.why_not import NotLive, not_live
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Deployment, DeploymentGroup, DrafterVersion, Evaluation
 
@@ -33,6 +34,7 @@ class VersionLine:
     served: (
         queries.accept_lengths.AcceptLength | None
     )  # over all draft shapes; None: has not served yet
+    not_live: NotLive | None  # why it is not live; None: it is
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def list_versions(engine: Engine, group: str) -> list[VersionLine]:
             row.version_id: row
             for row in queries.accept_lengths.accept_length_by_version(s, group_id)
         }
-        return [_line(v, names, served) for v in queries.versions.versions(s, group_id)]
+        reasons = not_live(s, group_id)
+        return [_line(v, names, served, reasons) for v in queries.versions.versions(s, group_id)]
 
 
 def show_version(engine: Engine, artifacts: ArtifactRoot, version_id: int) -> VersionDetails:
@@ -197,7 +200,12 @@ def show_version(engine: Engine, artifacts: ArtifactRoot, version_id: int) -> Ve
             parent = queries.versions.version(s, parent).parent_id
         history = queries.deployments.deployments(s, version.group_id)
         return VersionDetails(
-            line=_line(version, queries.aliases.aliases(s, version.group_id), served),
+            line=_line(
+                version,
+                queries.aliases.aliases(s, version.group_id),
+                served,
+                not_live(s, version.group_id),
+            ),
             lineage=lineage,
             evaluations=list(queries.evaluations.evaluations(s, version_id)),
             deployments=[
@@ -234,6 +242,9 @@ def _line(
     version: DrafterVersion,
     names: Mapping[str, int],
     served: Mapping[int, queries.accept_lengths.AcceptLength],
+    reasons: Mapping[int, NotLive],
 ) -> VersionLine:
     here: Sequence[str] = [name for name, target in names.items() if target == version.id]
-    return VersionLine(version, tuple(sorted(here)), served.get(version.id))
+    return VersionLine(
+        version, tuple(sorted(here)), served.get(version.id), reasons.get(version.id)
+    )

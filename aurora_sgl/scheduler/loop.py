@@ -25,6 +25,8 @@ from aurora_sgl.scheduler.facts import Pulse, facts, pulse, recipe_as_served
 from aurora_sgl.scheduler.lease import Hold, Leadership
 from aurora_sgl.scheduler.others import OtherRuns
 from aurora_sgl.store import locks, queries
+from aurora_sgl.store.ghosts import GhostWatch
+from aurora_sgl.store.housekeeper import Housekeeper, Root
 from aurora_sgl.store.link import StoreLink
 from aurora_sgl.store.liveness import scheduler_lease_name
 
@@ -60,8 +62,10 @@ class Scheduler:
         watching: WatchSettings | None = None,
         environment: Mapping[str, str] | None = None,
         elapsed: Elapsed | None = None,
+        files: Root | None = None,
     ) -> None:
-        """``recipe``: knobs of training over those of ``rules``; ``environment``: of the run."""
+        """``recipe``: knobs of training over those of ``rules``; ``environment``: of the run;
+        ``files``: of weights and traces, without which no retention is done here."""
         self.link, self.group, self.rules = link, group, rules
         self.recipe = {**rules.recipe, **(recipe or {})}
         self.trials = trials or TrialSettings()
@@ -82,6 +86,8 @@ class Scheduler:
         self._cursor: Any = None
         self._decision = policy.Decision("", policy.WAITING, "starting", "look at the triggers")
         self._candidate: candidate.Waiting | None = None
+        self._ghosts = GhostWatch()
+        self._housekeeper = Housekeeper(link, files, "scheduler") if files is not None else None
         self._load = load.ServingLoad(load.FULL)
         self._other = ""
         self._looked = self._held_for = self._message_at = float("-inf")
@@ -113,6 +119,8 @@ class Scheduler:
     def close(self) -> None:
         """End the run that goes on and let the next scheduler have the lease. Raises
         ``StoreAway``."""
+        if self._housekeeper is not None:
+            self._housekeeper.stop()
         if self.child is not None:
             self.child.end()
         if self.hold.held and self._leadership is not None:
@@ -229,6 +237,11 @@ class Scheduler:
                 group_facts.since_rollback < self.rules.cooldown_minutes * 60
             )
             self._promote_what_passed(engine, resting)
+            self._ghosts.tick(engine, self.group_id)
+        if self._housekeeper is not None:
+            self._housekeeper.look(self.group_id)
+        if self._candidate is not None and not self._candidate.reason:
+            return  # it just went live, and a run starts from what is live: look again
         if self._decision.trigger and self.child is None and not self._other:
             if self._candidate is not None and self._candidate.reason and now.auto_promote:
                 return  # what passed goes live first, else the next run starts from an old base

@@ -15,6 +15,7 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from sqlalchemy.exc import SQLAlchemyError
 
+from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import SchedulerSettings, Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.health import HealthServer, Sample
@@ -147,6 +148,7 @@ def run(
         rules,
         recipe=recipe,
         environment=environment,
+        files=ArtifactRoot(settings.artifact_root),
     )
     service = SchedulerService(scheduler, rules)
     service.start()

@@ -23,8 +23,11 @@ from aurora_sgl.sidecar.swap.attempt import Swaps
 from aurora_sgl.sidecar.swap.staging import Stager, Wanted
 from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store import queries
+from aurora_sgl.store.ghosts import GhostWatch
+from aurora_sgl.store.housekeeper import Housekeeper
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import is_silent
+from aurora_sgl.store.store_clock import StoreNow, store_now
 
 TICK_SECONDS = 1.0
 PHASE_SECONDS = 5.0
@@ -67,6 +70,8 @@ class Reconciler:
         self._traces_told = 0
         self.swaps = Swaps(stager, send)
         self._stop = threading.Event()
+        self._ghosts = GhostWatch()
+        self._housekeeper = Housekeeper(link, artifacts, "sidecar", stands_in=True)
         self._boot_id = 0
         self._reported: dict[str, Any] = {}
         self._told_hellos = -1  # ReportedLive.hellos when the engine was told its version
@@ -105,6 +110,7 @@ class Reconciler:
 
     def stop(self) -> None:
         self._stop.set()
+        self._housekeeper.stop(0)
         self._registry.news.set()
 
     def tick(self) -> None:
@@ -200,10 +206,11 @@ class Reconciler:
             self._error = late
 
     def _capture(self, registration: Registration, hello: wire.Hello) -> None:
-        """While learning is switched off nothing new is captured."""
+        """While learning is switched off nothing new is captured, nor by a server that may keep
+        nothing."""
         with self._link.session(write=False) as s:
             learning = queries.switches.is_on(s, registration.group_id, LEARNING)
-        wanted = self._settings.capture_share if learning else 0.0
+        wanted = self._settings.capture_share if learning and self._settings.capture_bytes else 0.0
         if hello.counters.get("capture_share", wanted) != wanted:
             self._send(wire.SetCapture(wanted))
 
@@ -291,7 +298,9 @@ class Reconciler:
         if fields == self._reported and live.hellos == self._told_store:
             return
         with self._link.session() as s:
-            heard = clock.utc_now() - timedelta(seconds=time.monotonic() - live.heard_at)
+            if queries.servers.come_back(s, registration.server_id):
+                log.info("this server counted as gone, and is back")
+            heard = StoreNow(time.monotonic() - live.heard_at)
             queries.servers.touch_server(s, registration.server_id, **fields, last_seen_at=heard)
         self._reported, self._told_store = fields, live.hellos
 
@@ -308,12 +317,16 @@ class Reconciler:
             del self._swapped[0]
 
     def _tidy(self, registration: Registration) -> None:
-        """Mark what dead boots of this server left running as lost."""
+        """Mark what dead boots of this server left running as lost, and other servers of the group
+        that nobody hears of as gone; prune the group when that is due and no scheduler does it."""
         if time.monotonic() < self._tidy_at:
             return
         self._tidy_at = time.monotonic() + TIDY_SECONDS
-        now = clock.utc_now()
+        with self._link.guard() as engine:
+            self._ghosts.tick(engine, registration.group_id)
+        self._housekeeper.look(registration.group_id)
         with self._link.session(write=False) as s:
+            now = store_now(s)
             others = queries.servers.earlier_boots(
                 s, queries.servers.server(s, registration.server_id)
             )

@@ -10,15 +10,17 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from aurora_sgl import wire
-from aurora_sgl.atomic import sync_folder
+from aurora_sgl.atomic import replace_file, sync_folder
 from aurora_sgl.clock import utc_now
 
 FILE = "refused.jsonl"
@@ -49,11 +51,12 @@ class Line(msgspec.Struct):
 
 
 class RefusedFile:
-    """The writing end. One thread."""
+    """The writing end. Threads may share it."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self.unkept = 0  # lines that the file had no room for
+        self._lock = threading.Lock()
 
     def keep(self, refused: Iterable[RefusedRecord]) -> None:
         """Raises ``OSError`` on a failing disk."""
@@ -70,12 +73,25 @@ class RefusedFile:
     def take_over(self, folder: Path) -> None:
         """What another spool had set aside. Raises ``OSError``."""
         if (folder / FILE).exists():
-            self._append((folder / FILE).read_bytes())
+            with self._lock:
+                self._append((folder / FILE).read_bytes())
+
+    def forget_before(self, moment: datetime) -> int:
+        """Delete what was set aside before a moment; how many lines. Raises ``OSError``."""
+        if not self.path.exists():
+            return 0
+        with self._lock, locked(self.path):
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if not _is_before(line, moment)]
+            if len(kept) < len(lines):
+                replace_file(self.path, b"".join(kept), mode=0o600)
+            return len(lines) - len(kept)
 
     def _write(self, lines: Iterable[Line]) -> None:
         data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
         if data:
-            self._append(data)
+            with self._lock:
+                self._append(data)
 
     def _append(self, data: bytes) -> None:
         with locked(self.path) as fd:
@@ -130,6 +146,14 @@ def read(path: Path) -> Iterator[RefusedRecord]:
         if line.kind != "bytes":
             (record,) = wire.decode_envelope(line.data).records
             yield RefusedRecord(line.boot_id, line.seq, record, line.why)
+
+
+def _is_before(line: bytes, moment: datetime) -> bool:
+    """Torn lines stay: nobody can tell how old they are."""
+    try:
+        return datetime.fromisoformat(msgspec.json.decode(line, type=Line).at) < moment
+    except (msgspec.DecodeError, ValueError, TypeError):
+        return False
 
 
 def _line(one: RefusedRecord) -> Line:

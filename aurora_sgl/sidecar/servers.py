@@ -18,6 +18,7 @@ from typing import Any
 
 from aurora_sgl import wire
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.limits import Limits
 from aurora_sgl.sidecar.spool.cursor import Cursor
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreLink
@@ -66,9 +67,13 @@ class ReportedLive:
 class Registry:
     """Boots that were heard, and which one is there now. Used by all threads."""
 
-    def __init__(self, link: StoreLink, cursor: Cursor, group: str) -> None:
+    def __init__(
+        self, link: StoreLink, cursor: Cursor, group: str, limits: Limits | None = None
+    ) -> None:
+        """``limits``: what a group keeps that is made here."""
         self._link = link
         self._group = group
+        self._limits = limits or Limits()
         self._lock = threading.Lock()
         self._hellos = {b: boot.hello for b, boot in cursor.boots.items() if boot.hello}
         self._registrations: dict[int, Registration] = {}
@@ -141,6 +146,12 @@ class Registry:
         registration = self._register(hello)
         with self._lock:
             return self._registrations.setdefault(boot_id, registration)
+
+    def current_group(self) -> int | None:
+        """The group of the boot that is there now; None: it has no row yet."""
+        with self._lock:
+            registration = self._registrations.get(self.current)
+        return None if registration is None else registration.group_id
 
     def forget(self) -> None:
         """Rows of servers are gone from the store: each is made again when it is asked for."""
@@ -216,6 +227,8 @@ class Registry:
                 refused = str(error)
                 group = queries.groups.group_by_name(s, name)
                 log.error("this server is not recorded: %s", refused)
+            # Only a group that has none yet gets these: one server's settings bind no other's.
+            queries.limits.ensure_limits(s, group.id, self._limits, str(description.get("name")))
             server = queries.servers.register_server(s, group.id, hello)
             if refused:
                 queries.servers.touch_server(s, server.id, state="stopped", last_error=refused)

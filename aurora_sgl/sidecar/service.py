@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.health import HealthServer
 from aurora_sgl.sidecar.batcher import Batcher, Intake
+from aurora_sgl.sidecar.chores import Chores
 from aurora_sgl.sidecar.endpoint import Endpoint
 from aurora_sgl.sidecar.frames import TRACE
 from aurora_sgl.sidecar.health import Status, open_health
@@ -96,7 +98,7 @@ class SidecarService:
         artifacts = ArtifactRoot(settings.artifact_root)
         self._artifacts = artifacts
         self._link = StoreLink(settings.store_url, "records wait in the spool", durable=True)
-        self._registry = Registry(self._link, self._cursor, settings.group)
+        self._registry = Registry(self._link, self._cursor, settings.group, settings.limits)
         self._intake = Intake(self._spool, self._registry, self._bypass)
         self._served = LiveCounts()
         self._assembler = TraceAssembler(settings.trace_memory_bytes)
@@ -105,7 +107,7 @@ class SidecarService:
         self._traces: queue.Queue[tuple[AssembledTrace, wire.Hello | None] | None] = queue.Queue()
         self._queued_bytes = 0
         self._queued_lock = threading.Lock()
-        self._trace_store = TraceStore(self._link, artifacts, settings.capture_bytes)
+        self._trace_store = TraceStore(self._link, artifacts)
         self._batcher = Batcher(
             self._spool,
             self._cursor,
@@ -125,6 +127,14 @@ class SidecarService:
             self._endpoint.send,
             self._traces_lost,
             self._served.stall_of,
+        )
+        self._chores = Chores(
+            self._link,
+            artifacts,
+            home / "tmp",
+            self._batcher.refused,
+            stored_boots=self._stored_boots,
+            group_id=self._registry.current_group,
         )
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -164,6 +174,7 @@ class SidecarService:
         """Until a stop is asked for or the parent is gone; drains before it returns."""
         for thread in self._threads:
             thread.start()
+        self._chores.start()
         poller = zmq.Poller()
         for source in (self._endpoint.records, self._endpoint.traces, self._stop_read):
             poller.register(source, zmq.POLLIN)
@@ -232,6 +243,11 @@ class SidecarService:
             with self._queued_lock:
                 self._queued_bytes -= item[0].size
 
+    def _stored_boots(self) -> Collection[int]:
+        """Boots whose records went through this spool; none while anything waits in it."""
+        waits = self._cursor.position < self._spool.tail
+        return () if waits else tuple(self._cursor.boots)
+
     def _traces_lost(self) -> int:
         meant = ("no_consent",)
         lost = {**self._assembler.dropped, **self._writer.dropped}
@@ -251,6 +267,7 @@ class SidecarService:
         self._traces.put(None)
         self._batcher.stop()
         self._reconciler.stop()
+        self._chores.stop()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if not any(thread.is_alive() for thread in self._threads):

@@ -44,6 +44,7 @@ from aurora_sgl.store.rollup import (
     tally_key,
 )
 from aurora_sgl.store.salt import Salt
+from aurora_sgl.store.store_clock import StoreNow
 from aurora_sgl.store.upsert import insert, insert_missing, storable, upsert
 
 #: Values of one IN list; both databases take more, plans get no better.
@@ -412,7 +413,7 @@ def _update_server(connection: Connection, server_id: int, records: Iterable[wir
         if isinstance(record, wire.Hello):
             change["counters"] = storable(record.counters)
             change["notices"] = storable(record.notices)
-            change["last_seen_at"] = utc_now()
+            change["last_seen_at"] = StoreNow()
             if record.live_version_id:
                 change |= _live(record.live_version_id, hashed)
             dropped = max(dropped, record.dropped)

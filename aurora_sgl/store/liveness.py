@@ -17,6 +17,10 @@ STALE_SECONDS = 15.0
 SILENT_SECONDS = 30.0
 #: The same where a promotion is rolled back for it.
 LOST_SECONDS = 60.0
+#: Seconds without a word, by the store's clock, after which a server's row says that it is gone.
+GHOST_SECONDS = 300.0
+#: Seconds for which whoever prunes a group holds its lease.
+PRUNE_LEASE_SECONDS = 60.0
 #: Seconds for which a training run holds its lease. Longer than any of the above, since a run that
 #: is paused or whose store is away goes on afterwards.
 TRAINING_LEASE_SECONDS = 300.0
@@ -33,6 +37,10 @@ def training_lease_name(group_id: int) -> str:
 
 def scheduler_lease_name(group_id: int) -> str:
     return f"scheduler:{group_id}"
+
+
+def prune_lease_name(group_id: int) -> str:
+    return f"prune:{group_id}"
 
 
 def is_silent(last_seen_at: datetime, now: datetime, seconds: float = SILENT_SECONDS) -> bool:

@@ -69,15 +69,6 @@ def ensure_partitions(engine: Engine, times: Iterable[datetime] = ()) -> list[da
     return missing
 
 
-def drop_before(connection: Connection, day: date, *, dry_run: bool = False) -> list[date]:
-    """Drop the partitions that end at or before the start of ``day``."""
-    old = [partition for partition in partitions(connection) if partition < day]
-    if not dry_run:
-        for partition in old:
-            connection.execute(text(f"DROP TABLE {name_of(partition)}"))
-    return old
-
-
 def _make(connection: Connection, day: date) -> None:
     """ATTACH locks out no reader or writer of the other partitions (CREATE ... PARTITION OF
     would). Rows of that day that waited in the default partition move in first."""

@@ -1,41 +1,30 @@
-"""``db prune``: old events, traces beyond their budget, weights that nothing points to.
+"""One round of retention over a group: what it keeps no longer goes, by the limits in the store.
 
-Rows go first and files after the commit, so a stop in between leaves files that no row names,
-never rows whose file is gone. Requests, roll-ups, versions and deployments are kept for good.
+Rows go first and files after the commit, so a stop in between leaves files that no row names
+(``orphans`` sweeps them), never rows whose file is gone. Versions, evaluations, deployments and
+the audit are kept for good.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
+from typing import Any
 
-from sqlalchemy import Connection, Engine, delete, exists, func, select, text, tuple_
-from sqlalchemy.orm import aliased
+from sqlalchemy import Engine
 
-from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.limits import Limits
 from aurora_sgl.store import queries
-from aurora_sgl.store.connection import is_sqlite, reading, session
-from aurora_sgl.store.models import (
-    AcceptanceEvent,
-    Alias,
-    DrafterVersion,
-    Request,
-    RequestTally,
-    Server,
-)
-from aurora_sgl.store.partitions import drop_before, name_of, partitions
+from aurora_sgl.store.connection import session
+from aurora_sgl.store.pruning import events, minutes, requests, traces, weights
+from aurora_sgl.store.pruning.pace import Pace
+from aurora_sgl.store.pruning.weights import Files
+from aurora_sgl.store.store_clock import store_now
 
-#: Events of one transaction in SQLite: it holds the write lock for some tens of milliseconds.
-_CHUNK = 5_000
-
-
-class Files(Protocol):
-    """What prune needs of ``artifacts.ArtifactRoot``."""
-
-    def delete(self, uri: str) -> None: ...
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,144 +33,164 @@ class PruneReport:
 
     dry_run: bool
     events_before: datetime
-    events: int
-    partitions: tuple[str, ...]
-    traces: int
-    trace_bytes: int
-    versions: tuple[int, ...]  # whose weights were deleted
+    minutes_before: datetime
+    events: int = 0
+    partitions: tuple[str, ...] = ()  # that were dropped whole
+    emptied: tuple[str, ...] = ()  # that somebody reads: their tables go another time
+    requests: int = 0
+    traces: int = 0  # over the budget; those of the requests are not counted
+    trace_bytes: int = 0
+    minutes: int = 0  # rows of roll-ups that were summed to hours
+    hours: int = 0  # rows of old hours that went
+    versions: tuple[int, ...] = ()  # whose weights were deleted
+
+    @property
+    def sentence(self) -> str:
+        """``120 events, 3 requests``; ``nothing``."""
+        counts = {
+            "events": self.events,
+            "requests": self.requests,
+            "traces": self.traces,
+            "minutes summed to hours": self.minutes,
+            "old hours": self.hours,
+            "versions' weights": len(self.versions),
+        }
+        return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n) or "nothing"
+
+    def as_json(self) -> dict[str, Any]:
+        times = {"events_before": self.events_before, "minutes_before": self.minutes_before}
+        texts = {name: moment.isoformat() for name, moment in times.items()}
+        return {**asdict(self), **texts, "sentence": self.sentence}
+
+
+@dataclass(frozen=True)
+class _Cutoffs:
+    """Starts of days (UTC)."""
+
+    events: datetime
+    shared: datetime  # what no group keeps
+    requests: datetime
+    minutes: datetime
+    hours: datetime
 
 
 def prune(
     engine: Engine,
     files: Files,
+    group_id: int,
+    limits: Limits | None = None,
     *,
-    days: int,
-    trace_bytes: int | None = None,
-    weights: bool = False,
-    keep_versions: int = 10,
+    with_weights: bool = True,
     dry_run: bool = False,
     now: datetime | None = None,
+    pace: Pace | None = None,
 ) -> PruneReport:
-    """Delete events of days (UTC) that ended at least ``days`` days ago; the oldest traces that
-    are not pinned until the rest fits into ``trace_bytes``; with ``weights`` the weights of
-    versions that are not pinned, have no alias, run on no server and are not among the newest
-    ``keep_versions`` of their group.
+    """Delete what is beyond ``limits``, by default the group's own.
 
-    Raises ``AuroraError`` for a number that makes no sense.
+    Raises ``AuroraError`` for limits that make no sense, ``Interrupted`` (see ``pruning.pace``),
+    and what the database raises.
     """
-    if days < 1 or keep_versions < 0 or (trace_bytes is not None and trace_bytes < 0):
-        raise AuroraError("prune needs days of at least 1 and budgets that are not negative")
-    cutoff = (now or utc_now()).astimezone(UTC) - timedelta(days=days)
-    cutoff = cutoff.replace(hour=0, minute=0, second=0, microsecond=0)
-    events, dropped = _prune_events(engine, cutoff, dry_run)
-    traces, freed = _prune_traces(engine, files, trace_bytes, dry_run)
-    pruned = _prune_weights(engine, files, keep_versions, dry_run) if weights else ()
-    return PruneReport(dry_run, cutoff, events, dropped, traces, freed, pruned)
-
-
-def _prune_events(engine: Engine, cutoff: datetime, dry_run: bool) -> tuple[int, tuple[str, ...]]:
-    with reading(engine) as connection:
-        old = select(func.count()).select_from(AcceptanceEvent).where(AcceptanceEvent.at < cutoff)
-        events = connection.scalar(old) or 0
-        days = [] if is_sqlite(engine) else partitions(connection)
-    names = tuple(name_of(day) for day in days if day < cutoff.date())
+    with session(engine, write=False) as s:
+        now = now or store_now(s)
+        limits = limits or queries.limits.limits(s, group_id)
+        limits.refuse_nonsense()
+        kept = [
+            queries.limits.limits(s, group.id).event_days
+            for group in queries.groups.groups(s)
+            if group.id != group_id
+        ]
+    cutoffs = _Cutoffs(
+        events=_days_ago(now, limits.event_days),
+        shared=_days_ago(now, max([*kept, limits.event_days])),
+        requests=_days_ago(now, limits.request_days),
+        minutes=_days_ago(now, limits.minute_days),
+        hours=_days_ago(now, limits.hour_days),
+    )
     if dry_run:
-        return events, names
-    if not is_sqlite(engine):
-        with engine.begin() as connection:
-            # Rather try again later than keep every writer waiting behind a long reader.
-            connection.execute(text("SET LOCAL lock_timeout = '10s'"))
-            drop_before(connection, cutoff.date())
-    while _delete_chunk(engine, cutoff):
-        pass
-    with engine.begin() as connection:
-        _forget_tallies(connection, cutoff)
-    return events, names
+        return _preview(engine, files, group_id, limits, cutoffs, with_weights)
+    return _carry_out(engine, files, group_id, limits, cutoffs, with_weights, pace or Pace())
 
 
-def _delete_chunk(engine: Engine, cutoff: datetime) -> bool:
-    """In PostgreSQL only the default partition still has such rows by now."""
-    event = AcceptanceEvent
-    with engine.begin() as connection:
-        keys = (
-            select(event.request_id, event.step).where(event.at < cutoff).limit(_CHUNK).subquery()
-        )
-        done = connection.execute(
-            delete(event).where(
-                event.at < cutoff,
-                tuple_(event.request_id, event.step).in_(select(keys.c.request_id, keys.c.step)),
-            )
-        )
-        return done.rowcount > 0
+def _days_ago(now: datetime, days: int) -> datetime:
+    """A day goes when it ended at least so many days ago."""
+    day = now.astimezone(UTC) - timedelta(days=days)
+    return day.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-def _forget_tallies(connection: Connection, cutoff: datetime) -> None:
-    """Clusters of requests that ended before the cutoff grow no more."""
-    ended = select(Request.id).where(Request.finished_at < cutoff)
-    connection.execute(delete(RequestTally).where(RequestTally.request_id.in_(ended)))
-
-
-def _prune_traces(
-    engine: Engine, files: Files, budget: int | None, dry_run: bool
-) -> tuple[int, int]:
-    if budget is None:
-        return 0, 0
-    with session(engine, write=not dry_run) as s:
-        excess = queries.traces.trace_bytes_total(s) - budget
-        chosen: list[tuple[int, str]] = []
-        freed = 0
-        for trace in queries.traces.traces_oldest_first(s) if excess > 0 else ():
-            if freed >= excess:
-                break
-            chosen.append((trace.request_id, trace.uri))
-            freed += trace.bytes
-        if not dry_run:
-            queries.traces.delete_traces(s, [request_id for request_id, _ in chosen])
-    if not dry_run:
-        _delete_files(files, (uri for _, uri in chosen))
-    return len(chosen), freed
-
-
-def _prune_weights(
-    engine: Engine, files: Files, keep_versions: int, dry_run: bool
-) -> tuple[int, ...]:
-    v = DrafterVersion
-    newer = aliased(DrafterVersion)
-    rank = (
-        select(func.count())
-        .where(newer.group_id == v.group_id, newer.id > v.id)
-        .correlate(v)
-        .scalar_subquery()
+def _preview(
+    engine: Engine,
+    files: Files,
+    group_id: int,
+    limits: Limits,
+    cutoffs: _Cutoffs,
+    with_weights: bool,
+) -> PruneReport:
+    old = events.count_old(engine, group_id, cutoffs.events, cutoffs.shared)
+    rolled = minutes.count_old(engine, group_id, cutoffs.minutes, cutoffs.hours)
+    budget = limits.trace_bytes
+    over = traces.over_budget(engine, group_id, budget) if budget is not None else []
+    unused = weights.count_old(engine, files, group_id, limits.versions) if with_weights else ()
+    return PruneReport(
+        dry_run=True,
+        events_before=cutoffs.events,
+        minutes_before=cutoffs.minutes,
+        events=old.events,
+        partitions=old.dropped,
+        requests=requests.count_old(engine, group_id, cutoffs.requests),
+        traces=len(over),
+        trace_bytes=sum(size for _, _, size in over),
+        minutes=rolled.minutes,
+        hours=rolled.hours,
+        versions=unused,
     )
-    running = exists().where(
-        Server.state == "running",
-        (Server.live_version_id == v.id) | (Server.boot_version_id == v.id),
-    )
-    unused = select(v).where(
-        ~v.pinned,
-        v.pruned_at.is_(None),
-        rank >= keep_versions,
-        ~exists().where(Alias.version_id == v.id),
-        ~running,
-    )
-    uris = []
-    with session(engine, write=not dry_run) as s:
-        chosen = s.scalars(unused.order_by(v.id)).all()
-        for version in chosen:
-            if dry_run:
-                continue
-            queries.versions.set_pruned(s, version.id)
-            shared = s.scalar(
-                select(func.count()).where(
-                    v.weights_uri == version.weights_uri, v.pruned_at.is_(None)
-                )
-            )
-            if not shared:  # another group may have the same drafter
-                uris.append(version.weights_uri)
+
+
+def _carry_out(
+    engine: Engine,
+    files: Files,
+    group_id: int,
+    limits: Limits,
+    cutoffs: _Cutoffs,
+    with_weights: bool,
+    pace: Pace,
+) -> PruneReport:
+    report = PruneReport(False, cutoffs.events, cutoffs.minutes)
+    if limits.trace_bytes is not None:
+        count, freed, uris = traces.prune_traces(engine, pace, group_id, limits.trace_bytes)
+        _delete_files(files, uris)
+        report = replace(report, traces=count, trace_bytes=freed)
+    before = _done_before(engine, group_id)
+    gone = events.prune_events(engine, pace, group_id, cutoffs.events, cutoffs.shared)
+    report = replace(report, events=gone.events, partitions=gone.dropped, emptied=gone.emptied)
+    events.prune_tallies(engine, pace, group_id, cutoffs.events, before)
+    count, uris = requests.prune_requests(engine, pace, group_id, cutoffs.requests)
     _delete_files(files, uris)
-    return tuple(version.id for version in chosen)
+    rolled = minutes.prune_minutes(
+        engine, pace, group_id, minutes_before=cutoffs.minutes, hours_before=cutoffs.hours,
+        since=before,
+    )  # fmt: skip
+    report = replace(report, requests=count, minutes=rolled.minutes, hours=rolled.hours)
+    if with_weights:
+        versions, uris = weights.prune_weights(engine, files, pace, group_id, limits.versions)
+        _delete_files(files, uris)
+        report = replace(report, versions=versions)
+    return report
+
+
+def _done_before(engine: Engine, group_id: int) -> datetime | None:
+    """Up to when an earlier round has looked through all, less a day for records that came late."""
+    with session(engine, write=False) as s:
+        run = queries.prune_runs.last(s, group_id, complete=True)
+    if run is None:
+        return None
+    times = [datetime.fromisoformat(run.report[f"{what}_before"]) for what in ("events", "minutes")]
+    return min(times) - timedelta(days=1)
 
 
 def _delete_files(files: Files, uris: Iterable[str]) -> None:
+    """What can't be deleted now is litter from here on: whoever can, sweeps it."""
     for uri in uris:
-        files.delete(uri)
+        try:
+            files.delete(uri)
+        except (AuroraError, OSError) as error:
+            log.warning("can't delete %s: %s", uri, error)

@@ -310,6 +310,8 @@ def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:
     if scheduler.alive and scheduler.next_action:
         when = words.since(scheduler.next_at) if scheduler.next_at else "when it is due"
         facts["next"] = words.joined(scheduler.next_action, ", ", when)
+    if look.not_live is not None:
+        facts["not live"] = _sentence(look.not_live.sentence)
     if look.trial is not None and look.trial_id is not None:
         trial = look.trial.trial
         facts["trial"] = (
@@ -324,6 +326,7 @@ def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:
         )  # fmt: skip
     if room is not None:
         facts["room for traces"] = _sentence(room.sentence())
+    facts["retention"] = _sentence(look.retention.sentence)
     for switch in look.switches:
         why = f": {switch.reason}" if switch.reason else ""
         facts[switch.name.replace("_", " ")] = f"{'✔ on' if switch.on else '✖ off'}{why}"

@@ -163,7 +163,7 @@ def _one(here: Group, request_id: int | None) -> None:
     if not events:
         st.info(
             "It has no verify steps in the store: it ended with its first token, or retention "
-            f"deleted them (they are kept for {get_settings().retention_days} days)."
+            f"deleted them (they are kept for {data.event_days(here)} days)."
         )
         return
     words.facts("request", _facts(request))

@@ -186,6 +186,10 @@ def test_why_a_version_was_not_judged_is_said_with_what_can_be(at_home: House) -
     assert "left out: 3 rejection sampling" in passed
 
 
+def test_now_says_why_the_newest_candidate_is_not_live(at_home: House) -> None:
+    assert f"Version 4: not judged: {samples.UNJUDGED}" in said(draw(at_home.home, "Now"))
+
+
 def test_a_request_without_limits_says_that_they_are_off(at_home: House) -> None:
     words = said(draw(at_home.home, "Requests"))
     assert "max_new_tokens 64, min_p off, temperature 0.7, top_k off, top_p off" in words

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from aurora_sgl import cli
+from aurora_sgl import cli, store
+from aurora_sgl.clock import utc_now
 from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.drafter import checkpoint, scratch
+from aurora_sgl.store import queries
+from tests.support import store_samples as samples
 from tests.unit.training.test_run import House, house  # noqa: F401 (a fixture)
 from tests.unit.training.test_trainer import RECIPE
 
@@ -287,9 +290,96 @@ def test_prune_says_what_would_go_and_leaves_it(run: Run, house: House) -> None:
     house.serve(4)
     code, out, _ = run("db", "prune", "--trace-bytes", "0", "--dry-run", "--json")
     assert code == 0 and json.loads(out)["traces"] == 4
+    assert json.loads(out)["groups"]["default"]["traces"] == 4
     assert json.loads(run("db", "prune", "--trace-bytes", "0", "--json")[1])["traces"] == 4
     assert json.loads(run("db", "prune", "--trace-bytes", "0", "--json")[1])["traces"] == 0
     assert run("db", "prune")[0] == 0
+
+
+def test_a_bare_prune_on_an_admins_machine_goes_by_the_groups_budget(
+    run: Run,
+    house: House,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    house.serve(4)
+    with store.session(house.engine) as s:
+        each = queries.traces.trace_bytes_total(s) // 4
+    for name, value in (("CAPTURE_BYTES", "0"), ("RETENTION_DAYS", "1"),
+                        ("ARTIFACTS", str(tmp_path / "no such root"))):  # fmt: skip
+        monkeypatch.setenv(f"AURORA_{name}", value)
+    get_settings.cache_clear()
+    code, out, _ = run("db", "prune", "--json")
+    assert code == 0 and json.loads(out)["traces"] == 0, "nobody has said what the group keeps"
+    budget = f"trace_bytes={2 * each + 1}"
+    assert run("db", "limits", "--set", budget, "--reason", "a test", "--dry-run")[0] == 0
+    assert json.loads(run("db", "prune", "--dry-run", "--json")[1])["traces"] == 0
+    code, out, _ = run("db", "limits", "--set", budget, "--reason", "a test", "--actor", "ada")
+    assert code == 0 and "(before: not set)" in out
+    assert json.loads(run("db", "prune", "--dry-run", "--json")[1])["traces"] == 2
+    assert json.loads(run("db", "prune", "--json")[1])["traces"] == 2
+    left = sorted(house.artifacts.local_path("traces").rglob("*.safetensors"))  # type: ignore[union-attr]
+    assert len(left) == 4, "whoever has the files sweeps them"
+    rows = {row["name"]: row for row in json.loads(run("db", "limits", "--json")[1])}
+    assert (rows["trace_bytes"]["value"], rows["trace_bytes"]["set_by"]) == (2 * each + 1, "ada")
+    assert rows["event_days"]["value"] == 30
+    code, _, error = run("db", "limits", "--set", "event_days=0", "--reason", "x")
+    assert (code, error.count("\n")) == (1, 1) and "it can be from 1" in error
+    code, _, error = run("db", "limits", "--set", "event_days=3")
+    assert code == 1 and "needs an actor and a reason" in error
+    assert f"retention: {utc_now():%m-%d}" in run("status")[1]
+
+
+def test_why_candidates_are_not_live_is_said_by_versions_list_and_status(
+    run: Run,
+    house: House,  # noqa: F811
+    second: Path,
+) -> None:
+    assert "not live:" not in run("status")[1]
+    versions = []
+    with store.session(house.engine) as s:
+        for letter, verdict in (("a", ""), ("b", "inconclusive"), ("c", "fail"), ("d", "pass")):
+            run_id = queries.runs.start_run(s, 1, trigger="time", base_version_id=house.live).id
+            queries.runs.finish_run(s, run_id, "succeeded")
+            versions.append(
+                samples.add_version(s, 1, letter, parent_id=house.live, training_run_id=run_id)
+            )
+            if verdict:
+                queries.evaluations.add_evaluation(
+                    s, candidate_id=versions[-1], baseline_id=house.live, kind="replay",
+                    requests=2, verdict=verdict, details={"reason": f"the reason of {letter}"},
+                )  # fmt: skip
+    rows = {row["id"]: row for row in json.loads(run("versions", "list", "--json")[1])}
+    assert [rows[one]["not_live"] for one in [house.live, *versions]] == [
+        "", "no gate", "not judged", "failed", "passed"
+    ]  # fmt: skip
+    assert rows[versions[1]]["why_not_live"] == "the reason of b"
+    table = run("versions", "list")[1]
+    assert "not judged" in table and "no gate" in table
+    assert f"not live: version {versions[3]}: passed: it passed the gate" in run("status")[1]
+    assert json.loads(run("status", "--json")[1])["not_live"]["word"] == "passed"
+    assert run("versions", "import", str(second))[0] == 0
+    assert "imported: it comes from outside" in run("status")[1]
+
+
+@pytest.mark.parametrize("verdict", ["inconclusive", "fail"])
+def test_status_says_the_last_verdict_and_its_reason(
+    run: Run,
+    house: House,  # noqa: F811
+    verdict: str,
+) -> None:
+    with store.session(house.engine) as s:
+        run_id = queries.runs.start_run(s, 1, trigger="time", base_version_id=house.live).id
+        queries.runs.finish_run(s, run_id, "succeeded")
+        made = samples.add_version(s, 1, "a", parent_id=house.live, training_run_id=run_id)
+        queries.evaluations.add_evaluation(
+            s, candidate_id=made, baseline_id=house.live, kind="replay", requests=2,
+            verdict=verdict, details={"reason": "2 requests, and 4 are the least"},
+        )  # fmt: skip
+    code, out, _ = run("status")
+    assert code == 0
+    assert f"last verdict: version {made} {verdict}: 2 requests, and 4 are the least\n" in out
+    assert "evidence: " in out
 
 
 def test_unknown_flags_of_serve_go_to_sglang_as_they_are(

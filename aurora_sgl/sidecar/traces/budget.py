@@ -1,4 +1,7 @@
-"""Trace rows in the store, and the byte budget of the trace files."""
+"""Trace rows in the store, and the byte budget that a group has for its trace files.
+
+The budget lies in the store: whatever this server's settings say, they cut nobody's traces.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,7 @@ from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
 from aurora_sgl.store.faults import Kind, fault_of, in_words
 from aurora_sgl.store.link import StoreLink
-
-#: Files that go in one round when the budget is passed.
-ROUND = 200
+from aurora_sgl.store.pruning.traces import ROUND, over_budget
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +25,14 @@ log = logging.getLogger(__name__)
 class TraceStore:
     """Used by the batcher's thread alone."""
 
-    def __init__(self, link: StoreLink, artifacts: ArtifactRoot, budget_bytes: int) -> None:
+    def __init__(self, link: StoreLink, artifacts: ArtifactRoot) -> None:
         self._link = link
         self._artifacts = artifacts
-        self._budget = budget_bytes
         self.counts: Counter[str] = Counter()
 
     def add(self, rows: list[TraceRow]) -> None:
-        """Insert rows, then delete the oldest files over the budget. Raises ``StoreAway``."""
+        """Insert rows, then delete the oldest files over the budgets of their groups. Raises
+        ``StoreAway``."""
         if not rows:
             return
         if self._refusal(rows) is not None:
@@ -43,7 +44,10 @@ class TraceStore:
                     self.counts["refused"] += 1
                 if kind is not None:
                     self._delete(row.uri)
-        self.enforce()
+        with self._link.session(write=False) as s:
+            groups = queries.traces.groups_of_traces(s, [row.request_id for row in rows])
+        for group_id in groups:
+            self.enforce(group_id)
 
     def missing(self, rows: list[TraceRow]) -> list[TraceRow]:
         """Of rows that are read again those that the store has not, and whose files are there: the
@@ -73,27 +77,24 @@ class TraceStore:
                 queries.traces.add_trace(s, **fields, created_at=created_at)
         self.counts["added"] += len(rows)
 
-    def enforce(self) -> None:
-        """Delete the oldest traces that are not pinned until the rest fits the budget.
+    def enforce(self, group_id: int) -> None:
+        """Delete the group's oldest traces that are not pinned until the rest fits its budget.
 
-        Rows go before files, so that no row names a file that is gone.
+        Rows go before files, so that no row names a file that is gone. A file of another machine's
+        folder is swept there, see ``store.orphans``.
         """
+        with self._link.session(write=False) as s:
+            budget = queries.limits.limits(s, group_id).trace_bytes
+        if budget is None:
+            return
         while True:
-            with self._link.session(write=False) as s:
-                over = queries.traces.trace_bytes_total(s) - self._budget
-                if over <= 0:
-                    return
-                victims = []
-                for trace in queries.traces.traces_oldest_first(s, limit=ROUND):
-                    victims.append((trace.request_id, trace.uri))
-                    over -= trace.bytes
-                    if over <= 0:
-                        break
+            with self._link.guard() as engine:
+                victims = over_budget(engine, group_id, budget, ROUND)
             if not victims:
                 return
             with self._link.session() as s:
-                queries.traces.delete_traces(s, [request_id for request_id, _ in victims])
-            for _, uri in victims:
+                queries.traces.delete_traces(s, [request_id for request_id, _, _ in victims])
+            for _, uri, _ in victims:
                 self._delete(uri)
             self.counts["evicted"] += len(victims)
 

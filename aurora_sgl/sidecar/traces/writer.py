@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from aurora_sgl import clock, wire
+from aurora_sgl import clock, litter, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
@@ -126,7 +126,8 @@ class TraceWriter:
             target_model=str(server.get("target_model", "")),
         ).to_text()
         self._scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".trace") as file:
+        prefix = f"{litter.mark()}."  # so that what a kill leaves can be swept
+        with tempfile.NamedTemporaryFile(dir=self._scratch, prefix=prefix, suffix=".trace") as file:
             sha256 = write_safetensors(file, tensors, metadata)  # type: ignore[arg-type]
             file.flush()
             size = file.tell()

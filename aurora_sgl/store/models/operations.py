@@ -1,10 +1,11 @@
-"""Kill switches, leases, what was taken from the spool and what was lost."""
+"""Kill switches, leases, limits and rounds of retention, what was taken from the spool or lost."""
 
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import ForeignKey
+from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from aurora_sgl.store.models.base import Base
@@ -37,6 +38,37 @@ class Lease(Base):
     token: Mapped[int]
     acquired_at: Mapped[datetime]
     expires_at: Mapped[datetime]
+
+
+class RetentionLimit(Base):
+    """How much a group keeps of one thing (see ``limits.Limits``): set from the settings of the
+    server that makes the group, afterwards by a command. Its history is in ``audit``."""
+
+    __tablename__ = "retention_limit"
+
+    group_id: Mapped[int] = mapped_column(
+        ForeignKey("deployment_group.id"), primary_key=True, autoincrement=False
+    )
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[int]
+    actor: Mapped[str]
+    updated_at: Mapped[datetime]
+
+
+class PruneRun(Base):
+    """One round of retention over a group, its times by the store's clock. ``error`` empty and
+    ``finished_at`` set: it did all that it had to."""
+
+    __tablename__ = "prune_run"
+    __table_args__ = (Index(None, "group_id", "started_at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    group_id: Mapped[int] = mapped_column(ForeignKey("deployment_group.id"))
+    actor: Mapped[str]
+    started_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    report: Mapped[dict[str, Any]] = mapped_column(default=dict)  # retention.PruneReport
+    error: Mapped[str] = mapped_column(default="")
 
 
 class SpoolWatermark(Base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -18,8 +19,10 @@ from aurora_sgl.store.models import (
     Server,
     SpoolWatermark,
 )
+from aurora_sgl.store.queries.limits import limits
 from aurora_sgl.store.queries.traces import trace_bytes_mean
 from aurora_sgl.store.queries.versions import known_version
+from aurora_sgl.store.store_clock import StoreNow, store_now
 from aurora_sgl.store.upsert import insert_missing, storable
 from aurora_sgl.trace_room import TraceRoom
 
@@ -44,7 +47,7 @@ def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
         "group_id": group_id,
         "boot_id": hello.boot_id,
         "started_at": utc_now(),
-        "last_seen_at": utc_now(),
+        "last_seen_at": (now := store_now(s)),
         **{
             name: storable(str(labels.get(name, "")))
             for name in ("name", "sglang_version", "dtype")
@@ -56,7 +59,8 @@ def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
     server = s.scalars(select(Server).where(Server.boot_id == hello.boot_id)).one()
     if server.group_id != group_id:
         raise AuroraError(f"server {server.name!r} (boot {hello.boot_id}) is in another group")
-    server.last_seen_at = utc_now()
+    come_back(s, server.id)
+    server.last_seen_at = now
     server.state = "running"
     server.counters = storable(hello.counters)
     server.notices = storable(hello.notices)
@@ -77,13 +81,14 @@ def _left_behind(s: Session, boot_id: int) -> int | None:
 
 
 def touch_server(s: Session, server_id: int, **fields: Any) -> None:
-    """Set columns of ``server``; without any, ``last_seen_at`` becomes now."""
+    """Set columns of ``server``; without any, ``last_seen_at`` becomes now, by the store's clock
+    as all that decides who is there."""
     if fields.get("live_version_id"):
         fields["live_version_id"] = known_version(fields["live_version_id"])
     s.execute(
         update(Server)
         .where(Server.id == server_id)
-        .values(fields or {"last_seen_at": utc_now()})
+        .values(fields or {"last_seen_at": StoreNow()})
         .execution_options(synchronize_session="fetch")
     )
 
@@ -108,10 +113,15 @@ def servers(
 def trace_room(
     s: Session, group_id: int | None = None, *, states: Sequence[str] = ("running",)
 ) -> TraceRoom | None:
-    """What the budgets of traces hold, of the newest server that captures; None without one."""
+    """What the budgets of traces hold, of the newest server that captures; None without one. The
+    files' budget is the group's, where it has one."""
     mean = trace_bytes_mean(s)
-    rooms = (TraceRoom.of(row.counters, mean) for row in servers(s, group_id, states=states))
-    return next((room for room in rooms if room is not None), None)
+    for row in servers(s, group_id, states=states):
+        room = TraceRoom.of(row.counters, mean)
+        if room is not None:
+            budget = limits(s, row.group_id).trace_bytes
+            return room if budget is None else replace(room, disk_bytes=budget)
+    return None
 
 
 def earlier_boots(s: Session, server: Server) -> Sequence[Server]:
@@ -124,6 +134,57 @@ def earlier_boots(s: Session, server: Server) -> Sequence[Server]:
             Server.state == "running",
         )
     ).all()
+
+
+def silent_servers(s: Session, group_id: int, seconds: float) -> Sequence[Server]:
+    """Servers that count as running and were not heard of for so long, by the store's clock."""
+    return s.scalars(
+        select(Server).where(
+            Server.group_id == group_id,
+            Server.state == "running",
+            Server.last_seen_at < StoreNow(seconds),
+        )
+    ).all()
+
+
+def end_silent(s: Session, server: Server, seconds: float) -> int | None:
+    """It is gone, and its running requests are lost; how many were. ``None``: it has spoken."""
+    silent = s.scalar(
+        select(Server.id)
+        .where(
+            Server.id == server.id,
+            Server.state == "running",
+            Server.last_seen_at < StoreNow(seconds),
+        )
+        .with_for_update()
+    )
+    return None if silent is None else mark_lost(s, server.id, server.boot_id)
+
+
+def come_back(s: Session, server_id: int) -> bool:
+    """A server that counted as gone speaks again: it runs, and so do the requests that were given
+    up with it. False: it was not gone."""
+    boot_id = s.scalar(
+        update(Server)
+        .where(Server.id == server_id, Server.state == "gone")
+        .values(state="running", last_seen_at=StoreNow())
+        .returning(Server.boot_id)
+        .execution_options(synchronize_session=False)
+    )
+    if boot_id is None:
+        return False
+    first = boot_id << wire.REQUEST_COUNTER_BITS
+    s.execute(
+        update(Request)
+        .where(
+            Request.server_id == server_id,
+            Request.status == "lost",
+            Request.id.between(first, first + (1 << wire.REQUEST_COUNTER_BITS) - 1),
+        )
+        .values(status="running", finished_at=None)
+        .execution_options(synchronize_session=False)
+    )
+    return True
 
 
 def mark_lost(s: Session, server_id: int, boot_id: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
+from aurora_sgl import wire
 from aurora_sgl.clock import utc_now
-from aurora_sgl.store.models import Request, Trace
+from aurora_sgl.store.models import Request, Server, Trace
+from aurora_sgl.store.queries.limits import is_of_group
 from aurora_sgl.store.salt import Salt
 from aurora_sgl.store.upsert import upsert
 
@@ -65,16 +67,41 @@ def trace(s: Session, request_id: int) -> Trace | None:
 
 
 def traces_oldest_first(
-    s: Session, limit: int | None = None, *, with_pinned: bool = False
+    s: Session,
+    limit: int | None = None,
+    *,
+    with_pinned: bool = False,
+    group_id: int | None = None,
 ) -> Sequence[Trace]:
     query = select(Trace).order_by(Trace.created_at, Trace.request_id)
     if not with_pinned:
         query = query.where(~Trace.pinned)
+    if group_id is not None:
+        query = query.where(is_of_group(Trace.request_id, group_id))
     return s.scalars(query.limit(limit)).all()
 
 
-def trace_bytes_total(s: Session) -> int:
-    return int(s.scalar(select(func.coalesce(func.sum(Trace.bytes), 0))) or 0)
+def trace_bytes_total(s: Session, group_id: int | None = None) -> int:
+    query = select(func.coalesce(func.sum(Trace.bytes), 0))
+    if group_id is not None:
+        query = query.where(is_of_group(Trace.request_id, group_id))
+    return int(s.scalar(query) or 0)
+
+
+def groups_of_traces(s: Session, request_ids: Collection[int]) -> Sequence[int]:
+    """Ids of the groups that served these requests."""
+    boots = {request_id >> wire.REQUEST_COUNTER_BITS for request_id in request_ids}
+    return s.scalars(select(Server.group_id).distinct().where(Server.boot_id.in_(boots))).all()
+
+
+def without_trace(s: Session, request_ids: Collection[int]) -> set[int]:
+    """Those of these requests that have no row of a trace."""
+    ids = list(request_ids)
+    rest = set(ids)
+    for begin in range(0, len(ids), 500):
+        part = ids[begin : begin + 500]
+        rest -= set(s.scalars(select(Trace.request_id).where(Trace.request_id.in_(part))))
+    return rest
 
 
 def trace_bytes_mean(s: Session) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
@@ -32,6 +32,7 @@ from aurora_sgl.scheduler.loop import Scheduler
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import scheduler_lease_name, training_lease_name
+from aurora_sgl.store.models import Request
 from tests.support import store_samples as samples
 from tests.support.drafter_cases import RECIPE, target_folder
 from tests.support.rollout_house import RolloutHouse
@@ -408,6 +409,27 @@ def test_what_passed_waits_while_auto_promote_is_off_and_goes_live_when_it_is_on
     switches.turn(engine, "default", "auto_promote", True, actor="ada", reason="over")
     look(one)
     assert aliases(engine) == {"live": made, "previous": house.a}
+
+
+@ON_SQLITE
+def test_a_candidate_that_goes_live_as_a_trigger_is_due_is_what_the_next_run_starts_from(
+    home: Path, engine: Engine, closing: list[Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same round of the scheduler: not from the base that has just been left."""
+    house = RolloutHouse(engine)
+    made = passed(house, "d")
+    house.serve(house.a, 0.5, since=utc_now(), requests=4, apart=0.01)
+    with store.session(engine) as s:
+        s.execute(update(Request).values(traced=True))
+    starts: list[tuple[str, int | None]] = []
+    monkeypatch.setattr(Scheduler, "_start", lambda self, *run: starts.append(run))
+    rules = RULES.model_copy(update={"requests": 1, "min_new_requests": 1})
+    closing.append(one := scheduler(engine, rules))
+    look(one)
+    assert aliases(engine)["live"] == made
+    assert starts == []
+    look(one)
+    assert starts == [("requests", made)]
 
 
 @ON_SQLITE

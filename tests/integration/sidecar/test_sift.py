@@ -47,7 +47,7 @@ class Inside:
         self.registry = Registry(self.link, self.cursor, group)
         self.bypass = Bypass(self.spool)
         self.intake = Intake(self.spool, self.registry, self.bypass)
-        traces = TraceStore(self.link, ArtifactRoot(str(folder / "artifacts")), 1 << 30)
+        traces = TraceStore(self.link, ArtifactRoot(str(folder / "artifacts")))
         self.traces = traces
         self.batcher = Batcher(
             self.spool, self.cursor, self.link, self.registry, traces, self.bypass

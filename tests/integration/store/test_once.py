@@ -157,7 +157,7 @@ def _down(engine: Engine) -> None:
     config.set_main_option("script_location", str(scripts_folder()))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.downgrade(config, "0008")
+        command.downgrade(config, "0009")
 
 
 def _rows(engine: Engine, query: str) -> list[dict[str, Any]]:

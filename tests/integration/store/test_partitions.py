@@ -14,12 +14,13 @@ from aurora_sgl import store, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.limits import Limits
 from aurora_sgl.rollout import promote
-from aurora_sgl.store import queries
+from aurora_sgl.store import queries, retention
 from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.models import AcceptanceEvent, AcceptanceMinute, DrafterVersion, RequestTally
 from aurora_sgl.store.partitions import ensure_partitions, name_of, partitions
-from aurora_sgl.store.retention import PruneReport, prune
+from aurora_sgl.store.retention import PruneReport
 from tests.support import store_samples as samples
 
 NOW = utc_now().replace(hour=12, minute=0, second=0, microsecond=0)
@@ -58,6 +59,22 @@ def left(engine: Engine) -> list[int]:
         return [request_id & 0xFFFFFFFF for request_id in ids]
 
 
+def prune(
+    engine: Engine,
+    files: ArtifactRoot,
+    *,
+    days: int,
+    trace_bytes: int | None = None,
+    weights: bool = False,
+    keep_versions: int = 10,
+    dry_run: bool = False,
+    now: datetime = NOW,
+) -> PruneReport:
+    """A round over the first group in which requests and minutes stay."""
+    limits = Limits(trace_bytes, days, 10_000, 10_000, 10_000, keep_versions)
+    return retention.prune(engine, files, 1, limits, with_weights=weights, dry_run=dry_run, now=now)
+
+
 def no_files(tmp_path: Path) -> ArtifactRoot:
     return ArtifactRoot(str(tmp_path / "artifacts"))
 
@@ -88,7 +105,8 @@ def test_more_events_than_one_chunk_go(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_a_number_of_days_without_sense_is_refused(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(AuroraError, match="at least 1"):
+    serve(engine, [])
+    with pytest.raises(AuroraError, match="event_days is 0"):
         prune(engine, no_files(tmp_path), days=0)
 
 
