@@ -6,11 +6,13 @@ they are listed here too. docs/settings.md documents all of them, which a test h
 
 from __future__ import annotations
 
+import os.path
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from aurora_sgl.environment import ENABLED, INTERNAL
@@ -150,6 +152,19 @@ class Settings(BaseSettings):
             refused_days=self.retention_refused_days,
         )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """Bytes of an environment that are no text can't be stored, logged or shown."""
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError("it is no UTF-8 text")
+        return value
+
+    @field_validator("home", "artifacts", "database_url", mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        return from_home(str(value)) if isinstance(value, str | Path) else value
+
     @property
     def store_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home.resolve() / 'aurora.db'}"
@@ -157,6 +172,23 @@ class Settings(BaseSettings):
     @property
     def artifact_root(self) -> str:
         return self.artifacts or str(self.home.resolve() / "artifacts")
+
+
+#: What may stand before the path in a setting that is a URL.
+_LOCAL = re.compile(r"(sqlite(?:\+\w+)?:///|file:/{2,3}|local:/{2,3}|)(~[^/]*)(?=/|$)")
+
+
+def from_home(text: str) -> str:
+    """``~/x`` as the folder that a shell would make of it: in an ``.env`` file, in quotes and
+    behind ``sqlite:///`` it does not. Raises ``ValueError`` for the home of nobody."""
+    match = _LOCAL.match(text)
+    if match is None:
+        return text
+    home = os.path.expanduser(match[2])
+    if home.startswith("~"):
+        raise ValueError(f"{match[2]} is no user's home folder")
+    prefix = "file://" if match[1].startswith("file:") else match[1]
+    return prefix + home + text[match.end() :]
 
 
 class GateSettings(BaseSettings):

@@ -16,7 +16,7 @@ from aurora_sgl import memory, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.draft_shape import DraftShape, ReplayedShape
-from aurora_sgl.drafter import architectures, checkpoint, hub, scratch
+from aurora_sgl.drafter import architectures, checkpoint, hub, scratch, served
 from aurora_sgl.drafter.target import TargetInfo, read_target
 from aurora_sgl.engine import pool
 from aurora_sgl.engine.flags import server_flags, value_of
@@ -89,7 +89,15 @@ def plan(
     if problems:
         raise AuroraError(f"the drafter {folder} cannot serve {model}: {problems[0]}")
     on_cpu = runs_on_cpu(sglang_args)
-    algorithm = architectures.named(architectures.read_config(folder).architecture).algorithm
+    config = architectures.read_config(folder, target_layers=target.num_layers)
+    algorithm = architectures.named(config.architecture).algorithm
+    length = _length(target, sglang_args)
+    given, folder = (
+        folder,
+        served.folder_for(folder, config, length, settings.home.resolve() / "drafters"),
+    )
+    if folder != given:
+        note += f", served from {folder}"
     flags = server_flags(
         model, str(folder), algorithm, sglang_args, on_cpu=on_cpu, replayed=replayed
     )
@@ -98,7 +106,7 @@ def plan(
         flags += ["--max-total-tokens", str(kv.tokens)]
         room = f"KV cache: {kv.tokens:,} tokens, {kv.bytes / GIB:.1f} GiB"
     environment = _environment(settings, on_cpu)
-    if folder.name.startswith(SCRATCH):
+    if given.name.startswith(SCRATCH):
         environment[DRAFTER_SOURCE] = SCRATCH
     return ServePlan(flags, environment, folder, note, room)
 
@@ -111,6 +119,12 @@ def _fetch(place: str, what: str, sglang_args: list[str], revision: str) -> Path
         revision=value_of(sglang_args, revision),
         cache=value_of(sglang_args, "--download-dir"),
     )
+
+
+def _length(target: TargetInfo, sglang_args: list[str]) -> int:
+    """Tokens of the longest request, which SGLang asks of the drafter too."""
+    asked = value_of(sglang_args, "--context-length")
+    return int(asked) if asked and asked.isdecimal() else served.context_length(target.raw)
 
 
 def _pool(target: TargetInfo, drafter: Path, flags: list[str]) -> pool.Pool | None:

@@ -64,11 +64,16 @@ def main() -> None:
 def _one_line(error: Exception) -> str | None:
     """What a user can mend, said in one line; ``None`` for what is our own mistake."""
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
+    if isinstance(error, SettingsError):
+        return f"a setting can't be read: {' '.join(str(error).split())}"
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         name = "_".join(str(part) for part in first["loc"]).upper()
         return f"setting AURORA_{name}: {first['msg']}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file that should be UTF-8 text is not, perhaps .env ({error.reason})"
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
     if "sqlalchemy" in sys.modules:

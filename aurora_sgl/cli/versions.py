@@ -1,4 +1,4 @@
-"""versions list, show, import, export, pin and unpin."""
+"""versions list, show, import, convert, export, pin and unpin."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from aurora_sgl.console import print_json, print_table
 if TYPE_CHECKING:
     from aurora_sgl.rollout.versions import VersionLine
 
-versions_app = typer.Typer(help="Drafter versions: list, show, import, export, pin.")
+versions_app = typer.Typer(help="Drafter versions: list, show, import, convert, export, pin.")
 
 
 @versions_app.command("list")
@@ -95,6 +95,18 @@ def versions_import(
         print_json(columns_of(version))
     else:
         print(f"version {version.id} ({version.weights_sha256[:16]})")
+
+
+@versions_app.command("convert")
+def versions_convert(
+    folder: Annotated[Path, typer.Argument(help="A drafter folder with pytorch_model.bin.")],
+    into: Annotated[Path, typer.Argument(help="A new folder, with model.safetensors.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing one.")] = False,
+) -> None:
+    """Make safetensors of a pickle, in a process of its own that runs nothing in it."""
+    from aurora_sgl.drafter.convert import convert
+
+    print(convert(folder, into, force=force))
 
 
 @versions_app.command("export")

@@ -11,7 +11,7 @@ from aurora_sgl import store
 from aurora_sgl.demo.measurement import WholeDrafts, whole_drafts
 from aurora_sgl.demo.prompts import Prompt
 from aurora_sgl.demo.screen import Screen
-from aurora_sgl.demo.summary import number, rounded
+from aurora_sgl.demo.summary import number, rounded, speed
 from aurora_sgl.demo.traffic import TrafficSample, measure
 from aurora_sgl.draft_shape import DraftShape
 
@@ -54,8 +54,8 @@ class HeldOutPrompts:
         """Tokens per second, with drafts as the server decides."""
         what = name.replace("_", " ")
         sample = self.speeds[name] = await self._serve(f"measuring {what}", drafts)
-        self.screen.speeds[what] = f"{sample.tokens_per_second:.1f}"
-        self.screen.say(f"held-out prompts, {what}: {sample.tokens_per_second:.1f} tokens/s")
+        shown = self.screen.speeds[what] = speed(sample.tokens_per_second)
+        self.screen.say(f"held-out prompts, {what}: {shown} tokens/s")
 
     async def serve_whole_drafts(self, name: str) -> TrafficSample:
         """The prompts with whole drafts in every step; ``is_stored`` then has the accept length."""

@@ -8,6 +8,7 @@ such marks a tenth of each domain is taken, by the hash of the prompt.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections import defaultdict
@@ -25,6 +26,13 @@ HELD_OUT_SHARE = 0.1
 MAX_TOKENS_LIMIT = 100_000
 MAX_TEMPERATURE = 2.0
 
+#: What a file of another encoding begins with; the longer ones first.
+_OTHER_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 #: What the header x-aurora-domain carries unchanged.
 _DOMAIN = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
@@ -51,12 +59,7 @@ def load_prompts(path: Path) -> list[Prompt]:
     Raises ``AuroraError`` with file, line number and reason for the first line that is broken, and
     when the file can't be read or holds no prompt to train on.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise AuroraError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise AuroraError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    lines = _text_of(path).split("\n")
     prompts = [
         _prompt_of(line, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -67,6 +70,21 @@ def load_prompts(path: Path) -> list[Prompt]:
     if all(prompt.held_out for prompt in prompts):
         raise AuroraError(f"{path}: holds no prompt that may be trained on")
     return prompts
+
+
+def _text_of(path: Path) -> str:
+    """UTF-8, with or without the mark that Windows' editors put before it."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise AuroraError(f"{path}: cannot be read: {error.strerror}") from error
+    for mark, name in _OTHER_MARKS:
+        if content.startswith(mark):
+            raise AuroraError(f"{path}: is {name} text and not UTF-8; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AuroraError(f"{path}: is not UTF-8 text (byte {error.start})") from error
 
 
 def to_serve(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -82,13 +100,15 @@ def to_measure(prompts: Sequence[Prompt]) -> list[Prompt]:
 def _prompt_of(line: str, where: str) -> Prompt:
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AuroraError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise AuroraError(f"{where}: expected an object such as {{'prompt': '...'}}")
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise AuroraError(f"{where}: 'prompt' must be a text that is not empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise AuroraError(f"{where}: 'prompt' must be text; it holds half of a character")
     domain = row.get("domain", "default")
     if not isinstance(domain, str) or not _DOMAIN.fullmatch(domain):
         raise AuroraError(f"{where}: 'domain' must be 1 to 64 letters, digits or any of _ . -")

@@ -97,6 +97,8 @@ def run(
     signal.signal(signal.SIGTERM, _interrupt)
     with Screen(quiet=as_json) as screen:
         screen.say(ready.note)
+        if not measured:
+            screen.say("no prompt is held out, the file has one prompt alone: nothing is measured")
         pages = DashboardProcess(settings.home / "logs" / "dashboard.log", screen.say)
         shape = _shape(ready.flags)
         held = HeldOutPrompts(

@@ -15,17 +15,22 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def speed(value: float | None) -> str:
+    """Tokens per second for the screen: one place, or a dash."""
+    return "-" if value is None else f"{value:.1f}"
+
+
 def sentence(summary: dict[str, Any]) -> str:
     """The last line of a demo, from what ``--json`` prints."""
-    length, speed = summary["accept_length"], summary["tokens_per_second"]
+    length, speeds = summary["accept_length"], summary["tokens_per_second"]
     depth, nodes = length["shape"]["depth"], length["shape"]["nodes"]
     return (
         f"{summary['requests']} requests, {summary['failed_requests']} failed; accept length with "
         f"whole drafts (depth {depth}, {nodes} nodes) {number(length['first'])} -> "
         f"{number(length['last'])} (95% of the difference: {signed(length['ci_low'])} to "
-        f"{signed(length['ci_high'])}); tokens/s as served {speed['first']:.1f}, without "
-        f"speculation {speed['no_speculation']:.1f}; at the end {speed['last']:.1f}, without "
-        f"{speed['no_speculation_last']:.1f}; live version {summary['live_version']}"
+        f"{signed(length['ci_high'])}); tokens/s as served {speed(speeds['first'])}, without "
+        f"speculation {speed(speeds['no_speculation'])}; at the end {speed(speeds['last'])}, "
+        f"without {speed(speeds['no_speculation_last'])}; live version {summary['live_version']}"
     )
 
 

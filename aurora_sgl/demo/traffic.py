@@ -34,8 +34,11 @@ class TrafficSample:
     seconds: float
 
     @property
-    def tokens_per_second(self) -> float:
-        return sum(one.tokens for one in self.sent) / self.seconds if self.seconds else 0.0
+    def tokens_per_second(self) -> float | None:
+        """None where nothing was sent: then nothing was measured."""
+        if not self.sent or not self.seconds:
+            return None
+        return sum(one.tokens for one in self.sent) / self.seconds
 
     @property
     def failed(self) -> int:

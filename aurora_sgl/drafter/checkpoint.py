@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from aurora_sgl import atomic
 from aurora_sgl.drafter import architectures, vocabulary
 from aurora_sgl.drafter.config import DrafterConfig
+from aurora_sgl.drafter.json_fields import shown
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetInfo
+from aurora_sgl.drafter.weights import WEIGHTS, canonical_name, read_tensors
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_bytes
 
-WEIGHTS = "model.safetensors"
-_PICKLE = "pytorch_model.bin"
 _VOCABULARY = ("d2t", "t2d")
-
-
-def canonical_name(name: str) -> str:
-    """One name for what published checkpoints, ours and SGLang's modules call differently."""
-    name = name.removeprefix("model.")
-    return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
+#: Kinds of weights that SGLang and training take as they are.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def content_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -52,78 +44,25 @@ def content_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def vocab_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash of ``d2t`` as int64; of the word ``full`` for a drafter of the whole vocabulary."""
-    if "d2t" not in tensors:
+    if _without_maps(tensors):
         return sha256_bytes(b"full")
     return sha256_bytes(tensors["d2t"].detach().cpu().to(torch.int64).numpy().tobytes())
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a drafter folder, less the target's embedding: of ``model.safetensors``, of the
-    parts that an index names, or of a ``pytorch_model.bin``.
-
-    Raises ``AuroraError`` when a file is missing, truncated, or neither of these.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for path in _weight_files(Path(folder)):
-        try:
-            tensors |= _read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
-        except (OSError, SafetensorError) as error:
-            raise AuroraError(f"{path} is broken or cut short: {error}") from None
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for name in (WEIGHTS, _PICKLE):
-        if (folder / name).exists():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            try:
-                parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise AuroraError(f"cannot read {index}: {error}") from None
-            return [folder / Path(str(part)).name for part in parts]
-    raise AuroraError(f"no {WEIGHTS} in {folder}: not a drafter folder")
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(str(path), framework="pt") as file:
-        names = [name for name in file.keys() if "embed_tokens" not in name]  # noqa: SIM118
-        return {name: file.get_tensor(name) for name in names}
-
-
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors alone: PyTorch runs nothing that stands in the file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        why = str(error).splitlines()[0][:200]
-        raise AuroraError(f"{path} can't be read as weights alone: {why}") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise AuroraError(f"{path} holds more than named tensors; save it as {WEIGHTS}")
-    return {name: tensor for name, tensor in state.items() if "embed_tokens" not in name}
-
-
-@contextmanager
-def as_safetensors(folder: Path) -> Iterator[Path]:
-    """The folder; where its weights are no single ``model.safetensors``, a copy for a while in
-    which they are. Raises ``AuroraError`` as :func:`read_tensors` does."""
-    folder = Path(folder)
-    if (folder / WEIGHTS).exists():
-        yield folder
-        return
-    tensors = {name: t.clone().contiguous() for name, t in read_tensors(folder).items()}
-    with tempfile.TemporaryDirectory(prefix="aurora-sgl-convert-") as scratch:
-        shutil.copyfile(folder / "config.json", Path(scratch) / "config.json")
-        save_file(tensors, str(Path(scratch) / WEIGHTS), metadata={"format": "pt"})
-        yield Path(scratch)
+def _without_maps(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return "d2t" not in tensors
 
 
 def tensors_of(drafter: Drafter, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """The tensors that :func:`save` writes: weights in ``dtype``, vocabulary maps as they are."""
+    """The tensors that :func:`save` writes: weights in ``dtype``, vocabulary maps as they are.
+
+    A drafter of the whole vocabulary that came without maps goes without them: SGLang looks tokens
+    up in them where they are, and a swap can't begin or end that.
+    """
     return {
         name: (tensor if name in _VOCABULARY else tensor.to(dtype)).detach().cpu().contiguous()
         for name, tensor in drafter.state_dict().items()
+        if not (name in _VOCABULARY and drafter.without_maps)
     }
 
 
@@ -148,7 +87,8 @@ def save(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
 def load(folder: Path, *, dtype: torch.dtype = torch.float32, target_layers: int = 0) -> Drafter:
     """A drafter from its folder. Raises ``AuroraError`` when a key or a shape is wrong."""
     config = architectures.read_config(folder, target_layers=target_layers)
-    tensors = _own_names(read_tensors(folder), config)
+    in_file = read_tensors(folder)
+    tensors = _own_names(in_file, config)
     problems = _shape_problems(tensors, config)
     if problems:
         raise AuroraError(f"{folder}: {problems[0]}")
@@ -156,6 +96,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, target_layers: int
         drafter = architectures.build(config)
     state = {n: t if n in _VOCABULARY else t.to(dtype) for n, t in tensors.items()}
     drafter.load_state_dict(state, assign=True)
+    drafter.without_maps = _without_maps(in_file)
     drafter.after_load()
     return drafter.requires_grad_(True)
 
@@ -175,10 +116,10 @@ def validate(folder: Path, target: TargetInfo | None = None) -> list[str]:
     for name, tensor in tensors.items():
         if name in _VOCABULARY:
             continue
-        if not tensor.dtype.is_floating_point:
-            problems.append(f"{name} is {tensor.dtype}, not a floating-point tensor")
+        if tensor.dtype not in _DTYPES:
+            problems.append(f"{shown(name)} is {tensor.dtype}, not a floating-point tensor")
         elif not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{name} holds values that are not finite")
+            problems.append(f"{shown(name)} holds values that are not finite")
     if not problems and architectures.named(config.architecture).has_draft_vocabulary:
         problems += vocabulary.problems(tensors["d2t"], tensors["t2d"])
     return problems + (_target_problems(config, target) if target else [])
@@ -196,7 +137,8 @@ def _shape_problems(tensors: Mapping[str, torch.Tensor], config: DrafterConfig) 
     with torch.device("meta"):
         expected = architectures.build(config).state_dict()
     problems = [f"tensor {name} is missing" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"tensor {name} is unknown" for name in sorted(tensors.keys() - expected.keys())]
+    unknown = sorted(tensors.keys() - expected.keys())
+    problems += [f"tensor {shown(name)} is unknown" for name in unknown]
     for name in sorted(expected.keys() & tensors.keys()):
         have, want = list(tensors[name].shape), list(expected[name].shape)
         if have != want:
@@ -216,3 +158,16 @@ def _target_problems(config: DrafterConfig, target: TargetInfo) -> list[str]:
             f"made for a vocabulary of {config.vocab_size}, {target.model} has {target.vocab_size}"
         )
     return problems + architectures.named(config.architecture).target_problems(config, target)
+
+
+__all__ = [
+    "WEIGHTS",
+    "canonical_name",
+    "content_sha256",
+    "load",
+    "read_tensors",
+    "save",
+    "tensors_of",
+    "validate",
+    "vocab_sha256",
+]

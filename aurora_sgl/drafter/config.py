@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aurora_sgl.drafter import rope_json
+from aurora_sgl.drafter.json_fields import mapping, number, whole
 from aurora_sgl.errors import AuroraError
 
-ROPE_TYPES = ("default", "linear", "llama3")
+#: More than any model has; a number beyond is a damaged file, and would ask for all memory.
+_MOST_TOKENS, _MOST_POSITIONS = 1 << 24, 1 << 40
 
 
 @dataclass(frozen=True)
@@ -74,47 +77,51 @@ def config_json(config: DrafterConfig) -> dict[str, Any]:
 
 
 def shared_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse: fields of :class:`DrafterConfig` from those keys.
+    """The inverse: fields of :class:`DrafterConfig` from those keys, less the architecture.
 
     Raises ``AuroraError`` for a shape that is not supported, ``KeyError`` for a key that is not
     there.
     """
     _refuse_unsupported(raw)
-    heads = int(raw["num_attention_heads"])
-    hidden = int(raw["hidden_size"])
-    rope_theta, rope = _rope_of(raw)
-    aurora = raw.get("aurora") or {}
+    heads = whole(raw, "num_attention_heads")
+    hidden = whole(raw, "hidden_size")
+    kv_heads = whole(raw, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise AuroraError(f"the drafter's {heads} heads can't share {kv_heads} heads of KV")
+    head_dim = whole(raw, "head_dim", hidden // heads)
+    if head_dim % 2:
+        raise AuroraError(f"the drafter's head_dim is {head_dim}; rotary positions need pairs")
+    rope_theta, rope = rope_json.read(raw)
+    aurora = mapping(raw, "aurora")
     return {
-        "architecture": raw["architectures"][0],
         "hidden_size": hidden,
-        "intermediate_size": int(raw["intermediate_size"]),
+        "intermediate_size": whole(raw, "intermediate_size"),
         "num_heads": heads,
-        "num_kv_heads": int(raw.get("num_key_value_heads") or heads),
-        "head_dim": int(raw.get("head_dim") or hidden // heads),
-        "vocab_size": int(raw["vocab_size"]),
-        "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": whole(raw, "vocab_size", most=_MOST_TOKENS),
+        "rms_norm_eps": number(raw, "rms_norm_eps", 1e-6),
         "rope_theta": rope_theta,
-        "max_positions": int(raw.get("max_position_embeddings", 2048)),
+        "max_positions": whole(raw, "max_position_embeddings", 2048, most=_MOST_POSITIONS),
         "rope": rope,
         "target_model": str(aurora.get("target_model", "")),
         "target_revision": str(aurora.get("target_revision", "")),
     }
 
 
+def draft_vocab_size(raw: Mapping[str, Any]) -> int:
+    """Of a drafter with a head of its own; without the key it is the target's vocabulary."""
+    most = whole(raw, "vocab_size", most=_MOST_TOKENS)
+    size = whole(raw, "draft_vocab_size", most, most=_MOST_TOKENS)
+    if size > most:
+        raise AuroraError(f"the drafter's draft_vocab_size {size} is above its vocab_size {most}")
+    return size
+
+
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     if raw.get("tie_word_embeddings", True):
         raise AuroraError("the drafter's config.json must say tie_word_embeddings: false")
-    hidden = int(raw.get("hidden_size", 0))
-    if int(raw.get("target_hidden_size", hidden)) != hidden:
+    if whole(raw, "target_hidden_size", whole(raw, "hidden_size")) != raw["hidden_size"]:
         raise AuroraError("drafters of another hidden size than the target's are not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise AuroraError("only drafters with silu activation are supported")
-
-
-def _rope_of(raw: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", raw.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise AuroraError(f"rope type {kind} is not supported in a drafter")
-    return theta, None if kind == "default" else {**rope, "rope_type": kind}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def local(place: str | Path, *, revision: str | None = None, cache: str | None =
     """A folder for what may be a name on the hub: itself unless it is one that was downloaded."""
     text = str(place)
     folder = cached(text, revision=revision, cache=cache) if is_name(text) else None
-    return folder or Path(place)
+    return folder or _path(text)
 
 
 def fetch(place: str, what: str, *, revision: str | None = None, cache: str | None = None) -> Path:
@@ -44,7 +45,7 @@ def fetch(place: str, what: str, *, revision: str | None = None, cache: str | No
     Raises ``AuroraError`` with one line when it can't be.
     """
     if not is_name(place):
-        return Path(place)
+        return _path(place)
     if folder := cached(place, revision=revision, cache=cache):
         return folder
     from huggingface_hub import constants, snapshot_download
@@ -58,6 +59,11 @@ def fetch(place: str, what: str, *, revision: str | None = None, cache: str | No
     except Exception as error:  # no network, no such name, no right to it, no room on the disk
         why = " ".join(str(error).split())[:200]
         raise AuroraError(_not_here(place, what, why)) from None
+
+
+def _path(text: str) -> Path:
+    """A shell leaves ``--drafter=~/x`` as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def _not_here(place: str, what: str, why: str) -> str:

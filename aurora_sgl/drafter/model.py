@@ -44,6 +44,9 @@ class Drafter(nn.Module, ABC):
     #: ``drafter.vocabulary``), which follows traffic (``drafter.refresh``); then with its own head.
     has_draft_vocabulary: ClassVar[bool]
 
+    #: Whether its checkpoint had neither of these maps, which its next one then has not either.
+    without_maps: bool = False
+
     config: DrafterConfig
     lm_head: nn.Linear  # with its own head
     d2t: torch.Tensor  # [draft_vocab] int64: target id less draft id; with a draft vocabulary
@@ -97,6 +100,21 @@ class Drafter(nn.Module, ABC):
     def parameter_name(cls, name: str) -> str | None:
         """Our name of a tensor by its canonical name (``checkpoint.canonical_name``); None for one
         that is the target's in serving."""
+
+    @classmethod
+    def has_written(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether a checkpoint with tensors of these canonical names is one of this architecture.
+        Asked where ``config.json`` names the target's class, as published drafters do."""
+        return False
+
+    @classmethod
+    def left_out(
+        cls,
+        tensors: Mapping[str, torch.Tensor],  # by our names
+        config: DrafterConfig,
+    ) -> dict[str, torch.Tensor]:
+        """Tensors that SGLang's model has and a checkpoint may leave out, as they are to be."""
+        return {}
 
     @classmethod
     def complete(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from aurora_sgl.drafter import hub
+from aurora_sgl.drafter.json_fields import shown, whole
 from aurora_sgl.errors import AuroraError
 
 #: Targets whose SGLang class captures EAGLE3's auxiliary layers and names its tensors like Llama
@@ -46,19 +47,21 @@ def read_target(folder: Path, *, model: str = "", revision: str = "") -> TargetI
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise AuroraError(f"no model at {folder}: config.json is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AuroraError(f"cannot read {path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise AuroraError(f"{path} holds no JSON object")
     kind = str(raw.get("model_type", "unknown"))
     if kind not in LLAMA_FAMILY:
         raise AuroraError(
-            f"{folder} is a {kind} model; drafters are made for {', '.join(LLAMA_FAMILY)}"
+            f"{folder} is a {shown(kind)} model; drafters are made for {', '.join(LLAMA_FAMILY)}"
         )
     try:
         return TargetInfo(
             model=model or str(folder),
-            hidden_size=int(raw["hidden_size"]),
-            vocab_size=int(raw["vocab_size"]),
-            num_layers=int(raw["num_hidden_layers"]),
+            hidden_size=whole(raw, "hidden_size"),
+            vocab_size=whole(raw, "vocab_size", most=1 << 24),
+            num_layers=whole(raw, "num_hidden_layers"),
             model_type=kind,
             raw=raw,
             revision=revision,

@@ -81,11 +81,18 @@ def inverse(target_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:  # [voca
 
 def complete(
     tensors: Mapping[str, torch.Tensor],  # of a checkpoint
+    draft_vocab_size: int,
     vocab_size: int,
 ) -> dict[str, torch.Tensor]:
-    """The tensors with ``d2t`` as int64 and with ``t2d``, which some checkpoints leave out."""
+    """The tensors with ``d2t`` as int64 and with ``t2d``, which some checkpoints leave out.
+
+    One that drafts from the whole vocabulary may leave out both: a draft id is the target's then,
+    as SGLang takes it.
+    """
     whole = dict(tensors)
-    if "d2t" not in whole:
+    if "d2t" not in whole and draft_vocab_size == vocab_size:
+        whole["d2t"] = torch.zeros(vocab_size, dtype=torch.int64)
+    if "d2t" not in whole or whole["d2t"].dim() != 1:
         return whole
     if "t2d" not in whole:
         ids = whole["d2t"].to(torch.int64) + torch.arange(len(whole["d2t"]))

@@ -51,7 +51,8 @@ class WeightsFile:
         self._descriptor = os.open(path, flags)
         try:
             self.tensors = self._entries(os.fstat(self._descriptor).st_size)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
+                RecursionError) as error:  # fmt: skip
             self.close()
             raise SwapRefused(f"the staged weights cannot be read: {error}") from error
         except BaseException:
@@ -76,6 +77,8 @@ class WeightsFile:
             raise SwapRefused(f"the staged weights are of the kind {one['dtype']}")
         begin, end = (start + int(offset) for offset in one["data_offsets"])
         shape = tuple(int(size) for size in one["shape"])
+        if begin < start or min(shape, default=0) < 0:
+            raise SwapRefused("the staged weights' places are none")
         if end - begin != torch.Size(shape).numel() * dtype.itemsize:
             raise SwapRefused("the staged weights' sizes and shapes differ")
         return FileTensor(dtype, shape, begin, end)

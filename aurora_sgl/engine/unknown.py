@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aurora_sgl.drafter import architectures
+from aurora_sgl.drafter import architectures, served
 from aurora_sgl.engine import clean
 
 _SHARED = ("embed_tokens", "lm_head")  # may be the target's
@@ -39,7 +39,11 @@ def _is_not_ours(folder: Path) -> str:
     if not (folder / "config.json").exists():
         return ""
     try:
-        architectures.read_config(folder)
+        if served.is_as_served(folder, architectures.read_config(folder)):
+            return ""
     except Exception as error:  # a config.json of a make that nobody thought of
         return clean.text(f"{error}".splitlines()[0], 300)
-    return ""
+    return (
+        "SGLang does not compute from its checkpoint what it was trained to; aurora-sgl serve "
+        "gives it a copy from which it does"
+    )

@@ -65,11 +65,12 @@ def import_version(
 
     The folder is validated (against ``target`` too, when given), hashed and copied to
     ``versions/<weights_sha256[:16]>/``. The same weights again give the version that is there.
-    Weights in several files or in a ``pytorch_model.bin`` are stored as one ``model.safetensors``.
+    Weights in several files are stored as one ``model.safetensors``, and a published drafter as
+    SGLang serves it (``drafter.served``).
     Raises ``Unusable`` with the first problem of the folder, ``AuroraError`` for any other one;
     nothing is written then.
     """
-    from aurora_sgl.drafter import architectures, checkpoint  # torch is slow to import
+    from aurora_sgl.drafter import architectures, checkpoint, served  # torch is slow to import
 
     path = Path(path)
     tensors, config = _read_drafter(path, target)
@@ -86,7 +87,7 @@ def import_version(
             raise AuroraError(f"parent version {parent_id} belongs to another group")
         stored_version = queries.versions.version_by_sha256(s, owner.id, weights_sha256)
     if stored_version is None or stored_version.pruned_at is not None or not artifacts.exists(uri):
-        with checkpoint.as_safetensors(path) as folder:
+        with served.as_stored(path, config) as folder:
             artifacts.put_folder(folder, uri)
     with store.session(engine) as s:
         version, _ = queries.versions.add_version(
@@ -115,7 +116,7 @@ def _read_drafter(
     path: Path, target: TargetInfo | None
 ) -> tuple[dict[str, torch.Tensor], DrafterConfig]:
     """Raises ``Unusable``, whatever is odd about the folder."""
-    from aurora_sgl.drafter import architectures, checkpoint
+    from aurora_sgl.drafter import architectures, checkpoint, served
 
     try:
         problems = checkpoint.validate(path, target)
@@ -123,7 +124,7 @@ def _read_drafter(
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise Unusable(f"{path} can't be imported: {problems[0]}{more}")
         config = architectures.read_config(path, target_layers=target.num_layers if target else 0)
-        return checkpoint.read_tensors(path), config
+        return served.tensors_of(path, config), config
     except Unusable:
         raise
     except Exception as error:  # a config.json or weights of a make that nobody thought of

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.trace_format import AUX, LAST, TOKENS, TraceMetadata
 
+_FEATURES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @dataclass(frozen=True)
 class TraceFeatures:
@@ -44,11 +46,17 @@ def read_trace(path: Path, *, start: int = 0) -> TraceFeatures:
                 greedy=meta.greedy,
             )
     except (OSError, SafetensorError) as error:
-        raise AuroraError(f"trace {path.name} is missing or cut short: {error}") from None
+        raise _unreadable(path, error) from None
     except (KeyError, ValueError) as error:
         raise AuroraError(f"trace {path.name} lacks {error}") from None
+    if (trace.tokens.dim(), trace.aux.dim(), trace.last.dim()) != (1, 2, 2):
+        raise AuroraError(f"trace {path.name} holds tensors of other shapes than a trace's")
+    if trace.aux.dtype not in _FEATURES or trace.last.dtype not in _FEATURES:
+        raise AuroraError(f"trace {path.name} holds features that are no numbers of 16 bits up")
     if len(trace.aux) != len(trace.last) or trace.end > len(trace.tokens):
         raise AuroraError(f"trace {path.name} holds more features than tokens")
+    if not 0 <= trace.output_start <= len(trace.tokens):
+        raise AuroraError(f"trace {path.name} has no place where its output begins")
     return trace
 
 
@@ -57,6 +65,13 @@ def read_tokens(path: Path) -> torch.Tensor:  # [T] int64
     try:
         with safe_open(str(path), framework="pt") as file:
             tokens: torch.Tensor = file.get_tensor(TOKENS).to(torch.int64)
-            return tokens
     except (OSError, SafetensorError) as error:
-        raise AuroraError(f"trace {path.name} is missing or cut short: {error}") from None
+        raise _unreadable(path, error) from None
+    if tokens.dim() != 1:
+        raise AuroraError(f"trace {path.name} holds tokens that are no list")
+    return tokens
+
+
+def _unreadable(path: Path, error: Exception) -> AuroraError:
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    return AuroraError(f"trace {path.name} is missing or cut short: {why}")

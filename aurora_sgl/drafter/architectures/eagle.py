@@ -34,7 +34,7 @@ class Eagle(OneLayerDrafter):
 
     @classmethod
     def fields_from_json(cls, raw: Mapping[str, Any], target_layers: int) -> dict[str, Any]:
-        return {"draft_vocab_size": int(raw["vocab_size"])}
+        return {"draft_vocab_size": raw["vocab_size"]}
 
     @classmethod
     def fields_to_json(cls, config: DrafterConfig) -> dict[str, Any]:
@@ -51,6 +51,28 @@ class Eagle(OneLayerDrafter):
     @classmethod
     def parameter_name(cls, name: str) -> str | None:
         return None if "embed_tokens" in name or "lm_head" in name else name
+
+    @classmethod
+    def has_written(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """The first norm of the layer is left out, of SGLang's class too."""
+        norms = ("layers.0.input_layernorm.weight", "layers.0.hidden_norm.weight")
+        return "fc.weight" in shapes and not any(name in shapes for name in norms)
+
+    @classmethod
+    def left_out(
+        cls, tensors: Mapping[str, torch.Tensor], config: DrafterConfig
+    ) -> dict[str, torch.Tensor]:
+        """``fc.bias`` of drafters that were trained without one (``"bias": false``, as EAGLE's
+        for Llama 3): SGLang's layer has one all the same, and starts with whatever PyTorch drew."""
+        if "fc.bias" in tensors or "fc.weight" not in tensors:
+            return {}
+        return {"fc.bias": torch.zeros(config.hidden_size, dtype=tensors["fc.weight"].dtype)}
+
+    @classmethod
+    def complete(
+        cls, tensors: dict[str, torch.Tensor], config: DrafterConfig
+    ) -> dict[str, torch.Tensor]:
+        return {**tensors, **cls.left_out(tensors, config)}
 
     @property
     def layer(self) -> DecoderLayer:

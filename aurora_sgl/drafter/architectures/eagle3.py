@@ -13,11 +13,15 @@ from torch import nn
 
 from aurora_sgl.drafter import vocabulary
 from aurora_sgl.drafter.architectures.one_layer import DecoderLayer, OneLayerDrafter, RMSNorm
-from aurora_sgl.drafter.config import DrafterConfig
+from aurora_sgl.drafter.config import DrafterConfig, draft_vocab_size
+from aurora_sgl.drafter.json_fields import mapping, wrong
 from aurora_sgl.drafter.target import TargetInfo
 from aurora_sgl.errors import AuroraError
 
 EAGLE3 = "LlamaForCausalLMEagle3"
+_AUX = "eagle_aux_hidden_state_layer_ids"
+_NOT_NAMED = (-1, -1, -1)  # SGLang takes its default for the target
+_MOST_AUX, _MOST_LAYERS = 64, 10_000
 
 
 def aux_layers_of(num_layers: int) -> tuple[int, int, int]:
@@ -48,6 +52,7 @@ class Eagle3(OneLayerDrafter):
     algorithm = "EAGLE3"
     has_own_head = True
     has_draft_vocabulary = True
+    variants = (*OneLayerDrafter.variants, "bias")  # of fc, whose tensor ours does not have
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
@@ -62,19 +67,21 @@ class Eagle3(OneLayerDrafter):
 
     @classmethod
     def fields_from_json(cls, raw: Mapping[str, Any], target_layers: int) -> dict[str, Any]:
-        size = int(raw.get("draft_vocab_size") or raw["vocab_size"])
-        return {"draft_vocab_size": size, "aux_layers": _aux_layers(raw, target_layers)}
+        return {
+            "draft_vocab_size": draft_vocab_size(raw),
+            "aux_layers": _aux_layers(raw, target_layers),
+        }
 
     @classmethod
     def fields_to_json(cls, config: DrafterConfig) -> dict[str, Any]:
-        """SGLang adds one to ``eagle_aux_hidden_state_layer_ids``, so they are written less one."""
+        """SGLang adds one to ``eagle_aux_hidden_state_layer_ids``, so they are written less one;
+        those that were not named stay so."""
+        layers = [layer - 1 for layer in config.aux_layers]
+        named = {} if config.aux_layers == _NOT_NAMED else {_AUX: layers}
         return {
             "draft_vocab_size": config.draft_vocab_size,
-            "num_aux_hidden_states": len(config.aux_layers),
-            "eagle_config": {
-                "use_aux_hidden_state": True,
-                "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.aux_layers],
-            },
+            "num_aux_hidden_states": len(layers),
+            "eagle_config": {"use_aux_hidden_state": True, **named},
         }
 
     @classmethod
@@ -102,11 +109,15 @@ class Eagle3(OneLayerDrafter):
         return "midlayer." + name.removeprefix(layer) if name.startswith(layer) else name
 
     @classmethod
+    def has_written(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "fc.weight" in shapes and "layers.0.hidden_norm.weight" in shapes
+
+    @classmethod
     def complete(
         cls, tensors: dict[str, torch.Tensor], config: DrafterConfig
     ) -> dict[str, torch.Tensor]:
-        """``t2d`` follows from ``d2t``."""
-        return vocabulary.complete(tensors, config.vocab_size)
+        """``t2d`` follows from ``d2t``; a drafter of the whole vocabulary may have neither."""
+        return vocabulary.complete(tensors, config.draft_vocab_size, config.vocab_size)
 
     @property
     def layer(self) -> Eagle3Layer:
@@ -131,10 +142,15 @@ class Eagle3(OneLayerDrafter):
 
 
 def _aux_layers(raw: Mapping[str, Any], target_layers: int) -> tuple[int, ...]:
-    eagle = raw.get("eagle_config") or {}
-    ids = eagle.get("eagle_aux_hidden_state_layer_ids")
+    ids = mapping(raw, "eagle_config").get(_AUX)
     if ids:
-        return tuple(int(layer) + 1 for layer in ids)
+        if not isinstance(ids, list) or len(ids) > _MOST_AUX or not all(map(_is_layer, ids)):
+            raise wrong(_AUX, ids, "a list of the target's layers")
+        return tuple(layer + 1 for layer in ids)
     if target_layers:
         return aux_layers_of(target_layers)
-    return (-1, -1, -1)  # not named; SGLang takes its default for the target
+    return _NOT_NAMED
+
+
+def _is_layer(number: object) -> bool:
+    return type(number) is int and -1 <= number < _MOST_LAYERS

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import beam
 from aurora_sgl.drafter.attention import Seen, attend
 from aurora_sgl.drafter.config import DrafterConfig
+from aurora_sgl.drafter.json_fields import mapping, whole
 from aurora_sgl.drafter.model import Draft, Drafter
 from aurora_sgl.drafter.rope import inverse_frequencies, rotate
 from aurora_sgl.drafter.target import TargetHead
@@ -93,6 +94,17 @@ class OneLayerDrafter(Drafter):
 
     fc: nn.Linear
 
+    #: Keys of ``config.json``, and of ``eagle_config`` in it, that ask for other arithmetic.
+    variants: ClassVar[tuple[str, ...]] = (
+        "attention_bias",
+        "mlp_bias",
+        "norm_before_residual",
+        "norm_before_fc",
+        "fc_norm",
+        "use_aux_norm",
+        "norm_output",
+    )
+
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
@@ -136,11 +148,13 @@ class OneLayerDrafter(Drafter):
 
     @classmethod
     def check_json(cls, raw: Mapping[str, Any]) -> None:
-        """Variants of one-layer drafters that SGLang knows and that are not written here."""
-        if int(raw.get("num_hidden_layers", 1)) != 1:
+        """Variants of one-layer drafters that trainers or SGLang know and that are not written
+        here. ``norm_before_residual`` is not in SGLang either (0.5.23): it would serve other
+        arithmetic than was trained, without a word."""
+        if whole(raw, "num_hidden_layers", 1) != 1:
             raise AuroraError("only drafters of one layer are supported")
-        eagle = raw.get("eagle_config") or {}
-        for name in ("attention_bias", "bias", "norm_before_fc", "fc_norm", "norm_output"):
+        eagle = mapping(raw, "eagle_config")
+        for name in cls.variants:
             if raw.get(name) or eagle.get(name):
                 raise AuroraError(f"drafters with {name} are not supported")
 

@@ -13,13 +13,14 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
-from aurora_sgl.drafter import architectures, checkpoint
+from aurora_sgl.drafter import architectures, checkpoint, served
 from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.target import TargetInfo
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.rollout.versions import export_version, import_version, show_version
 from aurora_sgl.store import queries
+from tests.support import published
 
 CONFIG = DrafterConfig(
     architecture=EAGLE3,
@@ -111,7 +112,7 @@ def broken(kind: str, folder: Path) -> None:
         (folder / "config.json").unlink()
     elif kind == "other architecture":
         config = json.loads((folder / "config.json").read_text())
-        config["architectures"] = ["LlamaForCausalLM"]
+        config["architectures"] = ["LlamaForSequenceClassification"]
         (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -161,3 +162,30 @@ def test_importing_again_restores_pruned_weights(
     again = import_version(engine, root, folder, "default")
     assert (again.id, again.pruned_at) == (version.id, None)
     export_version(engine, root, version.id, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("make", "form"),
+    [*((make, "one") for make in published.MAKERS), (published.eagle3_of_specforge, "shards")],
+    ids=lambda one: getattr(one, "__name__", one),
+)
+def test_a_published_folder_becomes_a_version_that_any_sglang_serves(
+    engine: Engine, tmp_path: Path, make: published.Maker, form: str
+) -> None:
+    folder = make(tmp_path / "published", form)
+    artifacts = ArtifactRoot(str(tmp_path / "files"))
+    architecture = architectures.read_config(folder).architecture
+    with store.session(engine) as s:
+        queries.groups.ensure_group(s, "theirs", "target", "r1", architecture)
+    version = import_version(engine, artifacts, folder, "theirs")
+    assert version.architecture == architecture
+    again = import_version(engine, artifacts, folder, "theirs")
+    assert again.id == version.id, "the same weights are the same version"
+    into = export_version(engine, artifacts, version.id, tmp_path / "out")
+    assert served.is_as_served(into, architectures.read_config(into))
+    assert sorted(path.name for path in into.iterdir()) == ["config.json", checkpoint.WEIGHTS]
+    from_copy = served.folder_for(folder, architectures.read_config(folder), 512, tmp_path / "home")
+    assert import_version(engine, artifacts, from_copy, "theirs").id == version.id
+    child = checkpoint.save(checkpoint.load(into), tmp_path / "child", dtype=torch.float32)
+    assert import_version(engine, artifacts, child, "theirs", parent_id=version.id).id > version.id
+    assert checkpoint.vocab_sha256(checkpoint.read_tensors(child)) == version.vocab_sha256

@@ -71,6 +71,8 @@ def test_a_repeated_prompt_is_not_both_trained_on_and_held_out(tmp_path: Path) -
         ('["x"]', "expected an object"),
         ('{"text": "x"}', "'prompt' must be"),
         ('{"prompt": "  "}', "'prompt' must be"),
+        ('{"prompt": "half \\ud83d"}', "'prompt' must be"),
+        ("[" * 20_000, "not JSON"),
         ('{"prompt": "x", "domain": "a b"}', "'domain' must be"),
         ('{"prompt": "x", "domain": 3}', "'domain' must be"),
         ('{"prompt": "x", "max_tokens": 0}', "'max_tokens' must be"),
@@ -105,3 +107,22 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_refused(tmp_path: Path) -> No
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(AuroraError, match="holds no prompt"):
         load_prompts(tmp_path / "empty.jsonl")
+
+
+def test_the_mark_that_editors_put_before_utf_8_is_no_part_of_the_first_line(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    lines = [json.dumps({"prompt": f"Häuser {n}"}, ensure_ascii=False) for n in "ab"]
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert [prompt.prompt for prompt in load_prompts(path)] == ["Häuser a", "Häuser b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_text_of_another_encoding_is_named_in_one_line(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes('\ufeff{"prompt": "x"}\n'.encode(encoding))
+    words = f"is {encoding[:6].upper()} text and not UTF-8"
+    with pytest.raises(AuroraError, match=words) as caught:
+        load_prompts(path)
+    assert "\n" not in str(caught.value)

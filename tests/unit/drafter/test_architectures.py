@@ -104,6 +104,8 @@ def test_what_only_names_an_architecture_is_no_question() -> None:
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     with pytest.raises(AuroraError, match="LlamaForCausalLMEagle3 or LlamaForCausalLMEagle"):
         architectures.named("LlamaForCausalLM")
+    with pytest.raises(AuroraError, match="not a drafter: architecture LlamaForCausalLM"):
+        architectures.from_json({"architectures": ["LlamaForCausalLM"]}, shapes={"norm.weight": ()})
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -226,6 +226,22 @@ def test_a_shard_that_is_not_what_was_staged_is_told(tmp_path: Path) -> None:
         house.swapper.read_back(staged, whole=False)
 
 
+def test_a_drafter_of_the_whole_vocabulary_is_swapped_without_maps(house: House) -> None:
+    swapper = Swapper(house.model, house.target, None, 40)
+    tensors = house.tensors(1, d2t=None, t2d=None)
+    path = house.file(tensors)
+    swapper.begin_staging(1, path, "", consume=True)
+    work(swapper)
+    staged = swapper.staged
+    assert staged is not None
+    swapper.apply(staged)
+    swapper.begin_read_back(staged, whole=True, leads=True)
+    work(swapper)
+    assert swapper.unread == "" and content_sha256(load_file(path)) == content_sha256(tensors)
+    with pytest.raises(SwapRefused, match="has no draft vocabulary, the new one has"):
+        swapper.stage(2, house.file(house.tensors(2)), None)
+
+
 REFUSALS = {
     "does not fit": {"norm.weight": torch.zeros(HIDDEN + 1)},
     "no parameter for 'strange'": {"strange": torch.zeros(2)},
