@@ -56,9 +56,9 @@ def have_tokens(events: Iterable[Mapping[str, Any]]) -> bool:
 def _step(event: Mapping[str, Any]) -> StepTold:
     draft: Sequence[int] = event["draft_tokens"]
     accepted: Sequence[int] = event["accepted_nodes"]
-    if not len(event["target_tokens"]):
-        tokens, last = [UNKNOWN] * int(event["accepted"]), UNKNOWN
-    else:
+    last: int | None = UNKNOWN
+    tokens = [UNKNOWN] * int(event["accepted"])
+    if len(event["target_tokens"]):
         tokens, last = [draft[node - 1] for node in accepted], _target_token(event)
     kinds = [ACCEPTED] * len(tokens)
     if last is not None:
