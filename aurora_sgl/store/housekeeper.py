@@ -23,8 +23,8 @@ from aurora_sgl.store.liveness import (
     scheduler_lease_name,
 )
 from aurora_sgl.store.models import PruneRun
-from aurora_sgl.store.orphans import TraceFiles, sweep_traces
-from aurora_sgl.store.pruning.pace import Interrupted, Pace
+from aurora_sgl.store.orphans import SweptFiles, sweep_traces
+from aurora_sgl.store.pruning.pace import Interrupted, PrunePace
 from aurora_sgl.store.pruning.weights import Files
 from aurora_sgl.store.retention import PruneReport, prune
 from aurora_sgl.store.store_clock import store_now
@@ -35,7 +35,7 @@ LOOK_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
-class Root(Files, TraceFiles, Protocol):
+class Root(Files, SweptFiles, Protocol):
     """What retention needs of ``artifacts.ArtifactRoot``."""
 
     def sweep(self) -> int: ...
@@ -120,7 +120,7 @@ class Housekeeper:
         error, report = "", None
         try:
             report = prune(
-                engine, self._files, run.group_id, pace=Pace(lease.holds, stop=self._stop)
+                engine, self._files, run.group_id, pace=PrunePace(lease.holds, stop=self._stop)
             )
             if report.emptied:
                 error = f"in use, their tables go another time: {', '.join(report.emptied)}"

@@ -27,7 +27,7 @@ _AT_ONCE = 2_000
 log = logging.getLogger(__name__)
 
 
-class TraceFiles(Protocol):
+class SweptFiles(Protocol):
     """What the sweep needs of ``artifacts.ArtifactRoot``."""
 
     def files(self, folder: str) -> Iterator[tuple[str, float]]: ...
@@ -36,7 +36,7 @@ class TraceFiles(Protocol):
 
 
 def sweep_traces(
-    engine: Engine, files: TraceFiles, stored_boots: Collection[int] = (), own: float = OWN_SECONDS
+    engine: Engine, files: SweptFiles, stored_boots: Collection[int] = (), own: float = OWN_SECONDS
 ) -> int:
     """Delete the orphans; how many. ``stored_boots``: of which nothing waits in a spool, as it was
     when the call began or later. Raises ``AuroraError``, and what the database raises."""

@@ -20,7 +20,7 @@ from aurora_sgl.limits import Limits
 from aurora_sgl.store import queries
 from aurora_sgl.store.connection import session
 from aurora_sgl.store.pruning import events, minutes, requests, traces, weights
-from aurora_sgl.store.pruning.pace import Pace
+from aurora_sgl.store.pruning.pace import PrunePace
 from aurora_sgl.store.pruning.weights import Files
 from aurora_sgl.store.store_clock import store_now
 
@@ -83,7 +83,7 @@ def prune(
     with_weights: bool = True,
     dry_run: bool = False,
     now: datetime | None = None,
-    pace: Pace | None = None,
+    pace: PrunePace | None = None,
 ) -> PruneReport:
     """Delete what is beyond ``limits``, by default the group's own.
 
@@ -108,7 +108,7 @@ def prune(
     )
     if dry_run:
         return _preview(engine, files, group_id, limits, cutoffs, with_weights)
-    return _carry_out(engine, files, group_id, limits, cutoffs, with_weights, pace or Pace())
+    return _carry_out(engine, files, group_id, limits, cutoffs, with_weights, pace or PrunePace())
 
 
 def _days_ago(now: datetime, days: int) -> datetime:
@@ -152,7 +152,7 @@ def _carry_out(
     limits: Limits,
     cutoffs: _Cutoffs,
     with_weights: bool,
-    pace: Pace,
+    pace: PrunePace,
 ) -> PruneReport:
     report = PruneReport(False, cutoffs.events, cutoffs.minutes)
     if limits.trace_bytes is not None:

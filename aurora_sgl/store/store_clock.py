@@ -43,5 +43,5 @@ def _in_postgresql(element: StoreNow, compiler: SQLCompiler, **_: Any) -> str:
 def store_now(s: Session) -> datetime:
     """The present moment by the store's clock."""
     moment = s.scalar(select(StoreNow()))
-    assert moment is not None
+    assert isinstance(moment, datetime)
     return moment

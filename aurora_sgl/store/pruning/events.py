@@ -17,7 +17,7 @@ from aurora_sgl.store.connection import is_sqlite, reading
 from aurora_sgl.store.faults import Kind, fault_of
 from aurora_sgl.store.models import AcceptanceEvent, Request, RequestTally, Server
 from aurora_sgl.store.partitions import name_of, partitions
-from aurora_sgl.store.pruning.pace import Pace
+from aurora_sgl.store.pruning.pace import PrunePace
 from aurora_sgl.store.queries.limits import is_of_group
 
 #: Rows of a partition above which PostgreSQL's estimate is taken for their number.
@@ -55,7 +55,7 @@ def count_old(engine: Engine, group_id: int, cutoff: datetime, shared: datetime)
 
 
 def prune_events(
-    engine: Engine, pace: Pace, group_id: int, cutoff: datetime, shared: datetime
+    engine: Engine, pace: PrunePace, group_id: int, cutoff: datetime, shared: datetime
 ) -> PrunedEvents:
     """Delete events of the group before ``cutoff``, and of everybody before ``shared``."""
     if is_sqlite(engine):
@@ -83,7 +83,7 @@ def prune_events(
 
 
 def prune_tallies(
-    engine: Engine, pace: Pace, group_id: int, cutoff: datetime, since: datetime | None
+    engine: Engine, pace: PrunePace, group_id: int, cutoff: datetime, since: datetime | None
 ) -> None:
     """Clusters of requests that ended before the cutoff grow no more; those of requests that ended
     before ``since`` are gone already."""
@@ -112,7 +112,7 @@ def prune_tallies(
 
 def _by_time(
     engine: Engine,
-    pace: Pace,
+    pace: PrunePace,
     since: datetime | None,
     until: datetime,
     which: ColumnElement[bool],
@@ -137,7 +137,9 @@ def _by_time(
     return pace.all_of(engine, work)
 
 
-def _of_boots(engine: Engine, pace: Pace, group_id: int, cutoff: datetime, shared: datetime) -> int:
+def _of_boots(
+    engine: Engine, pace: PrunePace, group_id: int, cutoff: datetime, shared: datetime
+) -> int:
     """PostgreSQL: the ranges of the key that the group's boots have in each day's partition."""
     with reading(engine) as connection:
         boots = connection.scalars(select(Server.boot_id).where(Server.group_id == group_id)).all()
@@ -157,7 +159,9 @@ def _of_boots(engine: Engine, pace: Pace, group_id: int, cutoff: datetime, share
     return total
 
 
-def _rows(engine: Engine, pace: Pace, table: str, condition: str, values: dict[str, Any]) -> int:
+def _rows(
+    engine: Engine, pace: PrunePace, table: str, condition: str, values: dict[str, Any]
+) -> int:
     """PostgreSQL: rows of one partition. An event is never updated, so its place stays."""
     statement = text(
         f"DELETE FROM {table} WHERE ctid = ANY(ARRAY("
@@ -169,7 +173,7 @@ def _rows(engine: Engine, pace: Pace, table: str, condition: str, values: dict[s
     )
 
 
-def _drop(engine: Engine, pace: Pace, name: str) -> bool:
+def _drop(engine: Engine, pace: PrunePace, name: str) -> bool:
     """Whether the partition could be dropped: a reader that goes on holds it, and whoever came
     while we wait for him would wait too."""
 

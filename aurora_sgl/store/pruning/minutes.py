@@ -15,7 +15,7 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from aurora_sgl.store.connection import reading
 from aurora_sgl.store.models import AcceptanceMinute, Server, SpoolWatermark
-from aurora_sgl.store.pruning.pace import Pace
+from aurora_sgl.store.pruning.pace import PrunePace
 from aurora_sgl.store.rollup import add_lists
 
 HOUR = timedelta(hours=1)
@@ -67,7 +67,7 @@ def count_old(
 
 def prune_minutes(
     engine: Engine,
-    pace: Pace,
+    pace: PrunePace,
     group_id: int,
     *,
     minutes_before: datetime,
@@ -140,7 +140,7 @@ def _coarsen(connection: Connection, _: int, *, server_id: int, hour: datetime) 
     connection.execute(mark.with_for_update())
     here = and_(m.server_id == server_id, m.bucket_start >= hour, m.bucket_start < hour + HOUR)
     rows = [dict(row) for row in connection.execute(select(_TABLE).where(here)).mappings()]
-    minutes = sum(row["bucket_start"] != hour for row in rows)
+    minutes = sum(bool(row["bucket_start"] != hour) for row in rows)
     if minutes:
         connection.execute(delete(m).where(here))
         connection.execute(insert(m), merged(rows, hour))

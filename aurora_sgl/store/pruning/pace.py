@@ -36,7 +36,7 @@ class Interrupted(Exception):
     """The process stops, or another one prunes now: the rest is left to the next round."""
 
 
-class Pace:
+class PrunePace:
     """Runs the transactions of one round. ``carry_on`` is asked between them, and may renew a
     lease; where it says no the round ends with :class:`Interrupted`."""
 

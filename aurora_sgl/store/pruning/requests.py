@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, delete, exists, func, 
 
 from aurora_sgl.store.connection import reading
 from aurora_sgl.store.models import Request, RequestTally, Server, Trace
-from aurora_sgl.store.pruning.pace import Pace
+from aurora_sgl.store.pruning.pace import PrunePace
 
 
 def count_old(engine: Engine, group_id: int, cutoff: datetime) -> int:
@@ -22,7 +22,7 @@ def count_old(engine: Engine, group_id: int, cutoff: datetime) -> int:
 
 
 def prune_requests(
-    engine: Engine, pace: Pace, group_id: int, cutoff: datetime
+    engine: Engine, pace: PrunePace, group_id: int, cutoff: datetime
 ) -> tuple[int, list[str]]:
     """How many went, and the files of the traces that went with them."""
     uris: list[str] = []

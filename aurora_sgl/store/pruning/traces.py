@@ -6,7 +6,7 @@ from sqlalchemy import Engine
 
 from aurora_sgl.store import queries
 from aurora_sgl.store.connection import session
-from aurora_sgl.store.pruning.pace import Pace
+from aurora_sgl.store.pruning.pace import PrunePace
 
 #: Traces of one transaction.
 ROUND = 200
@@ -30,7 +30,7 @@ def over_budget(
 
 
 def prune_traces(
-    engine: Engine, pace: Pace, group_id: int, budget: int
+    engine: Engine, pace: PrunePace, group_id: int, budget: int
 ) -> tuple[int, int, list[str]]:
     """How many went, their bytes, and their files."""
     count = freed = 0

@@ -10,7 +10,7 @@ from sqlalchemy.orm import aliased
 from aurora_sgl.store import queries
 from aurora_sgl.store.connection import session
 from aurora_sgl.store.models import Alias, DrafterVersion, Server, TrainingRun, Trial
-from aurora_sgl.store.pruning.pace import Pace
+from aurora_sgl.store.pruning.pace import PrunePace
 
 
 class Files(Protocol):
@@ -21,7 +21,7 @@ class Files(Protocol):
     def delete(self, uri: str) -> None: ...
 
 
-def unused(group_id: int, keep_versions: int) -> Select[tuple[DrafterVersion]]:
+def unused(group_id: int, keep_versions: int) -> Select[DrafterVersion]:
     """Versions that are not pinned, have no alias (live, candidate, previous), run on no server,
     are no part of a run or trial that goes on, and are not among the newest."""
     v, newer = DrafterVersion, aliased(DrafterVersion)
@@ -57,7 +57,7 @@ def count_old(engine: Engine, files: Files, group_id: int, keep_versions: int) -
 
 
 def prune_weights(
-    engine: Engine, files: Files, pace: Pace, group_id: int, keep_versions: int
+    engine: Engine, files: Files, pace: PrunePace, group_id: int, keep_versions: int
 ) -> tuple[tuple[int, ...], list[str]]:
     """Ids of the versions whose weights go, and their folders; those that lie elsewhere are left to
     whoever has them. Under the lock of the group: none of them goes live meanwhile."""

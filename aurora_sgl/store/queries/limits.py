@@ -59,5 +59,7 @@ def is_of_group(request_id: InstrumentedAttribute[int], group_id: int) -> Column
     """Whether the request with this id was served by the group: its boot stands in its id, so no
     look at ``request`` is needed."""
     boots = select(Server.boot_id).where(Server.group_id == group_id)
-    bits = literal_column(str(wire.REQUEST_COUNTER_BITS))  # PostgreSQL shifts by an integer
+    bits: ColumnElement[int] = literal_column(
+        str(wire.REQUEST_COUNTER_BITS)
+    )  # PostgreSQL shifts by an integer
     return request_id.bitwise_rshift(bits).in_(boots)

@@ -33,7 +33,7 @@ from aurora_sgl.store.models import (
 )
 from aurora_sgl.store.partitions import name_of
 from aurora_sgl.store.pruning import minutes
-from aurora_sgl.store.pruning.pace import MOST_ROWS, Interrupted, Pace
+from aurora_sgl.store.pruning.pace import MOST_ROWS, Interrupted, PrunePace
 from aurora_sgl.store.retention import prune
 from aurora_sgl.store.rollup import add_lists
 from aurora_sgl.store.store_clock import store_now
@@ -228,7 +228,7 @@ def test_ingest_goes_on_while_events_are_pruned(engine: Engine, tmp_path: Path) 
     group_id, server_id = join(engine, "default", OLD)
     _, young = join(engine, "default", YOUNG)
     fill(engine, server_id, OLD, 4_000)
-    pace = Pace()
+    pace = PrunePace()
     done = threading.Event()
 
     def work() -> None:
@@ -289,7 +289,7 @@ def test_a_partition_that_somebody_reads_is_emptied_and_nobody_waits(
 
 def test_a_transaction_grows_and_shrinks_with_the_time_that_it_takes(engine: Engine) -> None:
     clock = {"now": 0.0, "second": 0.001}
-    pace = Pace(monotonic=lambda: clock["now"])
+    pace = PrunePace(monotonic=lambda: clock["now"])
 
     def work(_: Any, most: int) -> int:
         clock["now"] += clock["second"]
@@ -311,7 +311,7 @@ def test_a_round_ends_where_its_lease_is_lost_and_loses_nothing(
     asked = iter([True, False])
     with pytest.raises(Interrupted):
         root = ArtifactRoot(str(tmp_path))
-        prune(engine, root, group_id, Limits(), now=NOW, pace=Pace(lambda: next(asked, False)))
+        prune(engine, root, group_id, Limits(), now=NOW, pace=PrunePace(lambda: next(asked, False)))
     assert len(column(engine, Request.id)) == 3
     prune(engine, root, group_id, Limits(), now=NOW)
     assert len(column(engine, Request.id)) == 1
