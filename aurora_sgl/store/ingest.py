@@ -16,11 +16,9 @@ from sqlalchemy import Connection, Engine, bindparam, case, select, update
 
 from aurora_sgl import wire
 from aurora_sgl.clock import from_us, utc_now
-from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.events import insert_events
 from aurora_sgl.store.faults import BadRecord, LostRow
 from aurora_sgl.store.models import (
-    AcceptanceEvent,
     AcceptanceMinute,
     DropCount,
     Request,
@@ -42,6 +40,8 @@ from aurora_sgl.store.rollup import (
     roll_up,
     tally_key,
 )
+from aurora_sgl.store.sqlite_file import bound_log
+from aurora_sgl.store.stored_steps import without_stored
 from aurora_sgl.store.upsert import insert, insert_missing, storable, upsert
 
 #: Values of one IN list; both databases take more, plans get no better.
@@ -70,7 +70,9 @@ def ingest(
     steps = _steps(batch)
     ensure_partitions(engine, (from_us(us) for us in {step.at_us for step in steps}))
     with engine.begin() as connection:
-        return _take(connection, server_id, boot_id, batch, partial)
+        result = _take(connection, server_id, boot_id, batch, partial)
+    bound_log(engine)
+    return result
 
 
 def rehearse(engine: Engine, server_id: int, boot_id: int) -> None:
@@ -90,7 +92,7 @@ def _take(
     taken = _lock_watermark(connection, server_id, boot_id)
     boot_version_id = _boot_version(connection, server_id, boot_id)
     _start_requests(connection, server_id, boot_id, records)
-    new = _without_stored(connection, steps)
+    new = without_stored(connection, steps)
     clusters = {tally_key(step, step.version_id or boot_version_id) for step in new}
     tallies = _load_tallies(connection, clusters)
     domains = _domains(connection, {step.request_id for step in new})
@@ -189,28 +191,6 @@ def _start_requests(
     upsert(connection, Request, list(started.values()), ["id"], columns)
     rest = [row for request_id, row in orphans.items() if request_id not in started]
     insert_missing(connection, Request, rest, ["id"])
-
-
-def _without_stored(
-    connection: Connection, steps: Sequence[wire.VerifyStep]
-) -> list[wire.VerifyStep]:
-    """The steps that are not in the store, each once."""
-    unique = {(step.request_id, step.step): step for step in steps}
-    if not unique:
-        return []
-    ids = sorted({step.request_id for step in steps})
-    times = [step.at_us for step in steps]
-    event = AcceptanceEvent
-    first = min(step.step for step in steps)
-    query = select(event.request_id, event.step).where(
-        event.request_id.in_(bindparam("ids", expanding=True)), event.step >= first
-    )
-    if not is_sqlite(connection):  # leaves out the partitions of other days
-        query = query.where(event.at.between(from_us(min(times)), from_us(max(times))))
-    for begin in range(0, len(ids), _CHUNK):
-        for key in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
-            unique.pop((key[0], key[1]), None)
-    return list(unique.values())
 
 
 def _load_tallies(connection: Connection, keys: set[TallyKey]) -> dict[TallyKey, Tally]:

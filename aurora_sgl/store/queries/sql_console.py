@@ -176,7 +176,7 @@ def _postgres(role_url: str, typed: str, rows: int, seconds: float) -> Found:
     url = make_url(role_url).set(drivername="postgresql")
     options = (
         f"-c default_transaction_read_only=on -c statement_timeout={int(seconds * 1000)} "
-        "-c timezone=UTC -c lock_timeout=1000 -c search_path=public"
+        "-c timezone=UTC -c lock_timeout=1000"
     )
     try:
         with closing(
@@ -241,9 +241,11 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
             def do(statement: str) -> None:
                 connection.exec_driver_sql(statement)
 
-            database = str(connection.exec_driver_sql("SELECT current_database()").scalar())
+            here = "SELECT current_database(), quote_ident(current_schema())"
+            database, schema = map(str, connection.exec_driver_sql(here).one())
+            place = database if schema == "public" else f"{database}_{schema}"
             for role in ("viewer", "operator"):
-                name = _role_name(database, role)
+                name = _role_name(place, role)
                 password = secrets.token_hex(24)
                 exists = connection.exec_driver_sql(
                     f"SELECT 1 FROM pg_roles WHERE rolname = '{name}'"
@@ -254,8 +256,9 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
                     f"CONNECTION LIMIT 8 PASSWORD '{password}'"
                 )
                 do(f'ALTER ROLE "{name}" SET default_transaction_read_only = on')
-                do(f'REVOKE ALL ON ALL TABLES IN SCHEMA public FROM "{name}"')
-                do(f'GRANT USAGE ON SCHEMA public TO "{name}"')
+                do(f'ALTER ROLE "{name}" IN DATABASE "{database}" SET search_path = {schema}')
+                do(f'REVOKE ALL ON ALL TABLES IN SCHEMA {schema} FROM "{name}"')
+                do(f'GRANT USAGE ON SCHEMA {schema} TO "{name}"')
                 for table in tables:
                     what = _granted(table, role)
                     if what:
