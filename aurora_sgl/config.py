@@ -33,6 +33,10 @@ class Settings(BaseSettings):
     database_url: str = ""
     """SQLAlchemy URL of the store; empty: a SQLite file in the data folder."""
 
+    database_seconds: float = Field(default=20.0, ge=1.0)
+    """Seconds that PostgreSQL may take for one statement of a sidecar or scheduler, which then does
+    it again; three more without an answer, and the connection counts as lost."""
+
     artifacts: str = ""
     """fsspec URL of the root for weights and traces; empty: a folder in the data folder."""
 

@@ -187,6 +187,7 @@ def _store(settings: Settings) -> Iterator[Finding]:
     from sqlalchemy.engine import make_url
 
     from aurora_sgl import store
+    from aurora_sgl.store.sqlite_file import network
 
     file = Path(settings.store_url.removeprefix("sqlite:///"))
     if settings.store_url.startswith("sqlite:///") and not file.exists():
@@ -207,6 +208,8 @@ def _store(settings: Settings) -> Iterator[Finding]:
             f"{where}: schema {revision or 'none'}",
             "run: aurora-sgl db upgrade",
         )
+    elif place := network(engine):
+        yield Finding("store", "note", place, "PostgreSQL, or a local disk")
     else:
         yield Finding("store", "ok", f"{where}: schema {revision}")
 

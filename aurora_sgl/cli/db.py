@@ -15,10 +15,14 @@ db_app = typer.Typer(help="The store: its schema and how much it keeps.")
 
 @db_app.command("upgrade")
 def db_upgrade() -> None:
-    """Upgrade the store's schema to what this release needs."""
+    """Upgrade the store's schema to what this release needs, and in PostgreSQL make the partitions
+    of the next days."""
     from aurora_sgl import store
+    from aurora_sgl.store.partitions import BY_HAND, ensure_partitions
 
-    print(store.upgrade(store.connect()))
+    engine = store.connect()
+    print(store.upgrade(engine))
+    ensure_partitions(engine, ahead=BY_HAND, at_once=True)
 
 
 @db_app.command("current")

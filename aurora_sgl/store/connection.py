@@ -14,22 +14,23 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.store import sqlite_file
+from aurora_sgl.store.options import READ_ONLY
 
-#: Seconds that a writer waits for another one in SQLite, and for a connection to PostgreSQL.
+#: Seconds that a writer waits for another one in SQLite.
 BUSY_SECONDS = 30
-CONNECT_SECONDS = 5
-#: Execution option: the transaction only reads. SQLite then takes no write lock at its start.
-READ_ONLY = "aurora_read_only"
 
 
-def connect(url: str | None = None) -> Engine:
+def connect(url: str | None = None, *, seconds: float | None = None) -> Engine:
     """An engine for the store at ``url`` (default: the settings' store), tried once.
 
-    Raises ``AuroraError`` with one line, without the password, when the URL is not understood or
-    the database can't be reached.
+    ``seconds``: that one statement may take in PostgreSQL, for processes that can do it again;
+    None: as long as it wants. Raises ``AuroraError`` with one line, without the password, when the
+    URL is not understood or the database can't be reached.
     """
     parsed = parse_url(url or get_settings().store_url)
-    engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgres(parsed)
+    is_file = parsed.get_backend_name() == "sqlite"
+    engine = _sqlite(parsed) if is_file else _postgres(parsed, seconds)
     try:
         with reading(engine) as connection:
             connection.execute(text("SELECT count(*) FROM sqlite_master" if is_sqlite(engine)
@@ -71,6 +72,11 @@ def unreachable(url: URL, error: Exception) -> str:
     if url.password:
         line = line.replace(str(url.password), "***")
     shown = url.render_as_string(hide_password=True)
+    if url.get_backend_name() == "sqlite" and (why := sqlite_file.read_only(url.database)):
+        return (
+            f"the store {shown} can't be used: {why}; "
+            "set AURORA_HOME or AURORA_DATABASE_URL to a place that you can write"
+        )
     return (
         f"the store {shown} can't be reached ({line}); "
         "check AURORA_DATABASE_URL and that the database is running"
@@ -111,7 +117,10 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves, see begin()
+        if not connection.execute("PRAGMA page_count").fetchone()[0]:  # later it takes a lock
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
         connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA journal_size_limit={sqlite_file.WAL_BYTES}")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
@@ -127,13 +136,11 @@ def _sqlite(url: URL) -> Engine:
     return engine
 
 
-def _postgres(url: URL) -> Engine:
+def _postgres(url: URL, seconds: float | None) -> Engine:
     try:
-        return create_engine(
-            url,
-            pool_pre_ping=True,
-            connect_args={"connect_timeout": CONNECT_SECONDS, "options": "-c timezone=UTC"},
-        )
+        from aurora_sgl.store.postgres import make_engine
+
+        return make_engine(url, seconds)
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise AuroraError(f"the driver of {url.drivername} is missing ({error})") from None
 

@@ -53,6 +53,10 @@ _LOST = Fault(Kind.LOST_ROW, "a row that it belongs to is gone")
 _SCHEMA = Fault(Kind.AWAY, "a table or column is missing or was changed")
 _RIGHTS = Fault(Kind.AWAY, "rights are missing")
 _READ_ONLY = Fault(Kind.AWAY, "the database is read-only")
+_STANDBY = Fault(
+    Kind.AWAY,
+    "the database is read-only, as a standby is: AURORA_DATABASE_URL must name its primary",
+)
 _FULL = Fault(Kind.AWAY, "the database has no room")
 _DAMAGE = Fault(Kind.AWAY, "the database is damaged")
 _FILE = Fault(Kind.AWAY, "the database's files can't be read or written")
@@ -68,7 +72,7 @@ POSTGRES = {
     "23": _CHECK,
     "23502": _SCHEMA,  # a column that we don't know of; ours are never left out
     "23503": _LOST,
-    "25006": _READ_ONLY,
+    "25006": _STANDBY,
     "28": _RIGHTS,
     "3D": _UNREACHABLE,
     "3F": _SCHEMA,
@@ -111,6 +115,9 @@ SQLITE = {
     2579: _CHECK,  # CONSTRAINT_ROWID
     3091: _VALUE,  # CONSTRAINT_DATATYPE
 }
+
+#: How the rules begin that say which days lie where, see ``partitions``.
+_OF_DAYS = "acceptance_event_p"
 
 #: What Python raises for a value before a database sees it.
 _PYTHON_DATA = (ValueError, OverflowError, TypeError, struct.error)
@@ -158,8 +165,9 @@ def _of_driver(cause: Any) -> Fault:
         return SQLITE.get(code) or SQLITE.get(code & 0xFF) or _UNKNOWN
     state = getattr(cause, "sqlstate", None)
     if not state:
-        name = type(cause).__name__
-        return {"DataError": _VALUE, "OperationalError": _UNREACHABLE}.get(name, _UNKNOWN)
-    if state == "23514" and not cause.diag.constraint_name:  # no partition for its day
-        return _SCHEMA
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        is_value = "DataError" in names
+        return _VALUE if is_value else _UNREACHABLE if "OperationalError" in names else _UNKNOWN
+    if state == "23514" and (cause.diag.constraint_name or _OF_DAYS).startswith(_OF_DAYS):
+        return _SCHEMA  # no partition for its day, or one that is just being made
     return POSTGRES.get(state) or POSTGRES.get(state[:2]) or _UNKNOWN

@@ -16,12 +16,10 @@ from sqlalchemy import Connection, Engine, bindparam, case, select, update
 
 from aurora_sgl import wire
 from aurora_sgl.clock import from_us, utc_now
-from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.domains import DomainNames, Wanted, day_of
 from aurora_sgl.store.events import insert_events
 from aurora_sgl.store.faults import BadRecord, LostRow, StoreBehind
 from aurora_sgl.store.models import (
-    AcceptanceEvent,
     AcceptanceMinute,
     DropCount,
     Request,
@@ -44,7 +42,9 @@ from aurora_sgl.store.rollup import (
     tally_key,
 )
 from aurora_sgl.store.salt import Salt
+from aurora_sgl.store.sqlite_file import bound_log
 from aurora_sgl.store.store_clock import StoreNow
+from aurora_sgl.store.stored_steps import without_stored
 from aurora_sgl.store.upsert import insert, insert_missing, storable, upsert
 
 #: Values of one IN list; both databases take more, plans get no better.
@@ -96,6 +96,7 @@ def ingest(
     with engine.begin() as connection:
         result, names = _take(connection, server_id, boot_id, batch, partial, expected, rules)
     names.committed()
+    bound_log(engine)
     return result
 
 
@@ -126,7 +127,7 @@ def _take(
     boot_version_id, group_id = _boot(connection, server_id, boot_id)
     names = DomainNames(connection, group_id, rules.most_domains)
     _start_requests(connection, server_id, boot_id, records, names)
-    new = _without_stored(connection, steps)
+    new = without_stored(connection, steps)
     clusters = {tally_key(step, step.version_id or boot_version_id) for step in new}
     rows = _requests(connection, {step.request_id for step in new})
     tallies = _load_tallies(connection, set(rows))
@@ -240,28 +241,6 @@ def _start_requests(
 
 def _wanted(record: wire.RequestStarted) -> Wanted:
     return day_of(from_us(record.at_us)), storable(record.domain)
-
-
-def _without_stored(
-    connection: Connection, steps: Sequence[wire.VerifyStep]
-) -> list[wire.VerifyStep]:
-    """The steps that are not in the store, each once."""
-    unique = {(step.request_id, step.step): step for step in steps}
-    if not unique:
-        return []
-    ids = sorted({step.request_id for step in steps})
-    times = [step.at_us for step in steps]
-    event = AcceptanceEvent
-    first = min(step.step for step in steps)
-    query = select(event.request_id, event.step).where(
-        event.request_id.in_(bindparam("ids", expanding=True)), event.step >= first
-    )
-    if not is_sqlite(connection):  # leaves out the partitions of other days
-        query = query.where(event.at.between(from_us(min(times)), from_us(max(times))))
-    for begin in range(0, len(ids), _CHUNK):
-        for key in connection.execute(query, {"ids": ids[begin : begin + _CHUNK]}):
-            unique.pop((key[0], key[1]), None)
-    return list(unique.values())
 
 
 def _load_tallies(connection: Connection, request_ids: set[int]) -> dict[TallyKey, Tally]:

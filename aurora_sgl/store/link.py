@@ -14,15 +14,18 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.connection import connect
 from aurora_sgl.store.connection import session as open_session
 from aurora_sgl.store.durable import commit_to_disk
 from aurora_sgl.store.faults import Kind, fault_of, in_words, is_away
-from aurora_sgl.store.schema import current, head, upgrade
+from aurora_sgl.store.schema import upgrade
 
 #: Seconds between two tries to do work whose store is away.
 PAUSE_SECONDS = 1.0
+#: Seconds for which one try waits for somebody else's upgrade.
+UPGRADE_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -76,9 +79,8 @@ class StoreLink:
             self._complain(f"the database file {self._file[0]} is gone")
         engine = None
         try:
-            engine = connect(self._url)
-            if current(engine) != head():  # looked at first: it takes no lock
-                upgrade(engine)
+            engine = connect(self._url, seconds=get_settings().database_seconds)
+            upgrade(engine, wait_seconds=UPGRADE_SECONDS)
         except (AuroraError, SQLAlchemyError, OSError) as error:
             if engine is not None:
                 engine.dispose()

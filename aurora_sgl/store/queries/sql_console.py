@@ -209,8 +209,9 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
 
             names = "SELECT current_database(), quote_ident(current_schema())"
             database, schema = map(str, connection.exec_driver_sql(names).one())
+            place = database if schema == "public" else f"{database}_{schema}"
             for role in ("viewer", "operator"):
-                name = _role_name(database, role)
+                name = _role_name(place, role)
                 password = secrets.token_hex(24)
                 exists = connection.exec_driver_sql(
                     f"SELECT 1 FROM pg_roles WHERE rolname = '{name}'"
@@ -222,6 +223,7 @@ def make_sql_roles(engine: Engine) -> dict[str, str]:
                 )
                 for setting in ROLE_SETTINGS:
                     do(f'ALTER ROLE "{name}" SET {setting}')
+                do(f'ALTER ROLE "{name}" IN DATABASE "{database}" SET search_path = {schema}')
                 for setting in SUPERUSER_SETTINGS:
                     with suppress(ProgrammingError), connection.begin_nested():
                         do(f'ALTER ROLE "{name}" SET {setting}')

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, event, func, select, text
 
 from aurora_sgl import store, wire
 from aurora_sgl.errors import AuroraError
@@ -318,3 +319,52 @@ def test_no_table_but_those_of_the_contract_is_made(engine: Engine) -> None:
         if engine.dialect.name == "sqlite":
             assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
             assert connection.scalar(text("PRAGMA foreign_keys")) == 1
+
+
+class Reads:
+    """What the database goes through for its statements: in SQLite steps of its machine, in
+    PostgreSQL rows that it sends."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.count = 0
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "checkout", self._watch)
+        else:
+            event.listen(engine, "after_cursor_execute", self._count_rows)
+
+    def _watch(self, driver: Any, *_: Any) -> None:
+        driver.set_progress_handler(self._step, 10)
+
+    def _step(self) -> int:
+        self.count += 10
+        return 0
+
+    def _count_rows(self, _: Any, cursor: Any, *__: Any) -> None:
+        self.count += max(0, cursor.rowcount)
+
+    def of(self, work: Callable[[], Any]) -> int:
+        before = self.count
+        work()
+        return self.count - before
+
+
+def test_a_new_request_beside_long_ones_does_not_read_their_steps_again(engine: Engine) -> None:
+    """64 requests of 8,000 steps and a new one: 445 ms a batch where it was 14."""
+    server_id = register(engine)
+    long, steps = range(1, 9), 2000
+    for number in long:
+        first: list[wire.Record] = [samples.chain_step(number, i, 1) for i in range(steps)]
+        ingest(engine, server_id, samples.BOOT, [(number, [samples.started(number), *first])])
+    reads = Reads(engine)
+    seq = iter(range(100, 200))
+
+    def next_steps(step: int, *others: wire.Record) -> int:
+        records = [samples.chain_step(number, step, 1) for number in long]
+        return reads.of(
+            lambda: ingest(engine, server_id, samples.BOOT, [(next(seq), [*records, *others])])
+        )
+
+    next_steps(steps)  # what is done once
+    alone = next_steps(steps + 1)
+    beside = next_steps(steps + 2, samples.started(99), samples.chain_step(99, 0, 1))
+    assert 0 < beside < 2 * alone + 100
