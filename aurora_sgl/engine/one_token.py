@@ -12,9 +12,9 @@ What is decided here of each parameter stands in docs/operations.md, with why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -78,11 +78,11 @@ def reasons(request: Any, *, seeds: bool = False) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def undecided(parameters: type[Any]) -> tuple[tuple[str, Any], ...]:
+def undecided(parameters: Hashable) -> tuple[tuple[str, Any], ...]:
     """(name, default) of the sampling parameters of a release that this file does not know."""
     decided = {*UNTOUCHED, *CHANGED, *SOMETIMES}
     names = [name for name in getattr(parameters, "__struct_fields__", ()) if name not in decided]
-    default = parameters() if names else None
+    default = cast(type[Any], parameters)() if names else None
     return tuple((name, getattr(default, name)) for name in names)
 
 
