@@ -51,9 +51,11 @@ def drops(s: Session, group_id: int, *, since: datetime | None = None) -> dict[s
     stored later is not lost."""
     query = (
         select(
-            DropCount.place, DropCount.server_id, DropCount.count.label("lost"),
+            DropCount.place,
+            DropCount.server_id,
+            DropCount.count.label("lost"),
             DropCount.updated_at,
-        )  # fmt: skip
+        )
         .join(Server, Server.id == DropCount.server_id)
         .where(Server.group_id == group_id)
     )
