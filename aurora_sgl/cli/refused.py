@@ -9,7 +9,7 @@ import typer
 
 from aurora_sgl.cli.shared import AsJson, open_store, print_rows
 
-COLUMNS = {"spool": "spool", "records": "count", "kind": "kind", "last": "last", "why": "why"}
+COLUMNS = {"spool": "spool", "records": "records", "kind": "kind", "last": "last", "why": "why"}
 
 
 def db_refused(

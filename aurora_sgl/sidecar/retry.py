@@ -32,7 +32,7 @@ class RefusedGroup(NamedTuple):
 
     why: str
     kind: str
-    count: int
+    records: int
     first: str  # when, UTC
     last: str
 
@@ -52,7 +52,7 @@ def refused_groups(folder: Path) -> list[RefusedGroup]:
         RefusedGroup(why, kind, len(times), min(times), max(times))
         for (why, kind), times in moments.items()
     ]
-    return sorted(rows, key=lambda row: -row.count)
+    return sorted(rows, key=lambda row: -row.records)
 
 
 def _all_lines(folder: Path) -> Iterator[Line]:

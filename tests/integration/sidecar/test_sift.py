@@ -145,7 +145,7 @@ def test_what_was_set_aside_can_be_stored_by_a_command_once_its_rule_is_gone(
     assert inside.drops() == {"rejected": 2}
     folder = inside.spool.folder
     groups = retry.refused_groups(folder)
-    assert sorted((one.kind, one.count) for one in groups) == [("start", 1), ("step", 1)]
+    assert sorted((one.kind, one.records) for one in groups) == [("start", 1), ("step", 1)]
     assert retry.retry(inside.engine, folder) == {"refused": 2}  # the rule is still there
     inside.write("DROP INDEX mine")
     inside.send(samples.started(9))  # the sidecar goes on meanwhile
@@ -169,7 +169,7 @@ def test_a_retry_that_was_killed_is_gone_on_with(inside: Inside) -> None:
     (folder / FILE).rename(folder / retry.MOVED)
     RefusedFile(folder).keep([two])
     assert retry.folders(folder.parent.parent) == []  # not a spool of a data folder
-    assert [row.count for row in retry.refused_groups(folder)] == [2]
+    assert [row.records for row in retry.refused_groups(folder)] == [2]
     assert retry.retry(inside.engine, folder) == {"stored": 2}
     assert inside.count("request") == 3
     assert not (folder / retry.MOVED).exists() and not (folder / FILE).exists()
@@ -210,7 +210,7 @@ def test_the_command_shows_what_was_refused_and_tries_it_again(home: Path) -> No
     runner = CliRunner()
     shown = runner.invoke(cli.app, ["db", "refused", "--json"])
     (row,) = json.loads(shown.output)
-    assert (row["why"], row["kind"], row["count"]) == ("a table is gone", "start", 2)
+    assert (row["why"], row["kind"], row["records"]) == ("a table is gone", "start", 2)
     done = runner.invoke(cli.app, ["db", "refused", "--retry", "--json"])
     assert done.exit_code == 0, done.output
     assert [row["stored"] for row in json.loads(done.output)] == [2]
