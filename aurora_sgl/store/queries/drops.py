@@ -50,23 +50,18 @@ def drops(s: Session, group_id: int, *, since: datetime | None = None) -> dict[s
     after a moment. Records, but for the place ``trace``, which counts traces. What was refused and
     stored later is not lost."""
     query = (
-        select(
-            DropCount.place,
-            DropCount.server_id,
-            DropCount.count.label("lost"),
-            DropCount.updated_at,
-        )
+        select(DropCount.place, DropCount.server_id, DropCount.count, DropCount.updated_at)
         .join(Server, Server.id == DropCount.server_id)
         .where(Server.group_id == group_id)
     )
-    rows = s.execute(query).all()
-    later = {row.server_id: row.lost for row in rows if row.place == STORED_LATER}
+    rows = s.execute(query).tuples().all()
+    later = {server_id: count for place, server_id, count, _ in rows if place == STORED_LATER}
     total: dict[str, int] = {}
-    for row in rows:
-        if row.place == STORED_LATER or (since is not None and row.updated_at < since):
+    for place, server_id, count, updated_at in rows:
+        if place == STORED_LATER or (since is not None and updated_at < since):
             continue
-        stored = later.get(row.server_id, 0) if row.place == "rejected" else 0
-        total[row.place] = total.get(row.place, 0) + max(0, row.lost - stored)
+        stored = later.get(server_id, 0) if place == "rejected" else 0
+        total[place] = total.get(place, 0) + max(0, count - stored)
     return {place: count for place, count in total.items() if count}
 
 

@@ -145,7 +145,7 @@ def test_what_was_set_aside_can_be_stored_by_a_command_once_its_rule_is_gone(
     assert inside.drops() == {"rejected": 2}
     folder = inside.spool.folder
     groups = retry.refused_groups(folder)
-    assert sorted((one.kind, one.count) for one in groups) == [("start", 1), ("step", 1)]
+    assert sorted((one.kind, one.records) for one in groups) == [("start", 1), ("step", 1)]
     assert retry.retry(inside.engine, folder) == {"refused": 2}  # the rule is still there
     inside.write("DROP INDEX mine")
     inside.send(samples.started(9))  # the sidecar goes on meanwhile
