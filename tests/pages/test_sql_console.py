@@ -24,6 +24,7 @@ from dashboard.screens.sql import EXAMPLES
 from tests.support import store_samples as samples
 
 Ask = Callable[..., Answer]
+AskHere = Callable[..., list[list[Any]]]
 Roles = dict[str, str]
 
 
@@ -49,10 +50,10 @@ def ask(engine: Engine, roles: Roles) -> Ask:
 
 
 @pytest.fixture
-def ask_here(engine: Engine, roles: Roles) -> Ask:
+def ask_here(engine: Engine, roles: Roles) -> AskHere:
     """The same in this process, without the limits of one: a table of statements is quicker so."""
 
-    def ask_(statement: str, role: str = "operator", seconds: float = 5.0) -> list[list[object]]:
+    def ask_(statement: str, role: str = "operator", seconds: float = 5.0) -> list[list[Any]]:
         task = task_of(
             engine, statement, with_tokens=role == "operator", role_url=roles.get(role, ""),
             rows=100, seconds=seconds,
@@ -112,7 +113,7 @@ ONLY_POSTGRES = [
 ]
 
 
-def test_it_writes_nothing_whatever_is_typed(ask_here: Ask, engine: Engine) -> None:
+def test_it_writes_nothing_whatever_is_typed(ask_here: AskHere, engine: Engine) -> None:
     only = ONLY_SQLITE if is_sqlite(engine) else ONLY_POSTGRES
     before = ask_here("SELECT count(*) FROM request")
     for statement in [*WRITES, *only]:
@@ -125,7 +126,7 @@ def test_it_writes_nothing_whatever_is_typed(ask_here: Ask, engine: Engine) -> N
 
 
 def test_a_viewer_sees_no_token_and_no_conversation_hash_by_any_name(
-    ask_here: Ask, engine: Engine
+    ask_here: AskHere, engine: Engine
 ) -> None:
     hidden = [
         "SELECT draft_tokens FROM acceptance_event",
@@ -291,7 +292,7 @@ NOT_ONLY_READING = [
 
 
 def test_set_config_advisory_locks_and_their_kind_are_impossible_in_postgresql(
-    ask_here: Ask, engine: Engine
+    ask_here: AskHere, engine: Engine
 ) -> None:
     if is_sqlite(engine):
         return
@@ -307,7 +308,7 @@ def test_set_config_advisory_locks_and_their_kind_are_impossible_in_postgresql(
         assert locks.all() == []
 
 
-def test_what_only_reads_is_not_refused_in_postgresql(ask_here: Ask, engine: Engine) -> None:
+def test_what_only_reads_is_not_refused_in_postgresql(ask_here: AskHere, engine: Engine) -> None:
     if is_sqlite(engine):
         return
     for statement in (

@@ -66,7 +66,7 @@ def before(dialect: str) -> str:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return str(module.rejected_tokens(dialect)).replace("v_rejected_tokens", "v_before")
+    return str(module.rejected_tokens(dialect)).replace("v_rejected_tokens", "rejected_before")
 
 
 def test_v_rejected_tokens_has_the_rows_of_the_window_over_all_events(filled: Engine) -> None:
@@ -76,11 +76,11 @@ def test_v_rejected_tokens_has_the_rows_of_the_window_over_all_events(filled: En
             view: connection.execute(
                 text(f"SELECT * FROM {view} ORDER BY request_id, step, rank")
             ).all()
-            for view in ("v_rejected_tokens", "v_before")
+            for view in ("v_rejected_tokens", "rejected_before")
         }
-    assert len(rows["v_before"]) > 200
-    assert max(row.rank for row in rows["v_before"]) > 2
-    assert rows["v_rejected_tokens"] == rows["v_before"]
+    assert len(rows["rejected_before"]) > 200
+    assert max(row.rank for row in rows["rejected_before"]) > 2
+    assert rows["v_rejected_tokens"] == rows["rejected_before"]
 
 
 def plan(engine: Engine, query: str) -> str:
@@ -94,13 +94,13 @@ def test_a_condition_on_it_reads_only_the_events_that_are_asked_for(filled: Engi
     """At 100 million events anything else takes minutes."""
     (example,) = TOKEN_EXAMPLES.values()
     last_hour = "SELECT count(*) FROM v_rejected_tokens WHERE at > '2026-11-18 11:05:00.000000'"
-    by_request = plan(filled, example)
+    by_example = plan(filled, example)
     by_time = plan(filled, last_hour)
     if is_sqlite(filled):
-        assert "SEARCH e USING PRIMARY KEY (request_id=?)" in by_request, by_request
-        assert "SEARCH e USING INDEX ix_acceptance_event_at (at>?)" in by_time, by_time
+        for tree in (by_example, by_time):
+            assert "SEARCH e USING INDEX ix_acceptance_event_at (at>?)" in tree, tree
     else:  # which index is taken depends on the size; nothing is numbered first
-        assert "WindowAgg" not in by_request + by_time
+        assert "WindowAgg" not in by_example + by_time
     assert "TEMP B-TREE" not in plan(filled, "SELECT * FROM v_rejected_tokens LIMIT 10")
     with filled.begin() as connection:
         assert connection.execute(text(example)).all()
