@@ -32,7 +32,7 @@ def written(place: Path) -> Iterator[Path]:
         raise
 
 
-def replace_file(place: Path, data: bytes, *, mode: int = 0o666) -> None:
+def replace_file(place: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Write a file and have it on the disk before it takes its place; ``mode`` less the umask."""
     with written(place) as new:
         descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
