@@ -26,6 +26,7 @@ from aurora_sgl import atomic, litter
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_file
+from aurora_sgl.private import access_to_artifacts, make_folder, opener
 
 _PIECE = 1 << 20
 _LAST = "config.json"
@@ -38,6 +39,7 @@ class ArtifactRoot:
 
     def __init__(self, url: str | None = None) -> None:
         self.url = url or get_settings().artifact_root
+        self._access = access_to_artifacts(get_settings().artifact_access)
         try:
             fs, path = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -152,9 +154,9 @@ class ArtifactRoot:
         """Copy one file beside ``full``, check its size and rename it."""
         beside = _beside(full)
         digest = hashlib.sha256()
-        self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        self._make_folder(full.rpartition("/")[0])
         try:
-            with local.open("rb") as source, self._fs.open(beside, "wb") as copy:
+            with local.open("rb") as source, self._new_file(beside) as copy:
                 while piece := source.read(_PIECE):
                     digest.update(piece)
                     copy.write(piece)
@@ -172,6 +174,21 @@ class ArtifactRoot:
                 self._fs.rm(beside)
             raise
         return digest.hexdigest()
+
+    def _make_folder(self, full: str) -> None:
+        if self.is_local:
+            make_folder(Path(full), self._access)
+        else:
+            self._fs.makedirs(full, exist_ok=True)
+
+    def _new_file(self, full: str) -> IO[bytes]:
+        """A new file. On this machine its owner's, or its group's too, whatever the umask."""
+        if not self.is_local:
+            file: IO[bytes] = self._fs.open(full, "wb")
+            return file
+        local = open(full, "wb", opener=opener)  # noqa: SIM115
+        os.fchmod(local.fileno(), self._access.file)
+        return local
 
     def _holds(self, full: str, hashes: dict[str, str]) -> bool:
         try:

@@ -32,7 +32,7 @@ def written(place: Path) -> Iterator[Path]:
         raise
 
 
-def replace_file(place: Path, data: bytes, *, mode: int = 0o666) -> None:
+def replace_file(place: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Write a file and have it on the disk before it takes its place, and its place before this
     returns: a power cut brings back neither an empty file nor the old one. ``mode`` less the
     umask."""

@@ -124,6 +124,21 @@ class Settings(BaseSettings):
     """Whether the dashboard shows operators tokens, and their text for requests that may be used
     for training. Viewers never see either."""
 
+    dashboard_host_names: str = ""
+    """Names, with commas, under which the dashboard is reached beside those of this machine's
+    loopback: that of a proxy before it. Under other names it is not answered."""
+
+    dashboard_base_path: str = ""
+    """Path under which a proxy shows the dashboard, such as /aurora; empty: at the root."""
+
+    dashboard_trusted_proxies: str = ""
+    """Addresses or networks, with commas, of proxies before the dashboard whose X-Forwarded-For and
+    X-Forwarded-Proto are believed. Anybody else's are not."""
+
+    artifact_access: str = Field(default="owner", pattern="^(owner|group)$")
+    """Who may read and write weights and traces on a local artifact root: owner, or its group too,
+    for a trainer or a server of another user. All else in the data folder is the owner's only."""
+
     retention_days: int = Field(default=30, ge=1, le=36_500)
     """Days that acceptance events are kept. This and the next ones are taken when a group is first
     made; see ``limits``."""

@@ -23,6 +23,7 @@ from aurora_sgl.engine.flags import server_flags, value_of
 from aurora_sgl.environment import CPU, DRAFTER_SOURCE
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.private import users_own
 from aurora_sgl.processes.server import port_is_free
 from aurora_sgl.rollout.versions import fetch_verified
 from aurora_sgl.store import queries
@@ -216,7 +217,10 @@ def serve(model: str, drafter: str | None, sglang_args: list[str], settings: Set
         if line:
             print(f"aurora-sgl: {line}", file=sys.stderr, flush=True)
     os.environ.update(serve_plan.environment)
-    os.execv(sys.executable, [sys.executable, "-m", "aurora_sgl.engine.launch", *serve_plan.flags])
+    with users_own():  # SGLang is not ours
+        os.execv(
+            sys.executable, [sys.executable, "-m", "aurora_sgl.engine.launch", *serve_plan.flags]
+        )
 
 
 def _shown(settings: Settings) -> str:

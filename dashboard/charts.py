@@ -31,6 +31,12 @@ MILLISECOND = timedelta(milliseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+def literal(text: str) -> str:
+    """A text of others for plotly, which reads some HTML, ``%{name}`` in what is shown on hover,
+    and formulas between dollars."""
+    return escape(text).replace("%{", "%&#123;").replace("$", "&#36;")
+
+
 def show(figure: go.Figure, key: str, alt: str) -> None:
     st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
 
@@ -217,7 +223,7 @@ def _mark_deployments(
             textposition="top center",
             cliponaxis=False,
             customdata=[
-                f"{action} of version {row.version_id} by {escape(row.actor)}<br>"
+                f"{action} of version {row.version_id} by {literal(row.actor)}<br>"
                 f"{_wrapped(row.reason)}<br>"
                 f"{local(row.created_at):%d %b %H:%M:%S} ({words.utc(row.created_at)})"
                 for row in rows
@@ -238,11 +244,11 @@ def _mark_deployments(
 def label(text: str, width: int = 30) -> str:
     """A name that others chose, whole, in lines that a telephone has room for: plotly cuts what is
     wider than the picture."""
-    return "<br>".join(escape(line) for line in wrap(text, width)) or escape(text)
+    return "<br>".join(literal(line) for line in wrap(text, width)) or literal(text)
 
 
 def _wrapped(text: str) -> str:
-    return "<br>".join(escape(line) for line in wrap(text, 60, max_lines=4, placeholder=" ..."))
+    return "<br>".join(literal(line) for line in wrap(text, 60, max_lines=4, placeholder=" ..."))
 
 
 def positions(reached: Mapping[str, Sequence[int]], steps: Mapping[str, int]) -> go.Figure:
@@ -255,7 +261,7 @@ def positions(reached: Mapping[str, Sequence[int]], steps: Mapping[str, int]) ->
             y=[count / total for count in counts],
             name=label(name),
             marker={"color": COLOURS[index % 8], "pattern": {"shape": PATTERNS[index % 8]}},
-            hovertemplate="%{x}: %{y:.1%} of the steps<extra>" + escape(name) + "</extra>",
+            hovertemplate="%{x}: %{y:.1%} of the steps<extra>" + literal(name) + "</extra>",
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
@@ -273,7 +279,7 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
             name=label(name),
             marker={"color": COLOURS[index % 8], "pattern": {"shape": PATTERNS[index % 8]}},
             hovertemplate="%{x}: %{customdata:,} steps, %{y:.1%}"
-            f"<extra>{escape(name)}</extra>",
+            f"<extra>{literal(name)}</extra>",
         )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_xaxes(type="category")
@@ -331,15 +337,15 @@ def _length(served: ServedCounts | None) -> float | None:
 def _hover_text(row: str, column: datetime | str, served: ServedCounts | None) -> str:
     column = f"{column:%-d %b %Hh}" if isinstance(column, datetime) else column
     if served is None:
-        return f"{escape(row)}, {column}: nothing served"
+        return f"{literal(row)}, {column}: nothing served"
     length = words.length(served.accept_length, served.interval)
-    return f"{escape(row)}, {column}: {length}, {served.requests:,} requests"
+    return f"{literal(row)}, {column}: {length}, {served.requests:,} requests"
 
 
 def plain(x: Sequence[Any], y: Sequence[Any], across: str, up: str, kind: str) -> go.Figure:
     """One column against another one; ``kind``: bars, line or points. Text in them is literal."""
     figure = go.Figure()
-    x = [escape(value) if isinstance(value, str) else value for value in x]
+    x = [literal(value) if isinstance(value, str) else value for value in x]
     if kind == "bars":
         figure.add_bar(x=x, y=list(y), marker={"color": COLOURS[0]})
     else:

@@ -125,11 +125,17 @@ def _keep() -> None:
         return
     method = "POST" if token else "DELETE"
     st.html(
-        "<script>fetch('/session', {"
+        f"<script>fetch('{_base()}/session', {{"
         f"method: '{method}', body: {json.dumps(token) if token else 'undefined'}, "
         "headers: {'x-aurora-dashboard': '1'}})</script>",
         unsafe_allow_javascript=True,
     )
+
+
+def _base() -> str:
+    """Path under which a proxy shows the pages, see ``reach.read_base``."""
+    path = str(st.get_option("server.baseUrlPath") or "").strip("/")
+    return f"/{path}" if path else ""
 
 
 def _cookie() -> str | None:

@@ -3,54 +3,80 @@
 from __future__ import annotations
 
 import importlib
+import os
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from ipaddress import ip_address
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from urllib.parse import urlsplit
 
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import settle
 from aurora_sgl.store.accounts import SESSION_SECONDS, Accounts
 
-LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
+from .guard import Guard
+from .reach import Site, read, shown
+
 #: Slow to import; better before the first page is asked for than while somebody waits.
 HEAVY = ("pandas", "pyarrow", "plotly.graph_objects", "plotly.io", "sqlalchemy.dialects.sqlite")
 
 
-def serve(host: str, port: int) -> None:
-    """Serve until interrupted. Prints the address, and a one-time link while nobody has an
-    account. Raises ``AuroraError`` when the accounts can't be opened or the port is taken."""
+def serve(
+    host: str,
+    port: int,
+    *,
+    names: list[str] | None = None,
+    base: str | None = None,
+    proxies: list[str] | None = None,
+) -> None:
+    """Serve until interrupted; what is not given, the settings say. Prints the address, and a
+    one-time link while nobody has an account.
+
+    Raises ``AuroraError`` when the accounts can't be opened, the port is taken, or a name, path or
+    address of a proxy is none.
+    """
     import streamlit
     from streamlit import logger
 
     logger.set_log_level("error")  # caches warn that no page runs yet
-    port = _free(host, port)
+    settings = get_settings()
+    site = read(host, port, settings, names=names, base=base, proxies=proxies)
+    site = replace(site, port=_free(host, port))
+    if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
+        print(f"aurora-sgl: {line}", file=sys.stderr, flush=True)
     accounts = Accounts(accounts_path())
     for module in (*HEAVY, f"{__package__}.shell"):
         importlib.import_module(module)
-    address = f"http://{shown(host)}:{port}"
     token = accounts.offer_setup()
-    print(f"dashboard: {address}", flush=True)
+    print(f"dashboard: {site.address}", flush=True)
+    if site.public != site.address:
+        print(f"dashboard: for a proxy that shows it as {site.public}", flush=True)
     if token is not None:
         print(
             f"dashboard: nobody has an account yet; make the first operator, once, at "
-            f"{address}/?setup={token}",
+            f"{site.public}/?setup={token}",
             flush=True,
         )
     Thread(target=_warm, name="warm", daemon=True).start()
+    # Uvicorn believes X-Forwarded-* of these; without the variable, of anybody on this machine.
+    os.environ["FORWARDED_ALLOW_IPS"] = site.proxies
     app = streamlit.App(
         str(Path(__file__).with_name("app.py")),
-        routes=[Route("/session", keep_session, methods=["POST", "DELETE"])],
+        routes=[Route(f"{site.base}/session", keep_session, methods=["POST", "DELETE"])],
+        middleware=[Middleware(Guard, base=site.base, knows=_knows)],
         lifespan=_life,
     )
-    app.run(config=options(host, port))
+    app.run(config=options(site))
 
 
 def _warm() -> None:
@@ -81,18 +107,19 @@ def _free(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def options(host: str, port: int) -> dict[str, object]:
+def options(site: Site) -> dict[str, object]:
     """Streamlit's settings: nothing is asked of other machines, other names are refused."""
     return {
-        "server.address": host,
-        "server.port": port,
+        "server.address": site.host,
+        "server.port": site.port,
+        "server.baseUrlPath": site.base.strip("/"),
         "server.headless": True,
         "server.fileWatcherType": "none",
         "server.runOnSave": False,
-        "server.allowedHosts": LOOPBACK_NAMES if is_loopback(host) else [],
+        "server.allowedHosts": site.allowed_hosts,
         "browser.gatherUsageStats": False,
         "secrets.files": [str(accounts_path().with_name("secrets.toml"))],
-        "browser.serverAddress": shown(host),
+        "browser.serverAddress": shown(site.host),
         "client.toolbarMode": "viewer",
         "client.showErrorDetails": "none",
         "theme.primaryColor": "#0072B2",
@@ -112,20 +139,19 @@ def sql_roles_path() -> Path:
     return accounts_path().with_name("sql-roles.json")
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def shown(host: str) -> str:
-    return "127.0.0.1" if host in ("", "0.0.0.0") else f"[{host}]" if ":" in host else host
-
-
 def cookie_name(port: int | None) -> str:
     """Cookies are shared by all ports of a machine; the name keeps two dashboards apart."""
     return f"aurora_session_{port or 80}"
+
+
+def _knows(request: Request) -> bool:
+    """Whether somebody who is logged in asks. Who came through OpenID Connect has a cookie of
+    Streamlit's instead of ours, which only the pages read."""
+    token = request.cookies.get(cookie_name(request.url.port))
+    if token and Accounts(accounts_path()).of_session(token) is not None:
+        return True
+    secrets = accounts_path().with_name("secrets.toml")
+    return secrets.is_file() and "[auth" in secrets.read_text(errors="replace")
 
 
 async def keep_session(request: Request) -> Response:
@@ -133,11 +159,14 @@ async def keep_session(request: Request) -> Response:
 
     Other sites can't send the header without asking first, and are not answered when they ask.
     """
-    if request.headers.get("x-aurora-dashboard") != "1":
+    origin = urlsplit(request.headers.get("origin") or "")
+    elsewhere = origin.netloc and origin.netloc != request.headers.get("host")
+    if request.headers.get("x-aurora-dashboard") != "1" or elsewhere:
         return PlainTextResponse("not from the dashboard's page", 403)
     name, answer = cookie_name(request.url.port), PlainTextResponse("ok")
+    path = request.url.path.removesuffix("/session") or "/"
     if request.method == "DELETE":
-        answer.delete_cookie(name)
+        answer.delete_cookie(name, path=path)
         return answer
     token = (await request.body())[:200].decode("ascii", "replace")
     if Accounts(accounts_path()).of_session(token) is None:
@@ -146,8 +175,9 @@ async def keep_session(request: Request) -> Response:
         name,
         token,
         max_age=int(SESSION_SECONDS),
+        path=path,
         httponly=True,
         samesite="strict",
-        secure=request.url.scheme == "https",
+        secure="https" in (request.url.scheme, origin.scheme),
     )
     return answer

@@ -23,6 +23,8 @@ STYLE = """<style>
 [data-testid=stMainBlockContainer] h1 {padding-top:0}
 [data-testid=stButtonGroup] [role=radiogroup] {flex-wrap:wrap}
 [data-testid=stTabs] [role=tablist] {flex-wrap:wrap}
+/* Streamlit's own button writes cells that a spreadsheet would run, see exports. */
+[data-testid=stElementToolbar] button[aria-label^="Download as CSV"] {display:none}
 [data-testid=stAlertContainer] ul {margin:0 0 1rem; padding-left:.3rem}
 /* On a tablet numbers stand in two rows, and tables below charts. */
 @media (min-width: 641px) and (max-width: 1000px) {

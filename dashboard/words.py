@@ -20,8 +20,21 @@ NONE = "–"  # noqa: RUF001
 
 def literal(text: object) -> str:
     """Text of others for a place that reads Markdown: on one line, and nothing in it is markup.
-    Clients choose domains and people their reasons; an image in one would be asked for."""
-    return re.sub(r"([\\`*\[\]<~$])", r"\\\1", " ".join(str(text).split()))
+    Clients choose domains and people their reasons; an image in one would be asked for. What
+    Streamlit turns into links, signs and pictures by itself is parted where nobody sees it."""
+    line = _MARKS.sub(r"\\\g<0>", " ".join(str(text).split()))
+    return _BY_ITSELF.sub("\u2060", line)
+
+
+#: What Markdown reads anywhere, around words, and at the begin of a line.
+_MARKS = re.compile(
+    r"[\\`*\[\]<>~$#&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+=]|(?<=^\d)[.)](?=\s|$)"
+)
+#: Before the slashes of an address, the dot after www and the @ of a mailbox; after the colon of
+#: ``:smile:``; and in arrows, which become signs.
+_BY_ITSELF = re.compile(
+    r"(?<=:)(?=//)|(?i:(?<=www))(?=\.)|(?=@)|(?<=:)(?=[A-Za-z_+-])|(?<=[-=])(?=\\?>)|(?<=<)(?=-)"
+)
 
 
 @dataclass(frozen=True)

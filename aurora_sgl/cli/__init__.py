@@ -15,6 +15,7 @@ from aurora_sgl import __version__
 from aurora_sgl.cli import dashboard, db, learning, operating, refused, rollout, serving, versions
 from aurora_sgl.console import print_error
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import keep_to_owner
 
 app = typer.Typer(
     name="aurora-sgl",
@@ -48,6 +49,7 @@ app.add_typer(dashboard.dashboard_app, name="dashboard")
 
 def main() -> None:
     """The console script ``aurora-sgl``."""
+    keep_to_owner()
     try:
         app()
     except AuroraError as error:

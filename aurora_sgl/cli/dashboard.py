@@ -34,6 +34,17 @@ def dashboard(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free port.")] = 8501,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which a proxy before it shows it; may be repeated."),
+    ] = None,
+    base_path: Annotated[
+        str | None, typer.Option(help="Path under which a proxy shows it, such as /aurora.")
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="Address or network of a proxy whose X-Forwarded-For is believed."),
+    ] = None,
     nice: Annotated[int, typer.Option(min=0, max=19, help="Niceness of the process.")] = 0,
 ) -> None:
     """Start the web page for operators. The first start prints a link that makes an account."""
@@ -47,7 +58,7 @@ def dashboard(
         from aurora_sgl.processes.bound_to_parent import exit_with_parent
 
         exit_with_parent()
-    _pages("server").serve(host, port)
+    _pages("server").serve(host, port, names=host_name, base=base_path, proxies=trusted_proxy)
 
 
 @dashboard_app.command("add-user")

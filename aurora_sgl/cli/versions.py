@@ -21,6 +21,7 @@ from aurora_sgl.cli.shared import (
     version_id,
 )
 from aurora_sgl.console import print_json, print_table
+from aurora_sgl.private import users_own
 
 if TYPE_CHECKING:
     from aurora_sgl.rollout.versions import VersionLine
@@ -122,7 +123,8 @@ def versions_export(
 
     engine, owner = open_group(group)
     number = version_id(engine, owner.name, version)
-    print(export_version(engine, ArtifactRoot(), number, into, force=force))
+    with users_own():
+        print(export_version(engine, ArtifactRoot(), number, into, force=force))
 
 
 @versions_app.command("pin")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aurora_sgl.environment import EXIT_WITH_PARENT
+from aurora_sgl.private import make_folder, opener
 from aurora_sgl.processes.server import port_is_free
 
 PORT, NICENESS, STOP_SECONDS = 8501, 15, 10.0
@@ -28,8 +29,8 @@ class DashboardProcess:
     def start(self) -> None:
         port = PORT if port_is_free("127.0.0.1", PORT) else 0
         command = [sys.executable, "-m", "aurora_sgl.cli", "dashboard"]
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        make_folder(self._log.parent)
+        with open(self._log, "ab", opener=opener) as log:
             self._process = subprocess.Popen(
                 [*command, "--port", str(port), "--nice", str(NICENESS)],
                 stdin=subprocess.DEVNULL,

@@ -78,7 +78,6 @@ def save(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
             new.mkdir()
             (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_file(tensors_of(drafter, dtype), str(new / WEIGHTS), metadata={"format": "pt"})
-            (new / WEIGHTS).chmod(0o644)  # safetensors writes for its own user alone
     except (OSError, SafetensorError) as error:
         raise AuroraError(f"cannot write the drafter to {folder}: {error}") from None
     return folder

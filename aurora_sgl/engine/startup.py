@@ -17,6 +17,7 @@ from typing import Any
 from aurora_sgl import environment
 from aurora_sgl.config import Settings, get_settings, mistakes
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import make_folder
 
 #: SGLang's name for an EAGLE drafter that is part of the target's checkpoint; it calls it EAGLE.
 _ALIASES = {"NEXTN": "EAGLE"}
@@ -150,7 +151,7 @@ def look_at_folders(settings: Settings) -> tuple[Outlook, Settings | None]:
 def unwritable(folder: Path) -> str:
     """Why nothing can be written into a folder, which is made; "" when it can."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import given_umask, make_folder, opener
 
 _STOP_SECONDS = 15.0
 _DUMP_SECONDS = 1.0
@@ -78,14 +79,15 @@ class ServerProcess:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._output = self.log.open("ab")
+        make_folder(self.log.parent)
+        self._output = open(self.log, "ab", opener=opener)  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "aurora_sgl.engine.launch", *self._flags],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=self._environment,
+            umask=given_umask(),
             start_new_session=True,  # a Ctrl-C of the terminal is ours to pass on, in order
         )
 

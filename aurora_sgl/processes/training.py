@@ -21,6 +21,8 @@ from typing import IO, Any
 
 import psutil
 
+from aurora_sgl.private import make_folder, opener
+
 MODULE = "aurora_sgl.training"
 #: Last words of a run that are looked for its outcome.
 _TAIL_BYTES = 4000
@@ -49,8 +51,8 @@ def failed(code: int, last_words: str) -> dict[str, Any]:
 def start_detached(arguments: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
     """A run that outlives the thread that starts it; all that it says goes into a file, see
     :func:`outcome_in`. Raises ``OSError`` when the system has no room for it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("wb") as file:
+    make_folder(output.parent)
+    with open(output, "wb", opener=opener) as file:
         return subprocess.Popen(
             [sys.executable, "-m", MODULE, *arguments],
             stdin=subprocess.DEVNULL,

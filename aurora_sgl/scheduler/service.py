@@ -15,10 +15,12 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from sqlalchemy.exc import SQLAlchemyError
 
+from aurora_sgl import logs
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import SchedulerSettings, Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.health import HealthServer, Sample
+from aurora_sgl.private import settle
 from aurora_sgl.scheduler import metrics
 from aurora_sgl.scheduler.loop import Scheduler
 from aurora_sgl.sequences.splits import GATE_SHARE
@@ -133,9 +135,9 @@ def run(
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """Until SIGTERM or Ctrl-C. A store that is away is waited for."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.begin()
+    if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
+        log.warning("%s", line)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -9,8 +9,10 @@ import sys
 import traceback
 from pathlib import Path
 
+from aurora_sgl import logs
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import keep_to_owner, settle
 from aurora_sgl.processes.priority import step_back
 from aurora_sgl.sidecar.service import SidecarService
 from aurora_sgl.sidecar.supervisor import LAST_WORDS
@@ -29,16 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--replica", type=int, default=0, help="which of a server's sidecars it is")
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    keep_to_owner()
+    logs.begin()
     logging.getLogger("alembic").setLevel(logging.WARNING)  # two lines a look at the revision
     step_back(NICENESS)
     try:
+        settings = get_settings()
         service = SidecarService(
-            get_settings(),
+            settings,
             chosen.endpoint,
             spool=chosen.spool,
             parent_pid=chosen.parent_pid,
@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             line = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"{LAST_WORDS}{line}", file=sys.stderr)  # which the supervisor reads
         return 1
+    if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
+        logging.getLogger(__name__).warning("%s", line)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.request_stop())
     service.run()

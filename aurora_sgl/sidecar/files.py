@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import make_folder
 
 
 class FolderLock:
@@ -17,7 +18,7 @@ class FolderLock:
         """Raises ``AuroraError`` when another process holds it, or the folder can't be written."""
         self.path = folder / "lock"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             why = error.strerror

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import make_folder, opener
 from aurora_sgl.sidecar.endpoint import HEALTH_FILE, NAMES, address
 
 BACKOFF_SECONDS = (0.5, 30.0)
@@ -64,12 +65,12 @@ class SidecarSupervisor:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         try:
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._endpoint.mkdir(parents=True, exist_ok=True)
+            make_folder(self.log_path.parent)
+            make_folder(self._endpoint)
             if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES:
                 os.replace(self.log_path, self.log_path.with_suffix(".log.1"))
             (self._endpoint / HEALTH_FILE).unlink(missing_ok=True)
-            with self.log_path.open("ab") as log_file:
+            with open(self.log_path, "ab", opener=opener) as log_file:
                 return subprocess.Popen(
                     [
                         sys.executable,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import OWNER, make_folder
 from aurora_sgl.store import sqlite_file
 from aurora_sgl.store.options import READ_ONLY
 
@@ -106,12 +108,13 @@ def _sqlite(url: URL) -> Engine:
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
         folder = Path(url.database).parent
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise AuroraError(
                 f"the folder {folder} of the store can't be made ({error.strerror}); "
                 "set AURORA_HOME or AURORA_DATABASE_URL to a place that you can write"
             ) from None
+        _make_file(Path(url.database))
     engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
@@ -134,6 +137,16 @@ def _sqlite(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _make_file(path: Path) -> None:
+    """An empty database that is its owner's only; SQLite makes its other files with that mode.
+
+    One that is there is not opened: closing it would end the locks of this process' connections.
+    What stands in the way is said by SQLite.
+    """
+    with suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, OWNER.file))
 
 
 def _postgres(url: URL, seconds: float | None) -> Engine:

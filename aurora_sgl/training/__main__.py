@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import keep_to_owner
 from aurora_sgl.processes.priority import step_back
 from aurora_sgl.training.settings import TrainSettings
 
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", type=int, help="version to start from (default: the live one)")
     parser.add_argument("--settings", default="{}", help="JSON object of training settings")
     given = parser.parse_args(arguments)
+    keep_to_owner()
     try:
         settings = TrainSettings.model_validate_json(given.settings)
     except ValidationError as error:

@@ -25,6 +25,7 @@ from aurora_sgl.evaluation.gate import difference_of, pairs_of
 from aurora_sgl.evaluation.record import record
 from aurora_sgl.evaluation.replay import RequestReplay, replay_both
 from aurora_sgl.intervals import or_none
+from aurora_sgl.private import make_folder
 from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.sequences import dataset
 from aurora_sgl.sequences.held_out import HeldOut
@@ -370,7 +371,7 @@ def _plan(settings: TrainSettings, base_sha256: str, selection: Selection) -> Ru
 
 def _training_folder() -> Path:
     folder = get_settings().home / "training"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return folder
 
 

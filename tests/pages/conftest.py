@@ -50,6 +50,15 @@ def running(shared: House) -> Iterator[Dashboard]:
     dashboard.stop()
 
 
+@pytest.fixture(scope="session")
+def hostile_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which every text that is not ours is hostile."""
+    home = tmp_path_factory.mktemp("hostile")
+    samples.fill_hostile(home)
+    chrome.add_accounts(home)
+    return home
+
+
 @pytest.fixture
 def settings_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Makes this process one of the house at a folder, with further settings."""

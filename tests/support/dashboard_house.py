@@ -23,6 +23,7 @@ from aurora_sgl.rollout.promote import set_candidate
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import ingest
+from tests.support import hostile
 from tests.support.drafter_cases import VOCAB, target_folder
 
 WORDS = (
@@ -105,6 +106,7 @@ class House:
         quality: float = 0.6,
         may_train: bool = True,
         sampling: dict[str, Any] | None = None,
+        rid: str = "",
         rng: random.Random,
     ) -> int:
         """One request, recorded as the engine does; its id."""
@@ -112,7 +114,7 @@ class House:
         request_id = wire.request_id(boot, number)
         us = int(at.timestamp() * 1e6)
         records: list[wire.Record] = [
-            wire.RequestStarted(request_id, us, f"r{number}", 0, domain, "", 24, 0,
+            wire.RequestStarted(request_id, us, rid or f"r{number}", 0, domain, "", 24, 0,
                                 sampling or {"temperature": 0.0}, may_train, False, True)
         ]  # fmt: skip
         made, position = [], 25
@@ -377,6 +379,31 @@ def first_hour(home: Path, now: datetime | None = None) -> House:
         queries.runs.start_run(s, house.group_id, trigger="requests", base_version_id=3)
     house.servers_follow()
     return house
+
+
+def fill_hostile(home: Path, now: datetime | None = None) -> None:
+    """Two versions, and a request for each hostile text, which is its domain and its id; servers,
+    actors, reasons, notices and errors are hostile too."""
+    now = (now or datetime.now(UTC)).replace(microsecond=0)
+    rng, names = random.Random(0), hostile.cleaned()
+    everything = " ".join(hostile.cleaned(40)[::5])[:480]
+    house = empty(home)
+    add_servers(house, {77: names[0], 78: names[40]}, {"odd": everything})
+    with clock_at(now - timedelta(minutes=50)):
+        for number in range(2):
+            rollout.promote(house.engine, add_version(house), actor=everything[:90],
+                            reason=everything, force=bool(number))  # fmt: skip
+    turn = rollout.switches.turn
+    turn(house.engine, "default", "learning", False, actor=everything[:90], reason=everything)
+    with store.session(house.engine) as s:
+        run = queries.runs.start_run(s, house.group_id, trigger="requests", base_version_id=1)
+        queries.runs.finish_run(s, run.id, "failed", error=everything)
+    with house.together():
+        for index, name in enumerate(names):
+            house.serve(now - timedelta(minutes=40) + timedelta(seconds=index), 2, domain=name,
+                        rid=name, steps=2, boot=77 + index % 2, rng=rng)  # fmt: skip
+    house.servers_follow()
+    house.engine.dispose()
 
 
 def _next(house: House, parent: int, at: datetime, verdict: str = "pass") -> int:

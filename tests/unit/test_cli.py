@@ -26,6 +26,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs ``aurora-sgl`` with arguments; gives (exit code, stdout, stderr)."""
+    monkeypatch.setattr(cli, "keep_to_owner", lambda: None)  # of a process, and this is pytest's
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["aurora-sgl", *arguments])

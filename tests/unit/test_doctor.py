@@ -73,6 +73,7 @@ def test_the_command_prints_json_and_exits_with_1_when_something_is_missing(
     monkeypatch.setenv("AURORA_HOME", str(tmp_path))
     monkeypatch.setenv("AURORA_DATABASE_URL", "postgresql://a:b@127.0.0.1:1/x")
     monkeypatch.setattr(sys, "argv", ["aurora-sgl", "doctor", "--json"])
+    monkeypatch.setattr(cli, "keep_to_owner", lambda: None)  # of a process, and this is pytest's
     get_settings.cache_clear()
     with pytest.raises(SystemExit) as ended:
         cli.main()

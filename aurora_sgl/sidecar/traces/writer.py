@@ -19,6 +19,7 @@ from aurora_sgl import clock, litter, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
+from aurora_sgl.private import make_folder
 from aurora_sgl.sidecar.traces.assembler import AssembledTrace
 from aurora_sgl.trace_format import AUX, LAST, STEP_STARTS, TOKENS, TraceMetadata
 
@@ -125,7 +126,7 @@ class TraceWriter:
             aux_layers=",".join(map(str, server.get("aux_layers") or ())),
             target_model=str(server.get("target_model", "")),
         ).to_text()
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self._scratch)
         prefix = f"{litter.mark()}."  # so that what a kill leaves can be swept
         with tempfile.NamedTemporaryFile(dir=self._scratch, prefix=prefix, suffix=".trace") as file:
             sha256 = write_safetensors(file, tensors, metadata)  # type: ignore[arg-type]

@@ -1,0 +1,242 @@
+"""The access matrix: who asks, and what for. Each cell is a test, against one running dashboard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from websockets.exceptions import InvalidStatus
+
+from aurora_sgl import store
+from aurora_sgl.rollout import status, switches
+from aurora_sgl.store import queries
+from aurora_sgl.store.accounts import Accounts
+from dashboard.server import cookie_name
+from tests.support.browser import PAGES, Dashboard
+from tests.support.dashboard_house import DOMAINS, House
+from tests.support.page_socket import Drawn, PageSocket
+
+pytestmark = pytest.mark.timeout(240)
+
+PASSWORD = "a long enough one"
+ELSEWHERE = "http://evil.example"
+#: Those whom every page and action is closed to.
+STRANGERS = ("no account", "after logout", "after demotion", "forged cookie")
+WHO = (*STRANGERS, "other origin", "viewer")
+#: What the login shows, and no page.
+LOGIN = "Log in"
+#: Page, query, and the button of each action.
+ACTIONS = {
+    "promote": ("versions", "version=4", "Promote"),
+    "roll back": ("versions", "version=3", "Roll back"),
+    "pin": ("versions", "version=4", "Pin"),
+    "export": ("versions", "version=4", "Export"),
+    "turn a switch": ("training", "", "Switch off"),
+    "train": ("training", "", "Train now"),
+}
+
+
+class People:
+    """Sessions of the dashboard by who holds them."""
+
+    def __init__(self, house: House, url: str) -> None:
+        self.accounts = Accounts(house.home / "dashboard" / "accounts.db")
+        self.url = url
+        operator = self.accounts.open_session("ada")
+        gone = self.accounts.open_session("ada")
+        self.accounts.close_session(gone)
+        self.tokens = {
+            "no account": "", "after logout": gone, "after demotion": self.demoted("dora"),
+            "forged cookie": "A" * len(operator), "other origin": operator, "operator": operator,
+            "viewer": self.accounts.open_session("vera"),
+        }  # fmt: skip
+
+    def demoted(self, name: str) -> str:
+        self.accounts.add(name, "operator", PASSWORD)
+        token = self.accounts.open_session(name)
+        self.accounts.add(name, "viewer", PASSWORD)
+        return token
+
+    def socket(self, who: str) -> PageSocket:
+        origin = ELSEWHERE if who == "other origin" else self.url
+        return PageSocket(self.url, self.tokens[who], origin=origin)
+
+    def ask(self, who: str, method: str, path: str, body: str = "") -> httpx.Response:
+        port = int(self.url.rpartition(":")[2])
+        headers = {"x-aurora-dashboard": "1", "Origin": self.url}
+        if who == "other origin":
+            headers["Origin"] = ELSEWHERE
+        if self.tokens[who]:
+            headers["Cookie"] = f"{cookie_name(port)}={self.tokens[who]}"
+        return httpx.request(method, f"{self.url}{path}", headers=headers, content=body)
+
+
+@pytest.fixture(scope="module")
+def people(shared: House, running: Dashboard) -> Iterator[People]:
+    people = People(shared, running.url)
+    yield people
+    people.accounts.remove("dora")
+
+
+def only_the_login(drawn: Drawn) -> None:
+    assert LOGIN in drawn.submits
+    assert not drawn.kinds & {"dataframe", "plotly_chart", "metric", "multiselect", "selectbox"}
+    # "chat" and "code" may stand anywhere; what is drawn of the store are tables and numbers.
+    assert "version" not in drawn.text and not set(DOMAINS) & set(drawn.texts)
+
+
+def drawn_for(people: People, who: str, page: str, query: str = "", **more: str) -> Drawn | None:
+    """``None``: not even the socket is open to them."""
+    try:
+        with people.socket(who) as socket:
+            return socket.show(page, query=query, **more)  # type: ignore[arg-type]
+    except InvalidStatus as refused:
+        assert refused.response.status_code == 403
+        return None
+
+
+# -- pages and their socket ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [name.lower() for name in PAGES])
+@pytest.mark.parametrize("who", WHO)
+def test_who_may_look_at_a_page(house: House, people: People, who: str, page: str) -> None:
+    drawn = drawn_for(people, who, "" if page == "now" else page)
+    if who == "other origin":
+        assert drawn is None
+    elif who == "viewer":
+        assert drawn is not None and LOGIN not in drawn.submits
+        assert page.upper() in drawn.text.upper() and "vera (viewer: may look)" in drawn.text
+        assert not {label for _, _, label in ACTIONS.values()} & set(drawn.buttons)
+    else:
+        assert drawn is not None
+        only_the_login(drawn)
+
+
+# -- actions -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dialogs(shared: House, people: People) -> dict[str, tuple[str, str, str]]:
+    """By action, of an operator's page: the ids of its button, of the reason in its dialog, and of
+    the button that agrees."""
+    ids = {}
+    for action, (page, query, label) in ACTIONS.items():
+        with people.socket("operator") as socket:
+            button = socket.show(page, query=query).buttons[label]
+            dialog = socket.show(page, query=query, press=button)
+        assert "Reason" in dialog.inputs, f"an operator is asked before: {action}"
+        (agree,) = dialog.submits.values()
+        ids[action] = (button, dialog.inputs["Reason"], agree)
+    return ids
+
+
+def state_of(house: House) -> object:
+    """What actions change."""
+    with store.session(house.engine, write=False) as s:
+        aliases = queries.aliases.aliases(s, house.group_id)
+        pinned = [v.pinned for v in queries.versions.versions(s, house.group_id)]
+    turned = [(one.name, one.on) for one in switches.read(house.engine, "default")]
+    return aliases, pinned, turned, len(status.audit(house.engine, "default"))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("who", WHO)
+def test_who_may_act(
+    house: House, people: People, dialogs: dict[str, tuple[str, str, str]], who: str, action: str
+) -> None:
+    """The button's id is the operator's own, as whoever watched him would send it."""
+    before, (page, query, _) = state_of(house), ACTIONS[action]
+    button, reason, agree = dialogs[action]
+    try:
+        with people.socket(who) as socket:
+            asked = socket.show(page, query=query, press=button)
+            done = socket.show(page, query=query, press=agree, typed={reason: "because"})
+    except InvalidStatus as refused:
+        assert who == "other origin" and refused.response.status_code == 403
+    else:
+        assert who != "other origin"
+        for drawn in (asked, done):
+            assert "Reason" not in drawn.inputs
+            assert (LOGIN in drawn.submits) == (who != "viewer")
+    assert state_of(house) == before
+
+
+def test_a_page_that_is_open_ends_with_its_session(house: House, people: People) -> None:
+    """Logged out elsewhere, made a viewer, or removed: the next look shows the login."""
+    changes = {
+        "logout": lambda token: people.accounts.close_session(token),
+        "demotion": lambda _: people.accounts.add("otto", "viewer", PASSWORD),
+        "removal": lambda _: people.accounts.remove("otto"),
+    }
+    for change in changes.values():
+        people.accounts.add("otto", "operator", PASSWORD)
+        token = people.accounts.open_session("otto")
+        with PageSocket(people.url, token, origin=people.url) as socket:
+            assert "Promote" in socket.show("versions", query="version=4").buttons
+            change(token)
+            only_the_login(socket.show("versions", query="version=4"))
+    people.accounts.add("otto", "viewer", PASSWORD)
+    people.accounts.remove("otto")
+
+
+# -- endpoints -----------------------------------------------------------------------------------
+
+CLOSED = {
+    ("PUT", "/_stcore/upload_file/session/file"): {404},
+    ("DELETE", "/_stcore/upload_file/session/file"): {404},
+    ("GET", "/_stcore/metrics"): {404},
+    ("POST", "/_stcore/agent/interact"): {404},
+    ("GET", "/_stcore/agent/openapi.json"): {404},
+    ("POST", "/_stcore/agent/mcp"): {404},
+    ("GET", "/_stcore/bidi-components/x/y.js"): {404},
+    ("GET", "/component/x/accounts.db"): {404},
+    ("GET", "/app/static/../accounts.db"): {200, 400, 404},  # 200: the empty page
+}
+
+
+@pytest.mark.parametrize(("method", "path"), CLOSED)
+@pytest.mark.parametrize("who", [*WHO, "operator"])
+def test_endpoints_that_no_page_needs_are_closed_to_all(
+    people: People, who: str, method: str, path: str
+) -> None:
+    answer = people.ask(who, method, path)
+    assert answer.status_code in CLOSED[method, path]
+    assert b"argon2" not in answer.content and b"SQLite" not in answer.content
+
+
+@pytest.mark.parametrize("who", [*WHO, "operator"])
+def test_who_may_fetch_what_pages_offer_for_download(people: People, who: str) -> None:
+    """An address that exists is not known here; whether it is looked for depends on who asks."""
+    answer = people.ask(who, "GET", f"/media/{'0' * 56}.csv")
+    # A cookie that sites of others can't send (SameSite=Strict) counts as its owner's.
+    allowed = who in ("viewer", "operator", "other origin")
+    assert answer.status_code == (404 if allowed else 403)
+
+
+@pytest.mark.parametrize("who", [*WHO, "operator"])
+def test_who_may_keep_a_session_in_a_cookie(people: People, who: str) -> None:
+    answer = people.ask(who, "POST", "/session", people.tokens[who])
+    allowed = who in ("viewer", "operator")
+    assert answer.status_code == (200 if allowed else 403)
+    cookie = answer.headers.get("set-cookie", "")
+    assert bool(cookie) == allowed
+    if allowed:
+        assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Path=/" in cookie
+
+
+@pytest.mark.parametrize("who", [*WHO, "operator"])
+def test_forgetting_a_cookie_ends_nobody_elses_session(people: People, who: str) -> None:
+    answer = people.ask(who, "DELETE", "/session")
+    assert answer.status_code == (403 if who == "other origin" else 200)
+    assert people.accounts.of_session(people.tokens["operator"]) is not None
+    assert people.accounts.of_session(people.tokens["viewer"]) is not None
+
+
+@pytest.mark.parametrize("path", ["/_stcore/health", "/_stcore/host-config"])
+@pytest.mark.parametrize("who", WHO)
+def test_what_is_open_to_all_says_nothing_of_the_store(people: People, who: str, path: str) -> None:
+    answer = people.ask(who, "GET", path)
+    assert answer.status_code == 200
+    assert not any(word in answer.text for word in ("version", "aurora.db", "ada", "vera"))

@@ -1,0 +1,179 @@
+"""What clients and people write is text on every page, in every chart and in every file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from markdown_it import MarkdownIt
+from streamlit.testing.v1 import AppTest
+
+from aurora_sgl.store.models import Deployment
+from aurora_sgl.store.queries.trends import ServedCounts
+from dashboard import charts, exports, words
+from tests.pages.test_pages import draw
+from tests.support import hostile
+from tests.support.browser import PAGES
+
+Use = Callable[..., None]
+NAMES = hostile.cleaned()
+#: Tags that our own markup has.
+OURS = {"style", "table", "thead", "tbody", "tr", "th", "td", "span", "div", "time", "p", "b", "br",
+        "ul", "li", "small"}  # fmt: skip
+BEGIN = datetime(2026, 11, 24, tzinfo=UTC)
+SERVED = ServedCounts(4, 40, 120, 50, 90, 420, 640, 500)
+#: What plotly would do something about: tags, templates, dollars.
+ACTIVE = re.compile(r"<[^>]*>|%\{[^}]*\}|\$")
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def test_no_cell_of_a_csv_file_is_a_formula_and_none_loses_its_text() -> None:
+    texts = [text for text in hostile.texts() if text.encode(errors="ignore").decode() == text]
+    frame = pd.DataFrame({"domain": texts, "n": range(len(texts)), "=head": texts})
+    rows = list(csv.reader(io.StringIO(exports.csv(frame).decode(), newline="")))
+    assert rows[0] == ["domain", "n", "'=head"]
+    assert len(rows) == len(texts) + 1
+    for row, text in zip(rows[1:], texts, strict=True):
+        for cell in (row[0], row[2]):
+            kept = text.replace("\r\n", "\n").replace("\r", "\n")
+            assert cell.removeprefix("'") == kept.removeprefix("'")
+            assert not re.match(r"\s*[=+\-@\uff1d]|[\t\r\n]", cell), cell
+
+
+@pytest.mark.parametrize("value", ["-1", "+2.5", "1e-3", "-1.5E+10", "chat", "a=b", "", "é"])
+def test_what_is_no_formula_is_exported_as_it_is(value: str) -> None:
+    assert exports.inert(value) == value
+
+
+# -- charts --------------------------------------------------------------------------------------
+
+
+def figures(name: str) -> Iterator[Any]:
+    points = [(BEGIN, SERVED), (BEGIN + timedelta(minutes=1), SERVED)]
+    made = Deployment(action="promote", version_id=2, previous_version_id=1, actor=name,
+                      generation=1, reason=name, created_at=BEGIN)  # fmt: skip
+    yield charts.trend({name: points}, timedelta(minutes=1), [made])
+    yield charts.histogram({name: [1, 2]})
+    yield charts.positions({name: [1]}, {name: 3})
+    yield charts.heat([name], ["00h"], {(name, "00h"): SERVED})
+    yield charts.curves({name: [(0.0, 1.0)]}, "updates", "loss")
+    for kind in ("bars", "line", "points"):
+        yield charts.plain([name, name], [1, 2], name, name, kind)
+
+
+def active(figure: Any) -> set[str]:
+    return {found for text in _strings(json.loads(figure.to_json())) for found in
+            ACTIVE.findall(text)}  # fmt: skip
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
+
+
+def test_hostile_text_in_a_chart_adds_nothing_that_is_interpreted() -> None:
+    plain = [active(figure) | {"<br>"} for figure in figures("chat")]
+    for begin in range(6):  # a figure takes a tenth of a second
+        name = " ".join(NAMES[begin::6])
+        for figure, expected in zip(figures(name), plain, strict=True):
+            assert active(figure) <= expected
+    for name in NAMES:
+        for text in (charts.label(name), charts.literal(name)):
+            assert {*ACTIVE.findall(text)} <= {"<br>"}, name
+
+
+# -- pages ---------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(markup)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def of_markdown(text: str) -> Tags:
+    markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    return Tags(markdown.render(text))
+
+
+def wrong_in_markup(markup: str) -> list[str]:
+    return [
+        f"<{tag} {attributes}>"
+        for tag, attributes in Tags(markup).tags
+        if tag not in OURS or any(name.startswith("on") or name in ("href", "src")
+                                  for name in attributes)
+    ]  # fmt: skip
+
+
+def wrong_in_markdown(text: str) -> list[str]:
+    """What Streamlit would make of it: links, pictures, signs, formulas."""
+    wrong = [tag for tag, attributes in of_markdown(text).tags
+             if hostile.HOST in str(attributes)
+             or tag in ("img", "script", "iframe", "svg")]  # fmt: skip
+    wrong += re.findall(rf"https?://{hostile.HOST}|www\.{hostile.HOST}|\w@{hostile.HOST}", text)
+    return wrong + re.findall(r":smile:|:material/home:|(?<!\\)\$|:red(?=\[)", text)
+
+
+def test_text_of_others_in_markdown_is_that_text_on_one_line() -> None:
+    for name in NAMES:
+        tags = of_markdown(words.literal(name))
+        assert [tag for tag, _ in tags.tags] in ([], ["p"]), name
+        text = "".join(tags.words).strip().replace("\u2060", "")
+        assert text == " ".join(name.split()), name
+        assert not wrong_in_markdown(words.literal(name)), name
+
+
+def test_text_of_others_in_markup_is_that_text() -> None:
+    for name in NAMES:
+        for markup in (words.cell(name), words.joined("by ", name).markup):
+            assert not Tags(markup).tags
+        assert "".join(Tags(words.cell(name)).words) == (name or words.NONE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_hostile_text_on_a_page_adds_nothing_that_is_interpreted(
+    hostile_home: Path, settings_of: Use, page: str
+) -> None:
+    settings_of(hostile_home)
+    more = {"statement": "SELECT domain, count(*) AS n FROM request GROUP BY domain"}
+    app = draw(hostile_home, page, **(more if page == "SQL" else {}))
+    if page == "SQL":
+        next(one for one in app.button if one.label == "Run").click().run()
+        assert not app.exception
+    assert_inert(app)
+
+
+def assert_inert(app: AppTest) -> None:
+    for element in app.get("html"):
+        assert not wrong_in_markup(element.proto.body)
+    for kind in ("title", "header", "subheader", "markdown", "caption", "info", "warning", "error",
+                 "success"):  # fmt: skip
+        for element in app.get(kind):
+            assert not wrong_in_markdown(element.value), element.value
+    for element in app.get("plotly_chart"):
+        for text in _strings(json.loads(element.proto.spec)):
+            found = set(ACTIVE.findall(text))
+            assert not {one for one in found if hostile.HOST in one or one.startswith("$")}, text

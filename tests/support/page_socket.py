@@ -1,0 +1,122 @@
+"""A page of the dashboard without a browser: Streamlit's websocket, spoken directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from streamlit.proto.WidgetStates_pb2 import WidgetState
+from websockets.sync.client import connect
+
+from dashboard.server import cookie_name
+
+#: Seconds that a run of the script may take on a busy machine.
+PATIENCE = 60.0
+#: A script that ends with a wish to run again does so by itself.
+AGAIN = ForwardMsg.FINISHED_EARLY_FOR_RERUN
+
+
+@dataclass
+class Drawn:
+    """What one run of the script sent."""
+
+    texts: list[str] = field(default_factory=list)
+    buttons: dict[str, str] = field(default_factory=dict)  # label -> widget id
+    submits: dict[str, str] = field(default_factory=dict)  # those of forms
+    inputs: dict[str, str] = field(default_factory=dict)
+    fragments: dict[str, str] = field(default_factory=dict)  # widget id -> its fragment
+    kinds: set[str] = field(default_factory=set)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+    def take(self, message: ForwardMsg) -> None:
+        if message.WhichOneof("type") != "delta" or (
+            message.delta.WhichOneof("type") != "new_element"
+        ):
+            return
+        element = message.delta.new_element
+        kind = str(element.WhichOneof("type"))
+        one = getattr(element, kind)
+        self.kinds.add(kind)
+        self.texts += strings_of(one)
+        widgets = {"button": self.buttons, "text_input": self.inputs}.get(kind)
+        if kind == "button" and one.is_form_submitter:
+            widgets = self.submits
+        if widgets is not None:
+            widgets[one.label] = one.id
+            self.fragments[one.id] = message.delta.fragment_id
+
+
+def strings_of(message: Any) -> Iterator[str]:
+    for descriptor, value in message.ListFields():
+        for one in value if _is_many(value) else [value]:
+            if isinstance(one, str):
+                yield one
+            elif descriptor.message_type is not None and hasattr(one, "ListFields"):
+                yield from strings_of(one)
+
+
+def _is_many(value: Any) -> bool:
+    return not isinstance(value, str | bytes) and isinstance(value, Iterable)
+
+
+class PageSocket:
+    """One connection, as ``token``'s owner. Raises ``InvalidStatus`` when it is refused."""
+
+    def __init__(
+        self, url: str, token: str = "", *, origin: str | None = None, **headers: str
+    ) -> None:
+        port = int(url.split("/")[2].rpartition(":")[2])
+        if token:
+            headers["Cookie"] = f"{cookie_name(port)}={token}"
+        self._socket = connect(
+            f"{url.replace('http', 'ws', 1)}/_stcore/stream",
+            origin=origin,  # type: ignore[arg-type]
+            subprotocols=["streamlit"],  # type: ignore[list-item]
+            additional_headers={name.replace("_", "-"): value for name, value in headers.items()},
+            open_timeout=PATIENCE,
+            max_size=None,
+        )
+
+    def __enter__(self) -> PageSocket:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    def show(
+        self, page: str = "", *, press: str = "", typed: dict[str, str] | None = None,
+        fragment: str = "", query: str = "",
+    ) -> Drawn:  # fmt: skip
+        """Draw a page, as if the widget of the id ``press`` had been pressed and texts were typed
+        into others."""
+        message = BackMsg()
+        asked = message.rerun_script
+        asked.page_name, asked.query_string, asked.fragment_id = page, query, fragment
+        asked.context_info.timezone = "Europe/Zurich"
+        states = [WidgetState(id=id, string_value=text) for id, text in (typed or {}).items()]
+        if press:
+            states.append(WidgetState(id=press, trigger_value=True))
+        asked.widget_states.widgets.extend(states)
+        self._socket.send(message.SerializeToString())
+        drawn = Drawn()
+        while True:
+            data = self._socket.recv(PATIENCE)
+            assert isinstance(data, bytes)
+            forward = ForwardMsg.FromString(data)
+            drawn.take(forward)
+            if forward.WhichOneof("type") == "script_finished":
+                if forward.script_finished != AGAIN:
+                    return drawn
+                drawn = Drawn()
