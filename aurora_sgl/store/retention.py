@@ -8,6 +8,7 @@ the audit are kept for good.
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from sqlalchemy import Engine
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.limits import Limits
-from aurora_sgl.store import queries
+from aurora_sgl.store import queries, sqlite_file
 from aurora_sgl.store.connection import session
 from aurora_sgl.store.pruning import events, minutes, requests, traces, weights
 from aurora_sgl.store.pruning.pace import PrunePace
@@ -108,7 +109,19 @@ def prune(
     )
     if dry_run:
         return _preview(engine, files, group_id, limits, cutoffs, with_weights)
-    return _carry_out(engine, files, group_id, limits, cutoffs, with_weights, pace or PrunePace())
+    pace = pace or PrunePace()
+    report = _carry_out(engine, files, group_id, limits, cutoffs, with_weights, pace)
+    if report.sentence != "nothing":
+        _shrink(engine)
+    return report
+
+
+def _shrink(engine: Engine) -> None:
+    """A file of SQLite gives back the room of what went; another time where somebody has it."""
+    try:
+        sqlite_file.shrink(engine)
+    except sqlite3.Error as error:
+        log.info("the store's file could not be made smaller now: %s", error)
 
 
 def _days_ago(now: datetime, days: int) -> datetime:

@@ -131,6 +131,16 @@ def test_each_group_keeps_its_own_days_of_events(engine: Engine, tmp_path: Path)
     assert prune(engine, root, a, now=NOW).events == 0
 
 
+def test_a_file_of_sqlite_gives_back_the_room_of_what_went(tmp_path: Path) -> None:
+    engine = store.connect(f"sqlite:///{tmp_path / 'store.db'}")
+    store.upgrade(engine)
+    group_id, server = join(engine, "a", OLD)
+    serve(engine, server, OLD, [50.0], steps=3000)
+    assert prune(engine, ArtifactRoot(str(tmp_path)), group_id, Limits(), now=NOW).events == 3000
+    with store.reading(engine) as connection:
+        assert connection.exec_driver_sql("PRAGMA freelist_count").scalar() == 0
+
+
 # -- roll-ups ------------------------------------------------------------------------------------
 
 
