@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,7 +86,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -96,5 +97,5 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise AuroraError(f"{path} is broken or cut short: {why}") from None
 
 
-def _names(file: safe_open) -> list[str]:
+def _names(file: Any) -> list[str]:
     return [name for name in file.keys() if "embed_tokens" not in name]  # noqa: SIM118
