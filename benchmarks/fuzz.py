@@ -209,8 +209,9 @@ def show(rows: list[Row], *, as_json: bool) -> None:
     if as_json:
         print_json(cells)
         return
-    names = ("kind", "inputs", "taken", "refused", "crashes", "tracebacks", "hangs")
-    print_table("Odd inputs", {**{n: n for n in names}, "slowest, ms": "slowest_ms"}, cells)
+    names = ("kind", "inputs", "taken", "refused", "crashes", "hangs")
+    columns = {name: name for name in names} | {"errors": "tracebacks", "ms": "slowest_ms"}
+    print_table("Odd inputs; errors: tracebacks; ms: the slowest", columns, cells)
 
 
 if __name__ == "__main__":

@@ -190,19 +190,18 @@ class SettingsOfAll:
 
     def _read(self) -> str:
         from pydantic import ValidationError
+        from pydantic_settings import SettingsError
 
-        from aurora_sgl import cli, config
+        from aurora_sgl import config
 
         answer = TAKEN
         for each in self.classes:
             try:
                 each().model_dump_json()
-            except Exception as error:
-                line = cli._one_line(error)
-                if line is None:
-                    raise
-                answer = one_line(AuroraError(line))
-                assert not isinstance(error, ValidationError) or config.in_words(error)
+            except ValidationError as error:
+                answer = one_line(AuroraError(error.errors()[0]["msg"]))
+            except (SettingsError, UnicodeDecodeError):  # the command line has words for these
+                answer = REFUSED
         settings, lines = config.read_forgiving()
         for text in (*lines, settings.group, settings.server_name, settings.store_url):
             text.encode()

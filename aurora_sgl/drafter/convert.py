@@ -79,7 +79,7 @@ def _run(files: list[Path], out: Path, seconds: int) -> None:
 
 def environment(scratch: str) -> dict[str, str]:
     """Of the process: nothing of ours, and no home to look into."""
-    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    kept = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
     own = {"HOME": scratch, "TMPDIR": scratch, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return kept | own
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from aurora_sgl import cli
 from aurora_sgl.artifacts import ArtifactRoot
-from aurora_sgl.config import Settings, from_home, read_forgiving
+from aurora_sgl.config import SchedulerSettings, Settings, from_home, read_forgiving
 from aurora_sgl.drafter import hub
 from aurora_sgl.store.connection import parse_url
 
@@ -78,3 +79,21 @@ def test_the_home_of_nobody_is_one_line(home: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_of_a_model_or_a_drafter_too(home: Path) -> None:
     assert hub.local("~/model") == hub.fetch("~/model", "model") == home / "model"
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        (b"AURORA_SCHEDULER_RECIPE=[1\n", "a setting can't be read"),
+        (b"AURORA_GROUP=\xff\xfe\n", "UTF-8"),
+        (b"AURORA_HOME=~no-such-user-here/x\n", "setting AURORA_HOME"),
+    ],
+)
+def test_settings_that_no_class_can_read_end_a_command_with_one_line(
+    home: Path, file: bytes, words: str
+) -> None:
+    (home / ".env").write_bytes(file)
+    with pytest.raises(Exception) as caught:
+        Settings(), SchedulerSettings()
+    line = cli._one_line(caught.value)
+    assert line is not None and words in line and "\n" not in line
