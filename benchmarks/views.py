@@ -2,8 +2,8 @@
 
 Makes a store of months (see ``dashboard_data``), copies it into PostgreSQL, and times what people
 ask of the views: the median of three runs after a first one. PostgreSQL is ``--postgres URL`` (an
-empty database, as a superuser), or one that the package pgserver starts for the run. Goal: 200 ms for the views
-over roll-ups.
+empty database, as a superuser), or one that the package pgserver starts for the run. Goal: 200 ms
+for the views over roll-ups.
 
     python -m benchmarks.views [--events 10000000] [--days 30] [--postgres URL] [--json]
 """
