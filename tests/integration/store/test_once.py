@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, make_url, text
 
 from aurora_sgl import store
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store import queries
+from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.queries.accept_lengths import AcceptLength
+from aurora_sgl.store.queries.sql_console import make_sql_roles
 from aurora_sgl.store.queries.trends import Filter, TrendPoint
 from aurora_sgl.store.schema import scripts_folder
 from tests.support import mixed_shapes
@@ -204,3 +206,21 @@ def _same(rows: list[AcceptLength], expected: dict[Hashable, AcceptCounts]) -> N
         assert (row.ci_low is None) == (counts.interval is None)
         if row.ci_low is not None:
             assert (row.ci_low, row.ci_high) == pytest.approx(interval)
+
+
+def test_the_upgrade_takes_conversation_hashes_from_a_viewers_role(engine: Engine) -> None:
+    """Roles of the SQL page that were made before."""
+    if is_sqlite(engine):
+        return
+    role = str(make_url(make_sql_roles(engine)["viewer"]).username)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f'GRANT SELECT ON request TO "{role}"')
+    _down(engine)
+    store.upgrade(engine)
+    may = "has_column_privilege(:role, 'request', {}, 'SELECT')"
+    query = f"SELECT {may.format(':hidden')} AS hidden, {may.format(':shown')} AS shown"
+    with store.reading(engine) as connection:
+        row = connection.execute(
+            text(query), {"role": role, "hidden": "conversation_hash", "shown": "rid"}
+        ).one()
+    assert tuple(row) == (False, True)
