@@ -43,7 +43,7 @@ def keep_to_owner() -> None:
 
 def given_umask() -> int:
     """The one with which this process was started, for what is not ours: SGLang's processes, and
-    what a user exports. -1, as :class:`subprocess.Popen` takes it, where it is in force still."""
+    what a user exports. -1, as Popen takes it, where it is in force still."""
     return -1 if _users_umask is None else _users_umask
 
 

@@ -19,7 +19,8 @@ def csv(frame: pd.DataFrame, **how: Any) -> bytes:
         if not pd.api.types.is_numeric_dtype(frame[name]):
             safe[name] = frame[name].map(inert, na_action="ignore")
     safe.columns = [inert(str(name)) for name in frame.columns]
-    return str(safe.to_csv(index=False, **how)).encode(errors="replace")
+    text: str = safe.to_csv(index=False, **how)
+    return text.encode(errors="replace")
 
 
 def inert(value: Any) -> Any:

@@ -57,8 +57,8 @@ def count(db: sqlite3.Connection, keys: Keys) -> None:
     db.execute("DELETE FROM failed_login WHERE ? - at > level * ? OR at > ?",
                [now, FADE_SECONDS, now])  # fmt: skip
     for key, _ in keys:
-        level, at = _row(db, key) or (0.0, now)
-        faded = max(0.0, level - (now - at) / FADE_SECONDS)
+        level, since = _row(db, key) or (0.0, now)
+        faded = max(0.0, level - (now - since) / FADE_SECONDS)
         db.execute("INSERT OR REPLACE INTO failed_login VALUES (?, ?, ?)", [key, faded + 1, now])
 
 
@@ -74,11 +74,11 @@ def _until(db: sqlite3.Connection, key: str, limit: Limit) -> float:
     row = _row(db, key)
     if row is None:
         return 0.0
-    level, at = row
+    level, since = row
     beyond = round(level) - limit.free
-    if beyond <= 0 or at > time.time():  # the clock was set back: nothing is known any more
+    if beyond <= 0 or since > time.time():  # the clock was set back: nothing is known any more
         return 0.0
-    return at + min(limit.longest, 2.0 ** min(beyond, 12))
+    return since + min(limit.longest, 2.0 ** min(beyond, 12))
 
 
 def _row(db: sqlite3.Connection, key: str) -> tuple[float, float] | None:

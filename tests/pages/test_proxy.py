@@ -92,7 +92,7 @@ def test_the_dashboard_works_behind_a_tls_proxy_under_a_sub_path(
         page.get_by_role("button", name="Log out").click()
         expect(page.get_by_role("button", name="Log in")).to_be_visible()
         viewer.keeps_login(False)
-        own = (f"{url}/", url.replace("https", "wss", 1), "data:", f"blob:{url.removesuffix(BASE)}")
+        own = (url, url.replace("https", "wss", 1), "data:", f"blob:{url.removesuffix(BASE)}")
         assert not [asked for asked in viewer.asked if not asked.startswith(own)]
         assert not viewer.errors
         context.close()
