@@ -78,7 +78,7 @@ def reasons(request: Any, *, seeds: bool = False) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def undecided(parameters: type[Any]) -> tuple[tuple[str, Any], ...]:
+def undecided(parameters: Any) -> tuple[tuple[str, Any], ...]:
     """(name, default) of the sampling parameters of a release that this file does not know."""
     decided = {*UNTOUCHED, *CHANGED, *SOMETIMES}
     names = [name for name in getattr(parameters, "__struct_fields__", ()) if name not in decided]
