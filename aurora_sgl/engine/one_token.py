@@ -73,7 +73,8 @@ def reasons(request: Any, *, seeds: bool = False) -> tuple[str, ...]:
         names.append(THINKING_BUDGET)
     if seeds and getattr(params, "sampling_seed", None) is not None and params.top_k != 1:
         names.append("sampling_seed")
-    names += [name for name, default in undecided(type(params)) if getattr(params, name) != default]
+    kind: Any = type(params)
+    names += [name for name, default in undecided(kind) if getattr(params, name) != default]
     return tuple(names)
 
 
