@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from aurora_sgl import environment, wire
-from aurora_sgl.config import get_settings
+from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.drafter.checkpoint import WEIGHTS
 from aurora_sgl.engine import clean, shadows, startup, unknown
@@ -75,13 +75,8 @@ class Agent:
             else None
         )
         no_artifacts = startup.no_artifacts()
-        self.recorder = Recorder(
-            self.boot_id,
-            train_by_default=settings.train_by_default,
-            keep_opted_out_tokens=settings.keep_opted_out_tokens,
-            capture_share=settings.capture_share if self.channel and not no_artifacts else 0.0,
-            dp_rank=int(description.get("dp_rank", 0)),
-        )
+        captures = self.channel is not None and not no_artifacts
+        self.recorder = _recorder(settings, self.boot_id, description, captures=captures)
         can_skip = bool(description["plain_steps_possible"])
         share = {"on": 1.0, "off": 0.0, "auto": settings.explore_share}[settings.speculation]
         by_size = can_skip and settings.speculation == "auto"
@@ -575,6 +570,18 @@ class Agent:
             self.swaps.hashed(command)
         else:
             self.swaps.ask(command)
+
+
+def _recorder(
+    settings: Settings, boot_id: int, description: dict[str, Any], *, captures: bool
+) -> Recorder:
+    return Recorder(
+        boot_id,
+        train_by_default=settings.train_by_default,
+        keep_opted_out_tokens=settings.keep_opted_out_tokens,
+        capture_share=settings.capture_share if captures else 0.0,
+        dp_rank=int(description.get("dp_rank", 0)),
+    )
 
 
 def _is_traced(req: Any) -> bool:

@@ -91,7 +91,7 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
     if "train" in ours:
         words = _words(ours["train"])
         labels["train"] = words <= _YES
-        labels["unreadable"] = not words <= _YES | _NO
+        labels["train_unreadable"] = not words <= _YES | _NO
     wish = _text(ours["speculate"][0]).lower() if "speculate" in ours else ""
     if wish == _WHOLE or wish in _YES or wish in _NO:
         labels["speculate"] = wish not in _NO
@@ -159,7 +159,7 @@ def take(sampling_params: Any) -> Labels:
         speculate=speculate if isinstance(speculate, bool) else None,
         whole=labels.get("whole") is True,
         warmup=labels.get("warmup") is True,
-        unreadable=labels.get("unreadable") is True,
+        unreadable=labels.get("train_unreadable") is True,
         rid=str(labels.get("rid") or ""),
         samples=str(labels.get("samples") or ""),
         prompt_of=_prompt_of(labels, sampling_params),

@@ -12,9 +12,9 @@ What is decided here of each parameter stands in docs/operations.md, with why.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -73,17 +73,17 @@ def reasons(request: Any, *, seeds: bool = False) -> tuple[str, ...]:
         names.append(THINKING_BUDGET)
     if seeds and getattr(params, "sampling_seed", None) is not None and params.top_k != 1:
         names.append("sampling_seed")
-    more = undecided(cast(Hashable, type(params)))
-    names += [name for name, default in more if getattr(params, name) != default]
+    kind: Any = type(params)
+    names += [name for name, default in undecided(kind) if getattr(params, name) != default]
     return tuple(names)
 
 
 @lru_cache(maxsize=8)
-def undecided(parameters: Hashable) -> tuple[tuple[str, Any], ...]:
+def undecided(parameters: Any) -> tuple[tuple[str, Any], ...]:
     """(name, default) of the sampling parameters of a release that this file does not know."""
     decided = {*UNTOUCHED, *CHANGED, *SOMETIMES}
     names = [name for name in getattr(parameters, "__struct_fields__", ()) if name not in decided]
-    default = cast(type[Any], parameters)() if names else None
+    default = parameters() if names else None
     return tuple((name, getattr(default, name)) for name in names)
 
 
