@@ -166,7 +166,7 @@ def test_a_run_that_goes_on_says_since_when_and_from_where(at_home: House) -> No
 def test_what_a_server_says_is_wrong_is_an_alert_with_its_name(at_home: House) -> None:
     (told,) = [element.value for element in draw(at_home.home, "Now").warning]
     assert told.startswith("Server 127.0.0.1:30000: The headers of clients are lost")
-    assert r"\<b>nothing\</b>" in told  # literal
+    assert r"\<b\>nothing\</b\>" in told  # literal
 
 
 def test_why_a_version_was_not_judged_is_said_with_what_can_be(at_home: House) -> None:
