@@ -65,7 +65,10 @@ def register_server(s: Session, group_id: int, hello: wire.Hello) -> Server:
     server.counters = storable(hello.counters)
     server.notices = storable(hello.notices)
     if hello.live_version_id:
-        server.live_version_id = s.scalar(select(known_version(hello.live_version_id)))
+        live = s.scalar(select(known_version(hello.live_version_id)))
+        if live != server.live_version_id:
+            server.live_sha256 = ""  # the hash that is there is of the version before
+        server.live_version_id = live
     s.flush()
     return server
 

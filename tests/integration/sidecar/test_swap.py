@@ -77,6 +77,7 @@ class World:
         self.artifacts = ArtifactRoot(str(self.home / "artifacts"))
         wait_until(lambda: (self.home / "aurora.db").exists())
         wait_until(lambda: self.server().get("boot_version_id"), 40, "an identified server")
+        wait_until(lambda: self.rows("SELECT * FROM deployment"), 40, "a first live version")
         self.db = store.connect(f"sqlite:///{self.home / 'aurora.db'}")
 
     def close(self) -> None:

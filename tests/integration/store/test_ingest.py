@@ -282,6 +282,22 @@ def test_the_hash_beside_the_live_version_is_its_own_or_none(
         assert (server.live_version_id, server.live_sha256) == (ids[live - 1], sha256 * 64)
 
 
+def test_a_server_that_is_registered_again_keeps_a_hash_of_its_live_version_only(
+    engine: Engine,
+) -> None:
+    server_id = register(engine)
+    with store.session(engine) as s:
+        ids = [samples.add_version(s, 1, letter) for letter in "ab"]
+    done = wire.SwapDone(samples.BOOT, 1, ids[0], True, "", "a" * 64, 1.0, 2.0)
+    ingest(engine, server_id, samples.BOOT, [(1, [done])])
+    for version_id, sha256 in ((ids[0], "a" * 64), (ids[1], "")):  # a sidecar that starts anew
+        with store.session(engine) as s:
+            queries.servers.register_server(s, 1, samples.hello(live=version_id))
+        with store.session(engine, write=False) as s:
+            server = queries.servers.server(s, server_id)
+            assert (server.live_version_id, server.live_sha256) == (version_id, sha256)
+
+
 def test_what_a_server_says_is_wrong_is_kept_until_it_says_otherwise(engine: Engine) -> None:
     server_id = register(engine)
     for seq, notices in ((1, {"consent": "headers\x00 are lost"}), (2, {})):

@@ -188,6 +188,17 @@ def test_the_choice_is_made_once_and_said_in_one_line():
     assert "times as fast" in choice.reason and "\n" not in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("own", "packed", "way"),
+    [(1.00, 0.92, "own"), (1.00, 0.85, "own"), (1.00, 0.75, "own"), (1.00, 0.60, "packed")],
+)
+def test_a_near_tie_is_ours_at_every_start(own: float, packed: float, way: str) -> None:
+    times = {linear.TORCH: 2.8, linear.OWN: own, linear.PACKED: packed}
+    for noise in (0.95, 1.0, 1.05):
+        noisy = {**times, linear.PACKED: packed * noise}
+        assert linear._fastest(noisy, linear._GAIN_FEW) == way
+
+
 def test_without_compiled_kernels_pytorch_or_packed_weights_are_chosen(monkeypatch):
     monkeypatch.setenv("AURORA_CPU_COMPILED", "0")
     _anew()
