@@ -112,6 +112,13 @@ class ArtifactRoot:
         with self._errors(f"delete {uri}"), suppress(FileNotFoundError):
             self._fs.rm(full, recursive=True)
 
+    def uris(self, uri: str) -> list[str]:
+        """The URIs of all files under a folder; none when it isn't there."""
+        full = self._full(uri)
+        with self._errors(f"look through {uri}"), suppress(FileNotFoundError):
+            return [str(path).removeprefix(f"{self._path}/") for path in self._fs.find(full)]
+        return []
+
     def _full(self, uri: str) -> str:
         parts = PurePosixPath(uri).parts
         if not parts or uri.startswith("/") or ".." in parts:

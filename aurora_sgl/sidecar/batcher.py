@@ -20,6 +20,7 @@ from aurora_sgl.sidecar.refused import RefusedFile, RefusedRecord
 from aurora_sgl.sidecar.servers import Registry
 from aurora_sgl.sidecar.sift import Sift
 from aurora_sgl.sidecar.spool.cursor import Boot, Cursor
+from aurora_sgl.sidecar.spool.erase import SpoolEraser
 from aurora_sgl.sidecar.spool.log import Frame, Position, Spool
 from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.writer import TraceRow
@@ -100,6 +101,7 @@ class Batcher:
         self._registry = registry
         self._traces = traces
         self._refused = RefusedFile(spool.folder)
+        self._eraser = SpoolEraser(spool, link, traces.delete)
         self._stop = threading.Event()
         self.trouble = ""  # why records wait, in words; "" when the last ones were stored
         self.counts: Counter[str] = Counter()
@@ -108,6 +110,7 @@ class Batcher:
         """Until :meth:`stop`. Never raises: what can't be stored waits or is counted."""
         pause = RETRY_SECONDS[0]
         while not self._stop.is_set():
+            self.look_for_purges()
             if not self._spool.wait(self._cursor.position, 0.5):
                 continue
             self._stop.wait(GATHER_SECONDS)
@@ -124,6 +127,13 @@ class Batcher:
 
     def stop(self) -> None:
         self._stop.set()
+
+    def look_for_purges(self) -> None:
+        """Take out of the spool what was purged meanwhile. Never raises."""
+        try:
+            self._eraser.look()
+        except Exception:
+            log.exception("purged requests stay in the spool; trying again")
 
     @property
     def oldest_seconds(self) -> float:
@@ -221,6 +231,8 @@ class Batcher:
                 sift.store(batch)
             refused = sift.refused
             self.counts["events"] += sift.events
+            if sift.purged:
+                self._eraser.look_again()
             self.counts["records"] += sum(len(records) for _, records in batch) - len(refused)
         boot.rejected += len(refused)
         lost = {

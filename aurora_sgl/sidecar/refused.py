@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from aurora_sgl import wire
+from aurora_sgl.atomic import replace_file
 from aurora_sgl.clock import utc_now
 
 FILE = "refused.jsonl"
@@ -91,16 +92,39 @@ class RefusedFile:
 def read(path: Path) -> Iterator[RefusedRecord]:
     """The records of a file, each once; what is no record and torn lines are left out."""
     envelopes = set()
-    for raw in path.read_bytes().splitlines():
-        try:
-            line = msgspec.json.decode(raw, type=Line)
-        except msgspec.DecodeError:
-            continue
+    for line in lines(path):
         if line.kind == "bytes" or line.data in envelopes:
             continue
         envelopes.add(line.data)
         (record,) = wire.decode_envelope(line.data).records
         yield RefusedRecord(line.boot_id, line.seq, record, line.why)
+
+
+def lines(path: Path) -> Iterator[Line]:
+    """All whole lines of a file."""
+    for raw in path.read_bytes().splitlines():
+        if (line := _read_line(raw)) is not None:
+            yield line
+
+
+def rewrite_lines(path: Path, keeps: Callable[[Line], bool]) -> int:
+    """Leave out lines that are not to be kept, and torn ones; how many. The writing end must rest.
+    Raises ``OSError``."""
+    try:
+        old = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return 0
+    kept = [raw for raw in old if (line := _read_line(raw)) is not None and keeps(line)]
+    if len(kept) < len(old):
+        replace_file(path, b"".join(raw + b"\n" for raw in kept), mode=0o600)
+    return len(old) - len(kept)
+
+
+def _read_line(raw: bytes) -> Line | None:
+    try:
+        return msgspec.json.decode(raw, type=Line)
+    except msgspec.DecodeError:
+        return None
 
 
 def _line(one: RefusedRecord) -> Line:

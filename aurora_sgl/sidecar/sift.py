@@ -27,6 +27,7 @@ class Sift:
         self._boot_id = boot_id
         self._rehearsed = False
         self.events = 0  # verify steps that are new in the store
+        self.purged = 0  # records of requests that were purged
         self.refused: list[RefusedRecord] = []
 
     def store(self, batch: Sequence[Envelope]) -> None:
@@ -68,9 +69,9 @@ class Sift:
 
     def _take(self, batch: Sequence[Envelope], *, partial: bool = False) -> None:
         with self._link.guard() as engine:
-            self.events += ingest(
-                engine, self._server_id, self._boot_id, batch, partial=partial
-            ).inserted_events
+            result = ingest(engine, self._server_id, self._boot_id, batch, partial=partial)
+        self.events += result.inserted_events
+        self.purged += result.purged_records
 
     def _rehearse(self) -> None:
         if self._rehearsed:

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, bindparam, case, select, update
 from aurora_sgl import wire
 from aurora_sgl.clock import from_us, utc_now
 from aurora_sgl.store.connection import is_sqlite
+from aurora_sgl.store.erased import without_erased
 from aurora_sgl.store.events import insert_events
 from aurora_sgl.store.faults import BadRecord, LostRow
 from aurora_sgl.store.models import (
@@ -55,6 +56,7 @@ class IngestResult:
     inserted_events: int
     duplicate_events: int
     last_seq: int  # watermark of the boot after this batch
+    purged_records: int = 0  # that were left out because their request was purged
 
 
 def ingest(
@@ -63,9 +65,10 @@ def ingest(
     """Take envelopes ``(seq, records)`` of one boot. The same batch again changes nothing.
 
     A step whose request's start never came gets a request in the domain ``default`` that may not
-    be trained on. ``partial``: more of the last envelope follows, the watermark stays. Raises
-    ``LostRow`` for an unknown server, ``BadRecord`` for a step of another boot, and what the
-    database and its driver raise (see ``store.faults``); nothing is stored then.
+    be trained on. What was purged (``store.erased``) is left out. ``partial``: more of the last
+    envelope follows, the watermark stays. Raises ``LostRow`` for an unknown server, ``BadRecord``
+    for a step of another boot, and what the database and its driver raise (see ``store.faults``);
+    nothing is stored then.
     """
     steps = _steps(batch)
     ensure_partitions(engine, (from_us(us) for us in {step.at_us for step in steps}))
@@ -85,9 +88,11 @@ def rehearse(engine: Engine, server_id: int, boot_id: int) -> None:
 def _take(
     connection: Connection, server_id: int, boot_id: int, batch: Batch, partial: bool
 ) -> IngestResult:
+    taken = _lock_watermark(connection, server_id, boot_id)
+    count = sum(len(part) for _, part in batch)
+    batch = without_erased(connection, batch)
     records = list(chain.from_iterable(part for _, part in batch))
     steps = _steps(batch)
-    taken = _lock_watermark(connection, server_id, boot_id)
     boot_version_id = _boot_version(connection, server_id, boot_id)
     _start_requests(connection, server_id, boot_id, records)
     new = _without_stored(connection, steps)
@@ -97,7 +102,7 @@ def _take(
     minutes, sums = roll_up(new, boot_version_id, domains, tallies)
     insert_events(connection, new, boot_version_id)
     _store_tallies(connection, tallies)
-    _store_minutes(connection, server_id, minutes)
+    store_minutes(connection, server_id, minutes)
     _count_requests(connection, sums)
     _finish_requests(connection, records)
     fresh = chain.from_iterable(part for seq, part in batch if seq > taken)
@@ -109,7 +114,7 @@ def _take(
         .where(SpoolWatermark.server_id == server_id, SpoolWatermark.boot_id == boot_id)
         .values(last_seq=last, updated_at=utc_now())
     )
-    return IngestResult(len(new), len(steps) - len(new), last)
+    return IngestResult(len(new), len(steps) - len(new), last, count - len(records))
 
 
 def _steps(batch: Batch) -> list[wire.VerifyStep]:
@@ -246,10 +251,9 @@ def _domains(connection: Connection, request_ids: set[int]) -> dict[int, str]:
     return domains
 
 
-def _store_minutes(
-    connection: Connection, server_id: int, minutes: dict[MinuteKey, Minute]
-) -> None:
-    """Add to rows of this server; the watermark's lock keeps every other writer of them out."""
+def store_minutes(connection: Connection, server_id: int, minutes: dict[MinuteKey, Minute]) -> None:
+    """Add to rows of this server (a purge: sums below zero); the watermark's lock keeps every
+    other writer of them out."""
     if not minutes:
         return
     m = AcceptanceMinute

@@ -57,7 +57,7 @@ def upgrade(engine: Engine) -> str:
             revision = _revision(connection)
             if revision == head():
                 return revision
-            _refuse_newer(revision)
+            require_known(revision)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except SQLAlchemyError as error:
@@ -70,7 +70,7 @@ def require_current(engine: Engine) -> None:
     """Raises ``AuroraError`` unless the database has the tables of this code."""
     revision = current(engine)
     if revision != head():
-        _refuse_newer(revision)
+        require_known(revision)
         raise AuroraError(
             f"the store has schema {revision or 'none'}, this release needs {head()}; "
             "run: aurora-sgl db upgrade"
@@ -81,7 +81,8 @@ def _revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def _refuse_newer(revision: str | None) -> None:
+def require_known(revision: str | None) -> None:
+    """Raises ``AuroraError`` for a schema of a release after this one."""
     revisions = {
         script.revision for script in ScriptDirectory(str(scripts_folder())).walk_revisions()
     }

@@ -29,7 +29,7 @@ SEGMENT_BYTES = 8 << 20
 MAX_FRAME = 64 << 20
 #: Seconds between two notes of when something arrived, and how many are kept at most.
 MARK_SECONDS, MAX_MARKS = 1.0, 4096
-_HEADER = struct.Struct("<II")
+HEADER = struct.Struct("<II")
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +55,23 @@ def _segments(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("[0-9]*.spool"))
 
 
-def _frames(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int]]:
+def sound_frames(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int]]:
     """Whole and sound frames from the file's position up to ``end``, each with its end offset."""
     offset = file.tell()
-    while offset + _HEADER.size < end:
-        length, crc = _HEADER.unpack(file.read(_HEADER.size))
-        if not 0 < length <= MAX_FRAME or offset + _HEADER.size + length > end:
+    while offset + HEADER.size < end:
+        length, crc = HEADER.unpack(file.read(HEADER.size))
+        if not 0 < length <= MAX_FRAME or offset + HEADER.size + length > end:
             return
         data = file.read(length)
         if len(data) != length or zlib.crc32(data) != crc:
             return
-        offset += _HEADER.size + length
+        offset += HEADER.size + length
         yield data, offset
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    if os.pwrite(fd, data, offset) != len(data):
+        raise OSError(28, "short write")
 
 
 class Spool:
@@ -113,7 +118,7 @@ class Spool:
         else:
             with path.open("rb") as file:
                 file.seek(end)
-                for _, offset in _frames(file, size):
+                for _, offset in sound_frames(file, size):
                     end = offset
         if size > end:
             log.warning("cut %d bytes of a torn record off %s", size - end, path.name)
@@ -141,7 +146,7 @@ class Spool:
     def append(self, kind: bytes, payload: bytes) -> bool:
         """Take one frame. False when it was dropped (and counted): no room, or a failing disk."""
         data = kind + payload
-        frame = _HEADER.pack(len(data), zlib.crc32(data)) + data
+        frame = HEADER.pack(len(data), zlib.crc32(data)) + data
         with self._lock:
             room = self.limit_bytes - sum(self._sizes.values())
             if len(data) > MAX_FRAME or len(frame) > room:
@@ -224,7 +229,7 @@ class Spool:
             if end:
                 with _path(self.folder, position.segment).open("rb") as file:
                     file.seek(position.offset)
-                    for data, offset in _frames(file, end):
+                    for data, offset in sound_frames(file, end):
                         sound = offset
                         frames.append(Frame(data[:1], data[1:], Position(position.segment, offset)))
                         size += len(data)
@@ -250,6 +255,42 @@ class Spool:
             for segment in [n for n in self._sizes if n < position.segment]:
                 _path(self.folder, segment).unlink(missing_ok=True)
                 del self._sizes[segment]
+
+    def segments(self) -> dict[int, tuple[Path, int]]:
+        """Path and bytes of each segment, by number."""
+        with self._lock:
+            return {
+                number: (_path(self.folder, number), end) for number, end in self._sizes.items()
+            }
+
+    def replace(self, number: int, data: bytes) -> None:
+        """Put a segment with the same places in the place of one, whole or not at all; what was
+        appended behind ``data`` meanwhile stays. Raises ``OSError``."""
+        path = _path(self.folder, number)
+        new = path.with_name(f"{path.name}.new")  # a kill leaves it; the next try writes it again
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            _write_at(fd, data, 0)
+            os.fsync(fd)
+            with self._lock:
+                if number not in self._sizes:  # the store has all of it: it is gone
+                    return
+                more = self._behind(path, len(data), self._sizes[number])
+                if more:
+                    _write_at(fd, more, len(data))
+                    os.fsync(fd)
+                os.replace(new, path)
+                if number == self._tail.segment:
+                    self._fd, fd = fd, self._fd
+        finally:
+            os.close(fd)
+            new.unlink(missing_ok=True)
+
+    @staticmethod
+    def _behind(path: Path, begin: int, end: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
 
     def close(self) -> None:
         self.sync()

@@ -46,6 +46,7 @@ TABLES = tuple(sorted(Base.metadata.tables))
 TOKEN_COLUMNS = {
     "acceptance_event": {"draft_tokens", "target_tokens"},
     "trace": {"prompt_sha256", "head_sha256"},
+    "erasure": {"salt", "key_hash"},
     "v_acceptance_event": {"draft_tokens", "target_tokens"},
     "v_rejected_tokens": {"draft_token", "target_token"},
 }
