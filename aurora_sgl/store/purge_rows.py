@@ -14,7 +14,18 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Select, delete, exists, func, select, true
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    delete,
+    exists,
+    func,
+    select,
+    true,
+    update,
+)
 
 from aurora_sgl import wire
 from aurora_sgl.clock import from_us, to_us, utc_now
@@ -88,7 +99,7 @@ def purged_again(engine: Engine) -> Iterator[tuple[int, list[int]]]:
             purged = erased_ids(connection, [row.id for row in requests])
         of_purge: dict[int, list[int]] = defaultdict(list)
         for row in requests:
-            number = rules.erasure_of(row._mapping, to_us(row.admitted_at))
+            number = rules.erasure_of(dict(row._mapping), to_us(row.admitted_at))
             if number or row.id in purged:
                 of_purge[number].append(row.id)
         yield from of_purge.items()
@@ -130,18 +141,14 @@ def purge_chunk(
         return PurgedChunk(list(uris))
 
 
-def _next(condition: ColumnElement[bool], after: int) -> Select[Any]:
+def _next(condition: ColumnElement[bool], after: int) -> Select[*tuple[Any, ...]]:
     """The next requests under a condition, by number."""
     r = Request
-    return (
-        select(
-            r.id, r.server_id, r.domain, r.admitted_at, r.finished_at, r.verify_steps,
-            r.may_train, r.traced, r.rid, r.conversation_hash,
-        )
-        .where(condition, r.id > after)
-        .order_by(r.id)
-        .limit(CHUNK)
-    )  # fmt: skip
+    columns = (
+        *(r.id, r.server_id, r.domain, r.admitted_at, r.finished_at, r.verify_steps),
+        *(r.may_train, r.traced, r.rid, r.conversation_hash),
+    )
+    return select(*columns).where(condition, r.id > after).order_by(r.id).limit(CHUNK)
 
 
 def _lock_boots(connection: Connection, condition: ColumnElement[bool]) -> None:
@@ -335,15 +342,14 @@ def _runs_of(connection: Connection, requests: Sequence[Any]) -> set[int]:
 
 def _note(connection: Connection, erasure_id: int, counts: RowCounts, **numbers: set[int]) -> None:
     """What went, from which groups, and which runs learnt from it, in the row of the purge."""
-    table = Erasure.__table__
-    old = connection.scalar(select(table.c.details).where(table.c.id == erasure_id))
+    e = Erasure
+    old = connection.scalar(select(e.details).where(e.id == erasure_id))
     if old is None:  # of a purge whose row a restore did not bring back
         return
     total = RowCounts.of(old)
-    details: dict[str, Any] = {one.name: getattr(total, one.name) + getattr(counts, one.name)
-               for one in fields(RowCounts)}  # fmt: skip
+    details: dict[str, Any] = {
+        one.name: getattr(total, one.name) + getattr(counts, one.name) for one in fields(RowCounts)
+    }
     for name, more in numbers.items():
         details[name] = sorted({*old.get(name, ()), *more})
-    connection.execute(
-        table.update().where(table.c.id == erasure_id).values(details={**old, **details})
-    )
+    connection.execute(update(e).where(e.id == erasure_id).values(details={**old, **details}))

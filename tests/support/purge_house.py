@@ -40,6 +40,12 @@ TALK_HASH = sha256_ints(list(TALK.encode()))
 OURS, OTHERS = (1, 2), (3, 4)
 
 
+def hello() -> wire.Hello:
+    one = samples.hello()
+    server = {**one.server, "draft_architecture": "LlamaForCausalLMEagle3"}
+    return msgspec.structs.replace(one, server=server)
+
+
 def number(counter: int) -> int:
     return wire.request_id(BOOT, counter)
 
@@ -100,7 +106,7 @@ class PurgeHouse:
 
     def fill(self) -> None:
         """Everything of four requests; the last steps of each stay in the spool."""
-        self.send(samples.hello(), *(started(n) for n in (*OURS, *OTHERS)))
+        self.send(hello(), *(started(n) for n in (*OURS, *OTHERS)))
         for index in range(3):
             self.send(*(step(n, index) for n in (*OURS, *OTHERS)))
         for n in (*OURS, *OTHERS):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,6 +146,7 @@ def test_what_was_purged_after_the_backup_does_not_come_back_with_it(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
 def test_a_damaged_or_foreign_backup_changes_nothing(house: PurgeHouse, tmp_path: Path) -> None:
     folder = tmp_path / "backup"
     back_up(house.engine, house.artifacts, folder)
@@ -181,6 +181,7 @@ def test_a_damaged_or_foreign_backup_changes_nothing(house: PurgeHouse, tmp_path
         back_up(house.engine, house.artifacts, folder)
 
 
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
 def test_a_trace_that_went_meanwhile_is_counted_and_missing_weights_are_named(
     house: PurgeHouse, elsewhere: Engine, tmp_path: Path
 ) -> None:
@@ -198,32 +199,33 @@ def test_a_trace_that_went_meanwhile_is_counted_and_missing_weights_are_named(
         assert len(queries.traces.traces_oldest_first(s)) == 3  # no row without its file
 
 
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 def test_without_postgresqls_tools_a_backup_says_which_in_one_line(
-    house: PurgeHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if house.engine.dialect.name == "sqlite":
-        pytest.skip("needs none")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("aurora_sgl.store.backup._FOLDERS", ())
+    artifacts = ArtifactRoot(str(tmp_path / "artifacts"))
     with pytest.raises(
         AuroraError, match=r"pg_dump of PostgreSQL \d+ or newer .*postgresql-client"
     ):
-        back_up(house.engine, house.artifacts, tmp_path / "backup")
+        back_up(engine, artifacts, tmp_path / "backup")
     assert not (tmp_path / "backup").exists()
 
 
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
 def test_other_tables_of_the_schema_are_neither_copied_nor_dropped(
-    house: PurgeHouse, tmp_path: Path
+    engine: Engine, tmp_path: Path
 ) -> None:
-    if house.engine.dialect.name == "sqlite":
-        pytest.skip("a file of its own")
-    with house.engine.begin() as connection:
-        connection.execute(text('CREATE TABLE "Their Table" (n int)'))
-        connection.execute(text('INSERT INTO "Their Table" VALUES (1)'))
-    back_up(house.engine, house.artifacts, tmp_path / "backup")
-    with house.engine.begin() as connection:
-        connection.execute(text('INSERT INTO "Their Table" VALUES (2)'))
-    restore(house.engine, house.artifacts, tmp_path / "backup", house.home, force=True)
-    with store.reading(house.engine) as connection:
+    def write(statement: str) -> None:
+        with engine.begin() as connection:
+            connection.execute(text(statement))
+
+    artifacts = ArtifactRoot(str(tmp_path / "artifacts"))
+    write('CREATE TABLE "Their Table" (n int)')
+    write('INSERT INTO "Their Table" VALUES (1)')
+    back_up(engine, artifacts, tmp_path / "backup")
+    write('INSERT INTO "Their Table" VALUES (2)')
+    restore(engine, artifacts, tmp_path / "backup", tmp_path, force=True)
+    with store.reading(engine) as connection:
         assert connection.scalar(text('SELECT count(*) FROM "Their Table"')) == 2
-    shutil.rmtree(tmp_path / "backup")

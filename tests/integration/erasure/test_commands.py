@@ -79,22 +79,21 @@ def test_a_purge_by_hand(house: PurgeHouse, run: Run) -> None:
     assert house.leftovers() == set()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "say one of --request"),
-        (["--rid", "a", "--domain", "b"], "say one of --request"),
-        (["--before", "yesterday"], "is no date or time"),
-        (["--rid", "a"], "a purge needs a reason"),
-        (["--rid", "a", "--reason", "b"], "add --yes"),
-        (["--request", "x", "--yes"], "not a valid int"),
-    ],
+WRONG: tuple[tuple[tuple[str, ...], str], ...] = (
+    ((), "say one of --request"),
+    (("--rid", "a", "--domain", "b"), "say one of --request"),
+    (("--before", "yesterday"), "is no date or time"),
+    (("--rid", "a"), "a purge needs a reason"),
+    (("--rid", "a", "--reason", "b"), "add --yes"),
+    (("--request", "x", "--yes"), "a valid integer"),
 )
-def test_wrong_use_says_what_to_do_and_changes_nothing(
-    house: PurgeHouse, run: Run, arguments: list[str], message: str
-) -> None:
-    code, out, err = run("db", "purge", *arguments)
-    assert (code, out) == (2, "") and message in " ".join(err.replace("│", " ").split())
+
+
+def test_wrong_use_says_what_to_do_and_changes_nothing(house: PurgeHouse, run: Run) -> None:
+    for arguments, message in WRONG:
+        code, out, err = run("db", "purge", *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert message in " ".join(err.replace("│", " ").split()), err
     assert house.numbers("request", "id") == [1, 2, 3, 4]
 
 
