@@ -35,6 +35,8 @@ from aurora_sgl.store.scrub import forget_domain, forget_requests
 TRACES = "traces"
 #: Seconds that running sidecars get to look after their spools, and readers to end.
 WAIT_SECONDS = 30.0
+#: Seconds between two chunks of rows at most; else as long as the one before took.
+MOST_PAUSE = 0.1
 #: A trace file, also one that is being written or was left half-written: the request's number.
 _TRACE_NAME = re.compile(r"^\.?(\d+)\.safetensors")
 
@@ -130,10 +132,14 @@ def purge_again(
 def _erase_rows(
     engine: Engine, artifacts: ArtifactRoot, report: PurgeReport, number: int, condition: Any
 ) -> None:
+    begin = time.monotonic()
     while (chunk := purge_rows.purge_chunk(engine, number, condition)) is not None:
+        pause = min(MOST_PAUSE, time.monotonic() - begin)
         for uri in chunk.uris:
             artifacts.delete(uri)
             report.files += 1
+        time.sleep(pause)  # others get their turn: SQLite's lock goes to whoever asks first
+        begin = time.monotonic()
 
 
 def _erase_the_rest(

@@ -89,24 +89,23 @@ WRONG: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def test_wrong_use_says_what_to_do_and_changes_nothing(house: PurgeHouse, run: Run) -> None:
+def test_wrong_use_and_what_is_refused_say_why_and_change_nothing(
+    house: PurgeHouse, run: Run, tmp_path: Path
+) -> None:
     for arguments, message in WRONG:
         code, out, err = run("db", "purge", *arguments)
         assert (code, out) == (2, ""), arguments
         assert message in " ".join(err.replace("│", " ").split()), err
-    assert house.numbers("request", "id") == [1, 2, 3, 4]
-
-
-def test_what_is_refused_is_one_line(house: PurgeHouse, run: Run, tmp_path: Path) -> None:
-    for arguments in (
+    for refused in (
         ("db", "purge", "--before", "2999-01-01", "--reason", "b", "--yes"),
         ("db", "purge", "--rid", "", "--reason", "b", "--yes"),
         ("db", "restore", str(tmp_path / "nothing")),
         ("db", "backup", str(house.home)),
     ):
-        code, out, err = run(*arguments)
+        code, out, err = run(*refused)
         assert (code, out, err.count("\n")) == (1, "", 1), err
         assert err.startswith("aurora-sgl: ")
+    assert house.numbers("request", "id") == [1, 2, 3, 4]
 
 
 def test_a_backup_and_its_restore_by_hand(house: PurgeHouse, run: Run, tmp_path: Path) -> None:

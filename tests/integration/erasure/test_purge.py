@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from sqlalchemy import Engine, select, text
+from sqlalchemy.exc import DBAPIError
 
 from aurora_sgl import store, wire
 from aurora_sgl.artifacts import ArtifactRoot
@@ -23,7 +24,7 @@ from aurora_sgl.sidecar.spool.erase import purged_in
 from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import purge as records
 from aurora_sgl.store import purge_rows, queries
-from aurora_sgl.store.erased import rules_of
+from aurora_sgl.store.erased import rules_of, wait_for_ingests, without_erased
 from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.models import AcceptanceMinute, Audit, Drift, Erasure, Evaluation, Watch
 from aurora_sgl.store.purge import Selector
@@ -182,18 +183,6 @@ def test_of_runs_from_before_a_purge_could_ask_the_window_says_who_may_have_lear
     assert report.versions_that_learnt == [house.learnt, version]
 
 
-@one_database
-def test_a_run_gives_up_when_what_it_learnt_from_was_purged_meanwhile(house: PurgeHouse) -> None:
-    house.fill()
-    with store.session(house.engine, write=False) as s:
-        queries.training_requests.require_not_purged(s, [number(1), number(3)])
-    run_purge(house, "request", str(number(1)), wait_seconds=0.0)
-    with store.session(house.engine, write=False) as s:
-        queries.training_requests.require_not_purged(s, [number(3)])
-        with pytest.raises(AuroraError, match="1 of the requests that it learnt from were purged"):
-            queries.training_requests.require_not_purged(s, [number(1), number(3)])
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_roll_ups_are_as_if_a_purged_request_had_never_been(
     engine: Engine, tmp_path: Path, seed: int
@@ -308,6 +297,20 @@ def _send_late(house: PurgeHouse) -> None:
     for index in range(4, 40):
         house.send(*(step(n, index) for n in (*OURS, *OTHERS)))
     house.send(*(finished(n) for n in OURS))
+
+
+@pytest.mark.parametrize("engine", ["postgresql"], indirect=True)
+def test_a_purge_waits_for_an_ingest_that_read_the_rules_before_it(engine: Engine) -> None:
+    with engine.begin() as connection:
+        name = connection.scalar(text("SELECT current_database()"))
+        connection.execute(text(f"ALTER DATABASE {name} SET lock_timeout = '200ms'"))
+    other = store.connect(engine.url.render_as_string(hide_password=False))
+    with engine.begin() as ingesting:
+        assert without_erased(ingesting, [(1, [started(1)])]) == [(1, [started(1)])]
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            wait_for_ingests(other)
+    wait_for_ingests(other)
+    other.dispose()
 
 
 @one_database
