@@ -60,6 +60,7 @@ from aurora_sgl.store.rollup import (
     roll_up,
     tally_key,
 )
+from aurora_sgl.store.scrub import forget_requests
 
 #: Requests of one transaction.
 CHUNK = 100
@@ -130,6 +131,7 @@ def purge_noted(engine: Engine) -> Iterator[PurgedChunk]:
         of_purge = Request.id.in_(select(n.request_id).where(n.erasure_id == number))
         while (chunk := purge_chunk(engine, number, of_purge)) is not None:
             yield chunk
+        forget_requests(engine, number)
 
 
 def purge_chunk(

@@ -19,6 +19,8 @@ from aurora_sgl.erasure import PurgeReport, purge
 from aurora_sgl.sidecar.retry import MOVED
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import AcceptanceMinute, Base, Request
+from aurora_sgl.store.pruning.pace import PrunePace
+from aurora_sgl.store.pruning.requests import prune_requests
 from aurora_sgl.store.purge import Selector
 from aurora_sgl.store.purge_rows import OF_REQUESTS, drop_minutes
 from aurora_sgl.store.scrub import NAMED_IN, forget_domain
@@ -305,3 +307,15 @@ def test_of_an_hour_that_was_summed_up_a_moment_within_takes_nothing(engine: Eng
             s.add(AcceptanceMinute(**{**columns, "bucket_start": start}))
     assert drop_minutes(engine, hour + timedelta(minutes=30)) == 1  # that of minute 7
     assert drop_minutes(engine, hour + timedelta(minutes=60)) == 2
+
+
+@one_database
+def test_what_training_noted_of_requests_goes_with_them_when_they_are_old(
+    house: PurgeHouse,
+) -> None:
+    house.fill()
+    with store.session(house.engine, write=False) as s:
+        group_id = queries.groups.group_by_name(s, "default").id
+    assert house.numbers("training_request") == [1, 3, 4]
+    prune_requests(house.engine, PrunePace(), group_id, utc_now())
+    assert house.numbers("request", "id") == house.numbers("training_request") == []
