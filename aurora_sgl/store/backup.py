@@ -279,8 +279,8 @@ def _connection_info(engine: Engine) -> dict[str, Any]:
     from psycopg.pq import Conninfo
 
     _, named = engine.dialect.create_connect_args(engine.url)
-    known = {option.keyword.decode() for option in Conninfo.get_defaults()}
-    return {name: value for name, value in named.items() if name in known}
+    libpqs = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    return {name: value for name, value in named.items() if name in libpqs}
 
 
 def _run(engine: Engine, command: list[str], what: str, *, database: bool = True) -> str:

@@ -1,5 +1,5 @@
-"""Old requests, with their traces, tallies and what training noted of them. What is pinned keeps its
-request."""
+"""Old requests, with their traces, tallies and what training noted of them. What is pinned keeps
+its request."""
 
 from __future__ import annotations
 
