@@ -131,8 +131,8 @@ class ArtifactRoot:
         return len(left)
 
     def files(self, folder: str) -> Iterator[tuple[str, float]]:
-        """URIs of the files below a folder, and the seconds since each was written; those whose age
-        is not known are left out."""
+        """URIs of the files below a folder, and the seconds since each was written: 0 where nobody
+        knows."""
         now = time.time()
         with self._errors(f"list {folder}"):
             try:
@@ -141,8 +141,8 @@ class ArtifactRoot:
                 return
         for path, info in infos.items():
             written = _time_of(info)
-            if written is not None:
-                yield str(path)[len(self._path) :].lstrip("/"), now - written
+            age = 0.0 if written is None else now - written
+            yield str(path)[len(self._path) :].lstrip("/"), age
 
     def _full(self, uri: str) -> str:
         parts = PurePosixPath(uri).parts

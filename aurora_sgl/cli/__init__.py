@@ -12,7 +12,17 @@ from typing import Annotated
 import typer
 
 from aurora_sgl import __version__
-from aurora_sgl.cli import dashboard, db, learning, operating, refused, rollout, serving, versions
+from aurora_sgl.cli import (
+    dashboard,
+    db,
+    erase,
+    learning,
+    operating,
+    refused,
+    rollout,
+    serving,
+    versions,
+)
 from aurora_sgl.console import print_error
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.private import keep_to_owner
@@ -39,6 +49,9 @@ for command in (
     db.doctor,
 ):
     app.command()(command)
+db.db_app.command("purge")(erase.db_purge)
+db.db_app.command("backup")(erase.db_backup)
+db.db_app.command("restore")(erase.db_restore)
 app.add_typer(versions.versions_app, name="versions", no_args_is_help=True)
 app.add_typer(operating.switch_app, name="switch", no_args_is_help=True)
 app.add_typer(operating.trial_app, name="trial", no_args_is_help=True)

@@ -33,6 +33,7 @@ from aurora_sgl.sidecar.servers import Registry
 from aurora_sgl.sidecar.sift import Sift
 from aurora_sgl.sidecar.spool.bypass import Bypass
 from aurora_sgl.sidecar.spool.cursor import Boot, Cursor
+from aurora_sgl.sidecar.spool.erase import SpoolEraser
 from aurora_sgl.sidecar.spool.log import DAMAGED, START, Frame, Position, Spool
 from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.writer import TraceRow
@@ -134,6 +135,7 @@ class Batcher:
         self._adopt = adopt
         self.watermarks = Watermarks(spool, cursor, link, registry)
         self.refused = RefusedFile(spool.folder)
+        self._eraser = SpoolEraser(spool, link, traces.delete, self._bypass)
         self._rules = rules
         self._stop = threading.Event()
         self.trouble = ""  # why records wait, in words; "" when the last ones were stored
@@ -143,6 +145,7 @@ class Batcher:
         """Until :meth:`stop`. Never raises: what can't be stored waits or is counted."""
         pause = RETRY_SECONDS[0]
         while not self._stop.is_set():
+            self.look_for_purges()
             if not self._spool.wait(self._cursor.position, 0.5) and not len(self._bypass):
                 self._between()
                 continue
@@ -167,14 +170,23 @@ class Batcher:
         """While nothing waits: what is due without a new record."""
         try:
             self._spool.release(self._cursor.position)
-            if self._adopt is not None and not self._adopt():
-                self._adopt = None
+            if self._adopt is not None:
+                more = self._adopt()
+                self._eraser.look_again()
+                self._adopt = self._adopt if more else None
             if self._link.connections:
                 self.watermarks.compare()
         except StoreAway:
             pass
         except Exception as error:
             log.error("between two batches: %s", in_words(error))
+
+    def look_for_purges(self) -> None:
+        """Take out of the spool what was purged meanwhile. Never raises."""
+        try:
+            self._eraser.look()
+        except Exception:
+            log.exception("purged requests stay in the spool; trying again")
 
     @property
     def oldest_seconds(self) -> float:
@@ -236,7 +248,10 @@ class Batcher:
             )
         if load.again:
             load.traces += self._traces.missing(load.again)
+        purged = self._traces.counts["purged"]
         self._traces.add(load.traces)
+        if self._traces.counts["purged"] > purged:
+            self._eraser.look_again()
         self._set_aside(refused, load.unreadable)
         self._cursor.boots.update(boots)
         self._cursor.position = load.end
@@ -329,6 +344,8 @@ class Batcher:
             # Of what is read again the refused were counted and set aside the first time.
             refused = [one for one in sift.refused if one.seq > last]
             self.counts["events"] += sift.events
+            if sift.purged:
+                self._eraser.look_again()
             self.counts["records"] += sum(len(one.records) for one in batch) - len(refused)
         boot.rejected += sum(one.seq > recovered for one in refused)
         self.watermarks.tell_losses(registration.server_id, boot)

@@ -18,7 +18,9 @@ class LossFrame(msgspec.Struct, array_like=True, frozen=True):
     records: int
 
 
-class _Raw(msgspec.Struct, array_like=True, frozen=True):
+class RawEnvelope(msgspec.Struct, array_like=True, frozen=True):
+    """An envelope whose records were not looked at."""
+
     boot_id: int
     seq: int
     records: list[msgspec.Raw]
@@ -33,7 +35,7 @@ def open_envelope(data: bytes) -> tuple[wire.Envelope, list[bytes]]:
     try:
         return wire.decode_envelope(data), []
     except msgspec.DecodeError:
-        raw = msgspec.msgpack.decode(data, type=_Raw)
+        raw = msgspec.msgpack.decode(data, type=RawEnvelope)
     records: list[wire.Record] = []
     unreadable = []
     for one in raw.records:

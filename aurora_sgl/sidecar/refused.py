@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -131,11 +131,8 @@ def lines(path: Path) -> Iterator[Line]:
     """What a file holds, each thing once; torn lines are left out."""
     contents = set()
     for raw in path.read_bytes().splitlines():
-        try:
-            line = msgspec.json.decode(raw, type=Line)
-        except msgspec.DecodeError:
-            continue
-        if line.data not in contents:
+        line = _read_line(raw)
+        if line is not None and line.data not in contents:
             contents.add(line.data)
             yield line
 
@@ -154,6 +151,25 @@ def _is_before(line: bytes, moment: datetime) -> bool:
         return datetime.fromisoformat(msgspec.json.decode(line, type=Line).at) < moment
     except (msgspec.DecodeError, ValueError, TypeError):
         return False
+
+
+def rewrite_lines(path: Path, keeps: Callable[[Line], bool]) -> int:
+    """Leave out lines that are not to be kept, and torn ones; how many. Raises ``OSError``."""
+    if not path.exists():
+        return 0
+    with locked(path):
+        old = path.read_bytes().splitlines()
+        kept = [raw for raw in old if (line := _read_line(raw)) is not None and keeps(line)]
+        if len(kept) < len(old):
+            replace_file(path, b"".join(raw + b"\n" for raw in kept), mode=0o600)
+        return len(old) - len(kept)
+
+
+def _read_line(raw: bytes) -> Line | None:
+    try:
+        return msgspec.json.decode(raw, type=Line)
+    except msgspec.DecodeError:
+        return None
 
 
 def _line(one: RefusedRecord) -> Line:

@@ -46,7 +46,7 @@ def folders(home: Path) -> list[Path]:
 def refused_groups(folder: Path) -> list[RefusedGroup]:
     """What lies in a spool's files, by reason and kind, the most first."""
     moments: dict[tuple[str, str], list[str]] = {}
-    for line in _all_lines(folder):
+    for line in all_lines(folder):
         moments.setdefault((line.why, line.kind), []).append(line.at)
     rows = [
         RefusedGroup(why, kind, len(times), min(times), max(times))
@@ -55,7 +55,8 @@ def refused_groups(folder: Path) -> list[RefusedGroup]:
     return sorted(rows, key=lambda row: -row.records)
 
 
-def _all_lines(folder: Path) -> Iterator[Line]:
+def all_lines(folder: Path) -> Iterator[Line]:
+    """What was set aside in a spool, also what a retry is at."""
     for name in (MOVED, FILE):
         if (folder / name).exists():
             yield from lines(folder / name)

@@ -38,6 +38,7 @@ class Sift:
         self._expected = expected
         self._rehearsed = False
         self.events = 0  # verify steps that are new in the store
+        self.purged = 0  # records of requests that were purged
         self.refused: list[RefusedRecord] = []
 
     def store(self, batch: Sequence[Envelope]) -> None:
@@ -79,7 +80,7 @@ class Sift:
 
     def _take(self, batch: Sequence[Envelope], *, partial: bool = False) -> None:
         with self._link.guard() as engine:
-            self.events += ingest(
+            result = ingest(
                 engine,
                 self._server_id,
                 self._boot_id,
@@ -87,7 +88,9 @@ class Sift:
                 partial=partial,
                 expected=self._expected,
                 rules=self._rules,
-            ).inserted_events
+            )
+        self.events += result.inserted_events
+        self.purged += result.purged_records
 
     def _rehearse(self) -> None:
         if self._rehearsed:

@@ -137,6 +137,24 @@ def day_of(moment: datetime) -> date:
     return moment.astimezone(UTC).date()
 
 
+def names_of_days(connection: Connection) -> set[str]:
+    """Of all groups and days."""
+    return {name for _, name in _leases(connection)} - {""}
+
+
+def forget_name(connection: Connection, name: str) -> None:
+    """On no day has any group this name any more; a process that knows it goes on with it."""
+    leases = [lease for lease, own in _leases(connection) if own == name]
+    for lease in leases:
+        connection.execute(delete(Lease).where(Lease.name == lease))
+
+
+def _leases(connection: Connection) -> list[tuple[str, str]]:
+    """The leases of names, and the names, which may have slashes in them."""
+    leases = connection.scalars(select(Lease.name).where(_begins(_PREFIX))).all()
+    return [(lease, lease.split("/", 3)[3]) for lease in leases]
+
+
 def limit_reached(s: Session, group_id: int, day: date) -> int | None:
     """How many names a group had on a day, where that was all that there was room for and others
     came; ``None``: all names had room."""

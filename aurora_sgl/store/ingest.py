@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, bindparam, case, select, update
 from aurora_sgl import wire
 from aurora_sgl.clock import from_us, utc_now
 from aurora_sgl.store.domains import DomainNames, Wanted, day_of
+from aurora_sgl.store.erased import without_erased
 from aurora_sgl.store.events import insert_events
 from aurora_sgl.store.faults import BadRecord, LostRow, StoreBehind
 from aurora_sgl.store.models import (
@@ -69,6 +70,7 @@ class IngestResult:
     inserted_events: int
     duplicate_events: int
     last_seq: int  # watermark of the boot after this batch
+    purged_records: int = 0  # that were left out because their request was purged
 
 
 def ingest(
@@ -84,11 +86,12 @@ def ingest(
     """Take envelopes ``(seq, records)`` of one boot. The same batch again changes nothing.
 
     A step whose request's start never came gets a request in the domain ``default`` that may not
-    be trained on. Of a request that may not, events have counts and no tokens, though older engines
-    send them; a domain beyond the day's names is ``domains.OTHER``. ``partial``: more of the last
-    envelope follows, the watermark stays. ``expected``: what the watermark was before;
-    ``StoreBehind`` when it is less. Raises ``LostRow`` for an unknown server, ``BadRecord`` for a
-    step of another boot, and what the database and its driver raise (see ``store.faults``);
+    be trained on. What was purged (``store.erased``) is left out. Of a request that may not be
+    trained on, events have counts and no tokens, though older engines send them; a domain beyond
+    the day's names is ``domains.OTHER``. ``partial``: more of the last envelope follows, the
+    watermark stays. ``expected``: what the watermark was before; ``StoreBehind`` when it is less.
+    Raises ``LostRow`` for an unknown server, ``BadRecord`` for a step of another boot, and what the
+    database and its driver raise (see ``store.faults``);
     nothing is stored then.
     """
     steps = _steps(batch)
@@ -119,11 +122,13 @@ def _take(
     expected: int,
     rules: IngestRules,
 ) -> tuple[IngestResult, DomainNames]:
-    records = list(chain.from_iterable(part for _, part in batch))
-    steps = _steps(batch)
     taken = _lock_watermark(connection, server_id, boot_id)
     if taken < expected:
         raise StoreBehind(boot_id, taken)
+    count = sum(len(part) for _, part in batch)
+    batch = without_erased(connection, batch)
+    records = list(chain.from_iterable(part for _, part in batch))
+    steps = _steps(batch)
     boot_version_id, group_id = _boot(connection, server_id, boot_id)
     names = DomainNames(connection, group_id, rules.most_domains)
     _start_requests(connection, server_id, boot_id, records, names)
@@ -136,7 +141,7 @@ def _take(
     bare = {request_id for request_id, row in rows.items() if not row.may_train}
     insert_events(connection, new, boot_version_id, () if rules.keep_opted_out_tokens else bare)
     _store_tallies(connection, {key: tallies[key] for key in clusters})
-    _store_minutes(connection, server_id, minutes)
+    store_minutes(connection, server_id, minutes)
     _count_requests(connection, sums)
     _finish_requests(connection, records)
     fresh = chain.from_iterable(part for seq, part in batch if seq > taken)
@@ -148,7 +153,7 @@ def _take(
         .where(SpoolWatermark.server_id == server_id, SpoolWatermark.boot_id == boot_id)
         .values(last_seq=last, updated_at=utc_now())
     )
-    return IngestResult(len(new), len(steps) - len(new), last), names
+    return IngestResult(len(new), len(steps) - len(new), last, count - len(records)), names
 
 
 def _steps(batch: Batch) -> list[wire.VerifyStep]:
@@ -277,10 +282,9 @@ def _requests(connection: Connection, request_ids: set[int]) -> dict[int, Any]:
     return rows
 
 
-def _store_minutes(
-    connection: Connection, server_id: int, minutes: dict[MinuteKey, Minute]
-) -> None:
-    """Add to rows of this server; the watermark's lock keeps every other writer of them out."""
+def store_minutes(connection: Connection, server_id: int, minutes: dict[MinuteKey, Minute]) -> None:
+    """Add to rows of this server (a purge: sums below zero); the watermark's lock keeps every
+    other writer of them out."""
     if not minutes:
         return
     m = AcceptanceMinute

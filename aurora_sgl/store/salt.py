@@ -29,17 +29,28 @@ class Salt:
     def __call__(self, plain: str) -> str:
         if not plain:
             return ""
-        self._key = self._key or bytes.fromhex(_key(self._connection))
+        self._key = self._key or made_key(self._connection)
         return keyed_sha256(self._key, plain.encode())
 
 
-def _key(connection: Connection) -> str:
+def forms(key: bytes, value: str) -> list[str]:
+    """A hash as it is, and as salting it gives: whoever names one may have read it here or have
+    made it, and old rows have plain ones."""
+    return [value, keyed_sha256(key, value.encode())] if key and value else [value]
+
+
+def known_key(connection: Connection) -> bytes:
+    """Empty before anything was salted. Writes nothing."""
+    stored = connection.scalar(select(StoreKey.value).where(StoreKey.name == HASHES))
+    return bytes.fromhex(stored or "")
+
+
+def made_key(connection: Connection) -> bytes:
     """The first one who needs it makes it; the key of the row decides who was first."""
-    query = select(StoreKey.value).where(StoreKey.name == HASHES)
-    stored = connection.scalar(query)
-    if stored is None:
+    key = known_key(connection)
+    if not key:
         row = {"name": HASHES, "value": secrets.token_hex(32)}
         insert_missing(connection, StoreKey, [row], ["name"])
-        stored = connection.scalar(query)
-    assert stored is not None
-    return stored
+        key = known_key(connection)
+    assert key
+    return key

@@ -66,7 +66,7 @@ def upgrade(engine: Engine, *, wait_seconds: float = WAIT_SECONDS) -> str:
             revision = current(engine)
             if revision == head():
                 return revision
-            _refuse_newer(revision)
+            require_known(revision)
             return _upgrade(engine)
         except _Upgrading:
             if time.monotonic() > until:
@@ -100,7 +100,7 @@ def _upgrade(engine: Engine) -> str:
                 raise _Upgrading
         revision = _revision(connection)
         if revision != head():
-            _refuse_newer(revision)
+            require_known(revision)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     return head()
@@ -131,7 +131,7 @@ def require_current(engine: Engine) -> None:
     """Raises ``AuroraError`` unless the database has the tables of this code."""
     revision = current(engine)
     if revision != head():
-        _refuse_newer(revision)
+        require_known(revision)
         raise AuroraError(
             f"the store has schema {revision or 'none'}, this release needs {head()}; "
             "run: aurora-sgl db upgrade"
@@ -142,7 +142,8 @@ def _revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def _refuse_newer(revision: str | None) -> None:
+def require_known(revision: str | None) -> None:
+    """Raises ``AuroraError`` for a schema of a release after this one."""
     revisions = {
         script.revision for script in ScriptDirectory(str(scripts_folder())).walk_revisions()
     }

@@ -142,6 +142,8 @@ class _Run:
             base, base_sha256 = _waiting(lambda: self._base(base_version_id, target, work))
             selection = _waiting(lambda: self._selection(checkpoints, base_sha256))
             data = _waiting(lambda: self._data(base, selection))
+            examples = _examples(data)
+            _waiting(lambda: self._note_examples(examples))
             start = self._with_vocabulary(base, data, target)
             recipe = _waiting(lambda: self._by_maturity(base_version_id))
             checkpoints.begin(_plan(self.settings, base_sha256, selection))
@@ -152,6 +154,7 @@ class _Run:
                 self._say({"event": "gate", "requests": len(data.gate)})
                 replays = replay_both(base, chosen, data.gate.readable(), head, self.settings)
                 result = replace(result, drafter=chosen)
+                _waiting(lambda: self._require_not_purged(examples))
                 outcome = _waiting(lambda: self._keep(base_version_id, result, replays, work))
             except AuroraError:
                 checkpoints.clear()  # whoever takes it up would come to the same end
@@ -222,6 +225,15 @@ class _Run:
                 + (f" (left out: {dict(data.left_out)})" if data.left_out else "")
             )
         return data
+
+    def _note_examples(self, examples: list[int]) -> None:
+        """So that a purge can name the version that learnt from a request."""
+        with store.session(self.engine) as s:
+            queries.training_requests.add_training_requests(s, self.run_id, examples)
+
+    def _require_not_purged(self, examples: list[int]) -> None:
+        with store.session(self.engine, write=False) as s:
+            queries.training_requests.require_not_purged(s, examples)
 
     def _with_vocabulary(self, base: Drafter, data: dataset.Dataset, target: Path) -> Drafter:
         """The base, or a copy whose draft vocabulary holds what traffic asks for now."""
@@ -360,6 +372,11 @@ class _Steps:
 def _waiting(work: Callable[[], T]) -> T:
     """Work with the store, which may be away for as long as the lease of a run lasts."""
     return patiently(work, AWAY_SECONDS)
+
+
+def _examples(data: dataset.Dataset) -> list[int]:
+    """What is learnt from, and by what its result is chosen."""
+    return [row.request_id for part in (data.train, data.dev) for row, _ in part.items]
 
 
 def _plan(settings: TrainSettings, base_sha256: str, selection: Selection) -> RunPlan:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 
 from aurora_sgl.sidecar.spool.log import Frame, Position, Spool
@@ -70,6 +71,22 @@ class Bypass:
     def _drop(self, count: int) -> None:
         for _ in range(count):
             self.bytes -= len(self._waiting.popleft()[1])
+
+    def rewrite(self, change: Callable[[bytes], bytes | None]) -> int:
+        """As ``spool.rewrite`` does it with what lies on the disk; how many are another. Never
+        between :meth:`take` and :meth:`done`."""
+        with self._lock:
+            others = [change(kind + payload) for kind, payload, _ in self._waiting]
+            old = list(self._waiting)
+            self._waiting.clear()
+            self.bytes = 0
+            for (kind, payload, since), other in zip(old, others, strict=True):
+                if other is not None:
+                    kind, payload = other[:1], other[1:]
+                if kind:
+                    self._waiting.append((kind, payload, since))
+                    self.bytes += len(payload)
+            return sum(other is not None for other in others)
 
     def age(self) -> float:
         """Seconds that the oldest has waited; 0 when none does."""

@@ -343,6 +343,44 @@ class Spool:
         del self._sizes[number]
         del self._stored[number]
 
+    def segments(self) -> dict[int, tuple[Path, int]]:
+        """Path and bytes of each segment, by number."""
+        with self._lock:
+            return {
+                number: (_path(self.folder, number), end) for number, end in self._sizes.items()
+            }
+
+    def replace(self, number: int, data: bytes) -> None:
+        """Put a segment with the same places in the place of one, whole or not at all; what was
+        appended behind ``data`` meanwhile stays. One that went meanwhile does not come back.
+        Raises ``OSError``."""
+        path = _path(self.folder, number)
+        new = path.with_name(f"{path.name}.new")  # a kill leaves it; the next try writes it again
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            _write(fd, data, 0)
+            os.fsync(fd)
+            with self._lock:
+                if number not in self._sizes:
+                    return
+                more = self._behind(path, len(data), self._sizes[number])
+                if more:
+                    _write(fd, more, len(data))
+                    os.fsync(fd)
+                os.replace(new, path)
+                if number == self._tail.segment and self._fd >= 0:
+                    self._fd, fd = fd, self._fd
+                sync_folder(self.folder)  # what is appended from now on lies in the new file
+        finally:
+            os.close(fd)
+            new.unlink(missing_ok=True)
+
+    @staticmethod
+    def _behind(path: Path, begin: int, end: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
     def close(self) -> None:
         self.sync()
         with self._lock:

@@ -15,6 +15,7 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
+from aurora_sgl.store.erased import erased_ids
 from aurora_sgl.store.faults import Kind, fault_of, in_words
 from aurora_sgl.store.link import StoreLink
 from aurora_sgl.store.pruning.traces import ROUND, over_budget
@@ -31,8 +32,10 @@ class TraceStore:
         self.counts: Counter[str] = Counter()
 
     def add(self, rows: list[TraceRow]) -> None:
-        """Insert rows, then delete the oldest files over the budgets of their groups. Raises
-        ``StoreAway``."""
+        """Insert rows, then delete the oldest files over the budgets of their groups. The files of
+        requests that were purged meanwhile go. Raises ``StoreAway``."""
+        if rows:
+            rows = self._without_purged(rows)
         if not rows:
             return
         if self._refusal(rows) is not None:
@@ -43,7 +46,7 @@ class TraceStore:
                 elif kind is Kind.DATA:
                     self.counts["refused"] += 1
                 if kind is not None:
-                    self._delete(row.uri)
+                    self.delete(row.uri)
         with self._link.session(write=False) as s:
             groups = queries.traces.groups_of_traces(s, [row.request_id for row in rows])
         for group_id in groups:
@@ -55,6 +58,15 @@ class TraceStore:
         with self._link.session(write=False) as s:
             gone = [row for row in rows if queries.traces.trace(s, row.request_id) is None]
         return [row for row in gone if self._artifacts.exists(row.uri)]
+
+    def _without_purged(self, rows: list[TraceRow]) -> list[TraceRow]:
+        with self._link.session(write=False) as s:
+            purged = erased_ids(s.connection(), (row.request_id for row in rows))
+        for row in rows:
+            if row.request_id in purged:
+                self.delete(row.uri)
+                self.counts["purged"] += 1
+        return [row for row in rows if row.request_id not in purged]
 
     def _refusal(self, rows: list[TraceRow]) -> Kind | None:
         """Insert all the rows or none; whose fault it is when the store takes none."""
@@ -95,10 +107,10 @@ class TraceStore:
             with self._link.session() as s:
                 queries.traces.delete_traces(s, [request_id for request_id, _, _ in victims])
             for _, uri, _ in victims:
-                self._delete(uri)
+                self.delete(uri)
             self.counts["evicted"] += len(victims)
 
-    def _delete(self, uri: str) -> None:
+    def delete(self, uri: str) -> None:
         try:
             self._artifacts.delete(uri)
         except (OSError, AuroraError) as error:

@@ -1,6 +1,7 @@
 """The tables of the store, under the names of the public contract."""
 
 from aurora_sgl.store.models.base import Base, BigInt, Json, UtcDateTime
+from aurora_sgl.store.models.erasure import ErasedRequest, Erasure, TrainingRequest
 from aurora_sgl.store.models.learning import (
     Alias,
     Deployment,
@@ -43,6 +44,8 @@ __all__ = [
     "DrafterVersion",
     "Drift",
     "DropCount",
+    "ErasedRequest",
+    "Erasure",
     "Evaluation",
     "Json",
     "Lease",
@@ -57,6 +60,7 @@ __all__ = [
     "Swap",
     "Switch",
     "Trace",
+    "TrainingRequest",
     "TrainingRun",
     "Trial",
     "TrialWindow",

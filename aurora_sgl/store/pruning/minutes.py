@@ -60,7 +60,7 @@ def count_old(
     with reading(engine) as connection:
         old = connection.scalar(query.where(m.bucket_start < hours_before)) or 0
         fine = query.where(
-            m.bucket_start >= hours_before, m.bucket_start < minutes_before, _is_within_an_hour()
+            m.bucket_start >= hours_before, m.bucket_start < minutes_before, is_within_an_hour()
         )
         return PrunedMinutes(connection.scalar(fine) or 0, old)
 
@@ -90,7 +90,7 @@ def _is_of(group_id: int) -> ColumnElement[bool]:
     return AcceptanceMinute.server_id.in_(select(Server.id).where(Server.group_id == group_id))
 
 
-def _is_within_an_hour() -> ColumnElement[bool]:
+def is_within_an_hour() -> ColumnElement[bool]:
     """A minute that is not the first of its hour; the first may be an hour's row."""
     return extract("minute", AcceptanceMinute.bucket_start) != 0
 
@@ -112,7 +112,7 @@ def _next_hour(engine: Engine, group_id: int, since: datetime, until: datetime) 
     """The first hour from ``since`` on that has a row of a minute."""
     m = AcceptanceMinute
     query = select(func.min(m.bucket_start)).where(
-        m.bucket_start >= since, m.bucket_start < until, _is_within_an_hour(), _is_of(group_id)
+        m.bucket_start >= since, m.bucket_start < until, is_within_an_hour(), _is_of(group_id)
     )
     with reading(engine) as connection:
         first = connection.scalar(query)
@@ -133,8 +133,12 @@ def _servers(engine: Engine, group_id: int, hour: datetime) -> list[int]:
 
 
 def _coarsen(connection: Connection, _: int, *, server_id: int, hour: datetime) -> int:
-    """Sum up one hour of one server. Its watermark is locked as for an ingest, so that a late
-    record is counted before or after, never in between."""
+    return coarsen(connection, server_id, hour)
+
+
+def coarsen(connection: Connection, server_id: int, hour: datetime) -> int:
+    """Sum up one hour of one server; how many rows of minutes it had. Its watermark is locked as
+    for an ingest, so that a late record is counted before or after, never in between."""
     m = AcceptanceMinute
     mark = select(SpoolWatermark.last_seq).where(SpoolWatermark.server_id == server_id)
     connection.execute(mark.with_for_update())

@@ -1,4 +1,5 @@
-"""Old requests, with their traces and tallies. What is pinned keeps its request."""
+"""Old requests, with their traces, tallies and what training noted of them. What is pinned keeps
+its request."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Connection, Engine, delete, exists, func, select
 
 from aurora_sgl.store.connection import reading
-from aurora_sgl.store.models import Request, RequestTally, Server, Trace
+from aurora_sgl.store.models import Request, RequestTally, Server, Trace, TrainingRequest
 from aurora_sgl.store.pruning.pace import PrunePace
 
 
@@ -70,6 +71,7 @@ def _delete(connection: Connection, ids: list[int], uris: list[str]) -> int:
     if ids:
         traces = delete(Trace).where(Trace.request_id.in_(ids)).returning(Trace.uri)
         uris.extend(connection.scalars(traces))
-        connection.execute(delete(RequestTally).where(RequestTally.request_id.in_(ids)))
+        for model in (RequestTally, TrainingRequest):
+            connection.execute(delete(model).where(model.request_id.in_(ids)))
         connection.execute(delete(Request).where(Request.id.in_(ids)))
     return len(ids)

@@ -53,6 +53,7 @@ TOKEN_COLUMNS = {
     "acceptance_event": {"draft_tokens", "target_tokens"},
     "request": {"conversation_hash"},
     "trace": {"prompt_sha256", "head_sha256"},
+    "erasure": {"salt", "key_hash"},
     "v_acceptance_event": {"draft_tokens", "target_tokens"},
     "v_rejected_tokens": {"draft_token", "target_token"},
 }

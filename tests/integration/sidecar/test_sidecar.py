@@ -376,7 +376,7 @@ def test_traces_that_cannot_be_written_are_one_line_in_the_log_and_a_count(
     traced(range(1, 11))
     wait_until(lambda: drops(url_of(home)).get("trace") == 10)
     assert sidecar.text().count("a trace can't be written") == 1
-    assert count(url_of(home), "request", "status = 'finished'") == 10
+    wait_until(lambda: count(url_of(home), "request", "status = 'finished'") == 10)
     (home / "artifacts" / "traces").unlink()
     traced(range(11, 13))
     wait_until(lambda: count(url_of(home), "trace") == 2)

@@ -30,7 +30,8 @@ from aurora_sgl.rollout.promote import promote
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.sequences.held_out import held_out_counts
 from aurora_sgl.store import connection, queries
-from aurora_sgl.store.models import Evaluation, Request, TrainingRun
+from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, TrainingRun
+from aurora_sgl.store.purge import Selector, begin_purge
 from aurora_sgl.training import run
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
@@ -395,3 +396,21 @@ def test_a_store_that_is_away_at_the_end_of_a_run_is_waited_for(
         assert len(queries.evaluations.evaluations(s, outcome.version_id or 0)) > 1, (
             "overall and by domain"
         )
+
+
+def test_a_run_ends_without_a_version_when_what_it_learns_from_is_purged(house: House) -> None:
+    house.serve(60)
+
+    def purge_one(event: dict[str, Any]) -> None:
+        if event["event"] == "line_search" and not event["done"]:
+            with store.session(house.engine, write=False) as s:
+                first = s.scalars(select(TrainingRequest.request_id)).first()
+            selector = Selector("request", str(first), utc_now())
+            begin_purge(house.engine, selector, actor="ada", reason="asked to")
+
+    outcome = train_once(
+        house.engine, house.artifacts, "default", BRIEF, trigger="test", progress=purge_one
+    )
+    assert (outcome.status, outcome.version_id) == ("failed", None)
+    assert "1 of the requests that it learnt from were purged meanwhile" in outcome.error
+    assert list((house.home / "training").iterdir()) == []
