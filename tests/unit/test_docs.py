@@ -390,6 +390,23 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", ["security.md", "operations.md"])
+def test_every_promise_names_tests_that_exist(page: str) -> None:
+    rows = text(page).partition("## Promises")[2].splitlines()
+    named = 0
+    for row in rows:
+        file = ""
+        for path, name in re.findall(r"`([\w/]*\.py)?(?:::(test_\w+))?`", row):
+            file = path or file
+            if not path and not name:
+                continue
+            files = [one for one in sources() if str(one).endswith(f"/{file}")]
+            assert len(files) == 1, f"{file}: no such file, or several\n{row}"
+            assert not name or f"def {name}(" in sources()[files[0]], f"{file}::{name}\n{row}"
+            named += 1
+    assert named > 20
+
+
 def test_names_of_classes_and_functions_in_the_walks_exist() -> None:
     named = re.findall(r"`([A-Z]\w+)\.(\w+)`", text("internals.md"))
     everything = "\n".join(sources().values())
