@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os.path
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,29 @@ from aurora_sgl.limits import Limits
 NOT_FIELDS = (ENABLED, *INTERNAL)
 
 
-class Settings(BaseSettings):
+class TextSettings(BaseSettings):
+    """Settings whose values are text, at any depth: bytes of an environment that are none can't be
+    stored, logged or shown."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if any("\ud800" <= letter <= "\udfff" for text in _texts(value) for letter in text):
+            raise ValueError("it is no UTF-8 text")
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, Sequence):
+        for one in value:
+            yield from _texts(one)
+
+
+class Settings(TextSettings):
     """Settings of all rooms. A field is read from ``AURORA_`` and its name in capitals."""
 
     model_config = SettingsConfigDict(env_prefix="AURORA_", env_file=".env", extra="ignore")
@@ -171,14 +194,6 @@ class Settings(BaseSettings):
             refused_days=self.retention_refused_days,
         )
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_text(cls, value: Any) -> Any:
-        """Bytes of an environment that are no text can't be stored, logged or shown."""
-        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError("it is no UTF-8 text")
-        return value
-
     @field_validator("home", "artifacts", "database_url", mode="before")
     @classmethod
     def _expand(cls, value: Any) -> Any:
@@ -210,7 +225,7 @@ def from_home(text: str) -> str:
     return prefix + home + text[match.end() :]
 
 
-class GateSettings(BaseSettings):
+class GateSettings(TextSettings):
     """What a candidate has to show before it may go live. Read from ``AURORA_GATE_*``."""
 
     model_config = SettingsConfigDict(env_prefix="AURORA_GATE_", env_file=".env", extra="ignore")
@@ -229,7 +244,7 @@ class GateSettings(BaseSettings):
     """A domain with fewer replayed requests is shown but not judged."""
 
 
-class WatchSettings(BaseSettings):
+class WatchSettings(TextSettings):
     """What is looked at after a promotion. Read from ``AURORA_WATCH_*``."""
 
     model_config = SettingsConfigDict(env_prefix="AURORA_WATCH_", env_file=".env", extra="ignore")
@@ -259,7 +274,7 @@ class WatchSettings(BaseSettings):
     """Hours before the promotion from which the comparison is taken."""
 
 
-class TrialSettings(BaseSettings):
+class TrialSettings(TextSettings):
     """The switchback trial. Read from ``AURORA_TRIAL_*``."""
 
     model_config = SettingsConfigDict(env_prefix="AURORA_TRIAL_", env_file=".env", extra="ignore")
@@ -283,7 +298,7 @@ class TrialSettings(BaseSettings):
     """Share of tokens per second that a candidate may lose and still pass."""
 
 
-class SchedulerSettings(BaseSettings):
+class SchedulerSettings(TextSettings):
     """When to train. Read from ``AURORA_SCHEDULER_*``."""
 
     model_config = SettingsConfigDict(

@@ -37,8 +37,11 @@ PATHS = [pack_ints(path) for path in ([], [1], [1, 5], [1, 5, 6])]
 FORMAT = "%Y-%m-%d %H:%M:%S.%f"
 
 
-def build(path: Path, events: int, versions: int, days: int = DAYS, seed: int = 0) -> None:
-    """Make a new SQLite store at ``path``; what lies there is replaced."""
+def build(
+    path: Path, events: int, versions: int, days: int = DAYS, seed: int = 0, ended: int = 0
+) -> None:
+    """Make a new SQLite store at ``path``; what lies there is replaced. Its traffic ended so many
+    days ago."""
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     engine = store.connect(f"sqlite:///{path}")
@@ -47,7 +50,7 @@ def build(path: Path, events: int, versions: int, days: int = DAYS, seed: int = 
     db = sqlite3.connect(path, isolation_level=None)
     for pragma in ("journal_mode=WAL", "synchronous=OFF", "cache_size=-262144"):
         db.execute(f"PRAGMA {pragma}")
-    now = utc_now().replace(second=0, microsecond=0)
+    now = utc_now().replace(second=0, microsecond=0) - timedelta(days=ended)
     begin = now - timedelta(days=days)
     history = History(begin, now, versions, np.random.default_rng(seed))
     db.execute("BEGIN")

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import Engine, func, select
 
 from aurora_sgl import store, wire
 from aurora_sgl.console import print_cells
@@ -39,17 +39,22 @@ def envelopes(events: int, start_us: int) -> list[tuple[int, list[wire.Record]]]
     """Requests of 60 steps, eight at a time, a step of the batch every 20 ms."""
     rng = random.Random(0)
     made: list[tuple[int, list[wire.Record]]] = []
-    number = 0
-    for first in range(0, events, RUNNING * STEPS):
-        at_us = start_us + first // RUNNING * 20_000
-        ids = [wire.request_id(BOOT, number + i + 1) for i in range(RUNNING)]
-        number += RUNNING
-        made.append((len(made) + 1, [_started(i, at_us) for i in ids]))
-        for step in range(STEPS):
-            records: list[wire.Record] = [_step(i, step, at_us + step * 20_000, rng) for i in ids]
-            made.append((len(made) + 1, records))
-        made.append((len(made) + 1, [_finished(i, at_us + STEPS * 20_000) for i in ids]))
+    for number in range(-(-events // (RUNNING * STEPS))):
+        made += envelopes_of_eight(number, start_us + number * STEPS * 20_000, rng)
     return made
+
+
+def envelopes_of_eight(
+    number: int, at_us: int, rng: random.Random, boot_id: int = BOOT
+) -> list[tuple[int, list[wire.Record]]]:
+    """The ``number``-th eight requests, from admission to end."""
+    ids = [wire.request_id(boot_id, number * RUNNING + i + 1) for i in range(RUNNING)]
+    made: list[list[wire.Record]] = [[_started(i, at_us) for i in ids]]
+    for step in range(STEPS):
+        made.append([_step(i, step, at_us + step * 20_000, rng) for i in ids])
+    made.append([_finished(i, at_us + STEPS * 20_000) for i in ids])
+    first = number * (STEPS + 2) + 1
+    return list(enumerate(made, first))
 
 
 def _started(request_id: int, at_us: int) -> wire.RequestStarted:
@@ -87,13 +92,18 @@ def batches(made: Batch, size: int) -> Iterator[Batch]:
         yield part
 
 
+def registered(engine: Engine, boot_id: int = BOOT) -> int:
+    """The number of a server that ingest is for."""
+    with store.session(engine) as s:
+        group = queries.groups.ensure_group(s, "bench", "target", "", "LlamaForCausalLMEagle3")
+        hello = wire.Hello(boot_id, 1, {"name": "bench"}, 0, 0, 0, {})
+        return queries.servers.register_server(s, group.id, hello).id
+
+
 def measure(url: str, made: Batch, size: int) -> dict[str, float | int | str]:
     engine = store.connect(url)
     store.upgrade(engine)
-    with store.session(engine) as s:
-        group = queries.groups.ensure_group(s, "bench", "target", "", "LlamaForCausalLMEagle3")
-        hello = wire.Hello(BOOT, 1, {"name": "bench"}, 0, 0, 0, {})
-        server_id = queries.servers.register_server(s, group.id, hello).id
+    server_id = registered(engine)
     parts = list(batches(made, size))
     slowest = 0.0
     began = time.perf_counter()

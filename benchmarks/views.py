@@ -62,6 +62,7 @@ def copy(path: Path, engine: Engine, days: int) -> None:
         cursor = connection.connection.cursor()
         for table in Base.metadata.sorted_tables:
             _copy_table(source, cursor, table)
+            _go_on_counting(cursor, table)
     with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
         connection.exec_driver_sql("VACUUM ANALYZE")
 
@@ -75,6 +76,16 @@ def _copy_table(source: sqlite3.Connection, cursor: Any, table: Table) -> None:
             for i in flags:
                 values[i] = None if values[i] is None else bool(values[i])
             rows.write_row(values)
+
+
+def _go_on_counting(cursor: Any, table: Table) -> None:
+    """New rows get numbers beyond those that were copied."""
+    column = table.autoincrement_column
+    if column is not None:
+        cursor.execute(
+            f"SELECT setval(pg_get_serial_sequence('{table.name}', '{column.name}'), "
+            f"(SELECT max({column.name}) FROM {table.name}))"
+        )
 
 
 def measure(engine: Engine) -> dict[str, float]:
