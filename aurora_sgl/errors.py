@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+#: Control characters, half characters, and separators that end a line.
+_ODD = frozenset(("Cc", "Cs", "Zl", "Zp"))
+
 
 class AuroraError(Exception):
-    """Something that the user can mend; the command line prints the message and exits with 1."""
+    """Something that the user can mend; the command line prints the message and exits with 1.
+
+    As text it is one line that can be printed and stored, whatever it quotes of a file or a
+    statement.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if text.isprintable():  # nearly always
+            return text
+        return "".join("\ufffd" if _is_odd(letter) else letter for letter in " ".join(text.split()))
 
 
 class Refused(AuroraError):
@@ -13,3 +28,7 @@ class Refused(AuroraError):
 
 class Unusable(AuroraError):
     """A drafter that can't become a version as it is; trying again does not help."""
+
+
+def _is_odd(letter: str) -> bool:
+    return unicodedata.category(letter) in _ODD

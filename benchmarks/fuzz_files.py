@@ -107,7 +107,8 @@ def odd_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict[st
             changed[name] = tensor.clone()
             changed[name].view(-1)[0] = rng.choice((float("nan"), float("inf")))
         elif what == 5 and not tensor.is_floating_point():
-            changed[name] = tensor.clone().fill_(rng.choice((-1, 1, 2**31, 2**62)))
+            most = torch.iinfo(tensor.dtype).max if tensor.dtype is not torch.bool else 1
+            changed[name] = tensor.clone().fill_(min(rng.choice((-1, 1, 2**31, 2**62)), most))
         else:
             changed[name] = torch.zeros([1] * rng.randrange(4), dtype=tensor.dtype)
         if not changed:
