@@ -56,7 +56,11 @@ UNSENT_SECONDS = 3.0
 READY_SECONDS, DRAIN_SECONDS, LEARN_SECONDS = 600.0, 300.0, 1200.0
 DISK_BYTES = 1 << 30  # of the data folder's file system
 FAKETIME = "faketime/libfaketimeMT.so.1"
-PROCESSES = ("server", "sidecar", "scheduler", "trainer", "dashboard")
+#: In turn; a server takes a minute to come back, and a trainer has to be there first.
+PROCESSES = (
+    "server", "sidecar", "scheduler", "dashboard", "sidecar",
+    "trainer", "sidecar", "scheduler", "dashboard", "sidecar",
+)  # fmt: skip
 
 
 @dataclass
