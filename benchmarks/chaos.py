@@ -11,8 +11,8 @@ succeeds after the last fault.
     python -m benchmarks.chaos [--database postgresql|sqlite] [--kills 5] [--each 1] [--seed 0]
     python -m benchmarks.chaos --long            # 200 kills and each fault ten times
 
-Where the data folder can't have a file system of its own (that takes root), or the Debian package
-faketime is not there, the fault that needs it is left out, which the table says.
+Where the data folder can't have a file system of its own (that takes root), or no C compiler is
+there, the fault that needs it is left out, which the table says.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ BEHIND_SECONDS = 10.0
 UNSENT_SECONDS = 3.0
 READY_SECONDS, DRAIN_SECONDS, LEARN_SECONDS = 600.0, 300.0, 1200.0
 DISK_BYTES = 1 << 30  # of the data folder's file system
-FAKETIME = "faketime/libfaketimeMT.so.1"
+CLOCK_FILE = "CLOCK_OFFSET_FILE"  # see clock_offset.c
 #: In turn; a server takes a minute to come back, and a trainer has to be there first.
 PROCESSES = (
     "server", "sidecar", "scheduler", "dashboard", "sidecar",
@@ -221,10 +221,10 @@ def _disk_full(world: World, seconds: float) -> None:
 
 
 def _clock_back(world: World, seconds: float) -> None:
-    clock = Path(world.environment["FAKETIME_TIMESTAMP_FILE"])
-    clock.write_text("-3600\n")
+    file = Path(world.environment[CLOCK_FILE])
+    _set_clock(file, -3600)
     time.sleep(seconds)
-    clock.write_text("+0\n")
+    _set_clock(file, 0)
 
 
 Fault = Callable[[World, float], None]
@@ -242,7 +242,7 @@ def faults(world: World) -> dict[str, Fault]:
     possible = dict(ON_SQLITE if world.database is None else ON_POSTGRESQL)
     if os.path.ismount(world.home):
         possible["disk of the data folder full"] = _disk_full
-    if "FAKETIME_TIMESTAMP_FILE" in world.environment:
+    if CLOCK_FILE in world.environment:
         possible["clock an hour back"] = _clock_back
     return possible
 
@@ -263,16 +263,21 @@ def data_folder(into: Path) -> Iterator[Path]:
 
 
 def clock(into: Path) -> dict[str, str]:
-    """Variables under which a process takes its time of day from a file; none without faketime."""
-    libraries = [path / FAKETIME for path in Path("/usr/lib").glob("*-linux-gnu*")]
-    library = next((path for path in libraries if path.exists()), None)
-    if library is None:
+    """Variables under which a process takes its time of day off by what a file says; none where
+    there is no C compiler."""
+    library, file = into / "clock_offset.so", into / "clock"
+    source = Path(__file__).with_name("clock_offset.c")
+    compiler = shutil.which("cc")
+    if compiler is None:
         return {}
-    (into / "clock").write_text("+0\n")
-    return {
-        "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(into / "clock"),
-        "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }  # fmt: skip
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
+    _set_clock(file, 0)
+    return {"LD_PRELOAD": str(library), CLOCK_FILE: str(file)}
+
+
+def _set_clock(file: Path, seconds: int) -> None:
+    with file.open("r+b" if file.exists() else "xb") as open_file:
+        open_file.write(seconds.to_bytes(8, sys.byteorder, signed=True))
 
 
 @contextmanager
