@@ -374,6 +374,13 @@ def learnt(world: World, since: Any) -> bool:
         engine.dispose()
 
 
+def in_time(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (true := condition()) and time.monotonic() < deadline:
+        time.sleep(1.0)
+    return true
+
+
 def main() -> int:
     parser = arguments(__doc__ or "")
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
@@ -392,9 +399,10 @@ def main() -> int:
             break_things(world, kills, each, random.Random(given.seed))
             since = utc_now()
             print("waiting for a training run", file=sys.stderr, flush=True)
-            wait(lambda: learnt(world, since), LEARN_SECONDS, "a training run after the faults")
+            goes_on = in_time(lambda: learnt(world, since), LEARN_SECONDS)
             traffic.stop()
-            row = {"database": given.database, **count(world, traffic), "loop": "goes on"}
+            loop = "goes on" if goes_on else f"no run in {LEARN_SECONDS:.0f} s"
+            row = {"database": given.database, **count(world, traffic), "loop": loop}
             done = [{"what": name, "times": times} for name, times in world.counts.items()]
     except AuroraError as error:
         print(f"chaos: {error}", file=sys.stderr)
@@ -403,7 +411,7 @@ def main() -> int:
     title = "after it (aims: 0 unexplained, 0 twice, 0 failed)"
     keep = f"chaos {given.database}" if given.keep else ""
     report(title, [row], as_json=given.json, keep=keep)
-    return 1 if row["unexplained"] or row["twice"] or row["failed"] else 0
+    return 1 if row["unexplained"] or row["twice"] or row["failed"] or not goes_on else 0
 
 
 if __name__ == "__main__":
