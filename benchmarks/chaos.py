@@ -55,6 +55,7 @@ BEHIND_SECONDS = 10.0
 UNSENT_SECONDS = 3.0
 READY_SECONDS, DRAIN_SECONDS, LEARN_SECONDS = 600.0, 300.0, 1200.0
 DISK_BYTES = 1 << 30  # of the data folder's file system
+READY = "ready: spool"  # of the sidecar's log
 CLOCK_FILE = "CLOCK_OFFSET_FILE"  # see clock_offset.c
 #: In turn; a server takes a minute to come back, and a trainer has to be there first.
 PROCESSES = (
@@ -74,9 +75,12 @@ class World:
     database: Postgres | None  # None: SQLite
     port: int = field(default_factory=free_port)
     away: list[tuple[float, float]] = field(default_factory=list)  # time.monotonic()
+    begun: float = field(default_factory=time.monotonic)
     counts: Counter[str] = field(default_factory=Counter)
     _server: ServerProcess | None = None
     _others: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    #: When the sidecar was killed, and how long its log was then.
+    _sidecar_killed: tuple[float, int] = (0.0, 0)
 
     def start_server(self) -> None:
         log = self.home / "logs" / "server.log"
@@ -107,6 +111,8 @@ class World:
             process = self._child(name)
             if process is None:
                 return False
+            if name == "sidecar":
+                self._sidecar_killed = time.monotonic(), len(self._sidecar_log())
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.counts[f"kill {name}"] += 1
@@ -114,7 +120,7 @@ class World:
 
     def _kill_server(self) -> None:
         assert self._server is not None
-        begun = time.monotonic()
+        begun = self._handed_over_until()
         pids = [self._server.pid, *(p.pid for p in psutil.Process(self._server.pid).children(True))]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -122,6 +128,15 @@ class World:
         self._server.stop()
         self.start_server()
         self.away.append((begun, time.monotonic()))
+
+    def _handed_over_until(self) -> float:
+        """What the engine said later may still be in it: its sidecar was not back."""
+        killed, length = self._sidecar_killed
+        is_back = READY in self._sidecar_log()[length:]
+        return time.monotonic() if is_back or not killed else killed
+
+    def _sidecar_log(self) -> str:
+        return (self.home / "logs" / "sidecar.log").read_text(errors="replace")
 
     def _child(self, name: str) -> psutil.Process | None:
         if name == "sidecar":
@@ -321,7 +336,8 @@ def break_things(world: World, kills: int, each: int, draw: random.Random) -> No
         else:
             possible[what](world, draw.uniform(*FAULT_SECONDS))
             world.counts[what] += 1
-        print(f"{number}/{len(todo)} {what}", file=sys.stderr, flush=True)
+        passed = time.monotonic() - world.begun
+        print(f"{passed:5.0f} s {number}/{len(todo)} {what}", file=sys.stderr, flush=True)
 
 
 def rows_of(engine: Engine, rid: str) -> tuple[int, int, bool]:
@@ -344,6 +360,10 @@ def count(world: World, traffic: Traffic) -> dict[str, Any]:
     rows = [rows_of(engine, answer.rid) for answer in compared]
     steps = [(answer.verify_steps, row[1]) for answer, row in zip(compared, rows, strict=True)]
     missing = sum(max(0, made - there) for made, there in steps)
+    for answer, (made, there) in zip(compared, steps, strict=True):
+        if made > there:
+            when = f"answered {answer.at - world.begun:.0f} s"
+            print(f"{when}: {there} of {made} steps are there", file=sys.stderr, flush=True)
     with store.session(engine, write=False) as s:
         group_id = queries.groups.groups(s)[0].id
         drops = queries.drops.drops(s, group_id)
