@@ -7,10 +7,10 @@ import threading
 from dataclasses import dataclass
 
 from aurora_sgl import wire
+from aurora_sgl.store.domains import OTHER
 
 #: Pairs of version and domain that are told apart; clients name domains as they like.
 MOST_PAIRS = 200
-OTHER = "(other)"
 #: Microseconds within which steps after a swap belong to the same swap.
 SAME_SWAP_US = 5_000_000
 #: Microseconds between a swap and the waits of streams that are put down to it.

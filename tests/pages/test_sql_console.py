@@ -199,8 +199,8 @@ def test_limits_of_time_and_memory_hold_for_any_statement(ask: Ask, engine: Engi
     table = HOSTILE_SQLITE if is_sqlite(engine) else HOSTILE_POSTGRES
     for statement, words in table.items():
         begun = time.monotonic()
-        # On a busy machine the limit of time may come first.
-        with pytest.raises(AuroraError, match=f"{words}|stopped after") as refused:
+        # Which limit comes first depends on how busy the machine is.
+        with pytest.raises(AuroraError, match=f"{words}|stopped after|memory") as refused:
             ask(statement, "viewer", seconds=0.5)
         assert "\n" not in str(refused.value), statement
         assert time.monotonic() - begun < 30, statement  # without limits: minutes

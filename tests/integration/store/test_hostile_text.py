@@ -18,7 +18,7 @@ from aurora_sgl.scheduler import metrics
 from aurora_sgl.sidecar import health as sidecar_health
 from aurora_sgl.sidecar.served import Sums
 from aurora_sgl.store import queries
-from aurora_sgl.store.ingest import ingest
+from aurora_sgl.store.ingest import IngestRules, ingest
 from aurora_sgl.store.models import AcceptanceEvent, Request, Server
 from aurora_sgl.store.queries import explorer
 from tests.support import hostile
@@ -44,7 +44,7 @@ def labels_of(read: list[Metric], metric: str, label: str) -> list[str]:
 
 
 def test_hostile_domains_request_ids_and_server_names_go_through_the_store_as_text(
-    engine: Engine,
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(NAMES) > 300
     now_us = int(clock.utc_now().timestamp() * 1e6) - 60_000_000
@@ -62,7 +62,8 @@ def test_hostile_domains_request_ids_and_server_names_go_through_the_store_as_te
             step,
             samples.finished(number, [step], at_us=now_us + 2000),
         ]
-    ingest(engine, server_id, samples.BOOT, [(1, records)])
+    rules = IngestRules(most_domains=len(NAMES))
+    ingest(engine, server_id, samples.BOOT, [(1, records)], rules=rules)
 
     with store.session(engine, write=False) as s:
         rows = s.execute(select(Request.rid, Request.domain, Request.sampling)
@@ -74,6 +75,7 @@ def test_hostile_domains_request_ids_and_server_names_go_through_the_store_as_te
         for name in NAMES[::40]:
             chosen = explorer.find_requests(s, group.id, domains=[name], limit=5)
             assert [one.domain for one in chosen] == [name]
+        monkeypatch.setattr(metrics, "MOST_PAIRS", len(NAMES))
         read = scraped(metrics.of_group(s, group.id))
     assert sorted(labels_of(read, "aurora_accept_length", "domain")) == sorted(NAMES)
 
