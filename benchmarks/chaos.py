@@ -351,7 +351,7 @@ def rows_of(engine: Engine, rid: str) -> tuple[int, int, bool]:
 def count(world: World, traffic: Traffic) -> dict[str, Any]:
     """Of the answers whose server lived long enough to hand everything over."""
     engine = store.connect(world.url)
-    compared = [a for a in traffic.answers if not world.excuses(a.at, a.at + UNSENT_SECONDS)]
+    compared = [a for a in traffic.answers if not world.excuses(a.asked, a.at + UNSENT_SECONDS)]
     deadline = time.monotonic() + DRAIN_SECONDS
     left = compared
     while left and time.monotonic() < deadline:

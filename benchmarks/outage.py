@@ -96,6 +96,7 @@ class Answer:
     rid: str
     at: float  # time.monotonic() when it had come
     verify_steps: int  # as SGLang counts them
+    asked: float  # time.monotonic() too
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Traffic:
                 self.failures.append((asked, time.monotonic()))
                 self._ending.wait(0.5)
                 continue
-            self.answers.append(Answer(rid, time.monotonic(), info.get(STEPS, 0)))
+            self.answers.append(Answer(rid, time.monotonic(), info.get(STEPS, 0), asked))
 
     def between(self, begun: float, ended: float) -> int:
         return sum(begun <= answer.at < ended for answer in self.answers)
