@@ -53,6 +53,10 @@ PAUSE_SECONDS = (3.0, 10.0)  # between two
 BEHIND_SECONDS = 10.0
 #: Records of so many seconds before a kill may still have been in the engine, which is gone.
 UNSENT_SECONDS = 3.0
+#: Steps of requests whose start was lost: the store does not know what the client called them.
+NAMELESS = (
+    "SELECT count(*) FROM acceptance_event JOIN request ON request.id = request_id WHERE rid = ''"
+)
 READY_SECONDS, DRAIN_SECONDS, LEARN_SECONDS = 600.0, 300.0, 1200.0
 DISK_BYTES = 1 << 30  # of the data folder's file system
 READY = "ready: spool"  # of the sidecar's log
@@ -367,6 +371,7 @@ def count(world: World, traffic: Traffic) -> dict[str, Any]:
     with store.session(engine, write=False) as s:
         group_id = queries.groups.groups(s)[0].id
         drops = queries.drops.drops(s, group_id)
+        nameless = s.scalar(text(NAMELESS)) or 0
     engine.dispose()
     lost = sum(number for place, number in drops.items() if place != "trace")
     ours = [one for one in traffic.failures if not world.excuses(*one)]
@@ -375,8 +380,9 @@ def count(world: World, traffic: Traffic) -> dict[str, Any]:
         "compared": len(compared),
         "verify steps": sum(made for made, _ in steps),
         "missing": missing,
+        "of them stored without a rid": nameless,
         "counted as lost": lost,
-        "unexplained": max(0, missing - lost),
+        "unexplained": max(0, missing - nameless - lost),
         "twice": sum(row[0] > 1 for row in rows) + sum(there > made for made, there in steps),
         "failed with a dead server": len(traffic.failures) - len(ours),
         "failed": len(ours),
