@@ -31,6 +31,7 @@ class Watermarks:
         self._met: set[int] = set()  # boots of which the store was asked what it has
         #: By boot whose cursor was lost: up to where its losses were counted before.
         self.recovered: dict[int, int] = {}
+        self._losses: dict[int, dict[str, int]] = {}  # that the store has, by server
         self.rewinds = 0
 
     def meet(self, boot_id: int) -> tuple[Boot, bool]:
@@ -58,6 +59,7 @@ class Watermarks:
         connections = self._link.connections
         if connections == self._compared:
             return
+        self._losses.clear()
         now = time.time()
         stored = {
             boot_id: boot.stored
@@ -86,6 +88,7 @@ class Watermarks:
         self.rewinds += 1
         self._cursor.again(boots, self._spool.rewind())
         self._registry.forget()
+        self._losses.clear()
         self.settle()
 
     def settle(self) -> None:
@@ -104,12 +107,17 @@ class Watermarks:
         """A row that others hang on is not there. In the same database somebody deleted it, and
         what hung on it with it: that is not to come back."""
         self._registry.forget()
+        self._losses.clear()
         if self._link.connections == self._compared:
             for boot in self._cursor.boots.values():
                 boot.stored = 0
 
     def tell_losses(self, server_id: int, boot: Boot) -> None:
-        """Raises ``StoreAway``."""
+        """Where they are others than the store has. Raises ``StoreAway``."""
+        counts = losses(boot)
+        if self._losses.get(server_id) == counts:
+            return
         with self._link.session() as s:
-            for place, count in losses(boot).items():
+            for place, count in counts.items():
                 queries.drops.set_drops(s, server_id, place, count)
+        self._losses[server_id] = counts
