@@ -8,6 +8,13 @@ import unicodedata
 _ODD = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
+def printable(text: str) -> str:
+    """A text in which U+FFFD stands for whatever can't be stored or printed on one line."""
+    if text.isprintable():  # nearly always; what is printable has none of the odd ones
+        return text
+    return "".join("\ufffd" if unicodedata.category(c) in _ODD else c for c in text)
+
+
 class AuroraError(Exception):
     """Something that the user can mend; the command line prints the message and exits with 1.
 
@@ -17,9 +24,7 @@ class AuroraError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        if text.isprintable():  # nearly always
-            return text
-        return "".join("\ufffd" if _is_odd(letter) else letter for letter in " ".join(text.split()))
+        return text if text.isprintable() else printable(" ".join(text.split()))
 
 
 class Refused(AuroraError):
@@ -28,7 +33,3 @@ class Refused(AuroraError):
 
 class Unusable(AuroraError):
     """A drafter that can't become a version as it is; trying again does not help."""
-
-
-def _is_odd(letter: str) -> bool:
-    return unicodedata.category(letter) in _ODD

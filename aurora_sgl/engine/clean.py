@@ -8,25 +8,20 @@ worth a record.
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
+
+from aurora_sgl.errors import printable
 
 MAX_TEXT = 128  # characters
 _MAX_ITEMS = 64
 _MAX_DEPTH = 4
 _LARGEST = (1 << 63) - 1  # what msgpack and both databases hold
-_REPLACEMENT = "\ufffd"
-#: Control characters, lone surrogates, and separators that end a line.
-_ODD = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
 def text(value: object, most: int = MAX_TEXT) -> str:
     """The first ``most`` characters of a text, those replaced that cannot be stored or printed."""
-    head = (value if isinstance(value, str) else _words(value))[:most]
-    if head.isprintable():  # nearly always; what is printable has none of the odd ones
-        return head
-    return "".join(_REPLACEMENT if unicodedata.category(c) in _ODD else c for c in head)
+    return printable((value if isinstance(value, str) else _words(value))[:most])
 
 
 def integer(value: object) -> int:
