@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -33,6 +34,13 @@ OWN_SERVERS = (
     "tests/e2e/test_identity.py::"
     "test_without_speculation_our_cpu_kernels_give_hugging_faces_tokens",
 )
+
+
+@pytest.fixture(autouse=True)
+def _main_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamlit's `AppTest` leaves its script as `__main__`: the next process that is spawned would
+    run it."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 COUNTED = "counted under"  # a property of a test
