@@ -46,6 +46,9 @@ from aurora_sgl.store.link import StoreAway, StoreLink
 GATHER_SECONDS = 0.25
 RETRY_SECONDS = (0.5, 5.0)
 BATCH_FRAMES = 2000
+#: Seconds in which the cursor passes heartbeats without being saved: after a kill they are sent
+#: again.
+SAVE_SECONDS = 30.0
 #: Rewinds within one round; a store that changes at every look has to wait.
 REWINDS = 3
 NEVER_SAID = "its server never said who it is"
@@ -67,6 +70,16 @@ class IntakeLoad:
     again: list[TraceRow] = field(default_factory=list)  # of traces that were stored before
     count: int = 0  # frames; 0: not even the first may be stored yet
     end: Position = START  # behind them
+
+    @property
+    def only_heartbeats(self) -> bool:
+        """Whether storing them once more costs nothing, and they hold nothing else."""
+        others = any(self.notes.values()) or self.traces or self.unreadable or self.again
+        sent = [one for batch in self.batches.values() for one in batch]
+        return not others and all(
+            len(one.records) == one.size == 1 and isinstance(one.records[0], wire.Hello)
+            for one in sent
+        )
 
 
 class Intake:
@@ -138,6 +151,8 @@ class Batcher:
         self._eraser = SpoolEraser(spool, link, traces.delete, self._bypass)
         self._rules = rules
         self._stop = threading.Event()
+        self._saved = cursor.position  # by the file, or as it should say
+        self._save_at = 0.0
         self.trouble = ""  # why records wait, in words; "" when the last ones were stored
         self.counts: Counter[str] = Counter()
 
@@ -169,7 +184,7 @@ class Batcher:
     def _between(self) -> None:
         """While nothing waits: what is due without a new record."""
         try:
-            self._spool.release(self._cursor.position)
+            self._spool.release(self._saved)
             if self._adopt is not None:
                 more = self._adopt()
                 self._eraser.look_again()
@@ -255,18 +270,22 @@ class Batcher:
         self._set_aside(refused, load.unreadable)
         self._cursor.boots.update(boots)
         self._cursor.position = load.end
-        self._save()
-        self._spool.release(load.end)
+        if not load.only_heartbeats or time.monotonic() >= self._save_at:
+            self.save()
         return load.count
 
-    def _save(self) -> None:
-        """On a full disk it goes on without: a restart then sends some of it again."""
+    def save(self) -> None:
+        """Put the cursor on the disk; segments before it may go. On a full disk it goes on without:
+        a restart then sends some of it again."""
+        self._saved = self._cursor.position
+        self._save_at = time.monotonic() + SAVE_SECONDS
         try:
             self._cursor.save()
         except OSError as error:
             if not self.counts["cursor_failures"]:
                 log.error("the cursor of the spool can't be written: %s", error)
             self.counts["cursor_failures"] += 1
+        self._spool.release(self._saved)
 
     def _gather(self, frames: list[Frame], until: Position) -> IntakeLoad:
         """What of the frames may be stored now: all up to the first that has to wait."""

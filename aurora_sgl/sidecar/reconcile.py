@@ -32,6 +32,9 @@ from aurora_sgl.store.store_clock import StoreNow, store_now
 TICK_SECONDS = 1.0
 PHASE_SECONDS = 5.0
 TIDY_SECONDS = 10.0
+#: Heartbeats after which the server's row is written although nothing changed: much sooner than
+#: others would hold it for gone.
+REPORT_HELLOS = 3
 #: Seconds after a swap when every stream has made its next step.
 STALL_SECONDS = 4.0
 #: Seconds back over which what was served tells the accept length of the live version.
@@ -282,10 +285,8 @@ class Reconciler:
         return phase.expected(replays[0] if replays else None, steps, accepted)
 
     def _report(self, registration: Registration, live: ReportedLive) -> None:
-        """Write the server's row when something of it changed, and at every Hello.
-
-        Ingest writes the counters of the Hello itself.
-        """
+        """Write the server's row when something of it changed, and now and then, since ingest,
+        which writes what a Hello says and when it came, may have to wait."""
         fields: dict[str, Any] = {
             "state": "running",
             "live_version_id": live.version_id or registration.boot_version_id,
@@ -295,13 +296,14 @@ class Reconciler:
             "phase_reason": self.phase.reason,
             "last_error": self._error or " ".join(self.standing.values()),
         }
-        if fields == self._reported and live.hellos == self._told_store:
+        if fields == self._reported and live.hellos - self._told_store < REPORT_HELLOS:
             return
         with self._link.session() as s:
-            if queries.servers.come_back(s, registration.server_id):
-                log.info("this server counted as gone, and is back")
             heard = StoreNow(time.monotonic() - live.heard_at)
-            queries.servers.touch_server(s, registration.server_id, **fields, last_seen_at=heard)
+            if queries.servers.report_server(
+                s, registration.server_id, **fields, last_seen_at=heard
+            ):
+                log.info("this server counted as gone, and is back")
         self._reported, self._told_store = fields, live.hellos
 
     def _tell_stalls(self, registration: Registration) -> None:

@@ -287,6 +287,7 @@ class SidecarService:
     def _last_words(self, engine_is_gone: bool) -> None:
         with contextlib.suppress(StoreAway):
             self._batcher.drain()
+            self._batcher.save()
             self._reconciler.farewell(engine_is_gone)
 
     def status(self) -> Status:

@@ -5,14 +5,15 @@ Who is still there is decided by it. In SQLite it is the clock of the machine th
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Dialect, Interval, String, TypeDecorator, literal, select
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeEngine
 
 from aurora_sgl.store.models import UtcDateTime
 
@@ -21,23 +22,37 @@ class StoreNow(FunctionElement[datetime]):
     """The present moment in a statement, or one that lies some seconds back."""
 
     type = UtcDateTime()
-    inherit_cache = False  # the seconds are part of the text
+    inherit_cache = True
 
     def __init__(self, seconds_ago: float = 0.0) -> None:
-        super().__init__()
-        self.seconds_ago = float(seconds_ago)
+        super().__init__(literal(float(seconds_ago), _SecondsAgo()))
+
+
+class _SecondsAgo(TypeDecorator[float]):
+    """Seconds back, as each database adds them to a moment."""
+
+    impl = Interval
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(String() if dialect.name == "sqlite" else Interval())
+
+    def process_bind_param(self, value: float | None, dialect: Dialect) -> Any:
+        seconds = float(value or 0.0)
+        return f"{-seconds:.3f} seconds" if dialect.name == "sqlite" else timedelta(seconds=seconds)
 
 
 @compiles(StoreNow, "sqlite")
 def _in_sqlite(element: StoreNow, compiler: SQLCompiler, **_: Any) -> str:
     """As ``UtcDateTime`` stores it: with six digits after the point."""
-    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', '{-element.seconds_ago:.3f} seconds') || '000')"
+    ago = compiler.process(element.clauses)
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', {ago}) || '000')"
 
 
 @compiles(StoreNow, "postgresql")
 def _in_postgresql(element: StoreNow, compiler: SQLCompiler, **_: Any) -> str:
     """Not the beginning of the transaction, which may have waited."""
-    return f"(clock_timestamp() - make_interval(secs => {element.seconds_ago:.3f}))"
+    return f"(clock_timestamp() - {compiler.process(element.clauses)})"
 
 
 def store_now(s: Session) -> datetime:

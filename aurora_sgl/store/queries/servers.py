@@ -96,6 +96,23 @@ def touch_server(s: Session, server_id: int, **fields: Any) -> None:
     )
 
 
+def report_server(s: Session, server_id: int, **fields: Any) -> bool:
+    """As ``touch_server``, for a server that runs. True: it had counted as gone, and is back."""
+    if fields.get("live_version_id"):
+        fields["live_version_id"] = known_version(fields["live_version_id"])
+    here = s.scalar(
+        update(Server)
+        .where(Server.id == server_id, Server.state != "gone")
+        .values(fields)
+        .returning(Server.id)
+        .execution_options(synchronize_session=False)
+    )
+    if here is not None or not come_back(s, server_id):
+        return False
+    touch_server(s, server_id, **fields)
+    return True
+
+
 def server(s: Session, server_id: int) -> Server:
     row = s.get(Server, server_id)
     if row is None:

@@ -429,7 +429,7 @@ def test_an_idle_sidecar_costs_next_to_nothing_and_gives_way(
     process = psutil.Process(sidecar.process.pid)
     used = min(share_of_a_core(process, 3.0) for _ in range(3))  # others only add to it
     print(f"idle sidecar: {100 * used:.2f}% of a core, {process.memory_info().rss >> 20} MiB")
-    assert used < 0.05
+    assert used < 0.03
     assert process.nice() >= 5
 
 
