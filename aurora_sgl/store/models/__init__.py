@@ -23,6 +23,7 @@ from aurora_sgl.store.models.operations import (
 from aurora_sgl.store.models.rollout import Audit, Drift, SchedulerState, Watch, WatchWindow
 from aurora_sgl.store.models.serving import (
     AcceptanceEvent,
+    AcceptanceHour,
     AcceptanceMinute,
     DeploymentGroup,
     Request,
@@ -34,6 +35,7 @@ from aurora_sgl.store.models.serving import (
 
 __all__ = [
     "AcceptanceEvent",
+    "AcceptanceHour",
     "AcceptanceMinute",
     "Alias",
     "Audit",

@@ -1,7 +1,8 @@
 """What was served: groups, servers, requests, verify steps, roll-ups and traces.
 
-The hot tables (``acceptance_event``, ``acceptance_minute``, ``request_tally``) carry no foreign
-keys: each row would pay for the look-up, and ingest writes them together with their request.
+The hot tables (``acceptance_event``, ``acceptance_minute``, ``acceptance_hour``,
+``request_tally``) carry no foreign keys: each row would pay for the look-up, and ingest writes them
+together with their request.
 """
 
 from __future__ import annotations
@@ -209,6 +210,47 @@ class AcceptanceMinute(Base):
     any_sum_steps_accepted: Mapped[int]
     histogram: Mapped[list[int]]
     per_position: Mapped[list[int]]
+
+
+class AcceptanceHour(Base):
+    """The sums of ``acceptance_minute`` by the hour, whatever the batch sizes. Triggers of that
+    table keep them; nobody else writes here.
+
+    ``minutes`` counts the rows that are in it, ``first_minute`` and ``last_minute`` are the ends of
+    what ever was. The other columns mean what they mean there.
+    """
+
+    __tablename__ = "acceptance_hour"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    hour: Mapped[datetime] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    drafter_version_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    domain: Mapped[str] = mapped_column(primary_key=True)
+    depth: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    topk: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    nodes: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    accept_rule: Mapped[str] = mapped_column(primary_key=True)
+    mixed: Mapped[bool] = mapped_column(primary_key=True)
+    minutes: Mapped[int]
+    first_minute: Mapped[datetime]
+    last_minute: Mapped[datetime]
+    verify_steps: Mapped[int]
+    proposed: Mapped[int]
+    accepted: Mapped[int]
+    completion_tokens: Mapped[int]
+    requests: Mapped[int]
+    sum_steps_squared: Mapped[int]
+    sum_accepted_squared: Mapped[int]
+    sum_steps_accepted: Mapped[int]
+    version_requests: Mapped[int]
+    version_sum_steps_squared: Mapped[int]
+    version_sum_accepted_squared: Mapped[int]
+    version_sum_steps_accepted: Mapped[int]
+    any_requests: Mapped[int]
+    any_sum_steps_squared: Mapped[int]
+    any_sum_accepted_squared: Mapped[int]
+    any_sum_steps_accepted: Mapped[int]
 
 
 class RequestTally(Base):

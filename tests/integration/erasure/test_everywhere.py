@@ -69,7 +69,7 @@ OURS_ALONE = {
     "watch_window": {"verdict"},
 }
 #: Rows that go with a domain, or with its name.
-OF_A_DOMAIN = {"acceptance_minute", "drift", "lease"}
+OF_A_DOMAIN = {"acceptance_hour", "acceptance_minute", "drift", "lease"}
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_domain_is_forgotten_in_every_text_where_it_may_be_named(house: PurgeH
                       for one in columns}  # fmt: skip
     forget_domain(house.engine, DOMAIN)
     left = {place.split(":")[0] for place in leftovers.in_tables(house.engine, wanted)}
-    assert left == {"request.domain", "acceptance_minute.domain"}
+    assert left == {"request.domain", "acceptance_minute.domain", "acceptance_hour.domain"}
 
 
 @one_database

@@ -32,6 +32,7 @@ from aurora_sgl.store.pruning.pace import PrunePace
 from aurora_sgl.store.purge import Selector
 from tests.support import leftovers
 from tests.support import store_samples as samples
+from tests.support.hour_sums import assert_hours_are_sums
 from tests.support.purge_house import (
     BOOT,
     DOMAIN,
@@ -136,6 +137,7 @@ def test_the_purge_of_a_domain_takes_its_roll_ups_and_what_was_measured_of_it_al
     run_purge(house, "domain", DOMAIN, wait_seconds=0.0)
     with store.session(house.engine, write=False) as s:
         assert set(s.scalars(select(AcceptanceMinute.domain))) == {"chat"}
+        assert {row["domain"] for row in assert_hours_are_sums(house.engine)} == {"chat"}
         evaluations = s.scalars(select(Evaluation).order_by(Evaluation.id)).all()
         assert [row.domain for row in evaluations] == ["", "chat"]
         assert [row[0] for row in evaluations[0].details["requests"]] == [number(3), number(4)]

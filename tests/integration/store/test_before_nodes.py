@@ -17,6 +17,7 @@ from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.schema import scripts_folder
 from tests.support import store_samples as samples
+from tests.support.hour_sums import assert_hours_are_sums
 
 AT = from_us(samples.START_US).replace(tzinfo=None).isoformat(sep=" ", timespec="microseconds")
 #: (server, depth, topk, nodes, [(steps, accepted) of each request])
@@ -103,6 +104,7 @@ def test_an_older_store_shows_the_same_accept_lengths_and_its_draft_shapes(befor
     old = lengths(before)
     store.upgrade(before)
     new = lengths(before)
+    assert_hours_are_sums(before)
     shapes = sorted({(d, k, n) for _, d, k, n, _ in SERVED if d})
     assert [(row["depth"], row["topk"], row["nodes"]) for row in new] == shapes
     for name in ("verify_steps", "requests", "proposed", "accepted"):

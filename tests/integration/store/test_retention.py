@@ -39,6 +39,7 @@ from aurora_sgl.store.rollup import add_lists
 from aurora_sgl.store.store_clock import store_now
 from tests.integration.store.test_limits import link_of
 from tests.support import store_samples as samples
+from tests.support.hour_sums import assert_hours_are_sums
 from tests.support.traces import trace_row
 
 NOW = utc_now().replace(hour=12, minute=0, second=0, microsecond=0)
@@ -169,6 +170,7 @@ def test_minutes_become_hours_and_no_sum_changes(engine: Engine, tmp_path: Path)
     done = prune(engine, root, group_id, Limits(), now=NOW)
     assert would.minutes == done.minutes >= 4
     assert sums(engine) == before
+    assert_hours_are_sums(engine)
     with store.reading(engine) as connection:
         mine = select(AcceptanceMinute.bucket_start).where(AcceptanceMinute.server_id == server_id)
         times = list(connection.scalars(mine.order_by(AcceptanceMinute.bucket_start)))
@@ -186,6 +188,7 @@ def test_minutes_become_hours_and_no_sum_changes(engine: Engine, tmp_path: Path)
     assert sums(engine) == after
     assert prune(engine, root, group_id, Limits(minute_days=30, hour_days=35), now=NOW).hours > 0
     assert len(column(engine, AcceptanceMinute.bucket_start)) == rows
+    assert_hours_are_sums(engine)
 
 
 MINUTE_ROWS = st.fixed_dictionaries(
