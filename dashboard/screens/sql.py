@@ -47,7 +47,7 @@ ORDER BY hour""",
 TOKEN_EXAMPLES = {
     "Tokens that are rejected most often": """SELECT draft_token, target_token, count(*) AS steps
 FROM v_rejected_tokens
-WHERE rank = 1 AND at >= (SELECT min(bucket_start) FROM (
+WHERE rank = 1 AND at <= CURRENT_TIMESTAMP AND at >= (SELECT min(bucket_start) FROM (
     SELECT DISTINCT bucket_start FROM acceptance_minute ORDER BY bucket_start DESC LIMIT 2) m)
 GROUP BY draft_token, target_token
 ORDER BY steps DESC
