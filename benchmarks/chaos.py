@@ -241,9 +241,9 @@ def _disk_full(world: World, seconds: float) -> None:
 
 def _clock_back(world: World, seconds: float) -> None:
     file = Path(world.environment[CLOCK_FILE])
-    _set_clock(file, -3600)
+    set_clock(file, -3600)
     time.sleep(seconds)
-    _set_clock(file, 0)
+    set_clock(file, 0)
 
 
 Fault = Callable[[World, float], None]
@@ -290,11 +290,11 @@ def clock(into: Path) -> dict[str, str]:
     if compiler is None:
         return {}
     subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
-    _set_clock(file, 0)
+    set_clock(file, 0)
     return {"LD_PRELOAD": str(library), CLOCK_FILE: str(file)}
 
 
-def _set_clock(file: Path, seconds: int) -> None:
+def set_clock(file: Path, seconds: int) -> None:
     with file.open("r+b" if file.exists() else "xb") as open_file:
         open_file.write(seconds.to_bytes(8, sys.byteorder, signed=True))
 

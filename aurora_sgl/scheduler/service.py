@@ -1,4 +1,8 @@
-"""The scheduler as a process: rounds by APScheduler, health and metrics, an orderly end."""
+"""The scheduler as a process: its rounds, health and metrics, an orderly end.
+
+Rounds come by the monotonic clock. APScheduler goes by the time of day: after a clock that was set
+back it waited for the old time to come again.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from apscheduler.executors.pool import ThreadPoolExecutor
-from apscheduler.schedulers.background import BackgroundScheduler
 from sqlalchemy.exc import SQLAlchemyError
 
 from aurora_sgl import logs
@@ -44,13 +46,10 @@ class SchedulerService:
         self._reason = "it has just started"
         self._samples: list[Sample] = []
         self._complained = ""
-        for name in ("apscheduler", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        self._ending = threading.Event()
         # One thread for everything: rounds never overlap, and a training run lives as long as it.
-        self._clock = BackgroundScheduler(executors={"default": ThreadPoolExecutor(1)})
-        always: dict[str, Any] = {"max_instances": 1, "coalesce": True, "misfire_grace_time": None}
-        self._clock.add_job(self._round, "interval", seconds=TICK_SECONDS, **always)
-        self._clock.add_job(self._measure, "interval", seconds=METRICS_SECONDS, **always)
+        self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
         self.health: HealthServer | None = None
 
     def start(self) -> None:
@@ -64,22 +63,26 @@ class SchedulerService:
             )
             if self.health.url:
                 log.info("health and metrics at %s", self.health.url)
-        self._clock.start()
+        self._thread.start()
 
     def stop(self) -> None:
         """End the run that goes on, give the lease back, stop answering."""
-        self._clock.remove_all_jobs()
-        ended = threading.Event()
-        self._clock.add_job(self._close, args=(ended,), misfire_grace_time=None)
-        ended.wait(20.0)
-        self._clock.shutdown(wait=False)
+        self._ending.set()
+        self._thread.join(20.0)
         if self.health is not None:
             self.health.close()
 
-    def _close(self, ended: threading.Event) -> None:
+    def _run(self) -> None:
+        measure_at = 0.0
+        while not self._ending.is_set():
+            begun = time.monotonic()
+            self._round()
+            if begun >= measure_at:
+                self._measure()
+                measure_at = begun + METRICS_SECONDS
+            self._ending.wait(max(0.0, begun + TICK_SECONDS - time.monotonic()))
         with contextlib.suppress(StoreAway):
             self.scheduler.close()
-        ended.set()
 
     def _round(self) -> None:
         try:
@@ -102,9 +105,14 @@ class SchedulerService:
     def _measure(self) -> None:
         if not self.scheduler.group_id:
             return
-        with contextlib.suppress(StoreAway), self.scheduler.link.session(write=False) as s:
-            share = float(self.scheduler.recipe.get("gate_share", GATE_SHARE))
-            self._samples = metrics.of_group(s, self.scheduler.group_id, share)
+        try:
+            with self.scheduler.link.session(write=False) as s:
+                share = float(self.scheduler.recipe.get("gate_share", GATE_SHARE))
+                self._samples = metrics.of_group(s, self.scheduler.group_id, share)
+        except StoreAway:
+            pass
+        except Exception:
+            log.exception("the metrics of the group stay as they were; trying again")
 
     def status(self) -> dict[str, Any]:
         """Ready: rounds are done, and the store answered the last one."""

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.private import keep_to_owner
 from aurora_sgl.processes.priority import step_back
+from aurora_sgl.store.faults import in_words
 from aurora_sgl.training.settings import TrainSettings
 
 
@@ -43,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, _stop)
     try:
         outcome = _run(given, settings)
-    except AuroraError as error:
-        outcome = {"status": "failed", "error": str(error)}
+    except (AuroraError, SQLAlchemyError, OSError) as error:
+        outcome = {"status": "failed", "error": in_words(error)}
     print(json.dumps(outcome), flush=True)
     return 1 if outcome["status"] == "failed" else 0
 

@@ -2,10 +2,12 @@
 
 The two views over roll-ups read them: some hundred rows a day where there were as many thousands.
 Whatever adds to minutes, sums them up or deletes them changes ``acceptance_hour`` in the same
-statement, so that it is always their sum. In SQLite ``v_rejected_tokens`` begins with the events.
+statement, so that it is always their sum. ``v_rejected_tokens`` begins with the events.
 """
 
 from __future__ import annotations
+
+import re
 
 import sqlalchemy as sa
 from alembic import op
@@ -111,24 +113,23 @@ def upgrade() -> None:
             numbers=numbers("h", "any_"), table="acceptance_hour", t="h", hour="h.hour"
         ),
     )
-    if dialect == "sqlite":
-        events_first()
+    events_first()
 
 
-JOIN, EVENTS_FIRST = "JOIN request r ON r.id", "CROSS JOIN request r ON r.id"
-
-
-def events_first(join: str = JOIN, other: str = EVENTS_FIRST) -> None:
-    """SQLite took requests first in ``v_rejected_tokens`` and read all events of each, also where a
-    condition on ``at`` leaves few events: it keeps to the order of a CROSS JOIN."""
-    (view,) = (
-        op.get_bind()
-        .exec_driver_sql("SELECT sql FROM sqlite_master WHERE name = 'v_rejected_tokens'")
-        .one()
-    )
-    query = view.split(" AS ", 1)[1]
-    assert query.count(join) == 1
-    replace_view("v_rejected_tokens", query.replace(join, other))
+def events_first(left: str = "LEFT ") -> None:
+    """Both databases took requests first in ``v_rejected_tokens`` and read all events of each, also
+    where a condition on ``at`` leaves few. With an outer join they begin with the events, and read
+    no request where its domain is not asked for. Each event has its request: the rows are the same.
+    """
+    run = op.get_bind().exec_driver_sql
+    if op.get_bind().dialect.name == "sqlite":
+        (view,) = run("SELECT sql FROM sqlite_master WHERE name = 'v_rejected_tokens'").one()
+        query = view.split(" AS ", 1)[1]
+    else:
+        query = run("SELECT pg_get_viewdef('v_rejected_tokens'::regclass)").scalar_one()
+    query, count = re.subn(r"(LEFT )?(JOIN (\w+\.)?request r ON)", rf"{left}\2", query)
+    assert count == 1
+    replace_view("v_rejected_tokens", query)
 
 
 def numbers(table: str, prefix: str) -> str:
@@ -272,8 +273,8 @@ def downgrade() -> None:
             numbers=numbers("m", "any_"), table="acceptance_minute", t="m", hour=hour[dialect]
         ),
     )
+    events_first("")
     if dialect == "sqlite":
-        events_first(EVENTS_FIRST, JOIN)
         for name in ("insert", "delete", "update", "move"):
             op.execute(f"DROP TRIGGER acceptance_minute_{name}")
     else:
