@@ -7,7 +7,7 @@ group of the new ones keeps them for longer, so that every old row is deleted by
 never stops, 99 of 100 commits under a second. PostgreSQL is one that the package pgserver starts.
 
     python -m benchmarks.pruning [--events 10000000] [--rate 2000] [--database sqlite]
-        [--apart] [--keep] [--json]
+        [--apart] [--made FILE] [--keep] [--json]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -123,6 +124,8 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=10_000_000)
     parser.add_argument("--rate", type=float, default=2000.0, help="verify steps a second")
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--made", type=Path, metavar="FILE",
+                        help="a store that was made so before; a copy of it is used")  # fmt: skip
     parser.add_argument("--apart", action="store_true", help="old rows go one by one")
     parser.add_argument("--keep", action="store_true", help="add them to results/operation.jsonl")
     parser.add_argument("--json", action="store_true")
@@ -130,7 +133,10 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aurora-pruning-")))
         path = folder / "aurora.db"
-        dashboard_data.build(path, given.events, VERSIONS, DAYS, ended=ENDED)
+        if given.made is None:
+            dashboard_data.build(path, given.events, VERSIONS, DAYS, ended=ENDED)
+        else:
+            shutil.copyfile(given.made, path)
         url: str | None = f"sqlite:///{path}"
         if given.database == "postgresql":
             url = stack.enter_context(postgres(None))

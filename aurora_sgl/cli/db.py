@@ -15,14 +15,16 @@ db_app = typer.Typer(help="The store: its schema and how much it keeps.")
 
 @db_app.command("upgrade")
 def db_upgrade() -> None:
-    """Upgrade the store's schema to what this release needs, and in PostgreSQL make the partitions
-    of the next days."""
+    """Upgrade the store's schema to what this release needs. In PostgreSQL make the partitions of
+    the next days, and drop old ones that are empty."""
     from aurora_sgl import store
     from aurora_sgl.store.partitions import BY_HAND, ensure_partitions
+    from aurora_sgl.store.retention import drop_emptied
 
     engine = store.connect()
     print(store.upgrade(engine))
     ensure_partitions(engine, ahead=BY_HAND, at_once=True)
+    drop_emptied(engine)
 
 
 @db_app.command("current")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: What of several groups' reports is added up; the rest stands under each group.
 _SUMS = ("events", "requests", "traces", "trace_bytes", "minutes", "hours")
-_LISTS = ("partitions", "emptied", "versions")
+_LISTS = ("partitions", "emptied", "not_ours", "versions")
 
 
 def prune_groups(
@@ -40,7 +40,9 @@ def prune_groups(
     rows = [{"name": name, "value": value} for name, value in totals.items()]
     print_table("would go" if dry_run else "gone", {"": "name", " ": "value"}, rows)
     if totals["emptied"]:
-        print("somebody reads these; their rows are gone, the tables go another time")
+        print("emptied: somebody reads these; their rows are gone, the tables go another time")
+    if totals["not_ours"]:
+        print("not_ours: their rows are gone; their owner drops them with `aurora-sgl db upgrade`")
 
 
 def _groups(name: str) -> tuple[Engine, list[DeploymentGroup]]:

@@ -27,6 +27,7 @@ from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.json_fields import mapping, number
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.private import OWNER
 
 #: Where SGLang looks for the length of a model, in this order (``get_context_length``, 0.5.23).
 _LENGTHS = (
@@ -102,8 +103,9 @@ def folder_for(folder: Path, config: DrafterConfig, length: int, into: Path) -> 
     copy = into / f"served-{name}"
     if not (copy / "config.json").exists():
         try:
+            into.mkdir(mode=OWNER.folder, parents=True, exist_ok=True)
             with atomic.written(copy) as new:
-                new.mkdir()
+                new.mkdir(mode=OWNER.folder)
                 _write(new, words, tensors)
         except (OSError, SafetensorError) as error:
             raise AuroraError(f"cannot write the drafter to {copy}: {error}") from None
@@ -134,5 +136,6 @@ def _is_complete(folder: Path, config: DrafterConfig) -> bool:
 def _write(folder: Path, words: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, str(folder / weights.WEIGHTS), metadata={"format": "pt"})
-    (folder / weights.WEIGHTS).chmod(0o644)  # safetensors writes for its own user alone
     (folder / "config.json").write_text(json.dumps(words, indent=2, sort_keys=True) + "\n")
+    for one in folder.iterdir():
+        one.chmod(OWNER.file)

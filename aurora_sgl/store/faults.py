@@ -154,6 +154,11 @@ def in_words(error: BaseException) -> str:
     return f"{fault.words} ({message})" if fault else message
 
 
+def may_not(error: BaseException) -> bool:
+    """Whether PostgreSQL refused it because this role has no right to it."""
+    return getattr(getattr(error, "orig", None), "sqlstate", "") == "42501"
+
+
 def _is_drivers(cause: Any) -> bool:
     """By name, because a COPY raises the driver's own errors, not SQLAlchemy's."""
     names = {kind.__name__ for kind in type(cause).__mro__}

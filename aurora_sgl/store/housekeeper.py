@@ -125,6 +125,11 @@ class Housekeeper:
             if report.emptied:
                 error = f"in use, their tables go another time: {', '.join(report.emptied)}"
             log.info("retention of group %d: %s deleted", run.group_id, report.sentence)
+            if report.not_ours:
+                log.warning(
+                    "%d tables of old days are empty and not this role's to drop; their owner "
+                    "drops them with `aurora-sgl db upgrade`", len(report.not_ours)
+                )  # fmt: skip
             self._files.sweep()
             sweep_traces(engine, self._files)
         except Interrupted:

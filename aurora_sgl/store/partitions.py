@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aurora_sgl.clock import utc_now
 from aurora_sgl.store.connection import is_sqlite, reading
-from aurora_sgl.store.faults import Kind, fault_of, in_words
+from aurora_sgl.store.faults import Kind, fault_of, in_words, may_not
 from aurora_sgl.store.options import SECONDS
 
 PREFIX = "acceptance_event_p"
@@ -113,8 +113,7 @@ def _patience(error: DBAPIError) -> float | None:
     fault = fault_of(error)
     if fault is not None and fault.kind is Kind.BUSY:
         return _RETRY_SECONDS
-    may_not = getattr(error.orig, "sqlstate", "") == "42501"
-    return _SETTLED_SECONDS if may_not else None
+    return _SETTLED_SECONDS if may_not(error) else None
 
 
 def _put_off(url: str, days: Iterable[date], until: float, error: DBAPIError) -> None:

@@ -38,12 +38,14 @@ class PruneReport:
     events: int = 0
     partitions: tuple[str, ...] = ()  # that were dropped whole
     emptied: tuple[str, ...] = ()  # that somebody reads: their tables go another time
+    not_ours: tuple[str, ...] = ()  # emptied too: their owner drops them, see ``drop_emptied``
     requests: int = 0
     traces: int = 0  # over the budget; those of the requests are not counted
     trace_bytes: int = 0
     minutes: int = 0  # rows of roll-ups that were summed to hours
     hours: int = 0  # rows of old hours that went
     versions: tuple[int, ...] = ()  # whose weights were deleted
+    whole: bool = True  # weights were looked at too
 
     @property
     def sentence(self) -> str:
@@ -116,6 +118,16 @@ def prune(
     return report
 
 
+def drop_emptied(engine: Engine) -> tuple[str, ...]:
+    """In PostgreSQL drop the empty partitions of days that no group keeps: a role that only writes
+    empties them, and can't do more. Raises what the database raises."""
+    with session(engine, write=False) as s:
+        groups = queries.groups.groups(s)
+        days = [queries.limits.limits(s, group.id).event_days for group in groups]
+        now = store_now(s)
+    return events.drop_empty(engine, PrunePace(), _days_ago(now, max(days))) if days else ()
+
+
 def _shrink(engine: Engine) -> None:
     """A file of SQLite gives back the room of what went; another time where somebody has it."""
     try:
@@ -167,14 +179,17 @@ def _carry_out(
     with_weights: bool,
     pace: PrunePace,
 ) -> PruneReport:
-    report = PruneReport(False, cutoffs.events, cutoffs.minutes)
+    report = PruneReport(False, cutoffs.events, cutoffs.minutes, whole=with_weights)
     if limits.trace_bytes is not None:
         count, freed, uris = traces.prune_traces(engine, pace, group_id, limits.trace_bytes)
         _delete_files(files, uris)
         report = replace(report, traces=count, trace_bytes=freed)
     before = _done_before(engine, group_id)
     gone = events.prune_events(engine, pace, group_id, cutoffs.events, cutoffs.shared)
-    report = replace(report, events=gone.events, partitions=gone.dropped, emptied=gone.emptied)
+    report = replace(
+        report, events=gone.events, partitions=gone.dropped, emptied=gone.emptied,
+        not_ours=gone.not_ours,
+    )  # fmt: skip
     events.prune_tallies(engine, pace, group_id, cutoffs.events, before)
     count, uris = requests.prune_requests(engine, pace, group_id, cutoffs.requests)
     _delete_files(files, uris)

@@ -295,6 +295,14 @@ def test_prune_says_what_would_go_and_leaves_it(run: Run, house: House) -> None:
     assert json.loads(run("db", "prune", "--trace-bytes", "0", "--json")[1])["traces"] == 4
     assert json.loads(run("db", "prune", "--trace-bytes", "0", "--json")[1])["traces"] == 0
     assert run("db", "prune")[0] == 0
+    with store.session(house.engine, write=False) as s:
+        assert queries.prune_runs.last(s, 1) is not None
+        assert queries.prune_runs.last(s, 1, complete=True) is None, (
+            "a whole round is due as before"
+        )
+    assert run("db", "prune", "--weights")[0] == 0
+    with store.session(house.engine, write=False) as s:
+        assert queries.prune_runs.last(s, 1, complete=True) is not None
 
 
 def test_a_bare_prune_on_an_admins_machine_goes_by_the_groups_budget(

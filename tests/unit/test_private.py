@@ -15,9 +15,11 @@ import pytest
 from aurora_sgl import atomic, private, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import get_settings
+from aurora_sgl.drafter import architectures, served
 from aurora_sgl.engine.startup import unwritable
 from aurora_sgl.processes.server import ServerProcess
 from aurora_sgl.store.accounts import Accounts
+from tests.support import published
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o077])
@@ -64,6 +66,9 @@ def test_what_we_write_is_the_owners_only_whatever_the_umask(umask: int, tmp_pat
         root = ArtifactRoot(str(home / "artifacts"))
         root.put_file(home / "cursor", "traces/20261129/1.safetensors")
         root.put_folder(home / "dashboard", "versions/1/")
+        drafter = published.eagle1_with_bias(tmp_path / "published")
+        config = architectures.read_config(drafter, target_layers=8)
+        assert served.folder_for(drafter, config, 128, home / "drafters") != drafter
         log = ServerProcess([], port=1, log=home / "logs" / "server.log", environment={})
         log.start()
         log.stop()

@@ -7,6 +7,7 @@ partition; what one group alone keeps no longer goes by rows. Cutoffs are starts
 from __future__ import annotations
 
 from datetime import datetime
+from enum import Enum
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, func, select, text, true
@@ -14,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aurora_sgl import wire
 from aurora_sgl.store.connection import is_sqlite, reading
-from aurora_sgl.store.faults import Kind, fault_of
+from aurora_sgl.store.faults import Kind, fault_of, may_not
 from aurora_sgl.store.models import AcceptanceEvent, Request, RequestTally, Server
 from aurora_sgl.store.partitions import name_of, partitions
 from aurora_sgl.store.pruning.pace import PrunePace
@@ -29,11 +30,13 @@ _DEFAULT = "acceptance_event_default"
 
 class PrunedEvents(NamedTuple):
     """``dropped``: partitions that went whole; ``emptied``: those that somebody reads, so that
-    their table stays until the next round."""
+    their table stays until the next round; ``not_ours``: emptied too, but their table is for its
+    owner to drop."""
 
     events: int = 0
     dropped: tuple[str, ...] = ()
     emptied: tuple[str, ...] = ()
+    not_ours: tuple[str, ...] = ()
 
 
 def count_old(engine: Engine, group_id: int, cutoff: datetime, shared: datetime) -> PrunedEvents:
@@ -65,21 +68,32 @@ def prune_events(
             total += _by_time(engine, pace, shared, cutoff, of_group)
         return PrunedEvents(total)
     total = 0
-    dropped: list[str] = []
-    emptied: list[str] = []
+    tables: dict[_Table, list[str]] = {state: [] for state in _Table}
     for name in _old_partitions(engine, shared):
         with reading(engine) as connection:
             rows = _rows_of(connection, name)
-        if _drop(engine, pace, name):
-            total += rows
-            dropped.append(name)
-        else:  # rows can go beside any reader
-            total += _rows(engine, pace, name, "true", {})
-            emptied.append(name)
+        state = _drop(engine, pace, name)
+        # Rows can go beside any reader, and by whoever may write.
+        total += rows if state is _Table.GONE else _rows(engine, pace, name, "true", {})
+        tables[state].append(name)
     total += _rows(engine, pace, _DEFAULT, "at < :shared", {"shared": shared})
     if cutoff > shared:
         total += _of_boots(engine, pace, group_id, cutoff, shared)
-    return PrunedEvents(total, tuple(dropped), tuple(emptied))
+    return PrunedEvents(total, *(tuple(tables[state]) for state in _Table))
+
+
+def drop_empty(engine: Engine, pace: PrunePace, shared: datetime) -> tuple[str, ...]:
+    """Drop partitions from before ``shared`` that have no rows; those that nobody reads now."""
+
+    def is_empty(name: str) -> bool:
+        with reading(engine) as connection:
+            return connection.scalar(text(f"SELECT 1 FROM {name} LIMIT 1")) is None
+
+    return tuple(
+        name
+        for name in _old_partitions(engine, shared)
+        if is_empty(name) and _drop(engine, pace, name) is _Table.GONE
+    )
 
 
 def prune_tallies(
@@ -173,9 +187,17 @@ def _rows(
     )
 
 
-def _drop(engine: Engine, pace: PrunePace, name: str) -> bool:
-    """Whether the partition could be dropped: a reader that goes on holds it, and whoever came
-    while we wait for him would wait too."""
+class _Table(Enum):
+    """What became of a partition, in the order of ``PrunedEvents``."""
+
+    GONE = 1
+    READ = 2
+    NOT_OURS = 3
+
+
+def _drop(engine: Engine, pace: PrunePace, name: str) -> _Table:
+    """Drop the partition, unless a reader that goes on holds it: whoever came while we wait for
+    him would wait too."""
 
     def work(connection: Connection, _: int) -> int:
         connection.execute(text(f"DROP TABLE {name}"))
@@ -184,11 +206,13 @@ def _drop(engine: Engine, pace: PrunePace, name: str) -> bool:
     try:
         pace.once(engine, work, tries=2)
     except DBAPIError as error:
+        if may_not(error):
+            return _Table.NOT_OURS
         fault = fault_of(error)
         if fault is None or fault.kind is not Kind.BUSY:
             raise
-        return False
-    return True
+        return _Table.READ
+    return _Table.GONE
 
 
 def _old_partitions(engine: Engine, shared: datetime) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from aurora_sgl.store.store_clock import StoreNow, store_now
 
 #: Between two rounds that went well, and after one that did not.
 EVERY, AGAIN = timedelta(days=1), timedelta(hours=1)
+#: Rounds that are looked through for one that did all; by hand some may leave the weights.
+_MOST = 200
 
 
 def start(s: Session, group_id: int, actor: str) -> PruneRun:
@@ -36,9 +38,8 @@ def last(s: Session, group_id: int, *, complete: bool = False) -> PruneRun | Non
     query = select(PruneRun).where(PruneRun.group_id == group_id)
     if complete:
         query = query.where(PruneRun.finished_at.is_not(None), PruneRun.error == "")
-    return s.scalars(
-        query.order_by(PruneRun.started_at.desc(), PruneRun.id.desc()).limit(1)
-    ).first()
+    rounds = s.scalars(query.order_by(PruneRun.started_at.desc(), PruneRun.id.desc()).limit(_MOST))
+    return next((run for run in rounds if not complete or run.report.get("whole", True)), None)
 
 
 def due_at(s: Session, group_id: int) -> datetime | None:

@@ -13,13 +13,18 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text, update
 from sqlalchemy.exc import ProgrammingError
 
 from aurora_sgl import store, wire
+from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.clock import utc_now
-from aurora_sgl.store import queries
+from aurora_sgl.limits import Limits
+from aurora_sgl.store import queries, retention
+from aurora_sgl.store.housekeeper import Housekeeper
 from aurora_sgl.store.ingest import ingest
+from aurora_sgl.store.link import StoreLink
+from aurora_sgl.store.models import RetentionLimit
 from aurora_sgl.store.partitions import ensure_partitions, name_of, partitions
 from tests.support import store_samples as samples
 
@@ -176,7 +181,7 @@ def statements(heading: str) -> str:
 
 
 def test_a_role_that_only_reads_and_writes_serves_and_one_that_owns_the_tables_migrates(
-    postgres_database: str, caplog: pytest.LogCaptureFixture
+    postgres_database: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     url = make_url(postgres_database)
     admin = create_engine(url, isolation_level="AUTOCOMMIT")
@@ -203,6 +208,7 @@ def test_a_role_that_only_reads_and_writes_serves_and_one_that_owns_the_tables_m
         assert len(ensure_partitions(owner, ahead=7, at_once=True)) == 8
         assert serve(writer, server_id, 3) == 3
         assert count(writer, name_of(utc_now().date())) == 9
+        _old_days_go(owner, writer, server_id, tmp_path)
     finally:
         owner.dispose()
         writer.dispose()
@@ -211,3 +217,33 @@ def test_a_role_that_only_reads_and_writes_serves_and_one_that_owns_the_tables_m
                 connection.exec_driver_sql(f"DROP OWNED BY aurora_{role}{suffix} CASCADE")
                 connection.exec_driver_sql(f"DROP ROLE aurora_{role}{suffix}")
         admin.dispose()
+
+
+def _old_days_go(owner: Engine, writer: Engine, server_id: int, files: Path) -> None:
+    """By rows, since the tables are not the writer's; and all else that is old goes too."""
+    old = utc_now() - timedelta(days=50)
+    at_us = int(old.timestamp() * 1e6)
+    ensure_partitions(owner, [old])
+    steps = [samples.chain_step(9, i, 1, at_us=at_us + i) for i in range(3)]
+    records = [samples.started(9, at_us=at_us), *steps, samples.finished(9, steps, at_us=at_us)]
+    ingest(writer, server_id, samples.BOOT, [(9, records)])
+    with store.session(writer) as s:
+        group = queries.groups.group_by_name(s, "default")
+        queries.limits.ensure_limits(s, group.id, Limits(request_days=40), "test")
+        changed = update(RetentionLimit).values(updated_at=old)  # it is due at once
+        s.execute(changed)
+    link = StoreLink(writer.url.render_as_string(hide_password=False), "")
+    report = Housekeeper(link, ArtifactRoot(str(files)), "test").round(writer, group.id)
+    link.close()
+    assert report is not None
+    table = name_of(old.date())
+    assert (report.events, report.requests, report.minutes) == (3, 1, 1)
+    assert (report.partitions, report.emptied, report.not_ours) == ((), (), (table,))
+    with store.session(writer, write=False) as s:
+        run = queries.prune_runs.last(s, group.id, complete=True)
+        assert run is not None and run.report["not_ours"] == [table]
+    assert retention.drop_emptied(writer) == ()  # and no error
+    assert retention.drop_emptied(owner) == (table,)
+    with store.reading(owner) as connection:
+        assert old.date() not in partitions(connection)
+        assert utc_now().date() in partitions(connection)
