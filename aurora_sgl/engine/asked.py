@@ -47,12 +47,23 @@ def sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name in _SGLANGS_OWN or (name == "n" and value is None):
             continue
-        if name not in annotations:
-            raise ValueError(f"sampling_params has no {shown(name)}; see SGLang's documentation.")
-        typed[name] = _sampling_value(name, value, annotations[name])
+        typed[name] = _sampling_value(name, value, annotations.get(name, Any))
     if typed.get("n", 1) > MAX_SAMPLES:
         raise ValueError(f"n must be at most {MAX_SAMPLES}.")
     return typed
+
+
+def check_names(values: Mapping[str, Any] | None) -> None:
+    """Raises ``ValueError`` for a sampling parameter that SGLang does not have; for when processors
+    of sound have taken theirs out of ``values``."""
+    if not values:
+        return
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    names = _annotations(SamplingParams)
+    unknown = [name for name in values if name not in names]
+    if names and unknown:
+        raise ValueError(f"sampling_params has no {shown(unknown[0])}; see SGLang's documentation.")
 
 
 def session(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,9 +71,10 @@ def session(values: Mapping[str, Any]) -> dict[str, Any]:
     from sglang.srt.managers.io_struct import SessionParams
 
     annotations = _annotations(SessionParams)
-    if unknown := next((name for name in values if name not in annotations), None):
-        raise ValueError(f"session_params has no {shown(unknown)}.")
-    return {name: _typed(name, value, annotations[name]) for name, value in values.items()}
+    unknown = [name for name in values if name not in annotations]
+    if annotations and unknown:
+        raise ValueError(f"session_params has no {shown(unknown[0])}.")
+    return {name: _typed(name, value, annotations.get(name, Any)) for name, value in values.items()}
 
 
 def fit_sampling(params: Any, vocab_size: int | None) -> None:
@@ -105,10 +117,10 @@ def check_top_k(top_k: object) -> None:
         raise ValueError(f"top_k must be at most {_LARGEST}; -1 means no limit.")
 
 
-def check_labels(labels: Mapping[str, str] | None, known: Iterable[str]) -> None:
+def check_labels(labels: Mapping[str, str] | None, names: Iterable[str]) -> None:
     """Raises ``ValueError`` for labels that SGLang's metrics don't have: the process of the front
     would end at them."""
-    if unknown := next((name for name in labels or () if name not in known), None):
+    if unknown := next((name for name in labels or () if name not in names), None):
         raise ValueError(f"custom_labels: this server's metrics have no label {shown(unknown)}.")
 
 
@@ -127,9 +139,7 @@ def _fit_logprobs(request: Any, vocab_size: int | None) -> None:
 
 
 def _check_embeds(request: Any, width: int | None) -> None:
-    from sglang.srt.managers.embed_types import PositionalEmbeds
-
-    if not isinstance(request.positional_embed_overrides, PositionalEmbeds | None):
+    if isinstance(request.positional_embed_overrides, dict | list | str | float | int):
         raise ValueError("positional_embed_overrides can't be sent as JSON.")
     if request.input_embeds is None:
         return
@@ -145,6 +155,9 @@ def _check_embeds(request: Any, width: int | None) -> None:
 
 @cache
 def _annotations(struct: type) -> dict[str, Any]:
+    """Of each field; nothing of a class of another kind, whose processes decode no types."""
+    if not issubclass(struct, msgspec.Struct):
+        return {}
     return {field.name: field.type for field in msgspec.structs.fields(struct)}
 
 

@@ -35,8 +35,9 @@ def create_tokenized_object(
         # Beside images, and with an adapter, there are ids that the vocabulary does not have.
         check_ids(ids, int(size))
     if getattr(manager, "enable_metrics", False):
-        known = getattr(getattr(manager, "metrics_collector", None), "labels", {})
-        asked.check_labels(getattr(obj, "custom_labels", None), known)
+        names = getattr(getattr(manager, "metrics_collector", None), "labels", {})
+        asked.check_labels(getattr(obj, "custom_labels", None), names)
+    asked.check_names(getattr(obj, "sampling_params", None))
     result = original(manager, obj, *args, **kw)
     params = getattr(result, "sampling_params", None)
     if params is None:
