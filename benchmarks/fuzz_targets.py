@@ -27,6 +27,13 @@ from benchmarks.fuzz_mutations import (
     odd_json,
     odd_text,
 )
+from benchmarks.samplers import probabilities, verified
+
+VOCABULARY = 100
+#: What the front reads of SGLang's tokenizer manager.
+_MANAGER = SimpleNamespace(
+    model_config=SimpleNamespace(vocab_size=VOCABULARY), server_status=None, enable_metrics=False
+)
 
 
 class Broken(Exception):
@@ -43,11 +50,15 @@ def one_line(error: Exception) -> str:
 
 
 class Requests:
-    """Headers and bodies, through the middleware, the front's checks, labels, and the records."""
+    """Headers and bodies, through the middleware, the front's checks and SGLang's, its samplers,
+    labels, and the records."""
 
     def __init__(self, folder: Path) -> None:
+        import aurora_sgl.compat  # noqa: F401  (before transformers asks for torchvision)
         from aurora_sgl import environment
-        from aurora_sgl.engine import labels
+        from aurora_sgl.engine import cpu, labels
+
+        cpu.install()
         from aurora_sgl.engine.recorder import Recorder
 
         if not environment.value(environment.STAMP):
@@ -82,6 +93,8 @@ class Requests:
         return pairs
 
     def _request(self, rng: random.Random, headers: Mapping[bytes, bytes]) -> str:
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
         from aurora_sgl import wire
         from aurora_sgl.engine import front, labels
         from aurora_sgl.engine.plan import RequestPlan
@@ -101,15 +114,18 @@ class Requests:
             },
         }  # fmt: skip
         body = _filled(odd_json(body, rng), body)
-        params = SimpleNamespace(**_names(_filled(body["sampling"], {})))
-        for name in ("custom_params", "top_k", "temperature", "top_p", "min_p", "max_new_tokens"):
-            vars(params).setdefault(name, None)
         ids = body["input_ids"] if isinstance(body["input_ids"], list) else [body["input_ids"]]
+        obj = GenerateReqInput(rid="mine", input_ids=[1, 2, 3], sampling_params=body["sampling"])
         try:
-            front.check_ids(ids, 100)
-            front.check_top_k(params.top_k)
+            front.check_ids(ids, VOCABULARY)
+            front.normalize(GenerateReqInput.normalize_batch_and_arguments, obj)
+            one = obj if obj.is_single else obj[0]
+            params = front.create_tokenized_object(_tokenized, _MANAGER, one).sampling_params
         except ValueError as error:
             return one_line(error)
+        if not probabilities(params, VOCABULARY).isfinite().all():
+            raise Broken(f"no sampler takes {body['sampling']!r}")
+        labels.take(params)
         own = params.custom_params
         labels.attach(params, warmup=False)
         said = labels.take(params)
@@ -138,8 +154,8 @@ async def _nothing(*_: Any) -> None:
     return None
 
 
-def _names(value: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(name) or "_": inner for name, inner in value.items()}
+def _tokenized(manager: Any, obj: Any) -> Any:
+    return SimpleNamespace(sampling_params=verified(obj.sampling_params, VOCABULARY))
 
 
 def _filled(value: Any, whole: dict[str, Any]) -> dict[str, Any]:

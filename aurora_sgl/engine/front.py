@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from aurora_sgl import environment
-from aurora_sgl.engine import clean, labels
+from aurora_sgl.engine import asked, clean, labels
 
 logger = logging.getLogger("aurora_sgl")
-
-_LARGEST = 2**31 - 1  # of the int32 tensor that top-k becomes
 
 _rid: ContextVar[Any] = ContextVar("aurora_rid", default=None)
 
@@ -30,18 +29,28 @@ def create_tokenized_object(
         return original(manager, obj, *args, **kw)
     ids = kw.get("input_ids", args[1] if len(args) > 1 else None)
     images = kw.get("mm_inputs", args[3] if len(args) > 3 else None)
-    size = getattr(getattr(manager, "model_config", None), "vocab_size", None)
+    config = getattr(manager, "model_config", None)
+    size = getattr(config, "vocab_size", None)
     if size and ids is not None and images is None and not getattr(obj, "lora_path", None):
         # Beside images, and with an adapter, there are ids that the vocabulary does not have.
         check_ids(ids, int(size))
+    if getattr(manager, "enable_metrics", False):
+        names = getattr(getattr(manager, "metrics_collector", None), "labels", {})
+        asked.check_labels(getattr(obj, "custom_labels", None), names)
+    asked.check_names(getattr(obj, "sampling_params", None))
     result = original(manager, obj, *args, **kw)
     params = getattr(result, "sampling_params", None)
-    check_top_k(getattr(params, "top_k", None))
-    if params is not None and hasattr(params, "custom_params"):
-        try:
-            _attach(manager, params, client_rid(obj))
-        except Exception:  # then its labels are unknown, and it is not learnt from
-            logger.warning("aurora: a request's headers are lost", exc_info=True)
+    if params is None:
+        return result
+    asked.fit_sampling(params, size)
+    if hasattr(result, "logprob_start_len"):  # a request for tokens, not for an embedding
+        asked.fit(result, size, getattr(config, "hidden_size", None))
+        if not getattr(obj, "lora_path", None):
+            result.lora_id = None  # only SGLang says which adapter a path is
+    try:
+        _attach(manager, params, client_rid(obj))
+    except Exception:  # then its labels are unknown, and it is not learnt from
+        logger.warning("aurora: a request's headers are lost", exc_info=True)
     return result
 
 
@@ -52,10 +61,39 @@ def _attach(manager: Any, params: Any, rid: str) -> None:
 
 
 def normalize(original: Callable[..., Any], obj: Any, *args: Any, **kw: Any) -> Any:
-    """Around ``GenerateReqInput.normalize_batch_and_arguments``, after which several samples of a
-    prompt have ids that no client knows: remember what the client called its request."""
+    """Around ``GenerateReqInput.normalize_batch_and_arguments``: give what the body says the types
+    that SGLang reads, and remember what the client called its request, since several samples of a
+    prompt have ids that no client knows.
+
+    Raises ``ValueError``, which SGLang answers with 400.
+    """
+    if environment.is_set(environment.IDLE):
+        return original(obj, *args, **kw)
     _rid.set(getattr(obj, "rid", None))
-    return original(obj, *args, **kw)
+    _type(obj)
+    try:
+        result = original(obj, *args, **kw)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"The request's fields don't fit together: {asked.shown(error)}") from None
+    if getattr(obj, "is_single", False) and isinstance(obj.sampling_params, list):
+        raise ValueError("sampling_params must be an object, not a list, for a single prompt.")
+    return result
+
+
+def _type(obj: Any) -> None:
+    if getattr(obj, "rid", None) == "":
+        obj.rid = None  # with an empty one, a client that hangs up would end all requests
+    values = getattr(obj, "sampling_params", None)
+    if isinstance(values, list) and all(isinstance(each, dict) for each in values):
+        obj.sampling_params = [asked.sampling(each) for each in values]
+    elif isinstance(values, dict):
+        obj.sampling_params = asked.sampling(values)
+    elif values is not None:
+        raise ValueError("sampling_params must be an object, or a list of objects.")
+    if isinstance(params := getattr(obj, "session_params", None), dict):
+        obj.session_params = asked.session(params)
+    if not math.isfinite(getattr(obj, "received_time", None) or 0.0):
+        raise ValueError("received_time must be a finite number.")
 
 
 def client_rid(obj: Any) -> str:
@@ -81,13 +119,6 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
         raise ValueError(
             f"The prompt has the token id {wrong}; this model knows 0 to {vocab_size - 1}."
         )
-
-
-def check_top_k(top_k: object) -> None:
-    """Raises ``ValueError`` with one line for a number that SGLang's samplers can't hold: its
-    scheduler would end at it (0.5.21)."""
-    if isinstance(top_k, int) and not -_LARGEST - 1 <= top_k <= _LARGEST:
-        raise ValueError(f"top_k must be at most {_LARGEST}; -1 means no limit.")
 
 
 class WarmUpRequests:

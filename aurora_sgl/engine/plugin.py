@@ -101,6 +101,7 @@ LEANED_ON = (
     "sglang.srt.mem_cache.radix_cache.RadixKey",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.move_kv_cache",
     f"{_MANAGERS}io_struct.TokenizedGenerateReqInput",
+    f"{_MANAGERS}io_struct.SessionParams",
     f"{_MANAGERS}io_struct.BatchTokenizedGenerateReqInput",
     "sglang.srt.runtime_context.get_parallel",
     "sglang.srt.distributed.parallel_state.get_tp_group",

@@ -153,10 +153,41 @@ def test_a_token_that_the_model_does_not_know_gets_a_400(
     assert two.generate([VOCABULARY - 1, 0], max_new_tokens=2)["output_ids"]
 
 
-def test_a_top_k_that_would_end_the_scheduler_gets_a_400(two: Running) -> None:
-    body = {"input_ids": [1, 2], "sampling_params": {"top_k": 1 << 40, "max_new_tokens": 2}}
-    answer = httpx.post(f"{two.url}/generate", json=body, timeout=60)
-    assert answer.status_code == 400 and "top_k must be at most" in answer.text
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/generate", {"sampling_params": {"top_k": 1 << 40}}, "top_k must be at most"),
+        (
+            "/generate",
+            {"sampling_params": {"min_new_tokens": 1, "stop_token_ids": [999_999]}},
+            "stop_token_ids has the token id 999999",
+        ),
+        (
+            "/v1/completions",
+            {"min_tokens": 1, "stop_token_ids": [-1]},
+            "stop_token_ids has the token id -1",
+        ),
+        (
+            "/generate",
+            {"return_logprob": True, "top_logprobs_num": 100_000},
+            "top_logprobs_num must be from 0 to",
+        ),
+        ("/v1/completions", {"logprobs": 100_000}, "top_logprobs_num must be from 0 to"),
+        ("/generate", {"sampling_params": {"logit_bias": {"5": "abc"}}}, "needs a finite number"),
+        ("/generate", {"sampling_params": {"logit_bias": {"5": None}}}, "needs a finite number"),
+        ("/generate", {"sampling_params": {"max_new_tokens": 5.5}}, "max_new_tokens: "),
+        ("/generate", {"sampling_params": [{"n": 2.5}]}, "n: "),
+        ("/generate", {"sampling_params": {"json_schema": {"type": "object"}}}, "json_schema: "),
+        ("/generate", {"return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
+    ],
+    ids=str,
+)
+def test_what_would_end_the_scheduler_gets_a_400(
+    two: Running, path: str, body: dict[str, Any], said: str
+) -> None:
+    prompt = {"input_ids": [1, 2]} if path == "/generate" else {"prompt": [1, 2]}
+    answer = httpx.post(f"{two.url}{path}", json={"model": "any", **prompt, **body}, timeout=60)
+    assert answer.status_code == 400 and said in answer.text, answer.text
     assert two.generate([1, 2], max_new_tokens=2)["output_ids"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -32,12 +33,55 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     {"stop": ["\u0000", "客" * 2000]},
     {"custom_params": {"aurora": "yes", "\u0000": "\u0000" * 1000}},
 )
+#: Beside ids and samplings, each of which ended SGLang's scheduler, detokenizer or front.
+REFUSED: tuple[dict[str, Any], ...] = (
+    {"sampling_params": {"min_new_tokens": 1, "stop_token_ids": [999_999]}},
+    {"sampling_params": {"min_new_tokens": 1, "stop_token_ids": [-1]}},
+    {"sampling_params": {"logit_bias": {"5": "abc"}}},
+    {"sampling_params": {"logit_bias": {"5": None}}},
+    {"sampling_params": {"logit_bias": {"5": math.nan}}},
+    {"sampling_params": {"logit_bias": {"5": math.inf}}},
+    {"sampling_params": {"max_new_tokens": 5.5}},
+    {"sampling_params": {"max_new_tokens": "5"}},
+    {"sampling_params": {"temperature": "hot"}},
+    {"sampling_params": {"json_schema": {"type": "object"}}},
+    {"sampling_params": {"regex": ["a"]}},
+    {"sampling_params": {"stream_interval": "1"}, "stream": False},
+    {"sampling_params": {"skip_special_tokens": "perhaps"}},
+    {"sampling_params": {"n": 1 << 40}},
+    {"sampling_params": {"no_such_parameter": 1}},
+    {"return_logprob": True, "top_logprobs_num": 100_000},
+    {"return_logprob": True, "top_logprobs_num": [5, 5]},
+    {"return_logprob": True, "token_ids_logprob": [999_999]},
+    {"return_logprob": True, "logprob_start_len": -5},
+    {"return_logprob": True, "logprob_start_len": [1, 2]},
+    {"session_params": {"id": [1]}},
+    {"positional_embed_overrides": {}},
+    {"token_indices_to_pool": [1 << 80]},
+    {"lora_id": ["a", "b"]},
+)
+#: Of types that SGLang means otherwise.
+CONVERTED: tuple[dict[str, Any], ...] = (
+    {"ignore_eos": 1, "skip_special_tokens": 0},
+    {"max_new_tokens": 5.0, "temperature": False},
+    {"logit_bias": {"5": True, "6": -math.inf}},
+    {"stop_token_ids": [999_999, -1]},
+    {"temperature": 0.1, "logit_bias": {"5": 3e38}},
+    {"repetition_penalty": 1e-300, "temperature": 1e300, "min_new_tokens": 2},
+)
 
 
 def ask(server: Running, ids: list[int], rid: str, **sampling: Any) -> httpx.Response:
     """``rid`` as it is to stand in the body."""
     params = json.dumps({"temperature": 0, "max_new_tokens": 8, **sampling})
     content = f'{{"input_ids": {ids}, "rid": "{rid}", "sampling_params": {params}}}'.encode()
+    headers = {"content-type": "application/json"}
+    return httpx.post(f"{server.url}/generate", content=content, headers=headers, timeout=120)
+
+
+def post(server: Running, ids: list[int], body: dict[str, Any]) -> httpx.Response:
+    """With the numbers that JSON does not have, as Python writes and SGLang reads them."""
+    content = json.dumps({"input_ids": ids, **body})
     headers = {"content-type": "application/json"}
     return httpx.post(f"{server.url}/generate", content=content, headers=headers, timeout=120)
 
@@ -66,6 +110,32 @@ def test_odd_sampling_values_are_recorded_or_refused_and_what_follows_as_ever(
         rid = uuid.uuid4().hex
         if ask(server, prompts[3], rid, **sampling).status_code == 200:
             assert server.request(rid).status == "finished", sampling
+    assert_identities(*serve(server, prompts[4], max_new_tokens=8))
+
+
+def test_what_would_end_the_server_gets_a_400_and_the_next_request_is_served(
+    server: Running, prompts: list[list[int]]
+) -> None:
+    wanted = post(server, prompts[1], {"sampling_params": {"temperature": 0, "max_new_tokens": 4}})
+    for body in REFUSED:
+        answer = post(server, prompts[0], body)
+        assert answer.status_code == 400 and answer.text, (body, answer.text)
+        after = ask(server, prompts[1], uuid.uuid4().hex, max_new_tokens=4)
+        assert after.json()["output_ids"] == wanted.json()["output_ids"], body
+    answer = httpx.post(
+        f"{server.url}/v1/completions",
+        json={"model": "any", "prompt": prompts[0], "logprobs": 100_000, "max_tokens": 2},
+        timeout=60,
+    )
+    assert answer.status_code == 400
+    assert_identities(*serve(server, prompts[2], max_new_tokens=8))
+
+
+def test_values_of_another_type_are_served(server: Running, prompts: list[list[int]]) -> None:
+    for sampling in CONVERTED:
+        params = {"max_new_tokens": 4, **sampling}
+        answer = post(server, prompts[3], {"sampling_params": params})
+        assert answer.status_code == 200, (sampling, answer.text)
     assert_identities(*serve(server, prompts[4], max_new_tokens=8))
 
 
