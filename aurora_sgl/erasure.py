@@ -99,10 +99,11 @@ def purge(
         condition = selector.condition(connection)
     _erase_rows(engine, artifacts, report, number, condition)
     if selector.kind in ("domain", "before"):
-        domain = selector.stored_value if selector.kind == "domain" else None
-        report.roll_ups = purge_rows.drop_minutes(engine, selector.until, domain)
-        if domain is not None:
-            forget_domain(engine, domain)
+        of_all: list[str | None] = [None]
+        for domain in selector.stored_texts if selector.kind == "domain" else of_all:
+            report.roll_ups += purge_rows.drop_minutes(engine, selector.until, domain)
+            if domain is not None:
+                forget_domain(engine, domain)
     report.evaluations = forget_requests(engine, number)
     records.rows_are_gone(engine, number)
     _erase_the_rest(engine, artifacts, home, report, wait_seconds)

@@ -32,9 +32,11 @@ class Period:
 
 
 def period(since: datetime, until: datetime) -> Period:
-    """With buckets that make a picture of at most some two hundred points."""
+    """With buckets that make a picture of at most some two hundred points. Up to the end of the
+    minute of ``until``; where that is the begin of one, as a day's end is, not into the next."""
+    since, until = since.astimezone(UTC), until.astimezone(UTC)  # of one zone: a turn is no time
     bucket, width = _buckets(until - since)
-    return Period(floor(since, width), floor(until, MINUTE) + MINUTE, bucket, width)
+    return Period(floor(since, width), _ceiling(until), bucket, width)
 
 
 def _buckets(span: timedelta) -> tuple[str, timedelta]:
@@ -79,6 +81,11 @@ def coarser(period: Period, points: Sequence[TrendPoint], name: Namer) -> Period
 def floor(moment: datetime, width: timedelta) -> datetime:
     seconds = width.total_seconds()
     return datetime.fromtimestamp(moment.timestamp() // seconds * seconds, tz=UTC)
+
+
+def _ceiling(moment: datetime) -> datetime:
+    begin = floor(moment, MINUTE)
+    return begin if begin == moment else begin + MINUTE
 
 
 def placed(

@@ -159,7 +159,7 @@ def _administer(postgres_url: str, statement: str) -> None:
 
 
 @contextmanager
-def _database(postgres_url: str, template: str = "template1") -> Iterator[str]:
+def new_database(postgres_url: str, template: str = "template1") -> Iterator[str]:
     name = _create_database(postgres_url, template)
     yield postgres_url.replace("/postgres?", f"/{name}?")
     _administer(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
@@ -168,7 +168,7 @@ def _database(postgres_url: str, template: str = "template1") -> Iterator[str]:
 @pytest.fixture
 def postgres_database(postgres_url: str) -> Iterator[str]:
     """The URL of an empty database of the test's own."""
-    with _database(postgres_url) as url:
+    with new_database(postgres_url) as url:
         yield url
 
 
@@ -216,7 +216,9 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
             url = f"sqlite:///{tmp_path / 'aurora.db'}"
         else:
             template = request.getfixturevalue("upgraded_postgres")
-            url = stack.enter_context(_database(request.getfixturevalue("postgres_url"), template))
+            url = stack.enter_context(
+                new_database(request.getfixturevalue("postgres_url"), template)
+            )
         engine = store.connect(url)
         yield engine
         engine.dispose()

@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from aurora_sgl.errors import printable
+from aurora_sgl import client_text
+from aurora_sgl.client_text import MAX_TEXT
 
-MAX_TEXT = 128  # characters
 _MAX_ITEMS = 64
 _MAX_DEPTH = 4
 _LARGEST = (1 << 63) - 1  # what msgpack and both databases hold
@@ -21,7 +21,7 @@ _LARGEST = (1 << 63) - 1  # what msgpack and both databases hold
 
 def text(value: object, most: int = MAX_TEXT) -> str:
     """The first ``most`` characters of a text, those replaced that cannot be stored or printed."""
-    return printable((value if isinstance(value, str) else _words(value))[:most])
+    return client_text.clean(value if isinstance(value, str) else _words(value), most)
 
 
 def integer(value: object) -> int:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from aurora_sgl import environment
+from aurora_sgl.client_text import MAX_LABEL, label
 
 KEY = "aurora"
 DEFAULT_DOMAIN = "default"
-MAX_LABEL = 64  # characters
 STAMP_VARIABLE = environment.STAMP
 WARM_UP = "x-aurora-warmup"  # with the stamp: a warm-up of SGLang's, not a client's request
 
@@ -85,9 +85,9 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
             name = header.lower().removeprefix(_PREFIX).decode("latin-1")
             ours.setdefault(name, []).append(value)
     labels: dict[str, Any] = {}
-    for label in ("domain", "conversation"):
-        if text := next(filter(None, map(_text, ours.get(label, ()))), ""):
-            labels[label] = text
+    for name in ("domain", "conversation"):
+        if text := next(filter(None, map(_text, ours.get(name, ()))), ""):
+            labels[name] = text
     if "train" in ours:
         words = _words(ours["train"])
         labels["train"] = words <= _YES
@@ -112,7 +112,7 @@ def _text(value: bytes) -> str:
         text = value.decode()
     except UnicodeDecodeError:
         text = value.decode("latin-1")
-    return text.strip()[:MAX_LABEL].rstrip()
+    return label(text)
 
 
 def new_stamp() -> None:

@@ -11,11 +11,12 @@ import weakref
 from typing import Any
 
 from aurora_sgl import wire
+from aurora_sgl.client_text import MAX_LABEL
 from aurora_sgl.draft_shape import NO_DRAFT
 from aurora_sgl.engine import clean
 from aurora_sgl.engine.draft_kv import LiveVersion
 from aurora_sgl.engine.draft_tree import StepRows, parents_from_links
-from aurora_sgl.engine.labels import MAX_LABEL, Labels
+from aurora_sgl.engine.labels import Labels
 from aurora_sgl.engine.plan import RequestPlan
 from aurora_sgl.engine.request_state import (
     RequestState,

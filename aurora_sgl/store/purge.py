@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, select, true
 
+from aurora_sgl.client_text import clean, label
 from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
@@ -38,7 +39,7 @@ class Selector:
 
     def __post_init__(self) -> None:
         """Raises ``AuroraError`` for what selects nothing or the future."""
-        if self.kind != "before" and not self.value:
+        if self.kind != "before" and not any(self._as_recorded):
             raise AuroraError(f"--{self.kind} is empty; nothing was purged")
         is_number = self.value.isdecimal() and 0 < int(self.value) < 1 << 63
         if self.kind == "request" and not is_number:
@@ -47,15 +48,25 @@ class Selector:
             raise AuroraError(f"--before {self.until.isoformat()} lies in the future")
 
     @property
-    def stored_value(self) -> str:
-        """What stands for it in records: a conversation's hash."""
-        if self.kind == "conversation" and not _HASH.fullmatch(self.value):
-            return sha256_ints(list(self.value.encode()))
-        return self.value
+    def _as_recorded(self) -> set[str]:
+        """The value as the engine cleans it, whichever way it came in: a header loses the space
+        around it, a field of the request does not."""
+        if self.kind in ("request", "before"):
+            return {self.value}
+        whole, header = clean(self.value), clean(label(self.value))
+        return {whole} if self.kind == "rid" else {whole, header} - {""}
+
+    @property
+    def stored_texts(self) -> list[str]:
+        """What stands for it in records: of a conversation hashes."""
+        if self.kind != "conversation" or _HASH.fullmatch(self.value):
+            return sorted(self._as_recorded)
+        return sorted(sha256_ints(list(text.encode())) for text in self._as_recorded)
 
     def stored_values(self, key: bytes) -> list[str]:
         """As rows and rules have it; ``key``: of salted hashes."""
-        return forms(key if self.kind == "conversation" else b"", self.stored_value)
+        key = key if self.kind == "conversation" else b""
+        return [form for text in self.stored_texts for form in forms(key, text)]
 
     def condition(self, connection: Connection) -> ColumnElement[bool]:
         """On rows of requests."""

@@ -15,7 +15,7 @@ from aurora_sgl.store.domains import OTHER
 from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
 
-from .. import buckets, charts, data, exports, words
+from .. import buckets, charts, data, exports, hours, words
 from ..buckets import Namer, Period, Series, coarser, floor, period
 from ..context import Group, group, local, now, zone
 from ..parts import refreshing
@@ -274,42 +274,7 @@ def _reached(column: list[int]) -> list[int]:
     return [sum(column[i:]) for i in range(1, len(column))]
 
 
-# -- domain by hour, and versions at equal draft shape ------------------------------------------
-
-MOST_DOMAINS = 12
-INSTANT = timedelta(microseconds=1)
-
-
-def _heat(shown: Shown) -> None:
-    points, choice = shown.points, shown.choice
-    steps = trends.by(points, lambda p: p.domain)
-    domains = sorted(sorted(steps, key=lambda d: -steps[d].verify_steps)[:MOST_DOMAINS])
-    one_day = choice.period.until - choice.period.since <= timedelta(hours=30)
-    hours: Sequence[datetime | str]
-    if one_day:
-        begin, end = (
-            _hour(moment) for moment in (choice.period.since, choice.period.until - INSTANT)
-        )
-        hours = [begin + timedelta(hours=i) for i in range((end - begin) // timedelta(hours=1) + 1)]
-    else:
-        hours = [f"{hour:02}h" for hour in range(24)]
-
-    def cell(point: TrendPoint) -> tuple[str, datetime | str]:
-        hour = _hour(point.bucket)
-        return point.domain, hour if one_day else f"{hour:%H}h"
-
-    cells = trends.by(points, cell)
-    charts.show(charts.heat(domains, hours, cells), "heat", "accept length by domain and hour")
-    caption = "Hours of your time zone." if one_day else "Hours of the day, in your time zone."
-    if len(steps) > MOST_DOMAINS:
-        caption += f" The {MOST_DOMAINS} of {len(steps)} domains with the most steps."
-    st.caption(caption)
-
-
-def _hour(moment: datetime) -> datetime:
-    """As a clock on the viewer's wall shows it, without a zone: on the days when clocks are turned
-    an hour is missing, or two are one."""
-    return local(moment).replace(minute=0, second=0, microsecond=0, tzinfo=None)
+# -- versions at equal draft shape ---------------------------------------------------------------
 
 
 def _equal_shape(shown: Shown) -> None:
@@ -405,7 +370,7 @@ def _table(shown: Shown) -> None:
 TABS: dict[str, Callable[[Shown], None]] = {
     "By position": _depths,
     "Per step": _per_step,
-    "Domain by hour": _heat,
+    "Domain by hour": lambda shown: hours.show(shown.points, shown.choice.period),
     "Versions at equal draft shape": _equal_shape,
     "The same numbers": _table,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import streamlit as st
 
@@ -87,9 +87,9 @@ def measure(here: Group) -> Moment | None:
     if window is None:
         return None
     points = data.trend(here.url, Filter(here.id, window.since, window.until), "day")
-    midnight = local(now()).replace(hour=0, minute=0, second=0, microsecond=0)
-    day = Filter(here.id, midnight - timedelta(days=1), midnight)
-    before = data.trend(here.url, day, "day")
+    begin, end = yesterday(local(now()))
+    before = data.trend(here.url, Filter(here.id, begin, end), "day")
+    tokens_before = data.tokens_kept(here.url, here.id, begin, end)[0]
     tokens, steps, with_drafts = data.tokens_kept(here.url, here.id, window.since, window.until)
     return Moment(
         window=window,
@@ -98,13 +98,16 @@ def measure(here: Group) -> Moment | None:
         yesterday=trends.total(before),
         yesterday_by_domain=trends.by(before, lambda p: p.domain),
         tokens_per_second=tokens / (window.until - window.since).total_seconds(),
-        yesterday_tokens_per_second=data.tokens_kept(
-            here.url, here.id, midnight - timedelta(days=1), midnight
-        )[0]
-        / 86_400,
+        yesterday_tokens_per_second=tokens_before / (end - begin).total_seconds(),
         draft_share=with_drafts / steps if steps else 0.0,
         cost=data.step_cost(here),
     )
+
+
+def yesterday(here: datetime) -> tuple[datetime, datetime]:
+    """Its begin and end, in UTC: where clocks were turned it was no day of 24 hours."""
+    today = here.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+    return (today - timedelta(days=1)).astimezone(UTC), today.astimezone(UTC)
 
 
 def _headline(look: status.GroupStatus, moment: Moment | None) -> None:

@@ -13,6 +13,8 @@ from playwright.sync_api import Browser, expect
 from aurora_sgl import rollout, store
 from aurora_sgl.config import get_settings
 from aurora_sgl.store import queries
+from aurora_sgl.store.queries import sql_console
+from tests.conftest import new_database
 from tests.support import browser as chrome
 from tests.support import dashboard_house as samples
 from tests.support.browser import Dashboard, Viewer
@@ -54,9 +56,36 @@ def running(shared: House) -> Iterator[Dashboard]:
 def hostile_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which every text that is not ours is hostile."""
     home = tmp_path_factory.mktemp("hostile")
-    samples.fill_hostile(home)
+    samples.fill_hostile(home).engine.dispose()
     chrome.add_accounts(home)
     return home
+
+
+@pytest.fixture(scope="session")
+def hostile_postgres(
+    tmp_path_factory: pytest.TempPathFactory, postgres_url: str, upgraded_postgres: str
+) -> Iterator[House]:
+    """The same in PostgreSQL."""
+    with new_database(postgres_url, upgraded_postgres) as url:
+        engine = store.connect(url)
+        house = samples.fill_hostile(tmp_path_factory.mktemp("hostile"), engine)
+        chrome.add_accounts(house.home)
+        roles = sql_console.make_sql_roles(engine)
+        sql_console.keep_roles(house.home / "dashboard" / "sql-roles.json", roles)
+        yield house
+        engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def among_hostile(request: pytest.FixtureRequest, settings_of: Callable[..., None]) -> Path:
+    """The data folder of such a store, of each kind in turn; this process is of it."""
+    if request.param == "sqlite":
+        home: Path = request.getfixturevalue("hostile_home")
+        settings_of(home)
+        return home
+    house: House = request.getfixturevalue("hostile_postgres")
+    settings_of(house.home, database_url=house.url)
+    return house.home
 
 
 @pytest.fixture

@@ -14,12 +14,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import streamlit as st
 from markdown_it import MarkdownIt
 from streamlit.testing.v1 import AppTest
 
+from aurora_sgl.engine import clean
 from aurora_sgl.store.models import Deployment
 from aurora_sgl.store.queries.trends import ServedCounts
 from dashboard import charts, exports, words
+from dashboard.screens import acceptance
 from tests.pages.test_pages import draw
 from tests.support import hostile
 from tests.support.browser import PAGES
@@ -153,17 +156,61 @@ def test_text_of_others_in_markup_is_that_text() -> None:
         assert "".join(Tags(words.cell(name)).words) == (name or words.NONE)
 
 
-@pytest.mark.parametrize("page", PAGES)
+STATEMENT = "SELECT domain, rid, conversation_hash, count(*) AS n FROM request GROUP BY 1, 2, 3"
+#: Every page, in each of the states in which it shows something of others.
+STATES: list[tuple[str, dict[str, Any]]] = [
+    *((page, {}) for page in PAGES if page not in ("Acceptance", "SQL")),
+    *(("Acceptance", {"tab": tab, "lines": acceptance.BY_DOMAIN}) for tab in acceptance.TABS),
+    ("Acceptance", {"domains": NAMES[3:60:8], "lines": acceptance.ALL}),
+    ("Versions", {"shown": "Lineage"}),
+    ("Requests", {"request domains": NAMES[5:300:40]}),
+    ("Requests", {"request": NAMES[7]}),
+    ("SQL", {"statement": STATEMENT}),
+]
+
+
+@pytest.mark.parametrize(("page", "state"), STATES)
 def test_hostile_text_on_a_page_adds_nothing_that_is_interpreted(
-    hostile_home: Path, settings_of: Use, page: str
+    among_hostile: Path, files: dict[str, str], page: str, state: dict[str, Any]
 ) -> None:
-    settings_of(hostile_home)
-    more = {"statement": "SELECT domain, count(*) AS n FROM request GROUP BY domain"}
-    app = draw(hostile_home, page, **(more if page == "SQL" else {}))
+    app = draw(among_hostile, page, **state)
     if page == "SQL":
         next(one for one in app.button if one.label == "Run").click().run()
-        assert not app.exception
+        assert not app.exception and app.dataframe
+    if page == "Requests" and "request" not in state:
+        assert len(app.dataframe[0].value) == len(state.get("request domains", range(200)))
     assert_inert(app)
+    for element in app.get("plotly_chart"):
+        assert json.loads(element.proto.spec)["data"]
+    assert bool(files) == (page == "SQL" or state.get("tab") == "The same numbers")
+    for text in files.values():
+        assert_inert_csv(text)
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What each download button of the page gives, by its name."""
+    files: dict[str, str] = {}
+    button = st.download_button
+
+    def also_pressed(
+        label: str, data: Callable[[], bytes], name: str, *more: Any, **how: Any
+    ) -> bool:
+        files[name] = data().decode()
+        return button(label, data, name, *more, **how)
+
+    monkeypatch.setattr(st, "download_button", also_pressed)
+    return files
+
+
+def assert_inert_csv(text: str) -> None:
+    """Names of clients stand in it, whole, and no cell is a formula or has a control character."""
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    cells = {cell for row in rows for cell in row}
+    assert len(cells & {exports.inert(name) for name in NAMES}) >= acceptance.MOST
+    assert {len(row) for row in rows} == {len(rows[0])}
+    for cell in cells:
+        assert exports.inert(cell) == cell and clean.text(cell, len(cell)) == cell
 
 
 def assert_inert(app: AppTest) -> None:

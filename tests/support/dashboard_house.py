@@ -19,10 +19,12 @@ from sqlalchemy import Engine
 from aurora_sgl import clock, rollout, store, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.drafter import checkpoint, scratch
+from aurora_sgl.engine import clean
+from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.rollout.promote import set_candidate
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
-from aurora_sgl.store.ingest import ingest
+from aurora_sgl.store.ingest import RULES, IngestRules, ingest
 from tests.support import hostile
 from tests.support.drafter_cases import VOCAB, target_folder
 
@@ -52,10 +54,11 @@ class House:
     seqs: dict[int, int] = field(default_factory=dict)
     numbers: dict[int, int] = field(default_factory=dict)
     kept: dict[int, list[wire.Record]] | None = None  # boot -> records that wait, see together
+    rules: IngestRules = RULES
 
     @property
     def url(self) -> str:
-        return f"sqlite:///{self.home / 'aurora.db'}"
+        return self.engine.url.render_as_string(hide_password=False)
 
     def version(self, version_id: int) -> Any:
         with store.session(self.engine, write=False) as s:
@@ -107,6 +110,7 @@ class House:
         may_train: bool = True,
         sampling: dict[str, Any] | None = None,
         rid: str = "",
+        conversation: str = "",
         rng: random.Random,
     ) -> int:
         """One request, recorded as the engine does; its id."""
@@ -114,7 +118,7 @@ class House:
         request_id = wire.request_id(boot, number)
         us = int(at.timestamp() * 1e6)
         records: list[wire.Record] = [
-            wire.RequestStarted(request_id, us, rid or f"r{number}", 0, domain, "", 24, 0,
+            wire.RequestStarted(request_id, us, rid or f"r{number}", 0, domain, conversation, 24, 0,
                                 sampling or {"temperature": 0.0}, may_train, False, True)
         ]  # fmt: skip
         made, position = [], 25
@@ -143,7 +147,7 @@ class House:
             self.kept.setdefault(boot, []).extend(records)
             return
         self.seqs[boot] = self.seqs.get(boot, 0) + 1
-        ingest(self.engine, self.servers[boot], boot, [(self.seqs[boot], records)])
+        ingest(self.engine, self.servers[boot], boot, [(self.seqs[boot], records)], self.rules)
 
 
 def finished(request_id: int, us: int, made: list[wire.VerifyStep]) -> wire.RequestFinished:
@@ -200,15 +204,19 @@ def tokenizer(folder: Path) -> None:
     Tokenizer(WordLevel(words, unk_token="é")).save(str(folder / "tokenizer.json"))
 
 
-def empty(home: Path) -> House:
-    """A group, its tiny target and two servers; no version, no request."""
+def empty(home: Path, engine: Engine | None = None, model: str = "", revision: str = "") -> House:
+    """A group, its tiny target and two servers; no version, no request. ``model``: what the target
+    is called, else its folder."""
     home.mkdir(parents=True, exist_ok=True)
     target = target_folder(home / "target")
     tokenizer(target)
-    engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
-    store.upgrade(engine)
+    if engine is None:
+        engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
+        store.upgrade(engine)
     with store.session(engine) as s:
-        group = queries.groups.ensure_group(s, "default", str(target), "", "LlamaForCausalLMEagle3")
+        group = queries.groups.ensure_group(
+            s, "default", model or str(target), revision, "LlamaForCausalLMEagle3"
+        )
     return House(home, engine, group.id, [])
 
 
@@ -239,8 +247,9 @@ def add_version(house: House, parent: int | None = None, run: int | None = None)
 
 
 def judge(
-    house: House, candidate: int, baseline: int, before: float, after: float, verdict: str = "pass"
-) -> int:
+    house: House, candidate: int, baseline: int, before: float, after: float, verdict: str = "pass",
+    domains: Mapping[str, float] = DOMAINS,
+) -> int:  # fmt: skip
     """An evaluation over all domains with its domains, as the gate writes it; its id."""
     gain = after - before
     with store.session(house.engine) as s:
@@ -248,7 +257,7 @@ def judge(
             domain: {"requests": 20, "baseline": before + more, "candidate": after + more,
                      "difference": gain, "ci_low": gain - 0.08, "ci_high": gain + 0.08,
                      "verdict": "pass" if gain > 0 else "inconclusive"}
-            for domain, more in DOMAINS.items()
+            for domain, more in domains.items()
         }  # fmt: skip
         row = queries.evaluations.add_evaluation(
             s, candidate_id=candidate, baseline_id=baseline, kind="replay", requests=60,
@@ -381,29 +390,43 @@ def first_hour(home: Path, now: datetime | None = None) -> House:
     return house
 
 
-def fill_hostile(home: Path, now: datetime | None = None) -> None:
-    """Two versions, and a request for each hostile text, which is its domain and its id; servers,
-    actors, reasons, notices and errors are hostile too."""
+def fill_hostile(home: Path, engine: Engine | None = None, now: datetime | None = None) -> House:
+    """Two versions, and a request for each hostile text, which is its domain, id and conversation;
+    the target model, servers, actors, reasons, notices, errors and evidence are hostile too."""
     now = (now or datetime.now(UTC)).replace(microsecond=0)
     rng, names = random.Random(0), hostile.cleaned()
     everything = " ".join(hostile.cleaned(40)[::5])[:480]
-    house = empty(home)
+    house = empty(home, engine, " ".join(hostile.cleaned(40)[1::5]), everything)
+    house.rules = IngestRules(most_domains=len(names))
     add_servers(house, {77: names[0], 78: names[40]}, {"odd": everything})
     with clock_at(now - timedelta(minutes=50)):
         for number in range(2):
             rollout.promote(house.engine, add_version(house), actor=everything[:90],
                             reason=everything, force=bool(number))  # fmt: skip
+        judge(house, 2, 1, 1.3, 1.9, domains=dict.fromkeys(names[::9], 0.1))
     turn = rollout.switches.turn
     turn(house.engine, "default", "learning", False, actor=everything[:90], reason=everything)
     with store.session(house.engine) as s:
         run = queries.runs.start_run(s, house.group_id, trigger="requests", base_version_id=1)
         queries.runs.finish_run(s, run.id, "failed", error=everything)
+        for name in names[::40]:
+            queries.drifts.add_drift(
+                s, house.group_id, version_id=2, domain=name, last_request_id=1, details={},
+                accept_length_before=2.1, accept_length_after=1.8, requests_before=3,
+                requests_after=3,
+            )  # fmt: skip
     with house.together():
         for index, name in enumerate(names):
             house.serve(now - timedelta(minutes=40) + timedelta(seconds=index), 2, domain=name,
-                        rid=name, steps=2, boot=77 + index % 2, rng=rng)  # fmt: skip
+                        rid=name, conversation=conversation_hash(name), steps=2,
+                        boot=77 + index % 2, rng=rng)  # fmt: skip
     house.servers_follow()
-    house.engine.dispose()
+    return house
+
+
+def conversation_hash(name: str) -> str:
+    """As the engine sends it, which never sends the name."""
+    return sha256_ints(list(clean.text(name).encode()))
 
 
 def _next(house: House, parent: int, at: datetime, verdict: str = "pass") -> int:

@@ -390,21 +390,31 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["security.md", "operations.md"])
-def test_every_promise_names_tests_that_exist(page: str) -> None:
-    rows = text(page).partition("## Promises")[2].splitlines()
-    named = 0
-    for row in rows:
-        file = ""
-        for path, name in re.findall(r"`([\w/]*\.py)?(?:::(test_\w+))?`", row):
-            file = path or file
-            if not path and not name:
-                continue
-            files = [one for one in sources() if str(one).endswith(f"/{file}")]
-            assert len(files) == 1, f"{file}: no such file, or several\n{row}"
-            assert not name or f"def {name}(" in sources()[files[0]], f"{file}::{name}\n{row}"
-            named += 1
+@pytest.mark.parametrize(
+    ("page", "begin"),
+    [("security.md", "## Promises"), ("operations.md", "## Promises"), ("cases.md", "# Cases")],
+)
+def test_every_promise_and_case_names_tests_that_exist(page: str, begin: str) -> None:
+    rows = text(page).partition(begin)[2].splitlines()
+    named = sum(_tests_of(row) for row in rows)
     assert named > 20
+    if page == "cases.md":
+        told = [row for row in rows if re.match(r"\| (?!Case |---)", row)]
+        assert len(told) > 50 and [row for row in told if not _tests_of(row)] == []
+
+
+def _tests_of(row: str) -> int:
+    """How many tests and files of tests a row names, all of which are there."""
+    named, file = 0, ""
+    for path, name in re.findall(r"`([\w/]*\.py)?(?:::(test_\w+))?`", row):
+        file = path or file
+        if not path and not name:
+            continue
+        files = [one for one in sources() if str(one).endswith(f"/{file}")]
+        assert len(files) == 1, f"{file}: no such file, or several\n{row}"
+        assert not name or f"def {name}(" in sources()[files[0]], f"{file}::{name}\n{row}"
+        named += 1
+    return named
 
 
 def test_names_of_classes_and_functions_in_the_walks_exist() -> None:

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
 
-from aurora_sgl import cli
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import get_settings
+from tests.integration.erasure.conftest import Run
 from tests.support.purge_house import DOMAIN, OTHERS, RID, PurgeHouse
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs ``aurora-sgl`` with arguments, without a terminal; (exit code, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["aurora-sgl", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            raise SystemExit(0)
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return call
 
 
 @pytest.fixture

@@ -482,8 +482,8 @@ def test_before_together_with_a_domain_is_the_older_part_of_it(house: PurgeHouse
 def test_a_rule_names_nobody_and_one_salt_serves_a_store(house: PurgeHouse) -> None:
     house.send(hello())
     assert house.batcher.drain()
-    assert Selector("conversation", TALK_HASH, utc_now()).stored_value == TALK_HASH
-    assert Selector("conversation", TALK, utc_now()).stored_value == TALK_HASH
+    assert Selector("conversation", TALK_HASH, utc_now()).stored_texts == [TALK_HASH]
+    assert Selector("conversation", TALK, utc_now()).stored_texts == [TALK_HASH]
     for kind, value in (("rid", RID), ("domain", DOMAIN), ("conversation", TALK)):
         run_purge(house, kind, value, wait_seconds=0.0)
     assert leftovers.in_tables(house.engine, {n: n.encode() for n in (RID, DOMAIN, TALK_HASH)}) == (

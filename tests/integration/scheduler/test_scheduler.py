@@ -33,6 +33,7 @@ from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import scheduler_lease_name, training_lease_name
 from aurora_sgl.store.models import Request
+from tests.pages.test_pages import draw, said
 from tests.support import store_samples as samples
 from tests.support.drafter_cases import RECIPE, target_folder
 from tests.support.rollout_house import RolloutHouse
@@ -296,6 +297,29 @@ def test_enough_new_requests_train_a_version_that_passes_and_goes_live_and_is_wa
     assert one.child is None, "what was learnt from is not new any more"
     said = status.scheduler(house.engine, "default")
     assert said.state == "watch" and "new requests" in said.next_action
+
+
+@ON_SQLITE
+def test_why_a_candidate_was_not_judged_is_said_in_the_log_by_status_and_on_the_page(
+    house: House, closing: list[Scheduler], caplog: pytest.LogCaptureFixture
+) -> None:
+    """cases.md: a group whose candidates are never judged."""
+    closing.append(one := scheduler(house.engine))
+    one.recipe["min_gate_requests"] = 1000
+    house.serve(60)
+    with caplog.at_level("INFO", logger="aurora_sgl"):
+        outcome = rounds(one, lambda: one.last_outcome)
+    number, why = outcome["version_id"], outcome["reason"]
+    assert "held-out requests can be judged, at least 1000 needed" in why
+    assert f"training succeeded: version {number}, inconclusive: {why}" in caplog.messages
+    told = subprocess.run(
+        [sys.executable, "-m", "aurora_sgl.cli", "status"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"not live: version {number}: not judged: {why}" in " ".join(told.stdout.split())
+    assert f"Version {number}: not judged: {why}" in said(draw(house.home, "Now"))
 
 
 @ON_SQLITE

@@ -4,6 +4,7 @@ one, and all servers of a group agree which."""
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
@@ -133,22 +134,33 @@ def test_ten_thousand_names_take_no_more_statements_and_rows_than_a_few(engine: 
     server_id = register(engine)
     rules = IngestRules(most_domains=50)
     names = [f"user-{n}" for n in range(10_000)]
-    send(engine, server_id, names[:100], rules=rules)
-    counted = {"few": 0, "many": 0}
-    for kind, batch in (("few", names[:100]), ("many", names[5_000:5_100])):
+    at_us = int((datetime.now(UTC) - timedelta(minutes=10)).timestamp() * 1e6)
 
-        def count(*_: object, kind: str = kind) -> None:
-            counted[kind] += 1
+    def take(begin: int, end: int, first: int) -> int:
+        """Statements that it takes."""
+        statements = 0
+
+        def count(*_: object) -> None:
+            nonlocal statements
+            statements += 1
 
         event.listen(engine, "before_cursor_execute", count)
-        send(engine, server_id, batch, first=1_000 if kind == "few" else 2_000, rules=rules)
+        send(engine, server_id, names[begin:end], first=first, at_us=at_us, rules=rules)
         event.remove(engine, "before_cursor_execute", count)
-    assert counted["few"] == counted["many"]
-    for first in range(200, 2_200, 500):
-        send(engine, server_id, names[first : first + 500], first=10_000 + first, rules=rules)
+        return statements
+
+    take(0, 100, 1)
+    assert take(0, 100, 1_000) == take(5_000, 5_100, 2_000)
+    for begin in range(0, 10_000, 1_000):
+        take(begin, begin + 1_000, 10_000 + begin)
     with store.reading(engine) as connection:
         assert connection.scalar(select(func.count()).select_from(AcceptanceMinute)) == 51
         assert connection.scalar(select(func.count()).select_from(Lease)) == 51
+    with store.session(engine, write=False) as s:
+        series = metrics.of_group(s, queries.servers.server(s, server_id).group_id)
+    by_domain = [dict(one.labels)["domain"] for one in series if "domain" in dict(one.labels)]
+    assert set(Counter(by_domain).values()) == {2}  # accept length, and steps
+    assert {*by_domain} == {*names[:50], OTHER}
 
 
 def test_a_batch_that_is_given_back_leaves_no_name_behind(engine: Engine) -> None:
