@@ -99,7 +99,8 @@ def fit_sampling(params: Any, vocab_size: int | None) -> None:
 def fit(request: Any, vocab_size: int | None, width: int | None) -> None:
     """Hold a finished tokenized request to what the scheduler takes; ``width``: the target's
     hidden size."""
-    for name, annotation in _annotations(type(request)).items():
+    kind: Any = type(request)
+    for name, annotation in _annotations(kind).items():
         if name not in _NOT_BY_ANNOTATION:
             value = getattr(request, name)
             setattr(request, name, _typed(name, _alone(value, annotation), annotation))
