@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
@@ -19,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sqlalchemy import Engine
 
 from aurora_sgl import store, wire
 from aurora_sgl.clock import utc_now
+from aurora_sgl.store.models import (
+    AcceptanceEvent,
+    AcceptanceMinute,
+    Request,
+    RequestTally,
+    Server,
+)
 from aurora_sgl.store.packing import pack_ints
 from aurora_sgl.store.rollup import CLUSTER_SUMS, CLUSTERS
 
@@ -65,6 +74,35 @@ def build(
     print(f"{done:,} events, {requests:,} requests, {versions} versions in {path}")
     db.execute("ANALYZE")
     db.close()
+
+
+def multiply(engine: Engine, times: int) -> None:
+    """The same traffic on so many times as many servers, in either database."""
+    shift = {"server_id": SERVERS, "request_id": SERVERS << wire.REQUEST_COUNTER_BITS}
+    shifts = {
+        Server: {"id": shift["server_id"], "boot_id": shift["server_id"]},
+        Request: {"id": shift["request_id"], "server_id": shift["server_id"]},
+        RequestTally: {"request_id": shift["request_id"]},
+        AcceptanceEvent: {"request_id": shift["request_id"]},
+        AcceptanceMinute: {"server_id": shift["server_id"]},
+    }
+    first = {
+        Server: f"id <= {SERVERS}",
+        Request: f"server_id <= {SERVERS}",
+        AcceptanceMinute: f"server_id <= {SERVERS}",
+        RequestTally: f"request_id < {wire.request_id(SERVERS + 1, 1)}",
+        AcceptanceEvent: f"request_id < {wire.request_id(SERVERS + 1, 1)}",
+    }
+    for number in range(1, times):
+        for table, columns in shifts.items():
+            names = [column.name for column in table.__table__.columns]
+            values = [f"{n} + {number * columns[n]}" if n in columns else n for n in names]
+            with engine.begin() as connection:
+                connection.exec_driver_sql(
+                    f"INSERT INTO {table.__tablename__} ({', '.join(names)}) "
+                    f"SELECT {', '.join(values)} FROM {table.__tablename__} WHERE {first[table]}"
+                )
+        print(f"{number + 1} of {times} times the traffic", file=sys.stderr, flush=True)
 
 
 class History:
