@@ -5,7 +5,8 @@ ask of the views: the median of three runs after a first one. PostgreSQL is ``--
 empty database, as a superuser), or one that the package pgserver starts for the run. Goal: 200 ms
 for the views over roll-ups.
 
-    python -m benchmarks.views [--events 10000000] [--times 10] [--days 30] [--postgres URL] [--json]
+    python -m benchmarks.views [--events 10000000] [--times 10] [--days 30] [--postgres URL]
+        [--json]
 """
 
 from __future__ import annotations
