@@ -35,6 +35,7 @@ ROOMS = (
         "wire",
     ),
     (
+        "client_text",
         "compat",
         "console",
         "draft_shape",
