@@ -23,6 +23,8 @@ _WAL_SLACK = 2
 _WAL_PAUSE, _WAL_WAIT = 10.0, 0.5
 #: Pages that one transaction gives back: some tens of milliseconds.
 _PAGES = 1000
+#: Seconds that others have between two of them.
+_TURN_SECONDS = 0.12
 _MOUNTS = Path("/proc/self/mountinfo")
 #: File systems of another machine, or of the host of this one. SQLite's log needs memory that all
 #: its users share, and locks that hold.
@@ -163,15 +165,19 @@ def shrink(engine: Engine, *, rewrite: bool = False) -> int:
 
 
 def _give_back(db: sqlite3.Connection) -> None:
-    free = _free(db)
+    free, pages = _free(db), _PAGES
     while free:
+        begun = time.monotonic()
         # A step of it gives back one page, and execute() takes one step only.
-        db.executescript(f"PRAGMA incremental_vacuum({_PAGES})")
+        db.executescript(f"PRAGMA incremental_vacuum({pages})")
+        seconds = time.monotonic() - begun
         left = _free(db)
         if left >= free:  # somebody else deletes as fast
             return
         free = left
-        time.sleep(0.01)  # a writer's turn
+        pages = max(_PAGES // 20, pages // 2) if seconds > _TURN_SECONDS else pages
+        # A writer's turn: he may look only every tenth of a second whether it has come.
+        time.sleep(max(_TURN_SECONDS, 2 * seconds))
 
 
 def _bytes(db: sqlite3.Connection) -> int:
