@@ -175,7 +175,9 @@ def _sampling_value(name: str, value: Any, annotation: Any) -> Any:
     return value
 
 
-def _check_text(name: str, text: str) -> None:
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        return
     try:
         text.encode()
         if name == "stop_regex":
