@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from aurora_sgl.cli.rollout import Actor
-from aurora_sgl.cli.shared import AsJson, DryRun, Group, print_rows
+from aurora_sgl.cli.shared import AsJson, DryRun, Group, kept, print_rows
 from aurora_sgl.console import print_json
 
 db_app = typer.Typer(help="The store: its schema and how much it keeps.")
@@ -65,7 +65,7 @@ def db_limits(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=NUMBER, such as trace_bytes=20GiB.")
     ] = None,
-    reason: Annotated[str, typer.Option(help="Why; goes into the audit.")] = "",
+    reason: Annotated[str, typer.Option(callback=kept, help="Why; goes into the audit.")] = "",
     group: Group = "",
     actor: Actor = "",
     dry_run: DryRun = False,

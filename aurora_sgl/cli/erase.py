@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aurora_sgl.cli.shared import AsJson, DryRun, open_store, user
+from aurora_sgl.cli.shared import AsJson, DryRun, kept, open_store, user
 from aurora_sgl.console import print_error, print_json, print_table
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ def db_purge(
         str | None,
         typer.Option(help="Only what was admitted before: 2026-11-24, 2026-11-24T10:30 (UTC)."),
     ] = None,
-    reason: Annotated[str, typer.Option(help="Why; kept, so name nobody in it.")] = "",
-    actor: Annotated[str, typer.Option(help="Who (default: user and host).")] = "",
+    reason: Annotated[
+        str, typer.Option(callback=kept, help="Why; kept, so name nobody in it.")
+    ] = "",
+    actor: Annotated[str, typer.Option(callback=kept, help="Who (default: user and host).")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds that running sidecars and readers get.")

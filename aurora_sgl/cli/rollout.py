@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aurora_sgl.cli.shared import AsJson, DryRun, Group, Version, open_group, user, version_id
+from aurora_sgl.cli.shared import AsJson, DryRun, Group, Version, kept, open_group, user, version_id
 from aurora_sgl.console import print_json
 
 if TYPE_CHECKING:
@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
     from aurora_sgl.rollout.promote import Change
 
-Reason = Annotated[str, typer.Option("--reason", help="The reason, kept with the deployment.")]
-Actor = Annotated[str, typer.Option("--actor", help="Your name (default: user and host).")]
+Reason = Annotated[
+    str, typer.Option("--reason", callback=kept, help="The reason, kept with the deployment.")
+]
+Actor = Annotated[
+    str, typer.Option("--actor", callback=kept, help="Your name (default: user and host).")
+]
 ExpectLive = Annotated[
     str,
     typer.Option(

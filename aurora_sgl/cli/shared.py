@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aurora_sgl.console import print_json, print_table
+from aurora_sgl.errors import printable
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -91,6 +92,12 @@ def read_window(text: str) -> dict[str, Any]:
             f"{text!r} is neither a number of requests nor a time such as 90m, 6h or 2d",
             param_hint="--window",
         ) from None
+
+
+def kept(text: str) -> str:
+    """A reason or a name as it is kept: of bytes that a shell passes on and no database takes,
+    what can be read, on one line."""
+    return printable(" ".join(text.split()))
 
 
 def user() -> str:

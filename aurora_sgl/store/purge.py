@@ -49,12 +49,13 @@ class Selector:
 
     @property
     def _as_recorded(self) -> set[str]:
-        """The value as the engine cleans it, whichever way it came in: a header loses the space
-        around it, a field of the request does not."""
+        """The value as the engine cleans it. A domain comes in a header, which loses the space
+        around it, a rid in a field, which does not, and a conversation in either."""
         if self.kind in ("request", "before"):
             return {self.value}
-        whole, header = clean(self.value), clean(label(self.value))
-        return {whole} if self.kind == "rid" else {whole, header} - {""}
+        field, header = clean(self.value), clean(label(self.value))
+        ways = {"rid": {field}, "domain": {header}, "conversation": {field, header}}
+        return ways[self.kind] - {""}
 
     @property
     def stored_texts(self) -> list[str]:

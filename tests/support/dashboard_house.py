@@ -147,7 +147,8 @@ class House:
             self.kept.setdefault(boot, []).extend(records)
             return
         self.seqs[boot] = self.seqs.get(boot, 0) + 1
-        ingest(self.engine, self.servers[boot], boot, [(self.seqs[boot], records)], self.rules)
+        ingest(self.engine, self.servers[boot], boot, [(self.seqs[boot], records)],
+               rules=self.rules)  # fmt: skip
 
 
 def finished(request_id: int, us: int, made: list[wire.VerifyStep]) -> wire.RequestFinished:
