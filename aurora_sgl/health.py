@@ -134,8 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Listener
 
     def setup(self) -> None:
-        self.timeout = PATIENCE
         super().setup()
+        self.connection.settimeout(PATIENCE)
 
     def parse_request(self) -> bool:
         """Whether it is to be answered; else it was refused."""
