@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from socketserver import TCPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 log = logging.getLogger(__name__)
+
+#: Seconds for which a connection may say nothing.
+PATIENCE = 5.0
+METHODS = ("GET", "HEAD")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class _Collector(Collector):
 
 class _Listener(ThreadingHTTPServer):
     """Of either family of addresses; where all of IPv6 is meant, of IPv4 too."""
+
+    tells: _Tells  # set before it serves
 
     def __init__(self, family: int, address: Any, handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = family
@@ -91,6 +98,91 @@ def _address(host: str, port: int) -> tuple[int, Any]:
     return family, address
 
 
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def _names_loopback(header: str, chosen: str) -> bool:
+    """Whether a header Host is a name of this machine for itself. A page of another site that lets
+    its own name point here (DNS rebinding) sends that name."""
+    try:
+        name = urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return False
+    return name == chosen.lower() or _is_loopback(name)
+
+
+class _Tells:
+    """What a listener tells."""
+
+    def __init__(
+        self,
+        host: str,
+        health: Callable[[], dict[str, Any]],
+        samples: Callable[[], Iterable[Sample]],
+    ) -> None:
+        self.host = host  # as it was chosen
+        self.health = health
+        self.registry = CollectorRegistry()
+        self.registry.register(_Collector(samples))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Listener
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.settimeout(PATIENCE)
+
+    def parse_request(self) -> bool:
+        """Whether it is to be answered; else it was refused."""
+        if not super().parse_request():
+            return False
+        if self.command not in METHODS:
+            self._answer(405, "text/plain", b"only GET and HEAD are answered\n")
+            return False
+        if not self._is_asked_by_our_name():
+            line = b"not under this host name; ask 127.0.0.1, or listen on an address\n"
+            self._answer(403, "text/plain", line)
+            return False
+        return True
+
+    def _is_asked_by_our_name(self) -> bool:
+        if not _is_loopback(str(self.server.server_address[0])):
+            return True
+        names = self.headers.get_all("Host", [])
+        return all(_names_loopback(name, self.server.tells.host) for name in names)
+
+    def do_GET(self) -> None:
+        path, tells = urlsplit(self.path).path, self.server.tells
+        if path == "/metrics":
+            self._answer(200, CONTENT_TYPE_LATEST, generate_latest(tells.registry))
+        elif path in ("/health", "/healthz"):
+            now = tells.health()
+            code = 200 if now["ready"] else 503
+            self._answer(code, "application/json", json.dumps(now).encode())
+        else:
+            self._answer(404, "text/plain", b"see /health and /metrics\n")
+
+    do_HEAD = do_GET
+
+    def _answer(self, code: int, kind: str, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if code == 405:
+            self.send_header("Allow", ", ".join(METHODS))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
 class HealthServer:
     """Answers ``/health`` (and ``/healthz``): 200 when ready, else 503 with the reason."""
 
@@ -105,44 +197,18 @@ class HealthServer:
     ) -> None:
         """``health`` has ``ready`` and ``reason``. Port 0 takes a free one, and so does one that is
         in use with ``or_free``. Otherwise a port in use is logged, and the process goes on
-        without: ``url`` is empty, and ``error`` says why."""
-        registry = CollectorRegistry()
-        registry.register(_Collector(samples))
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path = urlsplit(self.path).path
-                if path == "/metrics":
-                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
-                elif path in ("/health", "/healthz"):
-                    now = health()
-                    code = 200 if now["ready"] else 503
-                    self._answer(code, "application/json", json.dumps(now).encode())
-                else:
-                    self._answer(404, "text/plain", b"see /health and /metrics\n")
-
-            do_HEAD = do_GET
-
-            def _answer(self, code: int, kind: str, body: bytes) -> None:
-                self.send_response(code)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
+        without: ``url`` is empty, and ``error`` says why. On loopback only names of loopback are
+        answered; on an address that somebody chose, every name that leads there."""
         self._server: _Listener | None = None
         self.url = self.error = ""
         try:
-            self._server = _listen(host, port, Handler, or_free)
+            self._server = _listen(host, port, _Handler, or_free)
         except (OSError, ValueError, OverflowError) as error:  # in use, or no name, or no port
             why = getattr(error, "strerror", None) or error
             self.error = f"There is no health endpoint on {host}, port {port}: {why}"
             log.error("%s", self.error)
             return
+        self._server.tells = _Tells(host, health, samples)
         shown = str(self._server.server_address[0]) if host == "::" else host
         shown = f"[{shown}]" if ":" in shown else shown
         self.url = f"http://{shown}:{self._server.server_address[1]}"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable
 
 import streamlit as st
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, SHORTEST_PASSWORD, Account
 
+from .asker import of_openid, verified_name
 from .context import accounts
 from .server import cookie_name
 
 TOKEN, SETUP = "session_token", "setup"
+CHANGE, OWNER = "cookie_change", "owner"
+#: What a page keeps that is of the login itself; all else is of the account that looks at it.
+OF_LOGIN = frozenset({TOKEN, CHANGE, OWNER})
 
 
 def account() -> Account | None:
@@ -31,6 +36,38 @@ def account() -> Account | None:
 def is_operator() -> bool:
     user = account()
     return user is not None and user.role == OPERATOR
+
+
+def owns_page(user: Account | None) -> bool:
+    """Whether what the page keeps was kept for this account in this role."""
+    return st.session_state.get(OWNER) == _owner(user)
+
+
+def settle(user: Account | None) -> None:
+    """Before a page is drawn: what it kept for another account, or for this one in another role,
+    goes. The page is the same one after a logout, and so is its state."""
+    if owns_page(user):
+        return
+    for key in list(st.session_state):
+        if key not in OF_LOGIN:
+            del st.session_state[key]
+    st.session_state[OWNER] = _owner(user)
+
+
+def _owner(user: Account | None) -> tuple[str, str] | None:
+    return (user.name, user.role) if user is not None else None
+
+
+def watched() -> tuple[Account, Callable[[], bool]]:
+    """Who looks at the page, and whether he still may, in the role that he has now: to be asked
+    later, also where no page is."""
+    user, token, known = account(), st.session_state.get(TOKEN), accounts()
+    assert user is not None
+
+    def still() -> bool:
+        return (known.of_session(token) if token else known.get(user.name)) == user
+
+    return user, still
 
 
 def show() -> None:
@@ -58,7 +95,7 @@ def log_out() -> None:
     token = st.session_state.pop(TOKEN, None)
     if token:
         accounts().close_session(token)
-    st.session_state["cookie_change"] = ""
+    st.session_state[CHANGE] = ""
     if _openid_is_set_up() and st.user.is_logged_in:
         st.logout()
 
@@ -115,12 +152,12 @@ def _first_operator(token: str) -> None:
 def _enter(user: Account) -> None:
     token = accounts().open_session(user.name)
     st.session_state[TOKEN] = token
-    st.session_state["cookie_change"] = token
+    st.session_state[CHANGE] = token
     st.rerun()
 
 
 def _keep() -> None:
-    token = st.session_state.pop("cookie_change", None)
+    token = st.session_state.pop(CHANGE, None)
     if token is None:
         return
     method = "POST" if token else "DELETE"
@@ -157,12 +194,8 @@ def _openid_is_set_up() -> bool:
 
 
 def _openid_name() -> str:
-    verified = st.user.get("email_verified", True)
-    return str(st.user.get("email") or "") if verified in (True, "true") else ""
+    return verified_name(st.user)
 
 
 def _openid_account() -> Account | None:
-    if not st.user.is_logged_in or not _openid_name():
-        return None
-    user = accounts().get(_openid_name())
-    return user if user is not None and not user.has_password else None
+    return of_openid(accounts(), st.user) if st.user.is_logged_in else None

@@ -31,11 +31,12 @@ def guarded(draw: Callable[..., Any]) -> Callable[..., Any]:
 
 def private(draw: Callable[..., Any]) -> Callable[..., Any]:
     """A part that may be drawn without the page around it: whoever was logged out meanwhile sees
-    the login instead."""
+    the login instead, and whose role changed the page as it is for him."""
 
     @wraps(draw)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if login.account() is None:
+        user = login.account()
+        if user is None or not login.owns_page(user):
             st.rerun()
         return draw(*args, **kwargs)
 

@@ -73,10 +73,20 @@ def serve(
     app = streamlit.App(
         str(Path(__file__).with_name("app.py")),
         routes=[Route(f"{site.base}/session", keep_session, methods=["POST", "DELETE"])],
-        middleware=[Middleware(Guard, base=site.base, knows=_knows)],
+        middleware=[_guard(site)],
         lifespan=_life,
     )
     app.run(config=options(site))
+
+
+def _guard(site: Site) -> Middleware:
+    from streamlit.web.server.starlette.starlette_websocket import is_host_allowed
+
+    from .asker import asker
+    from .shell import PAGES
+
+    pages = [title.lower() for _, title, _ in PAGES]
+    return Middleware(Guard, base=site.base, pages=pages, asker=asker, is_host=is_host_allowed)
 
 
 def _warm() -> None:
@@ -142,16 +152,6 @@ def sql_roles_path() -> Path:
 def cookie_name(port: int | None) -> str:
     """Cookies are shared by all ports of a machine; the name keeps two dashboards apart."""
     return f"aurora_session_{port or 80}"
-
-
-def _knows(request: Request) -> bool:
-    """Whether somebody who is logged in asks. Who came through OpenID Connect has a cookie of
-    Streamlit's instead of ours, which only the pages read."""
-    token = request.cookies.get(cookie_name(request.url.port))
-    if token and Accounts(accounts_path()).of_session(token) is not None:
-        return True
-    secrets = accounts_path().with_name("secrets.toml")
-    return secrets.is_file() and "[auth" in secrets.read_text(errors="replace")
 
 
 async def keep_session(request: Request) -> Response:

@@ -53,6 +53,7 @@ def show() -> None:
     st.logo(str(LOGO), icon_image=str(ICON), size="large")
     st.html(STYLE + words.STYLE + tokens.STYLE)
     account = login.account()
+    login.settle(account)
     pages = [
         st.Page(
             guarded(page.show), title=title, icon=f":material/{icon}:",

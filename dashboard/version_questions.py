@@ -16,7 +16,7 @@ from aurora_sgl.errors import Refused
 from aurora_sgl.rollout import status
 from aurora_sgl.store.models import Evaluation
 
-from . import actions, data, words
+from . import actions, data, downloads, words
 from .context import Group, now
 from .dialogs import Question
 
@@ -212,10 +212,8 @@ class Questions:
     def _export(self, reason: str) -> str:
         packed = actions.export(self.here, self.version_id, reason=reason)
         st.success(f"Checked and packed: {len(packed) / 1e6:,.1f} MB.")
-        st.download_button(
-            "Download", packed, f"aurora-version-{self.version_id}.zip", "application/zip",
-            icon=":material/download:", on_click="ignore",
-        )  # fmt: skip
+        name = f"aurora-version-{self.version_id}.zip"
+        downloads.offer("Download", lambda: packed, name, "application/zip")
         return ""
 
     def _say_change(self, change: rollout.Change) -> None:

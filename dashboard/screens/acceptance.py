@@ -15,7 +15,7 @@ from aurora_sgl.store.domains import OTHER
 from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
 
-from .. import buckets, charts, data, exports, hours, words
+from .. import buckets, charts, data, downloads, exports, hours, words
 from ..buckets import Namer, Period, Series, coarser, floor, period
 from ..context import Group, group, local, now, zone
 from ..parts import refreshing
@@ -360,10 +360,9 @@ def _table(shown: Shown) -> None:
         },
     )  # fmt: skip
     times = "%Y-%m-%dT%H:%M:%SZ"
-    st.download_button(
+    downloads.offer(
         "Download CSV", lambda: exports.csv(frame, date_format=times),
-        f"acceptance-{choice.period.since:%Y%m%dT%H%M}Z.csv", "text/csv",
-        icon=":material/download:", on_click="ignore", help="Times in UTC",
+        f"acceptance-{choice.period.since:%Y%m%dT%H%M}Z.csv", "text/csv", help="Times in UTC",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from aurora_sgl.store.connection import is_sqlite
 from aurora_sgl.store.queries import sql_console
 from aurora_sgl.store.queries.sql_console import Answer
 
-from .. import charts, exports, login, words
+from .. import charts, downloads, exports, login, words
 from ..context import Group, group
 from ..parts import refreshing
 from ..server import sql_roles_path
@@ -153,10 +153,7 @@ def _answer(answer: Answer) -> None:
         st.dataframe(
             frame, hide_index=True, key="answer table", alt="the answer", placeholder="NULL"
         )
-        st.download_button(
-            "Download CSV", lambda: exports.csv(frame), "answer.csv", "text/csv",
-            icon=":material/download:", on_click="ignore",
-        )  # fmt: skip
+        downloads.offer("Download CSV", lambda: exports.csv(frame), "answer.csv", "text/csv")
     with chart:
         _chart(frame)
 

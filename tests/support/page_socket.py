@@ -29,6 +29,9 @@ class Drawn:
     submits: dict[str, str] = field(default_factory=dict)  # those of forms
     inputs: dict[str, str] = field(default_factory=dict)
     fragments: dict[str, str] = field(default_factory=dict)  # widget id -> its fragment
+    downloads: dict[str, str] = field(default_factory=dict)  # label -> what ``fetch`` takes
+    by_key: dict[str, str] = field(default_factory=dict)  # a widget's key -> its id
+    sent: bytearray = field(default_factory=bytearray)  # all of it, tables too
     kinds: set[str] = field(default_factory=set)
 
     @property
@@ -36,6 +39,7 @@ class Drawn:
         return "\n".join(self.texts)
 
     def take(self, message: ForwardMsg) -> None:
+        self.sent += message.SerializeToString()
         if message.WhichOneof("type") != "delta" or (
             message.delta.WhichOneof("type") != "new_element"
         ):
@@ -45,11 +49,16 @@ class Drawn:
         one = getattr(element, kind)
         self.kinds.add(kind)
         self.texts += strings_of(one)
-        widgets = {"button": self.buttons, "text_input": self.inputs}.get(kind)
+        if kind == "download_button":
+            self.downloads[one.label] = one.deferred_file_id
+        widgets = {
+            "button": self.buttons, "text_input": self.inputs, "text_area": self.inputs,
+        }.get(kind)  # fmt: skip
         if kind == "button" and one.is_form_submitter:
             widgets = self.submits
         if widgets is not None:
             widgets[one.label] = one.id
+            self.by_key[one.id.rpartition("-")[2]] = one.id
             self.fragments[one.id] = message.delta.fragment_id
 
 
@@ -72,6 +81,7 @@ class PageSocket:
     def __init__(
         self, url: str, token: str = "", *, origin: str | None = None, **headers: str
     ) -> None:
+        self._session = ""
         port = int(url.split("/")[2].rpartition(":")[2])
         if token:
             headers["Cookie"] = f"{cookie_name(port)}={token}"
@@ -116,7 +126,27 @@ class PageSocket:
             assert isinstance(data, bytes)
             forward = ForwardMsg.FromString(data)
             drawn.take(forward)
+            if forward.WhichOneof("type") == "new_session":
+                self._session = forward.new_session.initialize.session_id
             if forward.WhichOneof("type") == "script_finished":
                 if forward.script_finished != AGAIN:
                     return drawn
                 drawn = Drawn()
+
+    def fetch(self, download: str) -> str:
+        """The path of a file that a page offers, as when its button is clicked; "" when it is
+        refused."""
+        message = BackMsg()
+        message.backend_operation_request.request_id = "1"
+        message.backend_operation_request.session_id = self._session
+        message.backend_operation_request.deferred_file.file_id = download
+        self._socket.send(message.SerializeToString())
+        while True:
+            data = self._socket.recv(PATIENCE)
+            assert isinstance(data, bytes)
+            forward = ForwardMsg.FromString(data)
+            if forward.WhichOneof("type") == "backend_operation_response":
+                answer = forward.backend_operation_response
+                if not answer.deferred_file.url:
+                    assert answer.error_msg == "Failed to generate file for download"
+                return answer.deferred_file.url
