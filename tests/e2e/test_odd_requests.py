@@ -60,14 +60,14 @@ REFUSED: tuple[dict[str, Any], ...] = (
     {"token_indices_to_pool": [1 << 80]},
     {"lora_id": ["a", "b"]},
 )
-#: Of types that SGLang means otherwise.
-CONVERTED: tuple[dict[str, Any], ...] = (
-    {"ignore_eos": 1, "skip_special_tokens": 0},
-    {"max_new_tokens": 5.0, "temperature": False},
-    {"logit_bias": {"5": True, "6": -math.inf}},
+#: Odd ones that are served: what SGLang's contract for ``/generate`` lets through.
+SERVED: tuple[dict[str, Any], ...] = (
+    {"temperature": 1, "top_p": 1e-300},
+    {"logit_bias": {"5": 1, "6": -math.inf}},
     {"stop_token_ids": [999_999, -1]},
     {"temperature": 0.1, "logit_bias": {"5": 3e38}},
     {"repetition_penalty": 1e-300, "temperature": 1e300, "min_new_tokens": 2},
+    {"min_new_tokens": None, "stop_token_ids": [5, 999_999], "ignore_eos": None},
 )
 
 
@@ -131,8 +131,10 @@ def test_what_would_end_the_server_gets_a_400_and_the_next_request_is_served(
     assert_identities(*serve(server, prompts[2], max_new_tokens=8))
 
 
-def test_values_of_another_type_are_served(server: Running, prompts: list[list[int]]) -> None:
-    for sampling in CONVERTED:
+def test_odd_values_that_a_sampler_can_take_are_served(
+    server: Running, prompts: list[list[int]]
+) -> None:
+    for sampling in SERVED:
         params = {"max_new_tokens": 4, **sampling}
         answer = post(server, prompts[3], {"sampling_params": params})
         assert answer.status_code == 200, (sampling, answer.text)
