@@ -13,6 +13,20 @@ def clean(text: str, most: int = MAX_TEXT) -> str:
     return printable(text[:most])
 
 
-def label(text: str) -> str:
-    """What a header says: without the space around it."""
+def of_header(value: bytes) -> str:
+    """What a header says, without the space around it: UTF-8 as browsers and most clients send it,
+    else Latin-1, the old rule of HTTP."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = value.decode("latin-1")
     return text.strip()[:MAX_LABEL].rstrip()
+
+
+def as_sent(text: str) -> bytes:
+    """The bytes of a text as a client or a shell had it: Python keeps what is no UTF-8 of a
+    command's argument as halves of surrogate pairs."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aurora_sgl import environment
-from aurora_sgl.client_text import MAX_LABEL, label
+from aurora_sgl.client_text import MAX_LABEL, of_header
 
 KEY = "aurora"
 DEFAULT_DOMAIN = "default"
@@ -86,13 +86,13 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
             ours.setdefault(name, []).append(value)
     labels: dict[str, Any] = {}
     for name in ("domain", "conversation"):
-        if text := next(filter(None, map(_text, ours.get(name, ()))), ""):
+        if text := next(filter(None, map(of_header, ours.get(name, ()))), ""):
             labels[name] = text
     if "train" in ours:
         words = _words(ours["train"])
         labels["train"] = words <= _YES
         labels["train_unreadable"] = not words <= _YES | _NO
-    wish = _text(ours["speculate"][0]).lower() if "speculate" in ours else ""
+    wish = of_header(ours["speculate"][0]).lower() if "speculate" in ours else ""
     if wish == _WHOLE or wish in _YES or wish in _NO:
         labels["speculate"] = wish not in _NO
     labels["whole"] = wish == _WHOLE
@@ -104,15 +104,6 @@ def _words(values: list[bytes]) -> set[str]:
     """Every value of every copy of a header."""
     parts = [part for value in values for part in value.split(b",")]
     return {part.strip().lower().decode("latin-1") for part in parts}
-
-
-def _text(value: bytes) -> str:
-    """UTF-8 as browsers and most clients send it, else Latin-1, the old rule of HTTP."""
-    try:
-        text = value.decode()
-    except UnicodeDecodeError:
-        text = value.decode("latin-1")
-    return label(text)
 
 
 def new_stamp() -> None:

