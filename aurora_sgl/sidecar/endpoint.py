@@ -14,6 +14,7 @@ import zmq
 
 from aurora_sgl import wire
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import OWNER
 from aurora_sgl.sidecar.files import FolderLock
 
 NAMES = ("records", "traces", "commands")
@@ -56,7 +57,8 @@ class Endpoint:
             socket.linger = 0
             try:
                 socket.bind(addresses[name])
-            except zmq.ZMQError as error:
+                (folder / name).chmod(OWNER.file)  # also in a folder that is open to others
+            except (zmq.ZMQError, OSError) as error:
                 self.close()
                 raise AuroraError(
                     f"can't listen on {addresses[name]}: {error}; choose another folder"

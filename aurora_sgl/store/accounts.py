@@ -137,8 +137,10 @@ class Accounts:
         return token
 
     def setup_is_open(self, token: str) -> bool:
+        """Not once somebody has an account, however he came to it."""
         with self._transaction(write=False) as db:
-            return _open_setup(db, token)
+            taken = db.execute("SELECT 1 FROM account LIMIT 1").fetchone()
+            return not taken and _open_setup(db, token)
 
     def set_up(self, token: str, name: str, password: str) -> Account:
         """The first operator. Raises ``Refused`` when the token is used up, void or old."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator
+from contextlib import closing
+from hashlib import sha256
+from urllib.parse import quote
 
 import httpx
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from aurora_sgl import store
+from aurora_sgl import rollout, store
+from aurora_sgl.errors import Refused
 from aurora_sgl.rollout import status, switches
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
@@ -26,15 +32,19 @@ STRANGERS = ("no account", "after logout", "after demotion", "forged cookie")
 WHO = (*STRANGERS, "other origin", "viewer")
 #: What the login shows, and no page.
 LOGIN = "Log in"
-#: Page, query, and the button of each action.
+#: Page, query, and the key of the button of each action.
 ACTIONS = {
-    "promote": ("versions", "version=4", "Promote"),
-    "roll back": ("versions", "version=3", "Roll back"),
-    "pin": ("versions", "version=4", "Pin"),
-    "export": ("versions", "version=4", "Export"),
-    "turn a switch": ("training", "", "Switch off"),
-    "train": ("training", "", "Train now"),
+    "promote": ("versions", "version=4", "promote"),
+    "roll back": ("versions", "version=3", "rollback"),
+    "pin": ("versions", "version=4", "pin"),
+    "unpin": ("versions", "version=1", "pin"),
+    "export": ("versions", "version=4", "export"),
+    "turn learning": ("training", "", "turn learning"),
+    "turn auto_promote": ("training", "", "turn auto_promote"),
+    "train": ("training", "", "train now"),
 }
+TOKENS = """SELECT draft_token AS hidden_from_viewers, target_token FROM v_rejected_tokens
+WHERE draft_token IS NOT NULL LIMIT 5"""
 
 
 class People:
@@ -62,20 +72,26 @@ class People:
         origin = ELSEWHERE if who == "other origin" else self.url
         return PageSocket(self.url, self.tokens[who], origin=origin)
 
-    def ask(self, who: str, method: str, path: str, body: str = "") -> httpx.Response:
-        port = int(self.url.rpartition(":")[2])
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def ask(self, who: str, method: str, path: str, body: str = "", **more: str) -> httpx.Response:
         headers = {"x-aurora-dashboard": "1", "Origin": self.url}
         if who == "other origin":
             headers["Origin"] = ELSEWHERE
         if self.tokens[who]:
-            headers["Cookie"] = f"{cookie_name(port)}={self.tokens[who]}"
+            headers["Cookie"] = f"{cookie_name(self.port)}={self.tokens[who]}"
+        headers |= more
         return httpx.request(method, f"{self.url}{path}", headers=headers, content=body)
 
 
 @pytest.fixture(scope="module")
 def people(shared: House, running: Dashboard) -> Iterator[People]:
     people = People(shared, running.url)
+    rollout.pin(shared.engine, 1, actor="test", reason="to be unpinned")
     yield people
+    rollout.unpin(shared.engine, 1, actor="test", reason="as before")
     people.accounts.remove("dora")
 
 
@@ -108,7 +124,8 @@ def test_who_may_look_at_a_page(house: House, people: People, who: str, page: st
     elif who == "viewer":
         assert drawn is not None and LOGIN not in drawn.submits
         assert page.upper() in drawn.text.upper() and "vera (viewer: may look)" in drawn.text
-        assert not {label for _, _, label in ACTIONS.values()} & set(drawn.buttons)
+        assert "log out" in drawn.by_key
+        assert not {key for _, _, key in ACTIONS.values()} & set(drawn.by_key)
     else:
         assert drawn is not None
         only_the_login(drawn)
@@ -122,9 +139,9 @@ def dialogs(shared: House, people: People) -> dict[str, tuple[str, str, str]]:
     """By action, of an operator's page: the ids of its button, of the reason in its dialog, and of
     the button that agrees."""
     ids = {}
-    for action, (page, query, label) in ACTIONS.items():
+    for action, (page, query, key) in ACTIONS.items():
         with people.socket("operator") as socket:
-            button = socket.show(page, query=query).buttons[label]
+            button = socket.show(page, query=query).by_key[key]
             dialog = socket.show(page, query=query, press=button)
         assert "Reason" in dialog.inputs, f"an operator is asked before: {action}"
         (agree,) = dialog.submits.values()
@@ -161,6 +178,85 @@ def test_who_may_act(
             assert "Reason" not in drawn.inputs
             assert (LOGIN in drawn.submits) == (who != "viewer")
     assert state_of(house) == before
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_operator_may_act(
+    house: House, people: People, dialogs: dict[str, tuple[str, str, str]], action: str
+) -> None:
+    """By the very messages that do nothing when another sends them."""
+    (page, query, _), (button, reason, agree) = ACTIONS[action], dialogs[action]
+    if action == "train":  # as far as it goes without a run
+        switches.turn(house.engine, "default", "learning", False, actor="test", reason="no run")
+    before = state_of(house)
+    with people.socket("operator") as socket:
+        asked = socket.show(page, query=query, press=button)
+        assert "Reason" in asked.inputs
+        done = socket.show(page, query=query, press=agree, typed={reason: "because"})
+    if action == "train":
+        assert "learning is switched off in this group" in done.text
+    assert (state_of(house) != before) == (action != "train")
+    for name in ("learning", "auto_promote"):
+        if not next(one.on for one in switches.read(house.engine, "default") if one.name == name):
+            switches.turn(house.engine, "default", name, True, actor="test", reason="as before")
+    rollout.pin(house.engine, 1, actor="test", reason="as before")
+    rollout.unpin(house.engine, 4, actor="test", reason="as before")
+
+
+@pytest.fixture(scope="module")
+def console(shared: House, people: People) -> tuple[str, str]:
+    """The ids of the SQL page's button and of its statement."""
+    with people.socket("operator") as socket:
+        page = socket.show("sql")
+    return page.submits["Run"], page.inputs["Statement"]
+
+
+@pytest.mark.parametrize("who", [*WHO, "operator"])
+def test_who_may_run_a_statement_and_have_its_rows_as_a_file(
+    house: House, people: People, console: tuple[str, str], who: str
+) -> None:
+    run, statement = console
+    try:
+        with people.socket("operator") as other, people.socket(who) as socket:
+            socket.show("sql")
+            counted = socket.show("sql", press=run, typed={statement: "SELECT 7 AS seven"})
+            drawn = socket.show("sql", press=run, typed={statement: TOKENS})
+            theirs = other.show("sql", press=run, typed={statement: TOKENS})
+            path = socket.fetch(theirs.downloads["Download CSV"])  # by its owner's right at most
+            assert people.ask("operator", "GET", path).text.startswith("hidden_from_viewers")
+            assert people.ask(who, "GET", path).status_code == (200 if who == "operator" else 403)
+    except InvalidStatus as refused:
+        assert who == "other origin" and refused.response.status_code == 403
+        return
+    if who in STRANGERS:
+        only_the_login(counted)
+        only_the_login(drawn)
+    else:
+        assert "1 row in" in counted.text
+        assert ("5 rows in" in drawn.text) == (who == "operator")
+        assert ("Download CSV" in drawn.downloads) == (who == "operator")
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_a_set_up_link_makes_nobody_an_operator_once_there_are_accounts(
+    house: House, people: People, who: str
+) -> None:
+    """Not even one that was never used."""
+    token, before = "a link that was printed", people.accounts.all()
+    with closing(sqlite3.connect(people.accounts.path)) as db, db:
+        db.execute("INSERT OR REPLACE INTO setup VALUES (?, ?)",
+                   [sha256(token.encode()).hexdigest(), time.time() + 600])  # fmt: skip
+    drawn = drawn_for(people, who, "", query=f"setup={quote(token)}")
+    if who in STRANGERS:
+        assert drawn is not None
+        only_the_login(drawn)
+        assert "This one-time link was used already" in drawn.text
+    elif who == "viewer":
+        assert drawn is not None and "vera (viewer: may look)" in drawn.text
+    assert drawn is None or "Make the account" not in drawn.submits
+    with pytest.raises(Refused):
+        people.accounts.set_up(token, "mallory", PASSWORD)
+    assert people.accounts.all() == before
 
 
 def test_a_page_that_is_open_ends_with_its_session(house: House, people: People) -> None:
@@ -210,8 +306,7 @@ def test_endpoints_that_no_page_needs_are_closed_to_all(
 def test_who_may_fetch_what_pages_offer_for_download(people: People, who: str) -> None:
     """An address that exists is not known here; whether it is looked for depends on who asks."""
     answer = people.ask(who, "GET", f"/media/{'0' * 56}.csv")
-    # A cookie that sites of others can't send (SameSite=Strict) counts as its owner's.
-    allowed = who in ("viewer", "operator", "other origin")
+    allowed = who in ("viewer", "operator")
     assert answer.status_code == (404 if allowed else 403)
 
 
@@ -224,6 +319,23 @@ def test_who_may_keep_a_session_in_a_cookie(people: People, who: str) -> None:
     assert bool(cookie) == allowed
     if allowed:
         assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Path=/" in cookie
+
+
+@pytest.mark.parametrize("who", [*WHO, "operator"])
+def test_under_a_host_name_that_is_not_ours_nothing_but_health_is_answered(
+    people: People, who: str
+) -> None:
+    """DNS rebinding: the page of another site, whose name points here, asks as its own origin."""
+    for method, path, allowed in (
+        ("GET", "/", False), ("GET", "/versions", False), ("GET", "/media/0.csv", False),
+        ("POST", "/session", False), ("DELETE", "/session", False),
+        ("GET", "/_stcore/host-config", False), ("GET", "/_stcore/health", True),
+    ):  # fmt: skip
+        for host in ("evil.example", f"evil.example:{people.port}"):
+            answer = people.ask(who, method, path, people.tokens[who],
+                                Host=host, Origin=f"http://{host}")  # fmt: skip
+            assert answer.status_code == (200 if allowed else 403), (method, path, host)
+            assert "set-cookie" not in answer.headers or allowed
 
 
 @pytest.mark.parametrize("who", [*WHO, "operator"])
