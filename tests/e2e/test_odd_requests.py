@@ -63,7 +63,7 @@ REFUSED: tuple[dict[str, Any], ...] = (
 #: Odd ones that are served: what SGLang's contract for ``/generate`` lets through.
 SERVED: tuple[dict[str, Any], ...] = (
     {"temperature": 1, "top_p": 1e-300},
-    {"logit_bias": {"5": 1, "6": -math.inf}},
+    {"logit_bias": {"5": 1, "6": -3e38}},
     {"stop_token_ids": [999_999, -1]},
     {"temperature": 0.1, "logit_bias": {"5": 3e38}},
     {"repetition_penalty": 1e-300, "temperature": 1e300, "min_new_tokens": 2},

@@ -168,6 +168,7 @@ def test_who_may_act(
     button, reason, agree = dialogs[action]
     try:
         with people.socket(who) as socket:
+            socket.show(page, query=query)  # what a button does is known once it was drawn
             asked = socket.show(page, query=query, press=button)
             done = socket.show(page, query=query, press=agree, typed={reason: "because"})
     except InvalidStatus as refused:
@@ -190,6 +191,7 @@ def test_an_operator_may_act(
         switches.turn(house.engine, "default", "learning", False, actor="test", reason="no run")
     before = state_of(house)
     with people.socket("operator") as socket:
+        socket.show(page, query=query)
         asked = socket.show(page, query=query, press=button)
         assert "Reason" in asked.inputs
         done = socket.show(page, query=query, press=agree, typed={reason: "because"})
