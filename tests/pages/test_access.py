@@ -181,30 +181,6 @@ def test_who_may_act(
     assert state_of(house) == before
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-def test_an_operator_may_act(
-    house: House, people: People, dialogs: dict[str, tuple[str, str, str]], action: str
-) -> None:
-    """By the very messages that do nothing when another sends them."""
-    (page, query, _), (button, reason, agree) = ACTIONS[action], dialogs[action]
-    if action == "train":  # as far as it goes without a run
-        switches.turn(house.engine, "default", "learning", False, actor="test", reason="no run")
-    before = state_of(house)
-    with people.socket("operator") as socket:
-        socket.show(page, query=query)
-        asked = socket.show(page, query=query, press=button)
-        assert "Reason" in asked.inputs
-        done = socket.show(page, query=query, press=agree, typed={reason: "because"})
-    if action == "train":
-        assert "learning is switched off in this group" in done.text
-    assert (state_of(house) != before) == (action != "train")
-    for name in ("learning", "auto_promote"):
-        if not next(one.on for one in switches.read(house.engine, "default") if one.name == name):
-            switches.turn(house.engine, "default", name, True, actor="test", reason="as before")
-    rollout.pin(house.engine, 1, actor="test", reason="as before")
-    rollout.unpin(house.engine, 4, actor="test", reason="as before")
-
-
 @pytest.fixture(scope="module")
 def console(shared: House, people: People) -> tuple[str, str]:
     """The ids of the SQL page's button and of its statement."""
