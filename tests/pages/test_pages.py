@@ -16,7 +16,7 @@ from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
 from aurora_sgl.store.liveness import training_lease_name
 from aurora_sgl.store.queries.trends import ServedCounts, TrendPoint
-from dashboard import buckets, dialogs, version_questions
+from dashboard import buckets, dialogs, login, version_questions
 from dashboard.context import Group
 from dashboard.screens import acceptance, training
 from tests.support import browser
@@ -35,6 +35,9 @@ def draw(home: Path, page: str, name: str = "ada", **state: object) -> AppTest:
         browser.add_accounts(home)
     app = AppTest.from_file(str(APP), default_timeout=60)
     app.session_state["session_token"] = accounts.open_session(name)
+    user = accounts.get(name)
+    assert user is not None
+    app.session_state[login.OWNER] = (name, user.role)  # what follows was kept for this account
     for key, value in state.items():
         app.session_state[key] = value
     app._page_hash = "" if page == "Now" else calc_hash(page.lower())
