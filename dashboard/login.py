@@ -61,11 +61,11 @@ def _owner(user: Account | None) -> tuple[str, str] | None:
 def watched() -> tuple[Account, Callable[[], bool]]:
     """Who looks at the page, and whether he still may, in the role that he has now: to be asked
     later, also where no page is."""
-    user, token, known = account(), st.session_state.get(TOKEN), accounts()
+    user, token, register = account(), st.session_state.get(TOKEN), accounts()
     assert user is not None
 
     def still() -> bool:
-        return (known.of_session(token) if token else known.get(user.name)) == user
+        return (register.of_session(token) if token else register.get(user.name)) == user
 
     return user, still
 

@@ -37,10 +37,14 @@ OWN_SERVERS = (
 
 
 @pytest.fixture(autouse=True)
-def _main_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streamlit's `AppTest` leaves its script as `__main__`: the next process that is spawned would
-    run it."""
+def _process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test leaves to its process. Streamlit's `AppTest` puts its script as `__main__`: the
+    next process that is spawned would run it. A command of ours that runs here sets the umask."""
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    umask = os.umask(0o077)
+    os.umask(umask)
+    yield
+    os.umask(umask)
 
 
 COUNTED = "counted under"  # a property of a test

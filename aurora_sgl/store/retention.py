@@ -167,6 +167,7 @@ def _preview(
         minutes=rolled.minutes,
         hours=rolled.hours,
         versions=unused,
+        whole=with_weights,
     )
 
 

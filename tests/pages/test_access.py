@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from hashlib import sha256
 from urllib.parse import quote
 
@@ -45,6 +46,12 @@ ACTIONS = {
 }
 TOKENS = """SELECT draft_token AS hidden_from_viewers, target_token FROM v_rejected_tokens
 WHERE draft_token IS NOT NULL LIMIT 5"""
+#: How a session of otto's ends.
+ENDS: dict[str, Callable[[Accounts, str], object]] = {
+    "logout": lambda accounts, token: accounts.close_session(token),
+    "demotion": lambda accounts, _: accounts.add("otto", "viewer", PASSWORD),
+    "removal": lambda accounts, _: accounts.remove("otto"),
+}
 
 
 class People:
@@ -134,19 +141,41 @@ def test_who_may_look_at_a_page(house: House, people: People, who: str, page: st
 # -- actions -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Dialog:
+    """What an operator's browser sends to act: the button that asks; of the dialog its fragment,
+    the field of the reason, and the button that agrees."""
+
+    page: str
+    query: str
+    button: str
+    fragment: str
+    reason: str
+    agree: str
+
+    def ask(self, socket: PageSocket) -> Drawn:
+        socket.show(self.page, query=self.query)  # what a button does is known once it was drawn
+        return socket.show(self.page, query=self.query, press=self.button)
+
+    def act(self, socket: PageSocket, fragment: str) -> Drawn:
+        return socket.show(self.page, query=self.query, press=self.agree,
+                           typed={self.reason: "because"}, fragment=fragment)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def dialogs(shared: House, people: People) -> dict[str, tuple[str, str, str]]:
-    """By action, of an operator's page: the ids of its button, of the reason in its dialog, and of
-    the button that agrees."""
-    ids = {}
+def dialogs(shared: House, people: People) -> dict[str, Dialog]:
+    """By action, of an operator's page."""
+    dialogs = {}
     for action, (page, query, key) in ACTIONS.items():
         with people.socket("operator") as socket:
             button = socket.show(page, query=query).by_key[key]
-            dialog = socket.show(page, query=query, press=button)
-        assert "Reason" in dialog.inputs, f"an operator is asked before: {action}"
-        (agree,) = dialog.submits.values()
-        ids[action] = (button, dialog.inputs["Reason"], agree)
-    return ids
+            drawn = socket.show(page, query=query, press=button)
+        assert "Reason" in drawn.inputs, f"an operator is asked before: {action}"
+        (agree,) = drawn.submits.values()
+        dialogs[action] = Dialog(
+            page, query, button, drawn.fragments[agree], drawn.inputs["Reason"], agree
+        )
+    return dialogs
 
 
 def state_of(house: House) -> object:
@@ -161,23 +190,71 @@ def state_of(house: House) -> object:
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("who", WHO)
 def test_who_may_act(
-    house: House, people: People, dialogs: dict[str, tuple[str, str, str]], who: str, action: str
+    house: House, people: People, dialogs: dict[str, Dialog], who: str, action: str
 ) -> None:
-    """The button's id is the operator's own, as whoever watched him would send it."""
-    before, (page, query, _) = state_of(house), ACTIONS[action]
-    button, reason, agree = dialogs[action]
+    """All that is sent is the operator's own, as whoever watched him would send it."""
+    before, dialog = state_of(house), dialogs[action]
     try:
         with people.socket(who) as socket:
-            socket.show(page, query=query)  # what a button does is known once it was drawn
-            asked = socket.show(page, query=query, press=button)
-            done = socket.show(page, query=query, press=agree, typed={reason: "because"})
+            drawn = [dialog.ask(socket), dialog.act(socket, dialog.fragment),
+                     dialog.act(socket, "")]  # fmt: skip
     except InvalidStatus as refused:
         assert who == "other origin" and refused.response.status_code == 403
     else:
         assert who != "other origin"
-        for drawn in (asked, done):
-            assert "Reason" not in drawn.inputs
-            assert (LOGIN in drawn.submits) == (who != "viewer")
+        assert not any("Reason" in one.inputs for one in drawn)
+        for one in (drawn[0], drawn[2]):  # of a fragment that was never drawn nothing is
+            assert (LOGIN in one.submits) == (who != "viewer")
+    assert state_of(house) == before
+
+
+@pytest.fixture
+def back_again(house: House) -> Iterator[None]:
+    """What the actions of a test changed is as before; what is live is by its house."""
+    turned = switches.read(house.engine, "default")
+    yield
+    for was, one in zip(turned, switches.read(house.engine, "default"), strict=True):
+        if one.on != was.on:
+            switches.turn(
+                house.engine, "default", one.name, was.on, actor="test", reason="as before"
+            )
+    rollout.pin(house.engine, 1, actor="test", reason="as before")
+    rollout.unpin(house.engine, 4, actor="test", reason="as before")
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.usefixtures("back_again")
+def test_an_operator_may_act(
+    house: House, people: People, dialogs: dict[str, Dialog], action: str
+) -> None:
+    """By the very messages that do nothing when another sends them."""
+    dialog = dialogs[action]
+    if action == "train":  # as far as it goes without a run
+        switches.turn(house.engine, "default", "learning", False, actor="test", reason="no run")
+    before = state_of(house)
+    with people.socket("operator") as socket:
+        assert "Reason" in dialog.ask(socket).inputs
+        done = dialog.act(socket, dialog.fragment)
+    if action == "train":
+        assert "learning is switched off in this group" in done.text
+    assert (state_of(house) != before) == (action != "train")
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.usefixtures("back_again")
+def test_a_dialog_that_is_open_ends_with_its_session(
+    house: House, people: People, dialogs: dict[str, Dialog], action: str, end: str
+) -> None:
+    """The dialog's own fragment is there, and was drawn for an operator."""
+    people.accounts.add("otto", "operator", PASSWORD)
+    token, before, dialog = people.accounts.open_session("otto"), state_of(house), dialogs[action]
+    with PageSocket(people.url, token, origin=people.url) as socket:
+        assert "Reason" in dialog.ask(socket).inputs
+        ENDS[end](people.accounts, token)
+        dialog.act(socket, dialog.fragment)
+    people.accounts.add("otto", "viewer", PASSWORD)
+    people.accounts.remove("otto")
     assert state_of(house) == before
 
 
@@ -239,17 +316,12 @@ def test_a_set_up_link_makes_nobody_an_operator_once_there_are_accounts(
 
 def test_a_page_that_is_open_ends_with_its_session(house: House, people: People) -> None:
     """Logged out elsewhere, made a viewer, or removed: the next look shows the login."""
-    changes = {
-        "logout": lambda token: people.accounts.close_session(token),
-        "demotion": lambda _: people.accounts.add("otto", "viewer", PASSWORD),
-        "removal": lambda _: people.accounts.remove("otto"),
-    }
-    for change in changes.values():
+    for end in ENDS.values():
         people.accounts.add("otto", "operator", PASSWORD)
         token = people.accounts.open_session("otto")
         with PageSocket(people.url, token, origin=people.url) as socket:
             assert "Promote" in socket.show("versions", query="version=4").buttons
-            change(token)
+            end(people.accounts, token)
             only_the_login(socket.show("versions", query="version=4"))
     people.accounts.add("otto", "viewer", PASSWORD)
     people.accounts.remove("otto")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from unicodedata import category
 
 import pytest
 from sqlalchemy import Engine, inspect, select
@@ -50,6 +51,12 @@ RECORDED: dict[str, Callable[[str], str]] = {
 }
 
 
+def ways(kind: str, text: str) -> set[str]:
+    """As what a text was recorded; a conversation is named in a header or in a field."""
+    recorded = RECORDED[kind](text)
+    return {recorded} if kind != "conversation" else {recorded, clean.text(text)} - {""}
+
+
 @pytest.fixture
 def house(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     """A request for each text."""
@@ -75,15 +82,13 @@ def test_what_a_client_named_is_selected_as_the_client_wrote_it(house: House) ->
     refused = 0
     for number, text in enumerate(TEXTS):
         for kind in [kind for index, kind in enumerate(RECORDED) if (number + index) % 3]:
-            recorded = RECORDED[kind](text)
             try:
                 selector = Selector(kind, text, utc_now())
             except AuroraError as error:
                 assert not text.strip() and "is empty" in str(error)
                 refused += 1
                 continue
-            ways = {recorded} if kind != "conversation" else {recorded, clean.text(text)} - {""}
-            expected = sum(counts[kind][one] for one in ways)
+            expected = sum(counts[kind][one] for one in ways(kind, text))
             assert count_rows(house.engine, selector)[0].requests == expected, (kind, text)
     assert 0 < refused < 9
 
@@ -103,8 +108,7 @@ def test_a_purge_by_a_hostile_name_takes_what_has_it_and_nothing_else(
 ) -> None:
     rest = dict(zip(numbers(house), TEXTS, strict=True))
     for kind, text in BY_HAND:
-        recorded = RECORDED[kind](text)
-        mine = [number for number, one in rest.items() if RECORDED[kind](one) == recorded]
+        mine = [number for number, one in rest.items() if RECORDED[kind](one) in ways(kind, text)]
         code, out, err = run("db", "purge", f"--{kind}", text, "--reason", f"asked by {text}",
                              "--actor", f"x{text}", "--yes", "--wait", "0", "--json")  # fmt: skip
         assert (code, err) == (0, ""), (kind, text)
@@ -120,7 +124,7 @@ def test_a_purge_by_a_hostile_name_takes_what_has_it_and_nothing_else(
         notes = list(s.scalars(select(Audit.reason)))
     assert domains == {RECORDED["domain"](text) for number, text in list(rest.items())[1:]}
     assert len(notes) == len(BY_HAND) + 1
-    assert all(note.isprintable() for note in notes)
+    assert not any(category(letter) in ("Cc", "Cs") for note in notes for letter in note)
     assert inspect(house.engine).has_table("request")
 
 

@@ -26,6 +26,7 @@ from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.link import StoreLink
 from aurora_sgl.store.models import RetentionLimit
 from aurora_sgl.store.partitions import ensure_partitions, name_of, partitions
+from tests.conftest import new_database
 from tests.support import store_samples as samples
 
 OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
@@ -34,9 +35,7 @@ OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
 @pytest.fixture
 def postgres(postgres_url: str, upgraded_postgres: str) -> Iterator[Engine]:
     """A store that has no partition yet: every day is new to it."""
-    from tests.conftest import _database
-
-    with _database(postgres_url, upgraded_postgres) as url:
+    with new_database(postgres_url, upgraded_postgres) as url:
         engine = store.connect(url, seconds=20)
         yield engine
         engine.dispose()

@@ -22,6 +22,7 @@ from aurora_sgl.store.options import SECONDS
 from aurora_sgl.store.partitions import partitions
 from aurora_sgl.store.postgres import ImpatientConnection
 from aurora_sgl.store.queries.sql_console import make_sql_roles, run_sql
+from tests.conftest import new_database
 from tests.support import store_samples as samples
 from tests.support.pgbouncer import pgbouncer
 from tests.support.swallowing_proxy import SwallowingProxy
@@ -48,9 +49,7 @@ def batch(number: int, steps: int = 5) -> list[tuple[int, list[wire.Record]]]:
 @pytest.fixture
 def upgraded(postgres_url: str, upgraded_postgres: str) -> Iterator[str]:
     """The URL of a store at the newest schema."""
-    from tests.conftest import _database
-
-    with _database(postgres_url, upgraded_postgres) as url:
+    with new_database(postgres_url, upgraded_postgres) as url:
         yield url
 
 
