@@ -74,7 +74,12 @@ def session(values: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in values if name not in annotations]
     if annotations and unknown:
         raise ValueError(f"session_params has no {shown(unknown[0])}.")
-    return {name: _typed(name, value, annotations.get(name, Any)) for name, value in values.items()}
+    typed = {
+        name: _typed(name, value, annotations.get(name, Any)) for name, value in values.items()
+    }
+    if typed.get("replace") and typed.get("rid") is None:  # its scheduler would end at it
+        raise ValueError("session_params: replace needs the rid of the request to replace.")
+    return typed
 
 
 def fit_sampling(params: Any, vocab_size: int | None) -> None:

@@ -56,6 +56,7 @@ REFUSED: tuple[dict[str, Any], ...] = (
     {"return_logprob": True, "logprob_start_len": -5},
     {"return_logprob": True, "logprob_start_len": [1, 2]},
     {"session_params": {"id": [1]}},
+    {"session_params": {"id": "s", "replace": True}},
     {"positional_embed_overrides": {}},
     {"token_indices_to_pool": [1 << 80]},
     {"lora_id": ["a", "b"]},
@@ -204,3 +205,24 @@ def test_parts_that_failed_work_again_by_themselves_and_nobody_is_stored_as_abor
     assert {part: [row.status for row in rows(server, rid)] for part, rid in rids.items()} == (
         statuses
     )
+
+
+def test_a_sessions_turns_can_be_replaced_one_by_one_and_not_all_at_once(
+    server: Running, prompts: list[list[int]]
+) -> None:
+    """All at once would end SGLang's scheduler, once the session has a turn."""
+    opened = httpx.post(f"{server.url}/open_session", json={"capacity_of_str_len": 1000})
+    asked = {"sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+
+    def turn(**params: Any) -> httpx.Response:
+        return post(
+            server, prompts[0], {**asked, "session_params": {"id": opened.json(), **params}}
+        )
+
+    first, wanted = turn(), post(server, prompts[0], asked).json()["output_ids"]
+    assert first.json()["output_ids"] == wanted
+    refused = turn(replace=True)
+    assert refused.status_code == 400 and "replace needs the rid" in refused.text
+    again = turn(replace=True, rid=first.json()["meta_info"]["id"])
+    assert again.status_code == 200 and len(again.json()["output_ids"]) == 4
+    assert_identities(*serve(server, prompts[2], max_new_tokens=8))

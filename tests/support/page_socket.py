@@ -111,15 +111,7 @@ class PageSocket:
     ) -> Drawn:  # fmt: skip
         """Draw a page, as if the widget of the id ``press`` had been pressed and texts were typed
         into others."""
-        message = BackMsg()
-        asked = message.rerun_script
-        asked.page_name, asked.query_string, asked.fragment_id = page, query, fragment
-        asked.context_info.timezone = "Europe/Zurich"
-        states = [WidgetState(id=id, string_value=text) for id, text in (typed or {}).items()]
-        if press:
-            states.append(WidgetState(id=press, trigger_value=True))
-        asked.widget_states.widgets.extend(states)
-        self._socket.send(message.SerializeToString())
+        self.send(page, press=press, typed=typed, fragment=fragment, query=query)
         drawn = Drawn()
         while True:
             data = self._socket.recv(PATIENCE)
@@ -132,6 +124,21 @@ class PageSocket:
                 if forward.script_finished != AGAIN:
                     return drawn
                 drawn = Drawn()
+
+    def send(
+        self, page: str = "", *, press: str = "", typed: dict[str, str] | None = None,
+        fragment: str = "", query: str = "",
+    ) -> None:  # fmt: skip
+        """The message of ``show``; of a fragment that this page never drew nothing comes back."""
+        message = BackMsg()
+        asked = message.rerun_script
+        asked.page_name, asked.query_string, asked.fragment_id = page, query, fragment
+        asked.context_info.timezone = "Europe/Zurich"
+        states = [WidgetState(id=id, string_value=text) for id, text in (typed or {}).items()]
+        if press:
+            states.append(WidgetState(id=press, trigger_value=True))
+        asked.widget_states.widgets.extend(states)
+        self._socket.send(message.SerializeToString())
 
     def fetch(self, download: str) -> str:
         """The path of a file that a page offers, as when its button is clicked; "" when it is

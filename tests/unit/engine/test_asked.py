@@ -117,7 +117,8 @@ REFUSED: tuple[dict[str, Any], ...] = (
     *({"return_logprob": True, "logprob_start_len": odd} for odd in (-2, -(1 << 80), [1, 2], "a")),
     *({"return_logprob": True, "token_ids_logprob": ids} for ids in ([100], [-1], [[1]], ["a"])),
     *({"session_params": {"id": "s", **odd}} for odd in
-      ({"offset": "a"}, {"offset": 0.5}, {"rid": []}, {"replace": "perhaps"}, {"other": 1})),
+      ({"offset": "a"}, {"offset": 0.5}, {"rid": []}, {"replace": "perhaps"}, {"other": 1},
+       {"replace": True}, {"replace": 1, "rid": None})),
     *({"session_params": {"id": odd}} for odd in ([1], {}, 5)),
     *({"input_embeds": rows} for rows in
       ([[0.5]], [[0.5] * 4, [0.5] * 3], [[math.nan] * 4], [[math.inf] * 4], [[0.5, "a", 1, 1]])),
@@ -202,6 +203,8 @@ def test_what_sglang_serves_is_served_and_odd_types_are_converted(
         ({"top_logprobs_num": 100_000, "logprob_start_len": -5}, {"top_logprobs_num": 0}),
         ({"lora_id": "somebody's"}, {"lora_id": None}),
         ({"rid": "mine", "session_params": {"id": "s", "offset": 2.0}}, {"rid": "mine"}),
+        ({"session_params": {"id": "s", "replace": True, "rid": "a"}}, {"priority": None}),
+        ({"session_params": {"id": "s", "replace": False}}, {"priority": None}),
         ({"token_indices_to_pool": [0, 2]}, {"token_indices_to_pool": [0, 2]}),
         ({"custom_labels": {"model_name": "x"}}, {}),
         ({"return_hidden_states": "last"}, {"return_hidden_states": "last"}),
