@@ -5,7 +5,8 @@ weights to swap in, pickles, spools and traces, each changed at random from a so
 runs in a process of its own, so that a crash or a hang is one finding and the rest goes on. Aim:
 0 crashes, 0 tracebacks, 0 hangs over 10 s, and the target's weights as they were.
 
-    python -m benchmarks.fuzz [--count 10000] [--seed 0] [--kind NAME] [--only N] [--json]
+    python -m benchmarks.fuzz [--count 10000] [--seed 0] [--kind NAME] [--only N] [--postgres URL]
+        [--json]
 
 An input is made of kind, seed and number alone: ``--kind traces --seed 0 --only 17`` is the same
 one again. Exits with 1 when there is a finding.
@@ -23,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 
 from aurora_sgl.console import print_json, print_table
 from benchmarks.fuzz_mutations import TAKEN
+from benchmarks.ingest import postgres
 
 #: In the order of the table, with the class of each, which its own process imports.
 KINDS = {
@@ -37,6 +40,7 @@ KINDS = {
     "settings": "benchmarks.fuzz_targets:SettingsOfAll",
     "prompts": "benchmarks.fuzz_targets:PromptFiles",
     "sql": "benchmarks.fuzz_targets:Statements",
+    "sql-postgresql": "benchmarks.fuzz_targets:PostgresStatements",
     "checkpoints": "benchmarks.fuzz_files:OddDrafters",
     "swaps": "benchmarks.fuzz_files:OddWeights",
     "pickles": "benchmarks.fuzz_files:OddPickles",
@@ -189,12 +193,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS, action="append", help="one kind (may be repeated)")
     parser.add_argument("--only", type=int, help="one input of each kind, by its number")
+    parser.add_argument("--postgres", help="URL of a cluster whose role may make databases")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     names = {name: KINDS[name] for name in given.kind or KINDS}
     print(f"seed {given.seed}", file=sys.stderr)
-    rows = run(given.count, given.seed, names, only=given.only,
-               say=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+    with ExitStack() as stack:
+        if "sql-postgresql" in names:
+            url = stack.enter_context(postgres(given.postgres))
+            if url is None:
+                parser.error("sql-postgresql needs --postgres URL, or the package pgserver")
+            os.environ["FUZZ_POSTGRES"] = url
+        rows = run(given.count, given.seed, names, only=given.only,
+                   say=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
     show(rows, as_json=given.json)
     return 1 if any(row.findings for row in rows) else 0
 

@@ -256,27 +256,40 @@ class PromptFiles:
 class Statements:
     """Typed on the SQL page, as a viewer, in SQLite."""
 
+    own_statements: tuple[str, ...] = (
+        "WITH n ( x ) AS ( VALUES ( 1 ) ) SELECT x , 'a' || x FROM n",
+        "SELECT json_extract ( sampling , '$.top_k' ) FROM request WHERE id > 1",
+        "SELECT hex ( randomblob ( 9 ) ) , 1 / 0 , CAST ( 'x' AS INTEGER )",
+    )
+    own_words: tuple[str, ...] = (
+        "ATTACH 'x' AS y", "PRAGMA", "sqlite_master", "GLOB", "load_extension('x')", "char(0)",
+    )  # fmt: skip
+
     def __init__(self, folder: Path) -> None:
         from aurora_sgl import store
         from aurora_sgl.store.queries.sql_console import TABLES, VIEWS
 
-        self.engine = store.connect(f"sqlite:///{folder / 'aurora.db'}")
+        self.engine = store.connect(self.made(folder))
         store.upgrade(self.engine)
-        self.file = folder / "aurora.db"
         names = (*TABLES, *VIEWS)
         self.statements = [
             *(f"SELECT * FROM {name} LIMIT 3" for name in names),
             "SELECT version_id , count(*) FROM request GROUP BY version_id ORDER BY 2 DESC",
-            "WITH n ( x ) AS ( VALUES ( 1 ) ) SELECT x , 'a' || x FROM n",
-            "SELECT json_extract ( sampling , '$.top_k' ) FROM request WHERE id > 1",
             "SELECT conversation_hash , rid FROM request UNION SELECT name , '' FROM server",
-            "SELECT hex ( randomblob ( 9 ) ) , 1 / 0 , CAST ( 'x' AS INTEGER )",
+            *self.own_statements,
         ]
         self.words = (
-            "SELECT", "FROM", "WHERE", "JOIN", "ATTACH 'x' AS y", "PRAGMA", "DELETE FROM request",
-            "UPDATE", "--", "/*", "*/", ";", "'", '"', "(", ")", "NULL", "sqlite_master", "OVER ()",
-            "LIKE '%'", "GLOB", "EXPLAIN", "load_extension('x')", "char(0)", *names,
+            "SELECT", "FROM", "WHERE", "JOIN", "DELETE FROM request", "UPDATE", "--", "/*", "*/",
+            ";", "'", '"', "(", ")", "NULL", "OVER ()", "LIKE '%'", "EXPLAIN",
+            *self.own_words, *names,
         )  # fmt: skip
+        self.role_url = self.made_role()
+
+    def made(self, folder: Path) -> str:
+        return f"sqlite:///{folder / 'aurora.db'}"
+
+    def made_role(self) -> str:
+        return ""
 
     def __call__(self, rng: random.Random) -> str:
         from aurora_sgl.store.queries.sql_console import run_sql
@@ -287,12 +300,50 @@ class Statements:
             words.insert(rng.randrange(len(words) + 1), rng.choice(self.words))
         typed = " ".join(words).encode("utf-8", "replace").decode()  # as a socket carries it
         try:
-            answer = run_sql(self.engine, typed, with_tokens=False, seconds=2.0)
+            answer = run_sql(
+                self.engine, typed, with_tokens=False, role_url=self.role_url, seconds=2.0
+            )
         except AuroraError as error:
             return one_line(error)
         if any(b for row in answer.rows for b in row if isinstance(b, bytes)):
             raise Broken("an answer holds bytes")
         return TAKEN
+
+
+class PostgresStatements(Statements):
+    """The same in PostgreSQL, with the viewer's role, in a database of its own of the cluster at
+    the URL in ``FUZZ_POSTGRES``."""
+
+    own_statements = (
+        "WITH n ( x ) AS ( VALUES ( 1 ) ) SELECT x , 'a' || x FROM n",
+        "SELECT sampling ->> 'top_k' FROM request WHERE id > 1",
+        "SELECT generate_series ( 1 , 5 ) , now ( ) , 1 / 2 , CAST ( '7' AS integer )",
+        "SELECT current_user , version ( ) , array [ 1 , 2 ] , '{}' :: jsonb , 'a' :: bytea",
+    )
+    own_words = (
+        "SET ROLE postgres", "RESET ALL", "COPY request TO PROGRAM 'x'", "DO $$ $$", "$$", "::",
+        "pg_sleep(60)", "pg_read_file('x')", "pg_advisory_lock(1)", "set_config('a.b','c',false)",
+        "pg_catalog", "repeat('x',1000000000)", "generate_series(1,1000000000)", "FOR UPDATE",
+        "LISTEN x", "LOCK request", "chr(0)", "E'\\000'", "U&'\\D83D'", "'NaN'::float8",
+        "'infinity'::timestamptz", "'1000000 years'::interval", "xmlparse(document '<a/>')",
+    )  # fmt: skip
+
+    def made(self, folder: Path) -> str:
+        from sqlalchemy import make_url
+
+        from aurora_sgl import store
+
+        cluster, name = os.environ["FUZZ_POSTGRES"], f"fuzz_{os.getpid()}"
+        admin = store.connect(cluster).execution_options(isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        admin.dispose()
+        return make_url(cluster).set(database=name).render_as_string(hide_password=False)
+
+    def made_role(self) -> str:
+        from aurora_sgl.store.queries.sql_console import make_sql_roles
+
+        return make_sql_roles(self.engine)["viewer"]
 
 
 def copied(source: Path, place: Path) -> Path:

@@ -14,10 +14,18 @@ from benchmarks import fuzz
 HERE = "tests.unit.benchmarks.test_fuzz"
 
 
-@pytest.mark.parametrize("name", fuzz.KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.process if "postgresql" in name else ())
+        for name in fuzz.KINDS
+    ],
+)
 def test_no_odd_input_crashes_hangs_or_ends_in_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, name: str
 ) -> None:
+    if "postgresql" in name:
+        monkeypatch.setenv("FUZZ_POSTGRES", request.getfixturevalue("postgres_url"))
     monkeypatch.setenv("AURORA_STAMP", "a-stamp-of-this-test")
     kind = fuzz.made(fuzz.KINDS[name], tmp_path)
     answers = set()
