@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
 
 import streamlit as st
 
@@ -56,18 +55,6 @@ def settle(user: Account | None) -> None:
 
 def _owner(user: Account | None) -> tuple[str, str] | None:
     return (user.name, user.role) if user is not None else None
-
-
-def watched() -> tuple[Account, Callable[[], bool]]:
-    """Who looks at the page, and whether he still may, in the role that he has now: to be asked
-    later, also where no page is."""
-    user, token, register = account(), st.session_state.get(TOKEN), accounts()
-    assert user is not None
-
-    def still() -> bool:
-        return (register.of_session(token) if token else register.get(user.name)) == user
-
-    return user, still
 
 
 def show() -> None:

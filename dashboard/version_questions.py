@@ -213,7 +213,7 @@ class Questions:
         packed = actions.export(self.here, self.version_id, reason=reason)
         st.success(f"Checked and packed: {len(packed) / 1e6:,.1f} MB.")
         name = f"aurora-version-{self.version_id}.zip"
-        downloads.offer("Download", lambda: packed, name, "application/zip")
+        downloads.offer("Download", packed, name, "application/zip")
         return ""
 
     def _say_change(self, change: rollout.Change) -> None:

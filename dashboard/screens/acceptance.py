@@ -361,7 +361,7 @@ def _table(shown: Shown) -> None:
     )  # fmt: skip
     times = "%Y-%m-%dT%H:%M:%SZ"
     downloads.offer(
-        "Download CSV", lambda: exports.csv(frame, date_format=times),
+        "Download CSV", exports.csv(frame, date_format=times),
         f"acceptance-{choice.period.since:%Y%m%dT%H%M}Z.csv", "text/csv", help="Times in UTC",
     )  # fmt: skip
 

@@ -153,7 +153,7 @@ def _answer(answer: Answer) -> None:
         st.dataframe(
             frame, hide_index=True, key="answer table", alt="the answer", placeholder="NULL"
         )
-        downloads.offer("Download CSV", lambda: exports.csv(frame), "answer.csv", "text/csv")
+        downloads.offer("Download CSV", exports.csv(frame), "answer.csv", "text/csv")
     with chart:
         _chart(frame)
 

@@ -280,7 +280,7 @@ def test_who_may_run_a_statement_and_have_its_rows_as_a_file(
             counted = socket.show("sql", press=run, typed={statement: "SELECT 7 AS seven"})
             drawn = socket.show("sql", press=run, typed={statement: TOKENS})
             theirs = other.show("sql", press=run, typed={statement: TOKENS})
-            path = socket.fetch(theirs.downloads["Download CSV"])  # by its owner's right at most
+            path = theirs.downloads["Download CSV"]
             assert people.ask("operator", "GET", path).text.startswith("hidden_from_viewers")
             assert people.ask(who, "GET", path).status_code == (200 if who == "operator" else 403)
     except InvalidStatus as refused:
@@ -405,3 +405,17 @@ def test_what_is_open_to_all_says_nothing_of_the_store(people: People, who: str,
     answer = people.ask(who, "GET", path)
     assert answer.status_code == 200
     assert not any(word in answer.text for word in ("version", "aurora.db", "ada", "vera"))
+
+
+def test_a_file_that_a_page_offers_is_there_as_long_as_the_page(
+    people: People, console: tuple[str, str]
+) -> None:
+    """However often other pages draw themselves meanwhile; their parts do every few seconds."""
+    run, statement = console
+    with people.socket("operator") as mine, people.socket("viewer") as other:
+        mine.show("sql")
+        offered = mine.show("sql", press=run, typed={statement: "SELECT 7 AS seven"})
+        path = offered.downloads["Download CSV"]
+        for _ in range(3):
+            other.show("sql")
+        assert people.ask("operator", "GET", path).text.startswith("seven")

@@ -193,13 +193,11 @@ def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     files: dict[str, str] = {}
     button = st.download_button
 
-    def also_pressed(
-        label: str, data: Callable[[], bytes], name: str, *more: Any, **how: Any
-    ) -> bool:
-        files[name] = data().decode()
+    def also_kept(label: str, data: bytes, name: str, *more: Any, **how: Any) -> bool:
+        files[name] = data.decode()
         return button(label, data, name, *more, **how)
 
-    monkeypatch.setattr(st, "download_button", also_pressed)
+    monkeypatch.setattr(st, "download_button", also_kept)
     return files
 
 

@@ -29,7 +29,7 @@ class Drawn:
     submits: dict[str, str] = field(default_factory=dict)  # those of forms
     inputs: dict[str, str] = field(default_factory=dict)
     fragments: dict[str, str] = field(default_factory=dict)  # widget id -> its fragment
-    downloads: dict[str, str] = field(default_factory=dict)  # label -> what ``fetch`` takes
+    downloads: dict[str, str] = field(default_factory=dict)  # label -> the path of its file
     by_key: dict[str, str] = field(default_factory=dict)  # a widget's key -> its id
     sent: bytearray = field(default_factory=bytearray)  # all of it, tables too
     kinds: set[str] = field(default_factory=set)
@@ -50,7 +50,7 @@ class Drawn:
         self.kinds.add(kind)
         self.texts += strings_of(one)
         if kind == "download_button":
-            self.downloads[one.label] = one.deferred_file_id
+            self.downloads[one.label] = one.url
         widgets = {
             "button": self.buttons, "text_input": self.inputs, "text_area": self.inputs,
         }.get(kind)  # fmt: skip
@@ -81,7 +81,6 @@ class PageSocket:
     def __init__(
         self, url: str, token: str = "", *, origin: str | None = None, **headers: str
     ) -> None:
-        self._session = ""
         port = int(url.split("/")[2].rpartition(":")[2])
         if token:
             headers["Cookie"] = f"{cookie_name(port)}={token}"
@@ -118,8 +117,6 @@ class PageSocket:
             assert isinstance(data, bytes)
             forward = ForwardMsg.FromString(data)
             drawn.take(forward)
-            if forward.WhichOneof("type") == "new_session":
-                self._session = forward.new_session.initialize.session_id
             if forward.WhichOneof("type") == "script_finished":
                 if forward.script_finished != AGAIN:
                     return drawn
@@ -139,21 +136,3 @@ class PageSocket:
             states.append(WidgetState(id=press, trigger_value=True))
         asked.widget_states.widgets.extend(states)
         self._socket.send(message.SerializeToString())
-
-    def fetch(self, download: str) -> str:
-        """The path of a file that a page offers, as when its button is clicked; "" when it is
-        refused."""
-        message = BackMsg()
-        message.backend_operation_request.request_id = "1"
-        message.backend_operation_request.session_id = self._session
-        message.backend_operation_request.deferred_file.file_id = download
-        self._socket.send(message.SerializeToString())
-        while True:
-            data = self._socket.recv(PATIENCE)
-            assert isinstance(data, bytes)
-            forward = ForwardMsg.FromString(data)
-            if forward.WhichOneof("type") == "backend_operation_response":
-                answer = forward.backend_operation_response
-                if not answer.deferred_file.url:
-                    assert answer.error_msg == "Failed to generate file for download"
-                return answer.deferred_file.url
