@@ -15,6 +15,7 @@ from pathlib import Path
 from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.machine import cpu_flags, native_bfloat16
+from aurora_sgl.private import whose
 
 #: Releases that the plugin's hooks fit, first and last; tests/unit/upstream/test_names.py and
 #: test_upstream_fields.py read names, parameters and fields out of each of them. The tested one is
@@ -53,7 +54,16 @@ def examine(settings: Settings | None = None) -> list[Finding]:
         lambda: _disk(settings or get_settings()),
         lambda: _demo_model(settings or get_settings()),
     )
-    return [finding for check in checks for finding in check()]
+    return list(dict.fromkeys(finding for check in checks for finding in _tried(check)))
+
+
+def _tried(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A data folder of somebody else ends one look, not all of them."""
+    try:
+        yield from check()
+    except PermissionError as error:
+        advice = "run this as its owner, or set AURORA_HOME to a folder of your own"
+        yield Finding("data folder", "missing", whose(Path(error.filename)), advice)
 
 
 def _python() -> Iterator[Finding]:
@@ -185,8 +195,10 @@ def _consent() -> Iterator[Finding]:
 
 def _store(settings: Settings) -> Iterator[Finding]:
     from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
 
     from aurora_sgl import store
+    from aurora_sgl.store.faults import in_words
     from aurora_sgl.store.sqlite_file import network
 
     file = Path(settings.store_url.removeprefix("sqlite:///"))
@@ -196,8 +208,8 @@ def _store(settings: Settings) -> Iterator[Finding]:
     try:
         engine = store.connect(settings.store_url)
         revision, needed = store.current(engine), store.head()
-    except AuroraError as error:
-        yield Finding("store", "missing", str(error), "see AURORA_DATABASE_URL")
+    except (AuroraError, SQLAlchemyError) as error:
+        yield Finding("store", "missing", in_words(error), "see AURORA_DATABASE_URL")
         return
     where = make_url(settings.store_url).render_as_string(hide_password=True)
     engine.dispose()
@@ -216,6 +228,8 @@ def _store(settings: Settings) -> Iterator[Finding]:
 
 def _traces(settings: Settings) -> Iterator[Finding]:
     """What the budgets of traces hold for the target that was served last."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     from aurora_sgl import store
     from aurora_sgl.config import SchedulerSettings
     from aurora_sgl.store import queries
@@ -233,7 +247,7 @@ def _traces(settings: Settings) -> Iterator[Finding]:
                 room = queries.servers.trace_room(s, states=("running", "stopped", "gone"))
         finally:
             engine.dispose()
-    except AuroraError:
+    except (AuroraError, SQLAlchemyError):
         return  # said of the store already
     if room is None:
         return
@@ -245,7 +259,7 @@ def _traces(settings: Settings) -> Iterator[Finding]:
 
 def _disk(settings: Settings) -> Iterator[Finding]:
     folder = settings.home.resolve()
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     space = f"{free / GIB:.1f} GiB free for {settings.home.resolve()}"

@@ -9,6 +9,7 @@ artifact root (``AURORA_ARTIFACT_ACCESS``), for trainers and servers of other us
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +77,30 @@ def make_folder(folder: Path, access: Access = OWNER) -> None:
 def opener(path: str, flags: int) -> int:
     """For ``open``: a file that is made is its owner's only."""
     return os.open(path, flags, OWNER.file)
+
+
+def denied(error: OSError) -> str:
+    """Why the system refused a file, and whose it is when it is somebody else's."""
+    words = error.strerror or str(error)
+    theirs = isinstance(error, PermissionError) and error.filename and whose(Path(error.filename))
+    return f"{words}, {theirs}" if theirs else words
+
+
+def whose(path: Path) -> str:
+    """To whom a file, or the nearest folder above it that this user can see, belongs, in words; ""
+    when that is this user."""
+    here = os.path.abspath(path)
+    while not os.path.lexists(here):
+        here = os.path.dirname(here)
+    owner, me = os.lstat(here).st_uid, os.geteuid()
+    return "" if owner == me else f"{here} belongs to {_user(owner)} and this is {_user(me)}"
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
 
 
 #: What we make in a data folder and in an artifact root. A folder in which something else lies too

@@ -69,7 +69,7 @@ def plan(
     when this machine's cache does not have them. ``drafter`` may be ``scratch``, or None: then
     the live version of the deployment group, or an untrained drafter when the group has none.
     Raises ``AuroraError`` with one line for a missing model, a drafter of another target, a port in
-    use, a store that is out of reach.
+    use, a store that is out of reach or read-only to this user or role.
     """
     folder_of_target = _fetch(model, "model", sglang_args, "--revision")
     target = read_target(folder_of_target, model=model)
@@ -77,6 +77,7 @@ def plan(
     host = value_of(sglang_args, "--host") or "127.0.0.1"
     if not port_is_free(host, port):
         raise AuroraError(f"port {port} on {host} is in use: choose another with --port")
+    store.require_writable(settings.store_url)
     engine = store.connect(settings.store_url)
     if drafter not in (None, SCRATCH):
         drafter = str(_fetch(str(drafter), "drafter", sglang_args, _DRAFTER_REVISION))

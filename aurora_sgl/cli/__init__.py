@@ -25,7 +25,9 @@ from aurora_sgl.cli import (
 )
 from aurora_sgl.console import print_error
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.private import keep_to_owner
+from aurora_sgl.private import denied, keep_to_owner
+
+_OWN_PLACE = "run this as its owner, or name a place of your own (AURORA_HOME: the data folder)"
 
 app = typer.Typer(
     name="aurora-sgl",
@@ -90,12 +92,14 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, UnicodeDecodeError):
         return f"a file that should be UTF-8 text is not, perhaps .env ({error.reason})"
     if isinstance(error, OSError):
-        return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+        line = f"{error.filename or ''}: {denied(error)}".removeprefix(": ")
+        return f"{line}; {_OWN_PLACE}" if isinstance(error, PermissionError) else line
     if "sqlalchemy" in sys.modules:
-        from aurora_sgl.store.faults import in_words, is_away
+        from aurora_sgl.store.faults import is_away, may_not, with_advice
 
         if is_away(error):
-            return f"the store can't be used now: {in_words(error)}"
+            what = "does not allow this" if may_not(error) else "can't be used now"
+            return f"the store {what}: {with_advice(error)}"
     return None
 
 

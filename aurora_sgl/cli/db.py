@@ -22,9 +22,10 @@ def db_upgrade() -> None:
     from aurora_sgl.store.retention import drop_emptied
 
     engine = store.connect()
-    print(store.upgrade(engine))
+    revision = store.upgrade(engine)
     ensure_partitions(engine, ahead=BY_HAND, at_once=True)
     drop_emptied(engine)
+    print(revision)
 
 
 @db_app.command("current")

@@ -32,7 +32,7 @@ def db_refused(
         ]
         print_rows("refused records", COLUMNS, rows, as_json)
         return
-    engine = open_store()
+    engine = open_store(writes=True)
     results = [{"spool": str(folder), **refused.retry(engine, folder)} for folder in folders]
     empty = {"stored": 0, "refused": 0, "unreadable": 0}
     columns = {"spool": "spool", "stored": "stored", "refused again": "refused",

@@ -25,20 +25,24 @@ Version = Annotated[
 ]
 
 
-def open_store() -> Engine:
+def open_store(*, writes: bool = False) -> Engine:
+    """``writes``: refused at once where nothing can be written, for what begins with files."""
     from aurora_sgl import store
+    from aurora_sgl.config import get_settings
 
+    if writes:
+        store.require_writable(get_settings().store_url)
     engine = store.connect()
     store.require_current(engine)
     return engine
 
 
-def open_group(name: str) -> tuple[Engine, DeploymentGroup]:
+def open_group(name: str, *, writes: bool = False) -> tuple[Engine, DeploymentGroup]:
     from aurora_sgl import store
     from aurora_sgl.config import get_settings
     from aurora_sgl.store import queries
 
-    engine = open_store()
+    engine = open_store(writes=writes)
     with store.session(engine, write=False) as s:
         return engine, queries.groups.group_by_name(s, name or get_settings().group)
 

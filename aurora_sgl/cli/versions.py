@@ -88,7 +88,7 @@ def versions_import(
     from aurora_sgl.artifacts import ArtifactRoot
     from aurora_sgl.rollout.versions import import_version
 
-    engine, owner = open_group(group)
+    engine, owner = open_group(group, writes=True)
     version = import_version(
         engine, ArtifactRoot(), folder, owner.name, note=note, target=target_of(owner)
     )

@@ -73,6 +73,7 @@ def run(
     measured = spread(to_measure(chosen), held_out)
     if stop and requests is None:
         requests = 120
+    store.require_writable(settings.store_url)
     model = demo_model(settings.home, quiet=as_json)
     os.environ["AURORA_HOME"] = str(settings.home.resolve())
     port = port or free_port()

@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from aurora_sgl import logs
+from aurora_sgl import logs, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import SchedulerSettings, Settings
 from aurora_sgl.errors import AuroraError
@@ -142,8 +142,12 @@ def run(
     group: str = "",
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
-    """Until SIGTERM or Ctrl-C. A store that is away is waited for."""
+    """Until SIGTERM or Ctrl-C. A store that is away is waited for.
+
+    Raises ``AuroraError`` for one in which this user or role may not write.
+    """
     logs.begin()
+    store.require_writable(settings.store_url)
     if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
         log.warning("%s", line)
     stop = threading.Event()

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.private import make_folder
+from aurora_sgl.private import denied, make_folder
 
 
 class FolderLock:
@@ -21,8 +21,10 @@ class FolderLock:
             make_folder(folder)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            why = error.strerror
-            raise AuroraError(f"can't write to {folder}: {why}; choose another") from error
+            raise AuroraError(
+                f"can't write to {folder}: {denied(error)}; "
+                "choose another (AURORA_HOME: the data folder)"
+            ) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -38,8 +38,13 @@ class RefusedGroup(NamedTuple):
 
 
 def folders(home: Path) -> list[Path]:
-    """Spools of this machine in which something was set aside."""
-    spools = sorted((home / "spool").glob("[0-9]*"))
+    """Spools of this machine in which something was set aside. Raises ``OSError`` where nobody may
+    look (``glob`` would find nothing there)."""
+    try:
+        names = sorted(os.listdir(home / "spool"))
+    except FileNotFoundError:
+        return []
+    spools = [home / "spool" / name for name in names if name[0].isdigit()]
     return [one for one in spools if (one / FILE).exists() or (one / MOVED).exists()]
 
 

@@ -20,7 +20,7 @@ from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
 from aurora_sgl.errors import AuroraError, Refused
-from aurora_sgl.private import OWNER, make_folder
+from aurora_sgl.private import OWNER, denied, make_folder
 from aurora_sgl.store import throttle
 
 VIEWER, OPERATOR = "viewer", "operator"
@@ -64,8 +64,9 @@ class Accounts:
                 for statement in (TABLES + throttle.TABLE).split(";"):
                     db.execute(statement)
         except (OSError, sqlite3.Error) as error:
+            why = denied(error) if isinstance(error, OSError) else error
             raise AuroraError(
-                f"the accounts in {path} can't be opened ({error}); "
+                f"the accounts in {path} can't be opened ({why}); "
                 "set AURORA_HOME to a folder that you can write"
             ) from None
 

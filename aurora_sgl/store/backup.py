@@ -106,12 +106,31 @@ def check(engine: Engine, dumped: StoreDump, *, force: bool) -> None:
                 f"the backup's tables lie in schema {dumped.schema}, the store's in {schema}; "
                 "set search_path in AURORA_DATABASE_URL"
             )
+        _require_owner(engine)
         _tool("psql", engine)
         _tool("pg_restore", engine)
     if not force and (table := _first_with_rows(engine)):
         raise AuroraError(
             f"the store is not empty (table {table} has rows); restore into another one, or add "
             "--force to lose what it has"
+        )
+
+
+#: The owner of our tables when this role is not it, the role when there are none and it may make
+#: none.
+_WHOSE = """SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = to_regclass('request')
+        AND NOT pg_has_role(relowner, 'USAGE')
+    UNION ALL SELECT '' WHERE to_regclass('request') IS NULL
+        AND NOT has_schema_privilege(current_schema(), 'CREATE')"""
+
+
+def _require_owner(engine: Engine) -> None:
+    with reading(engine) as connection:
+        owner = connection.scalar(text(_WHOSE))
+    if owner is not None:
+        raise AuroraError(
+            "a restore makes the tables of the store anew, which this role may not; "
+            f"AURORA_DATABASE_URL must name {f'their owner, {owner}' if owner else 'one that may'}"
         )
 
 
@@ -296,5 +315,9 @@ def _run(engine: Engine, command: list[str], what: str, *, database: bool = True
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "rror" in line] or [done.stderr]
-        raise AuroraError(f"{what} failed in {Path(command[0]).name}: {lines[0].strip()[:300]}")
+        advice = "; AURORA_DATABASE_URL must name a role that may do this"
+        raise AuroraError(
+            f"{what} failed in {Path(command[0]).name}: {lines[0].strip()[:300]}"
+            f"{advice if 'permission denied' in lines[0] else ''}"
+        )
     return done.stdout

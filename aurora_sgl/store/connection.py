@@ -15,12 +15,17 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.private import OWNER, make_folder
+from aurora_sgl.private import OWNER, denied, make_folder
 from aurora_sgl.store import sqlite_file
 from aurora_sgl.store.options import READ_ONLY
 
 #: Seconds that a writer waits for another one in SQLite.
 BUSY_SECONDS = 30
+#: The role, when it lacks a right that every writer needs; NULL without the table.
+_ONLY_READS = """SELECT current_user WHERE NOT (
+    has_table_privilege(to_regclass('request'), 'INSERT')
+    AND has_table_privilege(to_regclass('request'), 'UPDATE'))"""
+_ELSEWHERE = "set AURORA_HOME or AURORA_DATABASE_URL to a place that you can write"
 
 
 def connect(url: str | None = None, *, seconds: float | None = None) -> Engine:
@@ -41,6 +46,33 @@ def connect(url: str | None = None, *, seconds: float | None = None) -> Engine:
         engine.dispose()
         raise AuroraError(unreachable(parsed, error)) from None
     return engine
+
+
+def require_writable(raw: str) -> None:
+    """Raises ``AuroraError`` for a store in which this user or role may not write: who waits for
+    it would wait for ever. One that can't be reached now, or has no tables yet, passes."""
+    url = parse_url(raw)
+    if url.get_backend_name() == "sqlite":
+        if why := sqlite_file.read_only(url.database):
+            shown = url.render_as_string(hide_password=True)
+            raise AuroraError(f"the store {shown} can't be used: {why}; {_ELSEWHERE}")
+        return
+    try:
+        engine = connect(raw, seconds=get_settings().database_seconds)
+    except AuroraError:
+        return
+    try:
+        with reading(engine) as connection:
+            only_reads = connection.scalar(text(_ONLY_READS))
+    except SQLAlchemyError:
+        return
+    finally:
+        engine.dispose()
+    if only_reads:
+        raise AuroraError(
+            f"the role {only_reads!r} may not write in the store; AURORA_DATABASE_URL must name "
+            "one that may"
+        )
 
 
 def is_sqlite(bind: Engine | Connection) -> bool:
@@ -75,10 +107,7 @@ def unreachable(url: URL, error: Exception) -> str:
         line = line.replace(str(url.password), "***")
     shown = url.render_as_string(hide_password=True)
     if url.get_backend_name() == "sqlite" and (why := sqlite_file.read_only(url.database)):
-        return (
-            f"the store {shown} can't be used: {why}; "
-            "set AURORA_HOME or AURORA_DATABASE_URL to a place that you can write"
-        )
+        return f"the store {shown} can't be used: {why}; {_ELSEWHERE}"
     return (
         f"the store {shown} can't be reached ({line}); "
         "check AURORA_DATABASE_URL and that the database is running"
@@ -111,8 +140,7 @@ def _sqlite(url: URL) -> Engine:
             make_folder(folder)
         except OSError as error:
             raise AuroraError(
-                f"the folder {folder} of the store can't be made ({error.strerror}); "
-                "set AURORA_HOME or AURORA_DATABASE_URL to a place that you can write"
+                f"the folder {folder} of the store can't be made ({denied(error)}); {_ELSEWHERE}"
             ) from None
         _make_file(Path(url.database))
     engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})

@@ -55,7 +55,8 @@ _RIGHTS = Fault(Kind.AWAY, "rights are missing")
 _READ_ONLY = Fault(Kind.AWAY, "the database is read-only")
 _STANDBY = Fault(
     Kind.AWAY,
-    "the database is read-only, as a standby is: AURORA_DATABASE_URL must name its primary",
+    "the database is read-only, as a standby is: AURORA_DATABASE_URL must name its primary, "
+    "and a role that may write",
 )
 _FULL = Fault(Kind.AWAY, "the database has no room")
 _DAMAGE = Fault(Kind.AWAY, "the database is damaged")
@@ -152,6 +153,12 @@ def in_words(error: BaseException) -> str:
     cause = str(getattr(error, "orig", None) or error).strip().splitlines() or [""]
     message = cause[0] or type(error).__name__
     return f"{fault.words} ({message})" if fault else message
+
+
+def with_advice(error: BaseException) -> str:
+    """:func:`in_words`, and what to do about rights that are missing, for who ran a command."""
+    advice = "; AURORA_DATABASE_URL must name a role that may do this" if may_not(error) else ""
+    return in_words(error) + advice
 
 
 def may_not(error: BaseException) -> bool:

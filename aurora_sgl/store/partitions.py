@@ -79,7 +79,8 @@ def ensure_partitions(
 
     Nobody waits for it longer than a second. A day that can't have its partition now, because
     somebody (a backup, a long read) holds the default one, or because this role may not make any,
-    is tried again later, or at once with ``at_once``; its events go to the default partition.
+    is tried again later; its events go to the default partition. ``at_once``: days that are to be
+    tried again later too; raises ``DBAPIError`` for a role that may not make any.
     """
     if is_sqlite(engine):
         return []
@@ -101,7 +102,7 @@ def ensure_partitions(
             else:
                 _later[url, day] = now + _SETTLED_SECONDS
         except DBAPIError as error:
-            if (seconds := _patience(error)) is None:
+            if (seconds := _patience(error)) is None or (at_once and may_not(error)):
                 raise
             _put_off(url, due[due.index(day) :], now + seconds, error)
             break

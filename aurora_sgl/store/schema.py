@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.connection import is_sqlite, reading
-from aurora_sgl.store.faults import Kind, fault_of, in_words
+from aurora_sgl.store.faults import Kind, fault_of, in_words, with_advice
 from aurora_sgl.store.options import SECONDS
 from aurora_sgl.store.sqlite_file import warn_of_network
 
@@ -74,7 +74,8 @@ def upgrade(engine: Engine, *, wait_seconds: float = WAIT_SECONDS) -> str:
         except SQLAlchemyError as error:
             fault = fault_of(error)
             if fault is None or fault.kind is not Kind.BUSY:
-                raise AuroraError(f"the store could not be upgraded: {in_words(error)}") from error
+                line = f"the store could not be upgraded: {with_advice(error)}"
+                raise AuroraError(line) from error
             if time.monotonic() > until:
                 raise AuroraError(
                     f"the store could not be upgraded for {wait_seconds:.0f} s: somebody, such as "

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import Engine
 
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.private import whose
 
 #: Bytes that the log of changes (``aurora.db-wal``) keeps between two of its rounds.
 WAL_BYTES = 64 * 1024**2
@@ -92,9 +93,10 @@ def read_only(name: str | None) -> str:
     mount = mount_of(path)
     if mount is not None and mount.is_read_only:
         return f"{path} lies on a read-only file system ({mount.kind})"
-    for place in (path.parent, path):
-        if place.exists() and not os.access(place, os.W_OK):
-            return f"{place} can't be written by user {os.geteuid()}"
+    folders = (each for each in path.absolute().parents if os.path.exists(each))
+    for place in (next(folders), path):
+        if os.path.exists(place) and not os.access(place, os.W_OK):
+            return whose(place) or f"{place} can't be written by its owner"
     return ""
 
 

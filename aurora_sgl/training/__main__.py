@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.private import keep_to_owner
 from aurora_sgl.processes.priority import step_back
-from aurora_sgl.store.faults import in_words
+from aurora_sgl.store.faults import with_advice
 from aurora_sgl.training.settings import TrainSettings
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         outcome = _run(given, settings)
     except (AuroraError, SQLAlchemyError, OSError) as error:
-        outcome = {"status": "failed", "error": in_words(error)}
+        outcome = {"status": "failed", "error": with_advice(error)}
     print(json.dumps(outcome), flush=True)
     return 1 if outcome["status"] == "failed" else 0
 

@@ -299,11 +299,13 @@ def train(house: House, base: int, at: datetime, after: float) -> int:
     return run.id
 
 
-def fill(home: Path, *, requests: int = 300, now: datetime | None = None) -> House:
+def fill(
+    home: Path, engine: Engine | None = None, *, requests: int = 300, now: datetime | None = None
+) -> House:
     """Five versions, three of which went live, over 26 hours of traffic on two servers."""
     now = (now or datetime.now(UTC)).replace(microsecond=0)
     rng = random.Random(0)
-    house = empty(home)
+    house = empty(home, engine)
     add_servers(house)
     begin = now - timedelta(hours=26)
     times = [begin, begin + timedelta(hours=9), begin + timedelta(hours=18)]
