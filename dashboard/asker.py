@@ -23,10 +23,17 @@ def asker(request: Request) -> Account | None:
 
 
 def of_openid(accounts: Accounts, claims: Mapping[str, Any]) -> Account | None:
-    """The account under a verified address that has no password."""
+    """The account under a verified address that has no password, until the login has ended."""
     name = verified_name(claims)
     user = accounts.get(name) if name else None
-    return user if user is not None and not user.has_password else None
+    if user is None or user.has_password or accounts.has_ended(login_of(claims)):
+        return None
+    return user
+
+
+def login_of(claims: Mapping[str, Any]) -> str:
+    """One login: a browser that logs in again has another nonce."""
+    return json.dumps([claims.get(name) for name in ("iss", "sub", "iat", "nonce")])
 
 
 def verified_name(claims: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import streamlit as st
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, SHORTEST_PASSWORD, Account
 
-from .asker import of_openid, verified_name
+from .asker import login_of, of_openid, verified_name
 from .context import accounts
 from .server import cookie_name
 
@@ -84,6 +84,7 @@ def log_out() -> None:
         accounts().close_session(token)
     st.session_state[CHANGE] = ""
     if _openid_is_set_up() and st.user.is_logged_in:
+        accounts().end_login(login_of(st.user))
         st.logout()
 
 
@@ -107,12 +108,12 @@ def _log_in() -> None:
     if _openid_is_set_up():
         if st.button("Log in with OpenID Connect", icon=":material/key:"):
             st.login()
-        if st.user.is_logged_in:
+        if st.user.is_logged_in and not accounts().has_ended(login_of(st.user)):
             st.error(
                 f"There is no account for {_openid_name() or 'this identity'}. An operator makes "
                 "one with: aurora-sgl dashboard add-user NAME --role viewer --openid"
             )
-            st.button("Log out of OpenID Connect", on_click=st.logout)
+            st.button("Log out of OpenID Connect", on_click=log_out)
 
 
 def _first_operator(token: str) -> None:

@@ -70,6 +70,9 @@ def serve(
     Thread(target=_warm, name="warm", daemon=True).start()
     # Uvicorn believes X-Forwarded-* of these; without the variable, of anybody on this machine.
     os.environ["FORWARDED_ALLOW_IPS"] = site.proxies
+    # A login through OpenID Connect has cookies as long as its claims; a socket with more than 8 KB
+    # of them would stay without an answer.
+    os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "65536")
     app = streamlit.App(
         str(Path(__file__).with_name("app.py")),
         routes=[Route(f"{site.base}/session", keep_session, methods=["POST", "DELETE"])],

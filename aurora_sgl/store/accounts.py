@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS account (
 CREATE TABLE IF NOT EXISTS session (
     token_hash TEXT PRIMARY KEY, name TEXT NOT NULL, expires_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS setup (token_hash TEXT PRIMARY KEY, expires_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS ended_login (login_hash TEXT PRIMARY KEY);
 """
 
 
@@ -220,6 +221,18 @@ class Accounts:
     def close_session(self, token: str) -> None:
         with self._transaction() as db:
             db.execute("DELETE FROM session WHERE token_hash = ?", [_hash(token)])
+
+    # -- logins through OpenID Connect ----------------------------------------------------------
+
+    def end_login(self, login: str) -> None:
+        """For good: the cookie of a login outlives it, and so does a page that stays open."""
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO ended_login VALUES (?)", [_hash(login)])
+
+    def has_ended(self, login: str) -> bool:
+        with self._transaction(write=False) as db:
+            query = "SELECT 1 FROM ended_login WHERE login_hash = ?"
+            return db.execute(query, [_hash(login)]).fetchone() is not None
 
     @contextmanager
     def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from playwright.sync_api import Browser, expect
@@ -13,12 +15,16 @@ from playwright.sync_api import Browser, expect
 from aurora_sgl import rollout, store
 from aurora_sgl.config import get_settings
 from aurora_sgl.store import queries
+from aurora_sgl.store.accounts import Accounts
 from aurora_sgl.store.queries import sql_console
 from tests.conftest import new_database
 from tests.support import browser as chrome
 from tests.support import dashboard_house as samples
 from tests.support.browser import Dashboard, Viewer
 from tests.support.dashboard_house import House
+
+if TYPE_CHECKING:
+    from tests.support.openid import Provider
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +56,34 @@ def running(shared: House) -> Iterator[Dashboard]:
     dashboard = chrome.start(shared.home)
     yield dashboard
     dashboard.stop()
+
+
+@dataclass(frozen=True)
+class Team:
+    """A dashboard of the shared store whose people log in at their provider; it has accounts of its
+    own."""
+
+    url: str
+    provider: Provider
+    accounts: Accounts
+
+
+@pytest.fixture(scope="session")
+def team(shared: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    pytest.importorskip("authlib", reason="the extra openid is not installed")
+    from tests.support import openid
+
+    home = tmp_path_factory.mktemp("team")
+    accounts = Accounts(home / "dashboard" / "accounts.db")
+    accounts.add("boss", "operator", "a long enough one")
+    with openid.provider() as provider:
+        openid.set_up(home, provider)
+        artifacts = str(shared.home / "artifacts")
+        dashboard = chrome.start(
+            home, {"AURORA_DATABASE_URL": shared.url, "AURORA_ARTIFACTS": artifacts}
+        )
+        yield Team(dashboard.url, provider, accounts)
+        dashboard.stop()
 
 
 @pytest.fixture(scope="session")

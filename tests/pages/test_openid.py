@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import socket
-from pathlib import Path
-
 import pytest
 from playwright.sync_api import Browser, expect
 
 pytest.importorskip("authlib", reason="the extra openid is not installed")
 
 from aurora_sgl.store.accounts import Accounts
-from tests.pages.conftest import only_loopback
+from tests.pages.conftest import Team, only_loopback
 from tests.support import browser, openid
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_a_team_logs_in_through_its_provider_and_only_with_an_account(
-    tmp_path: Path, chromium: Browser
+    team: Team, chromium: Browser
 ) -> None:
-    port = free_port()
-    accounts = Accounts(tmp_path / "dashboard" / "accounts.db")
-    accounts.add("boss", "operator", "a long enough one")
-    with openid.provider(free_port()) as provider:
-        (tmp_path / "dashboard" / "secrets.toml").write_text(
-            f"""[auth]
-redirect_uri = "http://127.0.0.1:{port}/oauth2callback"
-cookie_secret = "kept by the dashboard, long enough"
-client_id = "{openid.CLIENT}"
-client_secret = "{openid.SECRET}"
-server_metadata_url = "{provider.url}/.well-known/openid-configuration"
-"""
-        )
-        dashboard = browser.start(tmp_path, None, "--port", str(port))
-        viewer = browser.viewer(chromium, dashboard.url)
-        try:
-            _journey(viewer, provider, accounts)
-        finally:
-            viewer.context.close()
-            dashboard.stop()
+    viewer = browser.viewer(chromium, team.url)
+    try:
+        _journey(viewer, team.provider, team.accounts)
+    finally:
+        viewer.context.close()
+        for name in ("eve@example.org", "grace@example.org"):
+            if team.accounts.get(name):
+                team.accounts.remove(name)
 
 
 def _journey(viewer: browser.Viewer, provider: openid.Provider, accounts: Accounts) -> None:

@@ -1,16 +1,19 @@
 """A small OpenID Connect provider on loopback that knows one person: discovery, the code flow with
-its nonce, and tokens signed with RS256, as the specification asks for."""
+its nonce, and tokens signed with RS256, as the specification asks for; and who logs in there."""
 
 from __future__ import annotations
 
 import secrets
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 from joserfc import jwt
 from joserfc.jwk import RSAKey
@@ -19,7 +22,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from tests.support.page_socket import PageSocket
+
 CLIENT, SECRET = "aurora", "a secret of both sides"
+COOKIE_SECRET = "kept by the dashboard, long enough"
 
 
 @dataclass
@@ -81,10 +87,70 @@ class Provider:
         return JSONResponse({"keys": [self.key.as_dict(private=False)]})
 
 
+def set_up(home: Path, provider: Provider) -> None:
+    """The dashboard of this data folder asks the provider, at whatever port it listens."""
+    path = home / "dashboard" / "secrets.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"""[auth]
+redirect_uri = "http://127.0.0.1:{{port}}/oauth2callback"
+cookie_secret = "{COOKIE_SECRET}"
+client_id = "{CLIENT}"
+client_secret = "{SECRET}"
+server_metadata_url = "{provider.url}/.well-known/openid-configuration"
+"""
+    )
+
+
+class Visitor:
+    """Somebody's browser, as far as a login needs one: it keeps cookies and goes where it is sent.
+    Whatever he asks for, he asks with the cookies that he has then."""
+
+    def __init__(
+        self, url: str, provider: Provider, cookies: Mapping[str, str] | None = None
+    ) -> None:
+        self.url, self._provider = url, provider
+        self._http = httpx.Client(
+            base_url=url, cookies=dict(cookies or {}), follow_redirects=True, timeout=60
+        )
+
+    def log_in(self, email: str, **claims: Any) -> Visitor:
+        self._http.get("/_stcore/health")  # gives the cookie against forged requests
+        self._provider.claims = {"email": email, "email_verified": True, **claims}
+        with self.page() as page:
+            button = page.show().buttons["Log in with OpenID Connect"]
+            self.follow(page.show(press=button).redirect)
+        return self
+
+    def follow(self, redirect: str) -> None:
+        answer = self._http.get(redirect)
+        assert answer.status_code == 200 and str(answer.url).startswith(self.url)
+
+    def page(self) -> PageSocket:
+        return PageSocket(self.url, origin=self.url, cookies=self.cookies)
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        return dict(self._http.cookies)
+
+    def ask(self, path: str) -> tuple[int, bytes]:
+        answer = self._http.get(path)
+        return answer.status_code, answer.content
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
-def provider(port: int) -> Iterator[Provider]:
-    made = Provider(port)
-    config = uvicorn.Config(made.app(), host="127.0.0.1", port=port, log_level="error")
+def provider() -> Iterator[Provider]:
+    made = Provider(_free_port())
+    config = uvicorn.Config(made.app(), host="127.0.0.1", port=made.port, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from streamlit.proto.WidgetStates_pb2 import WidgetState
+from streamlit.web.server.starlette.starlette_server_config import XSRF_COOKIE_NAME
 from websockets.sync.client import connect
 
 from dashboard.server import cookie_name
@@ -33,6 +34,7 @@ class Drawn:
     by_key: dict[str, str] = field(default_factory=dict)  # a widget's key -> its id
     sent: bytearray = field(default_factory=bytearray)  # all of it, tables too
     kinds: set[str] = field(default_factory=set)
+    redirect: str = ""  # where the browser is sent
 
     @property
     def text(self) -> str:
@@ -40,6 +42,7 @@ class Drawn:
 
     def take(self, message: ForwardMsg) -> None:
         self.sent += message.SerializeToString()
+        self.redirect = message.auth_redirect.url or self.redirect
         if message.WhichOneof("type") != "delta" or (
             message.delta.WhichOneof("type") != "new_element"
         ):
@@ -76,18 +79,23 @@ def _is_many(value: Any) -> bool:
 
 
 class PageSocket:
-    """One connection, as ``token``'s owner. Raises ``InvalidStatus`` when it is refused."""
+    """One connection, as ``token``'s owner or with a browser's cookies, of which Streamlit believes
+    its own where the page sends one of them along. Raises ``InvalidStatus`` when it is refused."""
 
     def __init__(
-        self, url: str, token: str = "", *, origin: str | None = None, **headers: str
-    ) -> None:
-        port = int(url.split("/")[2].rpartition(":")[2])
+        self, url: str, token: str = "", *, origin: str | None = None,
+        cookies: Mapping[str, str] | None = None, **headers: str,
+    ) -> None:  # fmt: skip
+        cookies = dict(cookies or {})
         if token:
-            headers["Cookie"] = f"{cookie_name(port)}={token}"
+            cookies[cookie_name(int(url.split("/")[2].rpartition(":")[2]))] = token
+        if cookies:
+            headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
+        proof = [cookies[XSRF_COOKIE_NAME]] if XSRF_COOKIE_NAME in cookies else []
         self._socket = connect(
             f"{url.replace('http', 'ws', 1)}/_stcore/stream",
             origin=origin,  # type: ignore[arg-type]
-            subprotocols=["streamlit"],  # type: ignore[list-item]
+            subprotocols=["streamlit", *proof],  # type: ignore[list-item]
             additional_headers={name.replace("_", "-"): value for name, value in headers.items()},
             open_timeout=PATIENCE,
             max_size=None,

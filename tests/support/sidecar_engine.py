@@ -112,6 +112,7 @@ class Engine:
         self.swaps = 0
         self.dropped = 0
         self.counters: dict[str, float] = {}
+        self.notices: dict[str, str] = {}
         self.heard: list[wire.Command] = []
         self.staged_at: list[float] = []  # seconds of the monotonic clock
         self.refuse = ""
@@ -138,6 +139,7 @@ class Engine:
                 self.swaps,
                 self.dropped,
                 self.counters,
+                self.notices,
             )
         )
 
