@@ -188,6 +188,10 @@ def wait_for_ingests(engine: Engine) -> None:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
+#: The mark of a store of which nothing was ever purged.
+NO_PURGE: tuple[int, datetime | None, datetime | None] = (0, None, None)
+
+
 def erasure_mark(connection: Connection) -> tuple[int, datetime | None, datetime | None]:
     """Changes with every purge that begins, goes on, or has removed its last row."""
     e = Erasure

@@ -26,7 +26,7 @@ from aurora_sgl.sidecar.spool.log import Spool
 from aurora_sgl.sidecar.spool.rewrite import changed_segment, rewrite
 from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store.connection import reading
-from aurora_sgl.store.erased import erased_among, erased_ids, erasure_mark
+from aurora_sgl.store.erased import NO_PURGE, erased_among, erased_ids, erasure_mark
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.purge_rows import purge_noted
 
@@ -185,7 +185,7 @@ class SpoolEraser:
     def __init__(self, spool: Spool, link: StoreLink, delete: Delete, bypass: Bypass) -> None:
         self._spool, self._link, self._delete = spool, link, delete
         self._bypass = bypass
-        self._mark: tuple[Any, ...] = (0, None, None)
+        self._mark: tuple[Any, ...] = NO_PURGE
         self._due = 0.0
 
     def look_again(self) -> None:
@@ -202,7 +202,7 @@ class SpoolEraser:
             with self._link.guard() as engine:
                 with reading(engine) as connection:
                     mark = erasure_mark(connection)
-                if mark == self._mark:
+                if mark in (self._mark, NO_PURGE):  # bytes that nobody can read go with a purge
                     return
                 count = erase_spool(self._spool, engine, self._delete, self._bypass)
         except StoreAway:

@@ -17,6 +17,7 @@ from aurora_sgl import store, wire
 from aurora_sgl.clock import from_us, utc_now
 from aurora_sgl.erasure import PurgeReport, purge
 from aurora_sgl.sidecar.retry import MOVED
+from aurora_sgl.sidecar.spool.erase import SpoolEraser
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import AcceptanceMinute, Base, Request
 from aurora_sgl.store.pruning.pace import PrunePace
@@ -280,6 +281,26 @@ def test_what_waits_in_memory_past_a_full_spool_is_purged_too(
     assert house.batcher.drain()
     assert house.numbers("request", "id") == house.numbers("acceptance_event") == [3, 4]
     assert everywhere(house, house.wanted) == set()
+    house.close_sidecar()
+
+
+@one_database
+def test_bytes_that_nobody_can_read_stay_until_something_is_purged(house: PurgeHouse) -> None:
+    """Another release may read them. A sidecar looks again after each spool that it adopted."""
+    house.fill()
+    house.batcher.refused.keep_bytes(b"odd", "it is odd")
+    before = house.batcher.refused.path.read_bytes()
+
+    def look() -> None:
+        eraser = SpoolEraser(house.spool, house.link, house.artifacts.delete, house.bypass)
+        eraser.look_again()
+        eraser.look()
+
+    look()
+    assert house.batcher.refused.path.read_bytes() == before
+    run_purge(house, "rid", RID)
+    look()
+    assert b"it is odd" not in house.batcher.refused.path.read_bytes()
     house.close_sidecar()
 
 
