@@ -15,7 +15,7 @@ from pathlib import Path
 from aurora_sgl.config import Settings, get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.machine import cpu_flags, native_bfloat16
-from aurora_sgl.private import whose
+from aurora_sgl.private import denied
 
 #: Releases that the plugin's hooks fit, first and last; tests/unit/upstream/test_names.py and
 #: test_upstream_fields.py read names, parameters and fields out of each of them. The tested one is
@@ -63,7 +63,7 @@ def _tried(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield from check()
     except PermissionError as error:
         advice = "run this as its owner, or set AURORA_HOME to a folder of your own"
-        yield Finding("data folder", "missing", whose(Path(error.filename)), advice)
+        yield Finding("data folder", "missing", denied(error), advice)
 
 
 def _python() -> Iterator[Finding]:

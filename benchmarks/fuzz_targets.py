@@ -269,7 +269,7 @@ class Statements:
         from aurora_sgl import store
         from aurora_sgl.store.queries.sql_console import TABLES, VIEWS
 
-        self.engine = store.connect(self.made(folder))
+        self.engine = store.connect(self.store_url(folder))
         store.upgrade(self.engine)
         names = (*TABLES, *VIEWS)
         self.statements = [
@@ -283,12 +283,12 @@ class Statements:
             ";", "'", '"', "(", ")", "NULL", "OVER ()", "LIKE '%'", "EXPLAIN",
             *self.own_words, *names,
         )  # fmt: skip
-        self.role_url = self.made_role()
+        self.role_url = self.viewer_url()
 
-    def made(self, folder: Path) -> str:
+    def store_url(self, folder: Path) -> str:
         return f"sqlite:///{folder / 'aurora.db'}"
 
-    def made_role(self) -> str:
+    def viewer_url(self) -> str:
         return ""
 
     def __call__(self, rng: random.Random) -> str:
@@ -328,7 +328,7 @@ class PostgresStatements(Statements):
         "'infinity'::timestamptz", "'1000000 years'::interval", "xmlparse(document '<a/>')",
     )  # fmt: skip
 
-    def made(self, folder: Path) -> str:
+    def store_url(self, folder: Path) -> str:
         from sqlalchemy import make_url
 
         from aurora_sgl import store
@@ -340,7 +340,7 @@ class PostgresStatements(Statements):
         admin.dispose()
         return make_url(cluster).set(database=name).render_as_string(hide_password=False)
 
-    def made_role(self) -> str:
+    def viewer_url(self) -> str:
         from aurora_sgl.store.queries.sql_console import make_sql_roles
 
         return make_sql_roles(self.engine)["viewer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,14 @@ def test_what_the_budgets_of_traces_hold_is_told_for_the_target_that_was_served(
     finding = found(settings)["traces"]
     assert finding.state == "ok" and "the files hold 32,768 tokens" in finding.found
     engine.dispose()
+
+
+def test_a_look_that_may_not_name_its_file_is_one_line_too() -> None:
+    """The system's refusals do not all say of what."""
+
+    def refused() -> Iterator[doctor.Finding]:
+        yield doctor.Finding("first", "ok", "")
+        raise PermissionError(13, "Permission denied")
+
+    first, second = doctor._tried(refused)
+    assert (first.name, second.state, second.found) == ("first", "missing", "Permission denied")
