@@ -34,10 +34,10 @@ class Counted(Protocol):
     """One request's verify steps and the drafts accepted in them."""
 
     @property
-    def verify_steps(self) -> int: ...
+    def verify_steps(self) -> float: ...
 
     @property
-    def accepted(self) -> int: ...
+    def accepted(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class AcceptCounts:
     """Sums over requests: n verify steps and y accepted drafts of each, n^2, y^2 and n y."""
 
     requests: int = 0
-    steps: int = 0
-    accepted: int = 0
+    steps: float = 0
+    accepted: float = 0
     steps2: float = 0.0
     accepted2: float = 0.0
     product: float = 0.0
@@ -140,7 +140,7 @@ class Difference:
 
 
 def paired_difference(
-    sums: Sequence[tuple[int, int, int, int]],
+    sums: Sequence[tuple[float, float, float, float]],
     *,
     level: float = 0.95,
     seed: int = 0,

@@ -36,12 +36,16 @@ from aurora_sgl.sequences.sequence import Sequence
 
 @dataclass(frozen=True)
 class RequestReplay:
-    """What one request would have been accepted; sums over its determined verify steps."""
+    """What one request would have been accepted; sums over its determined verify steps, which are
+    expectations where the accept rule draws. Requests of one ``conversation`` (a key, ``""``: not
+    known) are correlated."""
 
     request_id: int
-    verify_steps: int
-    accepted: int
+    verify_steps: float
+    accepted: float
     domain: str = "default"
+    accept_rule: str = "greedy"
+    conversation: str = ""
 
     @property
     def accept_length(self) -> float:
@@ -88,7 +92,14 @@ def replay_one(
         if not is_determined(root, taken, length, shape.depth):
             break
         steps, total, root = steps + 1, total + taken, root + taken + 1
-    return RequestReplay(sequence.request_id, steps, total, sequence.domain)
+    return RequestReplay(
+        sequence.request_id,
+        steps,
+        total,
+        sequence.domain,
+        sequence.accept_rule,
+        sequence.conversation,
+    )
 
 
 def replay_both(

@@ -97,6 +97,7 @@ class Loader:
             greedy=row.greedy,
             domain=row.domain,
             conversation=split_key(row),
+            accept_rule=row.accept_rule,
             proposals=tuple(proposal_of(step) for step in steps if step["depth"]),
             weights=self._weights(row, steps, min(len(own.tokens) - 1, row.end)),
         )

@@ -39,6 +39,7 @@ class Sequence:
     greedy: bool = True
     domain: str = "default"
     conversation: str = ""  # requests of one conversation, or one prompt, share it
+    accept_rule: str = ""  # see RecentRequest; "": not known
     proposals: tuple[LoggedProposal, ...] = ()  # what servers drafted, where the store knows it
     weights: torch.Tensor | None = None  # [rows] float32: how much a base row counts; None: 1
 
