@@ -14,9 +14,11 @@ from aurora_sgl.store import queries
 REACH = 5000  # newest requests with a trace that a run knows of
 
 _REASONS = {
-    "sampling": "with penalties, bias or a grammar",
+    "penalties": "with penalties",
+    "processor": "with a logit processor",
     "short": "with hardly an answer",
     "rejection_sampling": "sampled by rejection",
+    "mixed_rules": "of several accept rules",
     "unknown_rule": "of an unknown accept rule",
     "prefix": "whose cached prefix has no trace",
     "broken": "whose trace is missing or broken",

@@ -188,13 +188,13 @@ def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
     assert lines[-1].requests and lines[-1].ci_low > 0
 
 
-@pytest.mark.parametrize("rule", ["rejection_sampling", "", "typical"])
+@pytest.mark.parametrize("rule", ["block_verification", "", "mixed"])
 def test_what_replay_does_not_cover_is_left_out_counted_and_said(house: House, rule: str) -> None:
     house.rule_of = lambda number: rule
     house.serve(60)
     outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert (outcome.status, outcome.verdict) == ("succeeded", "inconclusive")
-    reason = rule or "unknown_rule"
+    reason = {"": "unknown_rule", "mixed": "mixed_rules"}.get(rule, rule)
     left = outcome.metrics["gate_left_out"]
     assert left[reason] > 8 and outcome.metrics["gate_requests"] == 0
     assert outcome.reason.startswith("0 held-out requests can be judged, at least 4 needed (")
