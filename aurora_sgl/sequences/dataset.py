@@ -175,8 +175,9 @@ def build(
     penalties or a logit processor (``penalties``, ``processor``), with hardly an answer
     (``short``), whose cached prefix no trace holds (``prefix``), whose file is missing or broken
     (``broken``), and those that nearly repeat a prompt on another side (``duplicate``); from dev
-    and gate also those whose accept rule replay does not cover. The gate gets the first ``most_gate`` usable ones, as they
-    come; files of later ones are not looked at. The other options are :class:`Loader`'s.
+    and gate also those whose accept rule replay does not cover. The gate gets the first
+    ``most_gate`` usable ones, as they come; files of later ones are not looked at. The other
+    options are :class:`Loader`'s.
     """
     rows = list(rows)
     ids = {row.request_id for row in rows}
