@@ -20,6 +20,7 @@ from aurora_sgl.sequences.prefixes import Locate, Piece, Prefixes
 from aurora_sgl.sequences.sample_weights import by_rejection
 from aurora_sgl.sequences.sequence import LoggedProposal, Sequence, readable
 from aurora_sgl.sequences.splits import (
+    conversation_of,
     is_constrained,
     sides,
     split_key,
@@ -104,7 +105,7 @@ class Loader:
             greedy=row.greedy,
             constrained=is_constrained(row.sampling),
             domain=row.domain,
-            conversation=split_key(row),
+            conversation=conversation_of(row),
             accept_rule=row.accept_rule,
             proposals=tuple(proposal_of(step) for step in steps if step["depth"]),
             weights=self._weights(row, steps, min(len(own.tokens) - 1, row.end)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from aurora_sgl.hashing import sha256_bytes
 from aurora_sgl.store.queries.requests import RecentRequest
+from aurora_sgl.store.queries.traces import DERIVED
 from aurora_sgl.store.rollup import MIXED
 from aurora_sgl.wire import WITHOUT_DRAFTS
 
@@ -90,7 +91,13 @@ def split_of(key: str, *, dev_share: float, gate_share: float) -> str:
 
 
 def split_key(row: RecentRequest) -> str:
-    """What a request shares with those that must land on its side: conversation, or prompt."""
+    """What a request shares with those that must land on its side: conversation, or prompt. A
+    derived conversation names its side (see ``sidecar.traces.turns``)."""
+    return row.conversation_hash.partition(DERIVED)[0] or row.prompt_sha256
+
+
+def conversation_of(row: RecentRequest) -> str:
+    """What correlated requests share."""
     return row.conversation_hash or row.prompt_sha256
 
 

@@ -238,9 +238,10 @@ def _start_requests(
                     "server_id": server_id,
                     "admitted_at": from_us(record.at_us),
                 }
-    columns = ("rid", "dp_rank", "domain", "conversation_hash", "prompt_tokens", "sampling",
-               "may_train", "speculates", "admitted_at")  # fmt: skip
-    upsert(connection, Request, list(started.values()), ["id"], columns)
+    columns = ("rid", "dp_rank", "domain", "prompt_tokens", "sampling", "may_train", "speculates",
+               "admitted_at")  # fmt: skip
+    filled = ["conversation_hash"]  # what was derived since stays
+    upsert(connection, Request, list(started.values()), ["id"], columns, filled)
     rest = [row for request_id, row in orphans.items() if request_id not in started]
     insert_missing(connection, Request, rest, ["id"])
 
