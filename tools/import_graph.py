@@ -23,6 +23,7 @@ ROOMS = (
         "atomic",
         "batch_sizes",
         "clock",
+        "compact_rows",
         "environment",
         "errors",
         "hashing",
