@@ -7,9 +7,14 @@ says its width and bits. Only numpy's and Python's types: the sidecar loads no t
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from aurora_sgl import compact_rows
 
@@ -20,6 +25,9 @@ FULL, COMPACT = "1", "2"
 #: ``STEP_STARTS`` int64, the position of each verify step's bonus token.
 TOKENS, AUX, LAST, STEP_STARTS = "tokens", "aux", "last", "step_starts"
 
+#: What a header of ours stays far below, and a request.
+_LONGEST_HEADER, _MOST_TOKENS = 1 << 20, 1 << 28
+HEAD_TOKENS = 16  # tokens behind a trace's ``head_sha256``
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 #: Parts of a tensor of format 2, and the bits of a number. The last state is the teacher: an error
@@ -95,6 +103,27 @@ class TraceMetadata:
             format=text.get("format", FULL),
             **{name: int(text.get(name, "0")) for name in numbers},
         )
+
+
+def tokens_of(file: BinaryIO) -> NDArray[np.int64]:  # shape: [T]
+    """The tokens of a trace file, and no more of it, without torch. Raises ``OSError``,
+    ``ValueError``, ``KeyError`` or ``TypeError`` for what is no such file."""
+    (length,) = struct.unpack("<Q", _exactly(file, 8))
+    if length > _LONGEST_HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    entry = json.loads(_exactly(file, length))[TOKENS]
+    begin, end = map(int, entry["data_offsets"])
+    if entry["dtype"] != "I64" or not 0 <= begin <= end <= _MOST_TOKENS * 8 + begin:
+        raise ValueError("tokens that are no list of numbers")
+    file.seek(8 + length + begin)
+    return np.frombuffer(_exactly(file, end - begin), "<i8")
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise ValueError("it is cut short")
+    return data
 
 
 def _text(value: object) -> str:

@@ -44,6 +44,7 @@ ROOMS = (
         "limits",
         "litter",
         "processes",
+        "split_place",
         "step_cost",
         "trace_format",
         "trace_room",

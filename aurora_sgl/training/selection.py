@@ -72,7 +72,7 @@ def select(
         _draw(rest, len(window), settings),
         _in_turns(dev, settings.dev_requests),
         held_out,
-        recent,
+        [*recent, *queries.requests.donors(s, recent)],
         not_judged,
     )
 

@@ -26,6 +26,7 @@ from aurora_sgl.trace_format import (
     BITS,
     COMPACT,
     FULL,
+    HEAD_TOKENS,
     LAST,
     PARTS,
     STEP_STARTS,
@@ -59,6 +60,7 @@ class TraceRow(msgspec.Struct, array_like=True, frozen=True):
     aux_width: int
     last_width: int
     dtype: str
+    prefix_sha256: str = ""  # of the tokens before ``start``; rows of older sidecars have none
 
 
 def write_safetensors(file: BinaryIO, tensors: Tensors, metadata: dict[str, str]) -> str:
@@ -181,9 +183,10 @@ class TraceWriter:
             end=trace.start + trace.rows,
             output_start=header.output_start,
             prompt_sha256=sha256_ints(tokens[: header.output_start]),
-            head_sha256=sha256_ints(tokens[:16]),
+            head_sha256=sha256_ints(tokens[:HEAD_TOKENS]),
             greedy=header.greedy,
             aux_width=header.aux_width,
             last_width=header.last_width,
             dtype=header.dtype,
+            prefix_sha256=sha256_ints(tokens[: trace.start]) if trace.start else "",
         )

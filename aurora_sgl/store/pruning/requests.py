@@ -64,7 +64,9 @@ def _abandoned(group_id: int, cutoff: datetime) -> tuple[ColumnElement[bool], ..
 
 
 def _is_not_pinned() -> ColumnElement[bool]:
-    return ~exists().where(Trace.request_id == Request.id, Trace.pinned)
+    """Nor is its trace needed by a pinned one."""
+    is_pinned = exists().where(Trace.request_id == Request.id, Trace.pinned)
+    return ~is_pinned & ~exists().where(Trace.donor_id == Request.id, Trace.pinned)
 
 
 def _delete(connection: Connection, ids: list[int], uris: list[str]) -> int:

@@ -93,7 +93,7 @@ def test_requests_go_with_their_traces_and_tallies_and_pinned_ones_stay(
             fields = {name: getattr(row, name) for name in row.__struct_fields__}
             del fields["created_us"]
             queries.traces.add_trace(s, **fields)
-        queries.traces.pin_traces(s, [ids[1]])
+        queries.traces.pin_traces(s, [ids[1]], "test")
     limits = Limits(event_days=30, request_days=150)
     would = prune(engine, root, group_id, limits, dry_run=True, now=NOW)
     assert (would.requests, column(engine, Request.id)) == (2, ids)
