@@ -111,7 +111,7 @@ class TrainSettings(ObjectiveSettings):
     """Whether a run goes on where one of the same settings, base and requests was killed."""
 
     checkpoint_seconds: float = Field(default=60.0, ge=0)
-    """Time between two checkpoints of a run; 0: none."""
+    """Time between two checkpoints of a run, more where they would take over 2% of it; 0: none."""
 
     patience: int = Field(default=0, ge=0)
     """Passes without a better accept length on the dev split before the run stops; 0: never."""
