@@ -81,12 +81,24 @@ def donors(s: Session, rows: Sequence[RecentRequest]) -> list[RecentRequest]:
     more: list[RecentRequest] = []
     missing = {row.donor_id for row in rows} - held
     while wanted := sorted(one for one in missing if one is not None)[:500]:
-        query = _with_traces().where(Request.id.in_(wanted), Request.may_train)
-        these = [RecentRequest(**row._mapping) for row in s.execute(query)]
+        these = with_traces(s, wanted)
         more += these
         held |= set(wanted)
         missing = (missing | {row.donor_id for row in these}) - held
     return more
+
+
+def with_traces(s: Session, request_ids: Sequence[int]) -> list[RecentRequest]:
+    """Those of these requests that finished, have a trace and may be learnt from, by id."""
+    rows: list[RecentRequest] = []
+    for begin in range(0, len(request_ids), 500):
+        query = _with_traces().where(
+            Request.id.in_(request_ids[begin : begin + 500]),
+            Request.may_train,
+            Request.status == "finished",
+        )
+        rows += [RecentRequest(**row._mapping) for row in s.execute(query.order_by(Request.id))]
+    return rows
 
 
 def _with_traces() -> Select[Any]:
