@@ -83,7 +83,7 @@ class VerifyStep(msgspec.Struct, array_like=True, tag="step", frozen=True):
     depth: int  # 0: a plain step without proposals
     topk: int
     nodes: int  # tree nodes with the root: 1 for a plain step
-    accept_rule: str  # greedy | target_sampling | rejection_sampling
+    accept_rule: str  # greedy | target_sampling | rejection_sampling | block_verification
     batch_size: int
     proposed: int  # proposals: nodes - 1
     accepted: int  # proposals that the target accepted

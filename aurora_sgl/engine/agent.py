@@ -365,7 +365,7 @@ class Agent:
             version_id=live.version_id,
             swap_count=live.swap_count,
             swap_age=live.steps_since_swap,
-            rejection_sampling=bool(self.description.get("rejection_sampling")),
+            rule=str(self.description.get("sampled_rule") or "target_sampling"),
             aux=rows_to_host(hidden, blocks) if hidden is not None else None,
             last=rows_to_host(last, blocks) if last is not None else None,
             blocks=None if on_cpu else {row: block for block, row in enumerate(traced)},

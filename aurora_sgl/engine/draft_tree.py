@@ -27,7 +27,7 @@ class VerifyObservation:
     version_id: int
     swap_count: int
     swap_age: int
-    rejection_sampling: bool
+    rule: str  # by which drafts of sampled requests are accepted, see ``wire.VerifyStep``
     keeps_kv: bool = False  # a step without drafts that computed their KV all the same
     aux: torch.Tensor | None = None  # [batch * nodes, width], accepted path in front
     last: torch.Tensor | None = None  # [batch * nodes, hidden], node order

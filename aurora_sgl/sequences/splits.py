@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from aurora_sgl.sequences.sequence import TargetSampling
 from aurora_sgl.split_place import GATE_SHARE as GATE_SHARE
 from aurora_sgl.split_place import place
 from aurora_sgl.store.queries.requests import RecentRequest
@@ -33,6 +34,10 @@ FEWEST_OUTPUT = 3  # fewer output tokens hold nothing to predict
 #: Accept rules under which a request's log tells what any drafter would have had accepted: the
 #: emitted token is the target's own, drawn without a look at the proposal (see replay.py).
 JUDGED_RULES = ("greedy", "target_sampling")
+#: The rule under which it tells with which probability (see evaluation/expected.py).
+REJECTION = "rejection_sampling"
+#: From here on SGLang's top-k means all tokens (0.5.21: TOP_K_ALL in sampling_params.py).
+_BOUNDLESS = 1 << 30
 
 
 def why_unusable(row: RecentRequest) -> str:
@@ -50,6 +55,9 @@ def why_not_judged(row: RecentRequest) -> str:
         return reason
     if row.accept_rule in JUDGED_RULES:
         return ""
+    if row.accept_rule == REJECTION:
+        is_known = sampling_of(row.sampling) is not None and not is_constrained(row.sampling)
+        return "" if is_known else "unknown_law"
     return _RULE_REASONS.get(row.accept_rule, row.accept_rule)
 
 
@@ -61,6 +69,19 @@ def is_constrained(sampling: Mapping[str, Any]) -> bool:
     """Whether a grammar or a bias stood between the target and its tokens: of a greedy request the
     log then does not say which token the target itself likes best."""
     return any(sampling.get(name) for name in _CONSTRAINTS)
+
+
+def sampling_of(sampling: Mapping[str, Any]) -> TargetSampling | None:
+    """How a request was drawn; ``None``: greedily, or it does not say."""
+    temperature, top_k = sampling.get("temperature"), sampling.get("top_k") or 0
+    if not temperature or temperature < 0:
+        return None
+    top_p = sampling.get("top_p")
+    return TargetSampling(
+        float(temperature),
+        top_k if 0 < top_k < _BOUNDLESS else 0,
+        1.0 if top_p is None else float(top_p),
+    )
 
 
 def _why_not_its_own(sampling: Mapping[str, Any]) -> str:

@@ -219,11 +219,11 @@ def test_what_can_be_judged_is_chosen_before_the_newest_are_cut(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "HELD_OUT", 5)
-    house.rule_of = lambda number: "rejection_sampling" if number >= 40 else "target_sampling"
+    house.rule_of = lambda number: "block_verification" if number >= 40 else "target_sampling"
     house.serve(60)  # the newest twenty can't be judged
     outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert outcome.metrics["gate_requests"] == 5, outcome.reason
-    assert outcome.metrics["gate_left_out"]["rejection_sampling"] >= 2
+    assert outcome.metrics["gate_left_out"]["block_verification"] >= 2
 
 
 def rollout_group(house: House) -> Any:
