@@ -11,7 +11,6 @@ request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +56,8 @@ class Mix:
         return np.asarray(weights / weights.sum())
 
 
-#: 20 domains, the largest 17 times as large as ... the smallest 1.7% of all requests; chats.
+#: 20 domains, the largest with 18% of the conversations, the smallest with 2%; chats, some sampled,
+#: some very long.
 MANY = Mix(domains=20, turns=2.0, sampled=0.3, spread=1.0)
 
 
@@ -83,7 +83,7 @@ def draw(
     mix = mix or Mix()
     turns = rng.geometric(1 / mix.turns, requests)
     of = np.repeat(np.arange(requests), turns)[:requests]
-    count = int(of[-1]) + 1
+    count = int(of.max(initial=-1)) + 1
     domains = rng.choice(len(mix.shares), size=count, p=mix.shares)
     sampled = rng.random(count) < mix.sampled
     mean = np.resize(RATES, len(mix.shares))[domains] - SAMPLED * sampled
@@ -94,16 +94,17 @@ def draw(
 
 
 def replay(
-    rng: np.random.Generator, traffic: Traffic, longer: float | Floats = 0.0
+    rng: np.random.Generator, traffic: Traffic, gain: float = 0.0, *, longer: float | Floats = 0.0
 ) -> list[RequestReplay]:
-    """What one version accepts of it. ``longer``: by which share its accept length is longer than
-    the usual, on the whole or by domain; shape [domains]."""
+    """What one version accepts of it. ``gain`` is added to its acceptance rates; ``longer``: by
+    which share its accept length is longer than the usual, on the whole or by domain; shape
+    [domains]."""
     longer = np.asarray(longer)
     share = longer[traffic.domains] if longer.ndim else longer
     _, of = np.unique(traffic.conversations, return_inverse=True)
     own = rng.normal(0, OWN, len(traffic))[of] + rng.normal(0, OWN, len(traffic))
     usual = np.interp(traffic.rates, _RATES, _LENGTHS)
-    rates = np.clip(np.interp(usual * (1 + share), _LENGTHS, _RATES) + own, 0.01, 0.97)
+    rates = np.clip(np.interp(usual * (1 + share), _LENGTHS, _RATES) + gain + own, 0.01, 0.97)
     steps, accepted = _walk(rng, traffic.tokens, rates)
     return [
         RequestReplay(
@@ -122,7 +123,7 @@ def _walk(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Determined steps of each request, and what they accept (see ``evaluation.replay``)."""
     steps, accepted = np.zeros_like(tokens), np.zeros_like(tokens)
-    for part in np.array_split(np.argsort(tokens), max(1, len(tokens) // 30)):
+    for part in np.array_split(np.argsort(tokens), 1 + len(tokens) // 30) if len(tokens) else ():
         runs = rng.geometric(1 - rates[part, None], (len(part), int(tokens[part].max()))) - 1
         runs = np.minimum(runs, DEPTH)
         begin = np.cumsum(1 + runs, 1) - 1 - runs
@@ -132,5 +133,3 @@ def _walk(
         steps[part] = determined.sum(1)
         accepted[part] = (runs * determined).sum(1)
     return steps, accepted
-
-

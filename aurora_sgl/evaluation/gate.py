@@ -1,9 +1,9 @@
 """The gate: a candidate against the live version, by replay over held-out recent requests.
 
-One statement decides whether it is better, over all traffic; single strata (domains, and in
-large ones the accept rules) only have to be unlikely to be harmed. All candidates that are tried in turn against one live
-version, each continued from the one before, are one *line*, and one test: evidence of fresh
-conversations is multiplied up from try to try (:mod:`aurora_sgl.evaluation.evidence`).
+One statement decides whether it is better, over all traffic; single strata (domains, and in large
+ones the accept rules) only have to be unlikely to be harmed. All candidates that are tried in turn
+against one live version, each continued from the one before, are one *line*, and one test: evidence
+of fresh conversations is multiplied up from try to try (:mod:`aurora_sgl.evaluation.evidence`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from aurora_sgl.config import GateSettings
 from aurora_sgl.evaluation.evidence import Pair, conversation_of, log_evidence, steps_saved
 from aurora_sgl.evaluation.pooling import (
     Change,
+    Memory,
     Pooled,
     changes,
     harmed,
+    memories_of,
     partitions,
     pool,
+    remembered,
 )
 from aurora_sgl.evaluation.standing import Reach, Standing, advance
 from aurora_sgl.intervals import RESAMPLES, Difference, paired_difference, student_interval
@@ -42,12 +45,13 @@ ONE_ERROR = 0.683
 @dataclass(frozen=True)
 class Line:
     """The tries so far against one live version: how many, the logarithm of their common e-value,
-    and which requests and conversations they were made on."""
+    which requests and conversations they were made on, and what they measured of strata."""
 
     tries: int = 0
     log_e: float = 0.0
     requests: Collection[int] = ()
     conversations: Collection[str] = ()
+    memories: Mapping[str, Memory] = field(default_factory=dict)
 
     def fresh(self, pairs: Sequence[Pair]) -> list[Pair]:
         """Of conversations that no try was made on."""
@@ -58,7 +62,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Stratum:
-    """What was measured of one stratum, what is believed of it, and where it stands."""
+    """What this try measured of one stratum, what is believed of it, and where it stands."""
 
     change: Change
     pooled: Pooled
@@ -81,6 +85,7 @@ class Judgement:
     fresh: int = 0
     strata: dict[str, Stratum] = field(default_factory=dict)
     standing: dict[str, Reach] = field(default_factory=dict)
+    memories: dict[str, Memory] = field(default_factory=dict)
     continues: bool = False
 
 
@@ -109,7 +114,8 @@ def judge(
     gate, line = settings or GateSettings(), line or Line()
     pairs = pairs_of(before, after)
     overall = difference_of(pairs, level=LEVEL, seed=seed, resamples=resamples)
-    strata, kept = _strata(pairs, standing or {}, gate)
+    judged = _Strata.of(pairs, line, standing or {}, gate)
+    strata = judged.strata
     lost = harmed({name: each.change for name, each in strata.items()}, gate.domain_margin, HARM)
     risky = [name for name, each in strata.items() if each.pooled.chance > gate.domain_risk]
     low = [name for name, each in strata.items() if each.level < math.log1p(-gate.domain_margin)]
@@ -124,7 +130,14 @@ def judge(
         for domain in sorted({r.domain for r in before})
     }  # fmt: skip
     judgement = Judgement(
-        INCONCLUSIVE, "", overall, domains, log_e=line.log_e, strata=strata, standing=kept
+        INCONCLUSIVE,
+        "",
+        overall,
+        domains,
+        log_e=line.log_e,
+        strata=strata,
+        standing=judged.standing,
+        memories=judged.memories,
     )
     if overall.requests < max(2, fewest):
         reason = (
@@ -140,6 +153,39 @@ def judge(
         judgement, verdict=verdict, reason=reason, attempt=line.tries + 1, log_e=log_e,
         fresh=len(saved), continues=verdict != FAIL and _top(pairs, ONE_ERROR) >= 0,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Strata:
+    """Of all partitions, each pooled by itself: strata, the standing of the candidate, and what the
+    next try remembers."""
+
+    strata: dict[str, Stratum]
+    standing: dict[str, Reach]
+    memories: dict[str, Memory]
+
+    @classmethod
+    def of(
+        cls, pairs: Sequence[Pair], line: Line, standing: Standing, gate: GateSettings
+    ) -> _Strata:
+        fresh, margin = line.fresh(pairs), gate.domain_margin
+        share = _conversations(fresh) / max(1, _conversations(pairs))
+        result = cls({}, dict(standing), dict(line.memories))
+        for part in partitions(pairs):
+            own = changes(part)
+            by_stratum = remembered(own, line.memories, margin, share)
+            mean, pooled = pool(by_stratum, margin)
+            levels, reached = advance(standing, by_stratum, mean)
+            result.standing.update(reached)
+            result.memories.update(memories_of(by_stratum, mean))
+            result.strata.update(
+                {name: Stratum(own[name], pooled[name], levels[name]) for name in own}
+            )
+        return result
+
+
+def _conversations(pairs: Sequence[Pair]) -> int:
+    return len({conversation_of(old) for old, _ in pairs})
 
 
 def pairs_of(before: Sequence[RequestReplay], after: Sequence[RequestReplay]) -> list[Pair]:

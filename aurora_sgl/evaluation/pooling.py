@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 SPREAD, TAU = 0.03, np.linspace(0.005, 0.2, 20)
 #: Share of strata that are odd, a priori, and how much wider they are spread.
 ODD, WIDE = 0.02, 0.3
+#: What an earlier try of the line counts beside this one, for single strata.
+MEMORY = 0.5
 #: Conversations' worth of evidence that the variance of all strata is for a single one.
 PRIOR_FREEDOM = 6
 #: Conversations of a domain with which its sampled or its greedy requests are a stratum.
@@ -142,6 +144,40 @@ class _Raw:
         own = float((share2 * self.squares).sum())
         variance = (expected * PRIOR_FREEDOM + own * (m - 1)) / (PRIOR_FREEDOM + m - 1)
         return Change(self.change, math.sqrt(variance), PRIOR_FREEDOM + m - 1, m, self.requests)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a stratum deviated from the mean of all in earlier tries of a line, and its precision."""
+
+    deviation: float
+    precision: float
+
+
+def remembered(
+    by_stratum: Mapping[str, Change], memories: Mapping[str, Memory], margin: float, share: float
+) -> dict[str, Change]:
+    """Changes together with what earlier tries of the line measured of the same strata, which
+    counts ``MEMORY`` times the ``share`` of conversations that are new now.
+
+    Else a stratum that is worse would only have to wait for a try in which chance favours it. On
+    the same conversations once more chance is the same, and nothing is to be remembered.
+    """
+    mean, _ = pool(by_stratum, margin) if memories else (0.0, {})
+    combined = {}
+    for name, each in by_stratum.items():
+        old = memories.get(name, Memory(0.0, 0.0))
+        own, past = 1 / each.error**2, MEMORY * share * old.precision
+        change = (own * each.change + past * (mean + old.deviation)) / (own + past)
+        combined[name] = replace(each, change=change, error=1 / math.sqrt(own + past))
+    return combined
+
+
+def memories_of(by_stratum: Mapping[str, Change], mean: float) -> dict[str, Memory]:
+    """Of :func:`remembered` changes, for the next try."""
+    return {
+        name: Memory(each.change - mean, 1 / each.error**2) for name, each in by_stratum.items()
+    }
 
 
 def pool(by_stratum: Mapping[str, Change], margin: float) -> tuple[float, dict[str, Pooled]]:

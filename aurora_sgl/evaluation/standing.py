@@ -3,8 +3,9 @@
 A candidate may lose a little in a stratum, and one promotion after the other may. So what each
 promotion changed is summed up since the stratum's highest point: the changes as measured, their
 variances, and what all strata changed on the mean. The level is that mean plus what is believed of
-the stratum's own deviation from it; a level above the highest point is the new highest point, and
-the sums begin anew (Page's cumulative sums, Biometrika 1954).
+the stratum's own deviation from it; where that
+level and what was measured of the stratum alone lie above the highest point, it is the new highest
+point, and the sums begin anew (Page's cumulative sums, Biometrika 1954).
 """
 
 from __future__ import annotations
@@ -52,5 +53,6 @@ def advance(
     change, variance, means = np.array(list(sums.values()), dtype=float).reshape(-1, 3).T
     levels = dict(zip(sums, map(float, means + deviations(change - means, variance)), strict=True))
     return levels, {
-        name: Reach() if levels[name] > 0 else Reach(*sums[name], levels[name]) for name in sums
+        name: Reach() if min(levels[name], sums[name][0]) > 0 else Reach(*sums[name], levels[name])
+        for name in sums
     }
