@@ -79,8 +79,11 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="add them to results/operation.jsonl")
     parser.add_argument("--watches", type=int, default=1000)
     parser.add_argument("--baselines", type=int, nargs="*", default=[6, 12, 20, 100])
+    parser.add_argument("--small", action="store_true", help="a few of each: does it run?")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.small:
+        given.watches, given.baselines = 3, [6, 20]
     rules = WatchSettings()
     rows = []
     for kind, gain in KINDS.items():
@@ -102,7 +105,7 @@ def main() -> int:
     report(
         "what the watch takes back", rows, as_json=given.json, keep="watch" if given.keep else ""
     )
-    return 0 if all(row["met"] for row in rows) else 1
+    return 0 if given.small or all(row["met"] for row in rows) else 1
 
 
 if __name__ == "__main__":
