@@ -37,6 +37,7 @@ from scipy.stats import binomtest
 from aurora_sgl.config import GateSettings
 from aurora_sgl.evaluation.gate import FAIL, PASS, Judgement, Line, judge
 from aurora_sgl.evaluation.standing import Reach
+from benchmarks.gate_picture import Hour, draw_picture
 from benchmarks.servers import report
 from benchmarks.simulated_traffic import DEPTH, MANY, Floats, Mix, draw, replay
 
@@ -89,17 +90,6 @@ def one_falls(rng: np.random.Generator, domain: int) -> bool:
     longer = np.full(len(MANY.shares), GAIN)
     longer[domain] = -FALL
     return Live(MANY, HELD_OUT).judge(rng, longer).verdict == PASS
-
-
-@dataclass(frozen=True)
-class Hour:
-    """One try of a day: live's and the candidate's true accept lengths, live's being 1 at first,
-    the line's e-value in natural logarithms, and the verdict."""
-
-    live: float
-    candidate: float
-    log_e: float
-    verdict: str
 
 
 def day(rng: np.random.Generator, steps: Callable[[], float], mix: Mix = MANY) -> Iterator[Hour]:
@@ -209,8 +199,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.picture:
-        from benchmarks.gate_picture import draw_picture
-
         rng = np.random.default_rng(given.seed)
         draw_picture(list(day(rng, lambda: HOURLY)), given.picture)
         return 0

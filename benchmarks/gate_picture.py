@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from benchmarks.gate import Hour
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 70, 840, 250, 470
@@ -22,6 +19,17 @@ STEPS = (
     ("domains?", "risk to have lost 5% at most 10%; high-water mark"),
     ("pass", "promoted; a new line begins"),
 )
+
+
+@dataclass(frozen=True)
+class Hour:
+    """One try of a day: live's and the candidate's true accept lengths, live's being 1 at first,
+    the line's e-value in natural logarithms, and the verdict."""
+
+    live: float
+    candidate: float
+    log_e: float
+    verdict: str
 
 
 def draw_picture(day: Sequence[Hour], path: Path) -> None:
