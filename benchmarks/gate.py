@@ -35,7 +35,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from aurora_sgl.config import GateSettings
-from aurora_sgl.evaluation.gate import FAIL, PASS, Judgement, Line, judge
+from aurora_sgl.evaluation.gate import FAIL, PASS, CandidateLine, Judgement, judge
 from aurora_sgl.evaluation.standing import Reach
 from benchmarks.gate_picture import Hour, draw_picture
 from benchmarks.servers import report
@@ -58,7 +58,7 @@ class Live:
 
     mix: Mix
     requests: int
-    line: Line = field(default_factory=Line)
+    line: CandidateLine = field(default_factory=CandidateLine)
     standing: Mapping[str, Reach] = field(default_factory=dict)
 
     def judge(self, rng: np.random.Generator, longer: float | Floats) -> Judgement:
@@ -69,11 +69,11 @@ class Live:
             line=self.line, standing=self.standing, seed=int(rng.integers(1 << 31)),
             resamples=0,
         )  # fmt: skip
-        self.line = Line(self.line.tries + 1, judgement.log_e, memories=judgement.memories)
+        self.line = CandidateLine(self.line.tries + 1, judgement.log_e, memories=judgement.memories)
         return judgement
 
     def promote(self, judgement: Judgement) -> None:
-        self.line, self.standing = Line(), judgement.standing
+        self.line, self.standing = CandidateLine(), judgement.standing
 
 
 def passed(rng: np.random.Generator, mix: Mix, requests: int, tries: int, longer: Any = 0.0) -> int:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from aurora_sgl.config import GateSettings
 from aurora_sgl.evaluation.evidence import Pair, conversation_of, log_evidence, steps_saved
 from aurora_sgl.evaluation.pooling import (
-    Change,
     Memory,
     Pooled,
+    StratumChange,
     changes,
     harmed,
     memories_of,
@@ -43,7 +43,7 @@ ONE_ERROR = 0.683
 
 
 @dataclass(frozen=True)
-class Line:
+class CandidateLine:
     """The tries so far against one live version: how many, the logarithm of their common e-value,
     which requests and conversations they were made on, and what they measured of strata."""
 
@@ -64,7 +64,7 @@ class Line:
 class Stratum:
     """What this try measured of one stratum, what is believed of it, and where it stands."""
 
-    change: Change
+    change: StratumChange
     pooled: Pooled
     level: float  # below its high-water mark, as a logarithm
 
@@ -93,7 +93,7 @@ def judge(
     before: Sequence[RequestReplay],
     after: Sequence[RequestReplay],
     *,
-    line: Line | None = None,
+    line: CandidateLine | None = None,
     standing: Standing | None = None,
     fewest: int = 4,
     seed: int = 0,
@@ -111,7 +111,7 @@ def judge(
     requests that could not be judged, by why. Raises ``ValueError`` when the lists are not of the
     same requests.
     """
-    gate, line = settings or GateSettings(), line or Line()
+    gate, line = settings or GateSettings(), line or CandidateLine()
     pairs = pairs_of(before, after)
     overall = difference_of(pairs, level=LEVEL, seed=seed, resamples=resamples)
     judged = _Strata.of(pairs, line, standing or {}, gate)
@@ -166,7 +166,7 @@ class _Strata:
 
     @classmethod
     def of(
-        cls, pairs: Sequence[Pair], line: Line, standing: Standing, gate: GateSettings
+        cls, pairs: Sequence[Pair], line: CandidateLine, standing: Standing, gate: GateSettings
     ) -> _Strata:
         fresh, margin = line.fresh(pairs), gate.domain_margin
         share = _conversations(fresh) / max(1, _conversations(pairs))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.orm import Session
 
-from aurora_sgl.evaluation.gate import FAIL, Line
+from aurora_sgl.evaluation.gate import FAIL, CandidateLine
 from aurora_sgl.evaluation.pooling import Memory
 from aurora_sgl.evaluation.standing import Standing, standing_of
 from aurora_sgl.store import queries
@@ -30,7 +30,7 @@ def tries(s: Session, baseline_id: int) -> tuple[int, Sequence[Evaluation]]:
     ]
 
 
-def line_of(rows: Sequence[Evaluation]) -> Line:
+def line_of(rows: Sequence[Evaluation]) -> CandidateLine:
     """From :func:`tries`."""
     requests: set[int] = set()
     conversations: set[str] = set()
@@ -42,7 +42,7 @@ def line_of(rows: Sequence[Evaluation]) -> Line:
     last = judged[-1].details["line"] if judged else {}
     memories = {name: Memory(*kept) for name, kept in (last.get("strata") or {}).items()}
     log_e = float(last.get("log_e", 0.0))
-    return Line(len(judged), log_e, requests, conversations - {""}, memories)
+    return CandidateLine(len(judged), log_e, requests, conversations - {""}, memories)
 
 
 def standing_before(s: Session, baseline_id: int) -> Standing:

@@ -38,7 +38,7 @@ ALONE, _FITS = 0.1, 4
 
 
 @dataclass(frozen=True)
-class Change:
+class StratumChange:
     """Of one stratum: change of the logarithm of the accept length, its standard error with
     degrees of freedom, conversations and requests."""
 
@@ -79,7 +79,7 @@ def partitions(pairs: Sequence[Pair]) -> list[dict[str, list[Pair]]]:
     return [part for part in (domains, rules) if part]
 
 
-def changes(strata: Mapping[str, Sequence[Pair]]) -> dict[str, Change]:
+def changes(strata: Mapping[str, Sequence[Pair]]) -> dict[str, StratumChange]:
     """What a candidate changed in each stratum of a partition.
 
     A conversation of n steps deviates from its stratum's change with a variance ``a + b / n``: what
@@ -137,13 +137,15 @@ class _Raw:
         squares = (parts / share) ** 2 * m / max(m - 1, 1)
         return cls(math.log(after / before), n0, squares, len(pairs))
 
-    def moderated(self, between: float, within: float) -> Change:
+    def moderated(self, between: float, within: float) -> StratumChange:
         share2 = (self.steps / self.steps.sum()) ** 2
         expected = float((share2 * (between + within / self.steps)).sum())
         m = len(self.steps)
         own = float((share2 * self.squares).sum())
         variance = (expected * PRIOR_FREEDOM + own * (m - 1)) / (PRIOR_FREEDOM + m - 1)
-        return Change(self.change, math.sqrt(variance), PRIOR_FREEDOM + m - 1, m, self.requests)
+        return StratumChange(
+            self.change, math.sqrt(variance), PRIOR_FREEDOM + m - 1, m, self.requests
+        )
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,11 @@ class Memory:
 
 
 def remembered(
-    by_stratum: Mapping[str, Change], memories: Mapping[str, Memory], margin: float, share: float
-) -> dict[str, Change]:
+    by_stratum: Mapping[str, StratumChange],
+    memories: Mapping[str, Memory],
+    margin: float,
+    share: float,
+) -> dict[str, StratumChange]:
     """Changes together with what earlier tries of the line measured of the same strata, which
     counts ``MEMORY`` times the ``share`` of conversations that are new now.
 
@@ -173,14 +178,14 @@ def remembered(
     return combined
 
 
-def memories_of(by_stratum: Mapping[str, Change], mean: float) -> dict[str, Memory]:
+def memories_of(by_stratum: Mapping[str, StratumChange], mean: float) -> dict[str, Memory]:
     """Of :func:`remembered` changes, for the next try."""
     return {
         name: Memory(each.change - mean, 1 / each.error**2) for name, each in by_stratum.items()
     }
 
 
-def pool(by_stratum: Mapping[str, Change], margin: float) -> tuple[float, dict[str, Pooled]]:
+def pool(by_stratum: Mapping[str, StratumChange], margin: float) -> tuple[float, dict[str, Pooled]]:
     """The mean change of all strata, and what is believed of each. ``margin``: a share."""
     if not by_stratum:
         return 0.0, {}
@@ -250,7 +255,7 @@ def _believe(d: Floats, s2: Floats, mu: Floats) -> _Believed:
     )
 
 
-def harmed(by_stratum: Mapping[str, Change], margin: float, level: float) -> list[str]:
+def harmed(by_stratum: Mapping[str, StratumChange], margin: float, level: float) -> list[str]:
     """Strata that lost more than the margin beyond doubt, by what each says alone; all together
     err with probability ``level`` (Holm 1979)."""
     floor = math.log1p(-margin)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl import store
 from aurora_sgl.config import GateSettings
-from aurora_sgl.evaluation.gate import LEVEL, judge
+from aurora_sgl.evaluation.gate import LEVEL, Judgement, judge
 from aurora_sgl.evaluation.line import line_of, standing_before, tries
 from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.evaluation.settings import EvaluationSettings
@@ -67,37 +67,14 @@ def record(
             left_out=left_out,
         )
         evidence |= {
-            "reason": judgement.reason,
-            "judged": {"requests": judgement.overall.requests, "left_out": dict(left_out or {})},
             "candidate_sha256": candidate.weights_sha256,
             "baseline_sha256": baseline.weights_sha256,
-            "by_domain": {
-                domain: {**asdict(difference), "verdict": verdict}
-                for domain, (difference, verdict) in judgement.by_domain.items()
-            },
-            "by_stratum": {
-                name: {
-                    **asdict(each.change),
-                    "believed": each.pooled.mean,
-                    "deviation": each.pooled.deviation,
-                    "risk": each.pooled.chance,
-                    "level": each.level,
-                }
-                for name, each in judgement.strata.items()
-            },
-            "line": {
-                "generation": generation,
-                "log_e_before": line.log_e,
-                "log_e": judgement.log_e,
-                "fresh": judgement.fresh,
-                "continues": judgement.continues,
-                "strata": {name: list(astuple(each)) for name, each in judgement.memories.items()},
-            },
+            "judged": {"requests": judgement.overall.requests, "left_out": dict(left_out or {})},
             "standing_before": {name: each.as_json() for name, each in standing.items()},
-            "standing": {name: each.as_json() for name, each in judgement.standing.items()},
-            "level": LEVEL,
+            **_kept(judgement),
             **(details or {}),
         }
+        evidence["line"] |= {"generation": generation, "log_e_before": line.log_e}
         row = _add(
             s,
             candidate_id,
@@ -113,6 +90,35 @@ def record(
             of = {"evaluation_id": row.id, "level": LEVEL}
             _add(s, candidate_id, baseline_id, domain, difference, verdict, recipe, details=of)
         return row
+
+
+def _kept(judgement: Judgement) -> dict[str, Any]:
+    """What the row says of a judgement beside its columns."""
+    return {
+        "reason": judgement.reason,
+        "by_domain": {
+            domain: {**asdict(difference), "verdict": verdict}
+            for domain, (difference, verdict) in judgement.by_domain.items()
+        },
+        "by_stratum": {
+            name: {
+                **asdict(each.change),
+                "believed": each.pooled.mean,
+                "deviation": each.pooled.deviation,
+                "risk": each.pooled.chance,
+                "level": each.level,
+            }
+            for name, each in judgement.strata.items()
+        },
+        "line": {
+            "log_e": judgement.log_e,
+            "fresh": judgement.fresh,
+            "continues": judgement.continues,
+            "strata": {name: list(astuple(each)) for name, each in judgement.memories.items()},
+        },
+        "standing": {name: each.as_json() for name, each in judgement.standing.items()},
+        "level": LEVEL,
+    }
 
 
 def _add(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aurora_sgl.evaluation.pooling import Change, deviations
+from aurora_sgl.evaluation.pooling import StratumChange, deviations
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def standing_of(kept: Mapping[str, Sequence[float]] | None) -> dict[str, Reach]:
 
 
 def advance(
-    before: Standing, changes: Mapping[str, Change], mean: float
+    before: Standing, changes: Mapping[str, StratumChange], mean: float
 ) -> tuple[dict[str, float], dict[str, Reach]]:
     """Levels of a candidate whose live version stands at ``before``, which may lie above 0, and its
     standing, with new highest points; by stratum. ``mean``: what all strata changed on the mean."""

@@ -11,8 +11,8 @@ import pytest
 
 from aurora_sgl.config import GateSettings
 from aurora_sgl.evaluation.evidence import log_evidence, steps_saved
-from aurora_sgl.evaluation.gate import FAIL, INCONCLUSIVE, PASS, Line, judge, pairs_of
-from aurora_sgl.evaluation.pooling import Change, harmed, pool
+from aurora_sgl.evaluation.gate import FAIL, INCONCLUSIVE, PASS, CandidateLine, judge, pairs_of
+from aurora_sgl.evaluation.pooling import StratumChange, harmed, pool
 from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.evaluation.standing import Reach, advance
 from benchmarks.gate import HELD_OUT, MANY, Live, ten_promotions
@@ -70,13 +70,13 @@ def test_evidence_of_a_line_counts_a_conversation_once() -> None:
     before = [replace(r, conversation=f"c{r.request_id % 8}") for r in replayed(24, 30)]
     after = more(before, 2)
     first = judge(before, after)
-    line = Line(1, first.log_e, [r.request_id for r in before[:8]], [])
+    line = CandidateLine(1, first.log_e, [r.request_id for r in before[:8]], [])
     again = judge(before, after, line=line)
     assert (first.fresh, again.fresh, again.log_e) == (8, 0, first.log_e)
 
 
-def change(value: float, error: float) -> Change:
-    return Change(value, error, 20, 10, 10)
+def change(value: float, error: float) -> StratumChange:
+    return StratumChange(value, error, 20, 10, 10)
 
 
 def test_a_small_stratum_is_judged_by_what_the_others_say_unless_it_contradicts_them() -> None:
