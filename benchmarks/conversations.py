@@ -4,8 +4,8 @@ Chats of four turns through the demo model's tokenizer and chat template, under 
 many at a time; each request sends all messages again. Texts are those of the demo's prompts,
 answers random words of them. Each request is placed in the index that a sidecar has, and its side
 decided as training decides it. A held-out answer leaks when its text stands in the prompt of a
-request that is trained on. *named by prompt* is what it came to without the index: each request on the side of
-its own prompt.
+request that is trained on. *named by prompt* is what it came to without the index: each request on
+the side of its own prompt.
 
     python -m benchmarks.conversations [--chats 500] [--seed 0] [--json]
 """

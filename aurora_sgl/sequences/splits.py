@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.split_place import GATE_SHARE as GATE_SHARE
+from aurora_sgl.split_place import place
 from aurora_sgl.store.queries.requests import RecentRequest
 from aurora_sgl.store.queries.traces import DERIVED
 from aurora_sgl.store.rollup import MIXED
@@ -28,8 +29,6 @@ _PROCESSORS = ("custom_logit_processor", "custom_params", "thinking_budget", "wa
 #: target's own, whatever was proposed; the captured hidden states are the plain target's.
 _CONSTRAINTS = ("logit_bias", "json_schema", "regex", "ebnf", "structural_tag", "grammar")
 
-#: Share of conversations that no run trains on, unless a recipe says otherwise.
-GATE_SHARE = 0.15
 FEWEST_OUTPUT = 3  # fewer output tokens hold nothing to predict
 #: Accept rules under which a request's log tells what any drafter would have had accepted: the
 #: emitted token is the target's own, drawn without a look at the proposal (see replay.py).
@@ -84,10 +83,10 @@ def split_of(key: str, *, dev_share: float, gate_share: float) -> str:
     conversation and two copies of one prompt land on the same side. The gate is cut off first:
     its requests stay held out whatever the dev share.
     """
-    place = int(sha256_bytes(f"split:{key}".encode())[:8], 16) / 0x1_0000_0000
-    if place < gate_share:
+    own = place(key)
+    if own < gate_share:
         return "gate"
-    return "dev" if place < gate_share + dev_share else "train"
+    return "dev" if own < gate_share + dev_share else "train"
 
 
 def split_key(row: RecentRequest) -> str:

@@ -35,7 +35,7 @@ from aurora_sgl.sequences.sample_weights import by_recency
 from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
-from aurora_sgl.training import line_search
+from aurora_sgl.training import line_search, reservoir
 from aurora_sgl.training.bases import BaseIds, Bases, base_ids, load
 from aurora_sgl.training.maturity import peak_rate, trained_tokens
 from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
@@ -162,6 +162,7 @@ class _Run:
             bases = _waiting(lambda: self._bases(ids, target, work))
             base, live = bases.base, bases.baseline
             selection = _waiting(lambda: self._selection(checkpoints, bases.base_sha256))
+            _waiting(lambda: self._keep_reservoir(selection))
             data = _waiting(lambda: self._data(base, selection))
             examples = _examples(data)
             _waiting(lambda: self._note_examples(examples))
@@ -216,6 +217,10 @@ class _Run:
         )
         return replace(selection, window=window, replay=replay, dev=dev, held_out=held_out)
 
+    def _keep_reservoir(self, selection: Selection) -> None:
+        with store.session(self.engine) as s:
+            reservoir.pin(s, self.group_id, selection.reservoir)
+
     def _data(self, base: Drafter, selection: Selection) -> dataset.Dataset:
         settings = self.settings
         data = dataset.build(
@@ -242,6 +247,7 @@ class _Run:
             "gate_rules": self.judged.by_rule,
             "gate_left_out": self.judged.left_out,
             "replayed_requests": len(selection.replay),
+            "reservoir_requests": len(selection.reservoir),
         }
         self._say({"event": "window", "requests": len(data.train), "gate": len(data.gate)})
         if len(data.train) < settings.min_requests:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ from aurora_sgl.scheduler import metrics
 from aurora_sgl.sequences.held_out import held_out_counts
 from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, TrainingRun
+from aurora_sgl.store.pruning.kept import RESERVOIR
 from aurora_sgl.store.purge import Selector, begin_purge
-from aurora_sgl.training import run
+from aurora_sgl.training import run, selection
 from aurora_sgl.training.bases import BaseIds, base_ids
 from aurora_sgl.training.recipe_bandit import ARMS
 from aurora_sgl.training.run import train_once
@@ -277,6 +279,49 @@ def test_what_a_run_earned_is_logged_and_decides_on_the_next_ones_recipe(house: 
     with store.session(house.engine, write=False) as s:
         row = s.get(TrainingRun, second.run_id)
         assert row is not None and row.config["passes"] == 2 * free.passes
+
+
+def test_each_domains_reservoir_is_pinned_and_replayed_and_may_be_gone(house: House) -> None:
+    house.serve(40)
+    recipe = BRIEF.model_copy(update={"reservoir": 5, "window": 40})
+    outcome = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    with store.session(house.engine) as s:
+        pinned = queries.traces.pinned_traces(s, 1, RESERVOIR)
+        domains = Counter(row.domain for row in queries.requests.with_traces(s, pinned))
+    assert domains and set(domains.values()) == {5}
+    assert outcome.metrics["reservoir_requests"] == len(pinned) == 5 * len(domains)
+    for uri in (row.uri for row in rows_of(house, pinned)):
+        path = house.artifacts.local_path(uri)
+        assert path is not None
+        path.unlink()
+    again = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    assert again.status == "succeeded" and again.metrics["left_out"]["broken"] > 0
+    none = recipe.model_copy(update={"reservoir": 0})
+    train_once(house.engine, house.artifacts, "default", none, trigger="manual")
+    with store.session(house.engine) as s:
+        assert queries.traces.pinned_traces(s, 1, RESERVOIR) == []
+
+
+def test_what_only_the_reservoir_still_has_is_trained_on(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.serve(40)
+    recipe = BRIEF.model_copy(
+        update={"reservoir": 5, "window": 12, "min_requests": 1, "replay_share": 0.5}
+    )
+    train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    monkeypatch.setattr(selection, "REACH", 12)
+    outcome = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    with store.session(house.engine, write=False) as s:
+        trained = set(s.scalars(select(TrainingRequest.request_id)
+                                .where(TrainingRequest.run_id == outcome.run_id)))  # fmt: skip
+        newest = queries.requests.recent_requests(s, 1, limit=12)
+    assert trained - {row.request_id for row in newest}
+
+
+def rows_of(house: House, request_ids: list[int]) -> list[queries.requests.RecentRequest]:
+    with store.session(house.engine, write=False) as s:
+        return queries.requests.with_traces(s, request_ids)
 
 
 def test_without_the_line_search_the_whole_way_is_taken(house: House) -> None:
