@@ -236,7 +236,7 @@ class GateSettings(TextSettings):
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """Chance that candidates no better than the live version ever pass against it, all tries
-    together. The k-th try spends alpha / (k (k + 1))."""
+    together: one of a line passes at an e-value of 1 / alpha."""
 
     requests: int = Field(default=300, ge=2)
     """Newest held-out requests that are replayed."""
@@ -244,8 +244,8 @@ class GateSettings(TextSettings):
     domain_margin: float = Field(default=0.05, ge=0, lt=1)
     """Share of the live version's accept length that no domain may lose."""
 
-    min_domain_requests: int = Field(default=8, ge=2)
-    """A domain with fewer replayed requests is shown but not judged."""
+    domain_risk: float = Field(default=0.10, gt=0, lt=1)
+    """Largest chance that a domain lost more than the margin with which a candidate passes."""
 
 
 class WatchSettings(TextSettings):

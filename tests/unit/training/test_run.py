@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, Traini
 from aurora_sgl.store.pruning.kept import RESERVOIR
 from aurora_sgl.store.purge import Selector, begin_purge
 from aurora_sgl.training import run, selection
+from aurora_sgl.training.bases import BaseIds, base_ids
 from aurora_sgl.training.recipe_bandit import ARMS
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
@@ -502,3 +504,41 @@ def test_a_run_ends_without_a_version_when_what_it_learns_from_is_purged(house: 
     assert (outcome.status, outcome.version_id) == ("failed", None)
     assert "1 of the requests that it learnt from were purged meanwhile" in outcome.error
     assert list((house.home / "training").iterdir()) == []
+
+
+def test_a_run_goes_on_from_a_candidate_and_is_compared_with_live(house: House) -> None:
+    house.serve(30)
+    first = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
+    assert first.version_id is not None
+    with store.session(house.engine) as s:
+        queries.evaluations.add_evaluation(
+            s, candidate_id=first.version_id, baseline_id=house.live, kind="replay", requests=9,
+            verdict="inconclusive", attempt=1,
+            details={"line": {"generation": 1, "log_e": 0.0, "continues": True}},
+        )  # fmt: skip
+        ids = base_ids(s, queries.groups.group_by_name(s, "default").id, None, carry_on=True)
+    assert ids == BaseIds(first.version_id, house.live)
+    by_hand = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
+    second = train_once(
+        house.engine, house.artifacts, "default", BRIEF, trigger="test", carry_on=True
+    )
+    with store.session(house.engine, write=False) as s:
+        parents = [
+            queries.versions.version(s, int(run.version_id or 0)).parent_id
+            for run in (by_hand, second)
+        ]
+        row = queries.evaluations.evaluation(s, int(second.evaluation_id or 0))
+        weights = [
+            queries.versions.version(s, int(run.version_id or 0)).weights_uri
+            for run in (first, by_hand, second)
+        ]
+    assert parents == [house.live, first.version_id] and row.baseline_id == house.live
+    for uri in set(weights):  # the first and the one by hand are alike
+        folder = house.artifacts.local_path(uri)
+        assert folder is not None
+        shutil.rmtree(folder)
+    third = train_once(
+        house.engine, house.artifacts, "default", BRIEF, trigger="test", carry_on=True
+    )
+    assert f"training starts from the live version {house.live}" in third.metrics["base_left"]
+    assert house.runs()[-1].base_version_id == house.live and third.status == "succeeded"
