@@ -6,6 +6,7 @@ add up, while the gate compares with the live version, so that they are proven a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,3 +86,15 @@ def _version(
     if problems:
         raise AuroraError(f"version {version_id} does not fit the target: {problems[0]}")
     return checkpoint.load(folder, target_layers=info.num_layers), version.weights_sha256, info
+
+
+def base_ratio(s: Session, ids: BaseIds) -> float:
+    """Accept length of the base over that of the baseline, by its newest evaluation against it; 1.0
+    where they are one, and NaN where the base was never replayed."""
+    if ids.base == ids.baseline:
+        return 1.0
+    for row in queries.evaluations.evaluations(s, ids.base):
+        if row.baseline_id == ids.baseline and row.kind == "replay" and not row.domain:
+            before, after = row.baseline_accept_length, row.candidate_accept_length
+            return after / before if before and after else math.nan
+    return math.nan

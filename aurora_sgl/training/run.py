@@ -36,7 +36,7 @@ from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
 from aurora_sgl.training import line_search, reservoir
-from aurora_sgl.training.bases import BaseIds, Bases, base_ids, load
+from aurora_sgl.training.bases import BaseIds, Bases, base_ids, base_ratio, load
 from aurora_sgl.training.maturity import peak_rate, trained_tokens
 from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
 from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
@@ -352,7 +352,7 @@ class _Run:
             **result.metrics,
             "accept_length_before": or_none(paired.baseline),
             "accept_length_after": or_none(paired.candidate),
-            **self._earned(paired.baseline, paired.candidate),
+            **self._earned(ids, paired.baseline, paired.candidate),
         }
         version = import_version(
             self.engine,
@@ -382,11 +382,14 @@ class _Run:
             metrics=metrics, reason=str(row.details.get("reason", "")),
         )  # fmt: skip
 
-    def _earned(self, before: float, after: float) -> dict[str, Any]:
-        """Gain and reward, for the choice of the next runs' recipes."""
+    def _earned(self, ids: BaseIds, before: float, after: float) -> dict[str, Any]:
+        """Gain over the base and reward, for the choice of the next runs' recipes. ``before`` is
+        the baseline's accept length, of which the base may be ahead already."""
         if not self.settings.explore:
             return {}
-        earned = reward_of(before, after, time.monotonic() - self.began, self.settings)
+        with store.session(self.engine, write=False) as s:
+            base = before * base_ratio(s, ids)
+        earned = reward_of(base, after, time.monotonic() - self.began, self.settings)
         gain, reward = earned or (None, None)
         return {"gain": gain, "reward": reward}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -37,7 +38,7 @@ from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, Traini
 from aurora_sgl.store.pruning.kept import RESERVOIR
 from aurora_sgl.store.purge import Selector, begin_purge
 from aurora_sgl.training import run, selection
-from aurora_sgl.training.bases import BaseIds, base_ids
+from aurora_sgl.training.bases import BaseIds, base_ids, base_ratio
 from aurora_sgl.training.recipe_bandit import ARMS
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
@@ -513,10 +514,14 @@ def test_a_run_goes_on_from_a_candidate_and_is_compared_with_live(house: House) 
     with store.session(house.engine) as s:
         queries.evaluations.add_evaluation(
             s, candidate_id=first.version_id, baseline_id=house.live, kind="replay", requests=9,
-            verdict="inconclusive", attempt=1,
+            verdict="inconclusive", attempt=1, baseline_accept_length=2.0,
+            candidate_accept_length=2.2,
             details={"line": {"generation": 1, "log_e": 0.0, "continues": True}},
         )  # fmt: skip
         ids = base_ids(s, queries.groups.group_by_name(s, "default").id, None, carry_on=True)
+        assert ids is not None and base_ratio(s, ids) == pytest.approx(1.1)
+        assert base_ratio(s, BaseIds(house.live, house.live)) == 1.0
+        assert math.isnan(base_ratio(s, BaseIds(house.live, first.version_id)))
     assert ids == BaseIds(first.version_id, house.live)
     by_hand = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     second = train_once(
