@@ -1,9 +1,9 @@
 """How many requests of a wide target do the trace files hold, for training and for the gate?
 
 Random hidden states in bfloat16 go through the sidecar's writer and store until the budget is full
-and as many again have come: rows full and compact, every prompt of its own, and chats that share a
-system prompt. Prints bytes a token, what the writer takes in a second (one thread), and which
-requests are left: all that can be used, and those of them on training's side and on the gate's.
+and a third as many again have come: rows full and compact, every prompt of its own, and chats that
+share a system prompt. Prints bytes a token, what the writer takes in a second (one thread), and
+which requests are left: all that can be used, and of them those on training's side and the gate's.
 
     python -m benchmarks.trace_room [--hidden 4096] [--tokens 1000] [--gib 2] [--json]
 """
@@ -103,7 +103,7 @@ def fill(folder: Path, form: str, hidden: int, tokens: int, budget: int, shared:
     rows = tokens - 1 - (SYSTEM if shared else 0)
     house = House(folder, form, budget)
     seconds = written = 0.0
-    requests = 2 * budget // (row_bytes * rows)
+    requests = 4 * budget // (3 * row_bytes * rows)
     for number in range(1, requests + 1):
         start = SYSTEM if shared and number > 1 else 0
         own = np.random.default_rng(number).integers(0, 100_000, tokens)
@@ -130,12 +130,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--gib", type=float, default=2.0)
+    parser.add_argument("--cells", default="full,compact,shared")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="trace-room-"))
     table = []
     try:
-        for form, shared in (("full", False), ("compact", False), ("compact", True)):
-            house = folder / f"{form}-{shared}"
+        for cell in given.cells.split(","):
+            form, shared = ("compact", True) if cell == "shared" else (cell, False)
+            house = folder / cell
             budget = int(given.gib * GIB)
             table.append(fill(house, form, given.hidden, given.tokens, budget, shared))
             shutil.rmtree(house)
