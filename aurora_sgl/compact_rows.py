@@ -88,7 +88,7 @@ def compact(rows: NDArray[np.uint8], dtype: str, bits: int) -> CompactRows:
     width = numbers_of(rows[:1], dtype).shape[1]
     count, inner = len(rows), blocks(width) * BLOCK
     channels = _channels(numbers_of(rows[:: max(1, -(-count // _SAMPLE))], dtype))
-    inverse = 1 / _factors(channels)
+    inverse = (1 / _factors(channels)).astype(np.float32)
     packed = np.empty((count, packed_bytes(width, bits)), np.uint8)
     codes = np.empty((count, blocks(width)), np.uint8)
     largest = np.empty(count, np.float32)
@@ -96,7 +96,7 @@ def compact(rows: NDArray[np.uint8], dtype: str, bits: int) -> CompactRows:
     for begin in range(0, count, together):
         part = slice(begin, min(begin + together, count))
         with np.errstate(over="ignore", invalid="ignore"):
-            numbers = numbers_of(rows[part], dtype) * inverse
+            numbers: Numbers = numbers_of(rows[part], dtype) * inverse
         if inner != width:
             numbers = np.pad(numbers, ((0, 0), (0, inner - width)))
         _compact_part(numbers, bits, packed[part], codes[part], largest[part])
@@ -112,7 +112,8 @@ def _channels(sample: Numbers) -> Bytes:
         raise ValueError(_NOT_FINITE)
     top = size.max(initial=0.0) or 1.0
     octaves = np.log2(top / np.maximum(size, _LEAST_SHARE * top)) / 2
-    return np.round(octaves * _CHANNEL_STEPS_AN_OCTAVE).astype(np.uint8)
+    codes: Bytes = np.round(octaves * _CHANNEL_STEPS_AN_OCTAVE).astype(np.uint8)
+    return codes
 
 
 def _factors(channels: Bytes) -> Numbers:
@@ -181,13 +182,13 @@ def _pack(values: Bytes, bits: int, packed: Bytes) -> None:
 
 def numbers(rows: CompactRows) -> Numbers:
     """The numbers again, shape [n, width]."""
-    found = np.empty((len(rows.largest), rows.width), np.float32)
+    decoded = np.empty((len(rows.largest), rows.width), np.float32)
     factors = _factors(rows.channels)
     together = max(1, _CHUNK // max(1, rows.width))
-    for begin in range(0, len(found), together):
+    for begin in range(0, len(decoded), together):
         part = slice(begin, begin + together)
-        np.multiply(_numbers_part(rows, part), factors, out=found[part])
-    return found
+        np.multiply(_numbers_part(rows, part), factors, out=decoded[part])
+    return decoded
 
 
 def _numbers_part(rows: CompactRows, part: slice) -> Numbers:
@@ -201,7 +202,7 @@ def _numbers_part(rows: CompactRows, part: slice) -> Numbers:
     for plane in range(rows.bits - 4):
         begin = half + plane * (inner // 8)
         values |= np.unpackbits(packed[:, begin : begin + inner // 8], axis=1) << plane
-    found = values.astype(np.float32).reshape(len(values), -1, BLOCK)
-    found -= most + 1
-    found *= _steps(codes, rows.largest[part], most)[..., None]
-    return found.reshape(len(values), -1)[:, : rows.width]
+    decoded = values.astype(np.float32).reshape(len(values), -1, BLOCK)
+    decoded -= most + 1
+    decoded *= _steps(codes, rows.largest[part], most)[..., None]
+    return decoded.reshape(len(values), -1)[:, : rows.width]

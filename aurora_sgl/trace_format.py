@@ -11,7 +11,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +105,7 @@ class TraceMetadata:
         )
 
 
-def tokens_of(file: BinaryIO) -> NDArray[np.int64]:  # shape: [T]
+def tokens_of(file: IO[bytes]) -> NDArray[np.int64]:  # shape: [T]
     """The tokens of a trace file, and no more of it, without torch. Raises ``OSError``,
     ``ValueError``, ``KeyError`` or ``TypeError`` for what is no such file."""
     (length,) = struct.unpack("<Q", _exactly(file, 8))
@@ -119,7 +119,7 @@ def tokens_of(file: BinaryIO) -> NDArray[np.int64]:  # shape: [T]
     return np.frombuffer(_exactly(file, end - begin), "<i8")
 
 
-def _exactly(file: BinaryIO, count: int) -> bytes:
+def _exactly(file: IO[bytes], count: int) -> bytes:
     data = file.read(count)
     if len(data) != count:
         raise ValueError("it is cut short")
