@@ -40,6 +40,8 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64
 #: Name -> dtype, shape, raw data.
 Tensors = dict[str, tuple[str, tuple[int, ...], NDArray[Any]]]
 
+Blob = bytes  # which is the name of a field of TraceRow
+
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +62,7 @@ class TraceRow(msgspec.Struct, array_like=True, frozen=True):
     aux_width: int
     last_width: int
     dtype: str
+    tokens: Blob = b""  # int32, prompt and answer: which conversation it is a turn of
     prefix_sha256: str = ""  # of the tokens before ``start``; rows of older sidecars have none
 
 
@@ -188,5 +191,6 @@ class TraceWriter:
             aux_width=header.aux_width,
             last_width=header.last_width,
             dtype=header.dtype,
+            tokens=trace.tokens.astype(np.int32).tobytes(),
             prefix_sha256=sha256_ints(tokens[: trace.start]) if trace.start else "",
         )

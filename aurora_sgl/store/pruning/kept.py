@@ -21,6 +21,8 @@ from datetime import datetime
 from aurora_sgl.split_place import GATE_SHARE, place
 
 PINNED_SHARE, HELD_OUT_SHARE = 0.25, 0.2
+#: Why training pins traces by itself. Unlike what people pin, these grow too old with the others.
+RESERVOIR = "reservoir"
 #: Beyond so many traces some more go at once: finding out which looks at all of them.
 _MANY, _SLACK = 1000, 64
 

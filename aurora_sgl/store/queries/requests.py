@@ -81,12 +81,24 @@ def donors(s: Session, rows: Sequence[RecentRequest]) -> list[RecentRequest]:
     more: list[RecentRequest] = []
     missing = {row.donor_id for row in rows} - held
     while wanted := sorted(one for one in missing if one is not None)[:500]:
-        query = _with_traces().where(Request.id.in_(wanted), Request.may_train)
-        these = [RecentRequest(**row._mapping) for row in s.execute(query)]
+        these = with_traces(s, wanted)
         more += these
         held |= set(wanted)
         missing = (missing | {row.donor_id for row in these}) - held
     return more
+
+
+def with_traces(s: Session, request_ids: Sequence[int]) -> list[RecentRequest]:
+    """Those of these requests that finished, have a trace and may be learnt from, by id."""
+    rows: list[RecentRequest] = []
+    for begin in range(0, len(request_ids), 500):
+        query = _with_traces().where(
+            Request.id.in_(request_ids[begin : begin + 500]),
+            Request.may_train,
+            Request.status == "finished",
+        )
+        rows += [RecentRequest(**row._mapping) for row in s.execute(query.order_by(Request.id))]
+    return rows
 
 
 def _with_traces() -> Select[Any]:
@@ -131,6 +143,16 @@ def request(s: Session, request_id: int) -> Request | None:
     return s.get(Request, request_id)
 
 
+def accept_rules(s: Session, request_ids: Sequence[int]) -> dict[int, str]:
+    """The accept rules of those of these requests that are still stored."""
+    rules: dict[int, str] = {}
+    for begin in range(0, len(request_ids), 400):
+        part = request_ids[begin : begin + 400]
+        query = select(Request.id, Request.accept_rule).where(Request.id.in_(part))
+        rules |= {row.id: row.accept_rule for row in s.execute(query)}
+    return rules
+
+
 def requests_by_rid(s: Session, rid: str) -> Sequence[Request]:
     """Newest first. A client may send one rid many times; there is no index on it."""
     return s.scalars(select(Request).where(Request.rid == rid).order_by(Request.id.desc())).all()
@@ -139,7 +161,7 @@ def requests_by_rid(s: Session, rid: str) -> Sequence[Request]:
 def count_trainable(s: Session, group_id: int, *, since: datetime | None = None) -> int:
     """Finished requests that may be learnt from and still can, finished after a moment: their
     trace is there, and the one that holds its prefix, if it lacks one. (Of rows from before schema
-    0016 only the trace is asked for.)"""
+    0014 only the trace is asked for.)"""
     donor = aliased(Trace)
     query = (
         select(func.count())
