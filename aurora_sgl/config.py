@@ -80,7 +80,7 @@ class Settings(TextSettings):
     nothing."""
 
     capture_format: str = Field(default="auto", pattern="^(auto|full|compact)$")
-    """Rows of trace files: full, as the target computed them; compact, in 4 and 5 bits a number
+    """Rows of trace files: full, as the target computed them; compact, in 4 and 6 bits a number
     with scales for blocks of 32; auto: compact for targets with a hidden size of 2,048 or more."""
 
     capture_request_bytes: int = Field(default=128 * 1024**2, ge=1)

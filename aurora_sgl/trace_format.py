@@ -1,8 +1,8 @@
 """The trace file: names and metadata that the sidecar writes and training reads (safetensors).
 
 Format 1 holds rows as the target computed them. Format 2 holds them compact (``compact_rows``): a
-tensor ``x`` of format 1 is ``x.packed``, ``x.codes`` and ``x.largest`` there, and the metadata
-says its width and bits. Only numpy's and Python's types: the sidecar loads no torch.
+tensor ``x`` of format 1 is ``x.packed``, ``x.codes``, ``x.largest`` and ``x.channels`` there, and
+the metadata says its width and bits. Only numpy's and Python's types: the sidecar loads no torch.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 #: Parts of a tensor of format 2, and the bits of a number. The last state is the teacher: an error
 #: in it moves the distribution that is learnt.
-PARTS = ("packed", "codes", "largest")
-BITS = {AUX: 4, LAST: 5}
+PARTS = ("packed", "codes", "largest", "channels")
+BITS = {AUX: 4, LAST: 6}
 #: From this hidden size on ``auto`` means compact: below it the default budget of files holds 200
 #: requests of 1,000 tokens with full rows too.
 WIDE = 2048

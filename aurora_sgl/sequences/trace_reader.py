@@ -81,9 +81,9 @@ def _rows(file: Any, name: str, meta: TraceMetadata) -> torch.Tensor:  # shape: 
     if meta.format != COMPACT:
         rows: torch.Tensor = file.get_tensor(name)
         return rows
-    packed, codes, largest = (file.get_tensor(f"{name}.{part}").numpy() for part in PARTS)
+    packed, codes, largest, channels = (file.get_tensor(f"{name}.{part}").numpy() for part in PARTS)
     bits, width = getattr(meta, f"{name}_bits"), getattr(meta, f"{name}_width")
-    small = compact_rows.CompactRows(packed, codes, largest, bits, width)
+    small = compact_rows.CompactRows(packed, codes, largest, channels, bits, width)
     return torch.from_numpy(compact_rows.numbers(small)).to(torch.bfloat16)
 
 

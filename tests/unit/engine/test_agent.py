@@ -398,7 +398,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Agent
     """An agent with a channel to a sidecar that is not there."""
     monkeypatch.setenv("AURORA_ENDPOINT", str(tmp_path))
     monkeypatch.setenv("AURORA_CAPTURE_REQUEST_BYTES", str(100 * ROW))
-    monkeypatch.setenv("AURORA_TRACE_MEMORY_BYTES", str(250 * ROW))
+    monkeypatch.setenv("AURORA_TRACE_MEMORY_BYTES", str(260 * ROW))
     get_settings.cache_clear()
     mine = agent(
         target_hidden_size=8, aux_layers=[1, 2, 3], dtype="bfloat16", algorithm="EAGLE3",

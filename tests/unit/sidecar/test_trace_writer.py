@@ -70,12 +70,12 @@ def test_rows_come_back_as_bfloat16(house: House, form: str, hidden: int, exact:
     assert (torch.equal(there.aux, aux) and torch.equal(there.last, last)) == exact
     off = [float((a.float() - b).norm() / b.float().norm()) for a, b in
            ((there.aux, aux), (there.last, last))]  # fmt: skip
-    assert off[0] < 0.11 and off[1] < 0.055
+    assert off[0] < 0.11 and off[1] < 0.025
     assert torch.equal(read_tokens(house.path(row.uri)), there.tokens)
     with safe_open(str(house.path(row.uri)), framework="pt") as file:
         assert file.metadata()["format"] == ("1" if exact else "2")
     rows = file_row_bytes(3 * hidden, hidden, 2, form) * ROWS
-    assert rows < row.bytes < rows + 2000
+    assert rows < row.bytes < rows + 2000 + (0 if exact else 4 * hidden), "and the channels"
 
 
 def test_a_trace_with_numbers_that_are_not_finite_is_refused_in_one_line(
