@@ -27,7 +27,8 @@ _OF_A_RUN_LATER = {"mature_learning_rate", "dev_requests"}
 #: Knobs that cells are older than: named only where they are not at their default.
 _NEWER = {
     "lk_eta", "reward_weight", "inclusion_temperature", "rl_kl_weight", "rl_group", "rl_reuse",
-    "rl_clip", "rl_beta", "rl_logged_weight", "rl_depth_cost",
+    "rl_clip", "rl_beta", "rl_logged_weight", "rl_depth_cost", "reach_topk", "reach_decay",
+    "tree_reward_weight", "optimizer",
 }  # fmt: skip
 
 

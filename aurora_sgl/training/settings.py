@@ -26,8 +26,12 @@ class TrainSettings(ObjectiveSettings):
     (benchmarks/recipes.py; one seed). At 400 requests 400 updates can't be told from two passes.
     Left at 0 for the sake of that time; on a GPU (13 s) 400 is worth it."""
 
+    optimizer: str = Field(default="adamw", pattern="^(adamw|muon)$")
+    """What turns a gradient into a step: adamw, or muon for the layer's matrices with AdamW for the
+    head and the vectors."""
+
     learning_rate: float = Field(default=1.5e-3, gt=0)
-    """Peak rate of AdamW for a base that was trained on next to nothing. In the same setting 1e-3
+    """Peak rate for a base that was trained on next to nothing. In the same setting 1e-3
     and 2e-3 gave 1.59 and 1.68 after one pass, 1.91 and 1.89 after three."""
 
     mature_learning_rate: float = Field(default=3e-4, gt=0)

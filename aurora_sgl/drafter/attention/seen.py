@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -44,12 +44,16 @@ class Seen:
     ) -> Seen:
         """Query i of request r sees the rows ``0 .. firsts[r] + i`` of its text.
 
-        ``counts`` are the queries of each request, ``texts`` the rows of its text as they are
-        packed (default: just as many as its last query sees). Needs nothing from the device.
+        ``counts`` are the queries of each request (one without any has no part in it), ``texts``
+        the rows of its text as they are packed (default: just as many as its last query sees).
+        Needs nothing from the device.
         """
-        assert all(first >= 0 for first in firsts) and all(count >= 1 for count in counts)
-        reached = [first + count for first, count in zip(firsts, counts, strict=True)]
-        return cls(_indptr(counts), _indptr(reached), None, _reached_rows(reached, texts))
+        assert all(first >= 0 for first in firsts) and all(count >= 0 for count in counts)
+        reached = [
+            first + count if count else 0 for first, count in zip(firsts, counts, strict=True)
+        ]
+        rows = _reached_rows(reached, texts)
+        return cls(_indptr(filter(None, counts)), _indptr(filter(None, reached)), None, rows)
 
     @classmethod
     def up_to(
@@ -57,6 +61,7 @@ class Seen:
         last_row: torch.Tensor,  # [queries] int64, counted from the start of a query's own text
         counts: Sequence[int] | None = None,  # queries of each request; default: one request
         texts: Sequence[int] | None = None,  # packed text rows of each request
+        device: torch.device | None = None,  # of a mask; default: last_row's
     ) -> Seen:
         """Each query sees the rows ``0 .. last_row`` of its text.
 
@@ -65,12 +70,15 @@ class Seen:
         """
         parts = torch.split(last_row.cpu(), list(counts or [len(last_row)]))
         if all(bool((part.diff() == 1).all()) for part in parts):
-            return cls.run([int(part[0]) for part in parts], [len(part) for part in parts], texts)
-        reached = [int(part.max()) + 1 for part in parts]
+            firsts = [int(part[0]) if len(part) else 0 for part in parts]
+            return cls.run(firsts, [len(part) for part in parts], texts)
+        reached = [int(part.max()) + 1 if len(part) else 0 for part in parts]
         masks = [
-            torch.arange(rows) <= part[:, None] for rows, part in zip(reached, parts, strict=True)
+            torch.arange(rows) <= part[:, None]
+            for rows, part in zip(reached, parts, strict=True)
+            if rows
         ]
-        pattern = cls.masks([mask.to(last_row.device) for mask in masks])
+        pattern = cls.masks([mask.to(device or last_row.device) for mask in masks])
         return cls(
             pattern.query_indptr, pattern.text_indptr, pattern.mask, _reached_rows(reached, texts)
         )
@@ -97,7 +105,7 @@ class Seen:
     def pick(self, packed: torch.Tensor) -> torch.Tensor:
         """The rows of the packed text that are seen at all."""
         if isinstance(self.rows, torch.Tensor):
-            return packed[self.rows.to(packed.device)]
+            return packed.index_select(0, self.rows.to(packed.device))
         return packed[: self.rows]
 
     def requests(self) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
@@ -129,7 +137,7 @@ class Seen:
                 yield Block(slice(begin, end), reached, later.triu(1))
 
 
-def _indptr(lengths: Sequence[int]) -> tuple[int, ...]:
+def _indptr(lengths: Iterable[int]) -> tuple[int, ...]:
     return (0, *accumulate(lengths))
 
 

@@ -15,7 +15,9 @@ from aurora_sgl.training.objectives.expected_accept_length import ExpectedAccept
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.lk import LK
 from aurora_sgl.training.objectives.policy_gradient import PolicyGradient
+from aurora_sgl.training.objectives.reach_kl import ReachKL
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
+from aurora_sgl.training.objectives.tree_reward import TreeReward
 
 __all__ = [
     "OBJECTIVES",
@@ -30,6 +32,8 @@ __all__ = [
 
 _ALL: tuple[type[Objective], ...] = (
     ForwardKL,
+    ReachKL,
+    TreeReward,
     LK,
     ExpectedAcceptLength,
     PolicyGradient,

@@ -93,12 +93,16 @@ def test_early_stop_keeps_the_best_average_on_the_dev_split(tmp_path: Path) -> N
     assert again == pytest.approx(max(history))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["forward_kl", "tree_reward"])
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(
+    tmp_path: Path, objective: str
+) -> None:
     drafter, head = world(tmp_path / "t")
-    (bad,) = requests(head, 1)
+    good, bad = requests(head, 2)
     bad.last[8] = float("nan")
+    settings = TrainSettings(objective=objective, passes=1, batch_requests=2, rl_share=1.0)
     with pytest.raises(AuroraError, match="not finite at update 0"):
-        train(drafter, [bad], head, TrainSettings(passes=1))
+        train(drafter, [good, bad], head, settings)
 
 
 def test_no_requests_is_an_error_and_unreadable_ones_are_passed_over(tmp_path: Path) -> None:
