@@ -2,12 +2,12 @@
 
 Every objective trains on the same 64 requests of one domain in the same order, one pass, at the
 same settings but for ``objective``; three domains, three seeds. Three starts: *scratch*, an
-untrained drafter; *distilled*, one that forward KL has trained beforehand on 48 other requests of each of
-the three domains (two passes), since what reinforcement adds to a drafter that knows something is
-the question; and *static*, the well-trained ``benchmarks/static-drafter``. ``tree_reward``
-reinforces in the last third of a run from scratch and all along from a trained drafter. *none* is
-the start itself. Policy gradients also get what the start would have
-proposed for these requests, accepted and rejected, as a server's log has it.
+untrained drafter; *distilled*, one that forward KL has trained beforehand on 48 other requests of
+each of the three domains (two passes), since what reinforcement adds to a drafter that knows
+something is the question; and *static*, the well-trained ``benchmarks/static-drafter``.
+``tree_reward`` reinforces in the last third of a run from scratch and all along from a trained
+drafter. *none* is the start itself. Policy gradients also get what the start would have proposed
+for these requests, accepted and rejected, as a server's log has it.
 
 Accept lengths are replayed on 60 held-out requests, chain of 4 and tree (4, 4, 16); the last
 columns are the paired difference to forward KL by request, all domains and seeds together, with a

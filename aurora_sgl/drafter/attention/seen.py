@@ -8,6 +8,9 @@ from itertools import accumulate
 
 import torch
 
+#: Queries, text rows, and who sees what (``None``: causal).
+Request = tuple[slice, slice, torch.Tensor | None]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -108,7 +111,7 @@ class Seen:
             return packed.index_select(0, self.rows.to(packed.device))
         return packed[: self.rows]
 
-    def requests(self) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
+    def requests(self) -> Iterator[Request]:
         """(queries, text rows, mask or ``None`` for causal) of each request."""
         begin = 0
         for number in range(len(self.query_indptr) - 1):
@@ -121,20 +124,66 @@ class Seen:
                 mask, begin = self.mask[begin:end].view(shape), end
             yield queries, text, mask
 
-    def blocks(self, scores: int, rows: int, device: torch.device) -> Iterator[Block]:
-        """Blocks of at most ``rows`` queries and about ``scores`` pairs of query and row."""
-        for queries, text, mask in self.requests():
-            length = text.stop - text.start
-            size = max(1, min(rows, scores // max(1, length)))
-            for begin in range(queries.start, queries.stop, size):
-                end = min(begin + size, queries.stop)
-                if mask is not None:
-                    hidden = ~mask[begin - queries.start : end - queries.start]
-                    yield Block(slice(begin, end), text, hidden)
-                    continue
-                later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device)
-                reached = slice(text.start, text.stop - (queries.stop - end))
-                yield Block(slice(begin, end), reached, later.triu(1))
+    def blocks(
+        self, scores: int, rows: int, device: torch.device, shared: bool | None = None
+    ) -> Iterator[Block]:
+        """Blocks of at most ``rows`` queries and about ``scores`` pairs of query and row.
+
+        ``shared``: short requests share a block, each blind to the others. Default: on a GPU, where
+        a launch costs more than pairs that are computed for nothing.
+        """
+        shared = device.type != "cpu" if shared is None else shared
+        single = ([request] for request in self.requests())
+        groups = self.groups(scores, rows) if shared else single
+        for group in groups:
+            if len(group) == 1:
+                yield from _blocks_of(*group[0], scores, rows, device)
+                continue
+            hidden = ~torch.block_diag(*(_as_mask(*request, device) for request in group))
+            queries, text = (slice(group[0][part].start, group[-1][part].stop) for part in (0, 1))
+            yield Block(queries, text, hidden)
+
+    def groups(self, scores: int, rows: int) -> list[list[Request]]:
+        """Neighbours that fit into one block together, all their pairs counted."""
+        groups: list[list[Request]] = []
+        for request in self.requests():
+            first = groups[-1][0] if groups else request
+            queries, text = request[0].stop - first[0].start, request[1].stop - first[1].start
+            if groups and queries <= rows and queries * text <= scores:
+                groups[-1].append(request)
+            else:
+                groups.append([request])
+        return groups
+
+
+def _blocks_of(
+    queries: slice,
+    text: slice,
+    mask: torch.Tensor | None,
+    scores: int,
+    rows: int,
+    device: torch.device,
+) -> Iterator[Block]:
+    size = max(1, min(rows, scores // max(1, text.stop - text.start)))
+    for begin in range(queries.start, queries.stop, size):
+        end = min(begin + size, queries.stop)
+        if mask is not None:
+            hidden = ~mask[begin - queries.start : end - queries.start]
+            yield Block(slice(begin, end), text, hidden)
+            continue
+        later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device)
+        reached = slice(text.start, text.stop - (queries.stop - end))
+        yield Block(slice(begin, end), reached, later.triu(1))
+
+
+def _as_mask(
+    queries: slice, text: slice, mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:  # [queries, text] bool
+    if mask is not None:
+        return mask
+    count, length = queries.stop - queries.start, text.stop - text.start
+    row = torch.arange(length, device=device)
+    return row <= torch.arange(length - count, length, device=device)[:, None]
 
 
 def _indptr(lengths: Iterable[int]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from aurora_sgl.drafter import scratch
 from aurora_sgl.drafter.architectures.eagle import EAGLE
 from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
+from aurora_sgl.drafter.attention import Seen, attend
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.packed import DraftedRows, PackedText
 from aurora_sgl.drafter.target import TargetHead
@@ -109,6 +111,32 @@ def test_no_request_of_a_pack_sees_another_one(tmp_path: Path) -> None:
         assert torch.equal(one.logits[:begin], two.logits[:begin])
         assert torch.equal(one.logits[end:], two.logits[end:])
         assert not torch.equal(one.logits[begin:end], two.logits[begin:end])
+
+
+def test_short_requests_share_a_block_of_the_backward_without_seeing_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU; here the same gradients as request by request."""
+    generator = torch.Generator().manual_seed(0)
+    checkered = torch.arange(3)[:, None] + torch.arange(5) > 3
+    last = torch.tensor([2, 3, 4, 0, 1, 1, 3, 4])
+    whole = Seen.up_to(last, [3, 2, 3], [5, 2, 5])
+    masked = Seen.masks([checkered, torch.ones(2, 2) > 0])
+    for visibility, few in ((whole, 8), (masked, 5), (Seen.run([2, 0], [3, 2]), 5)):
+        shapes = ((few, 4), (visibility.text, 2), (visibility.text, 2))
+        inputs = [
+            torch.randn(*shape, 8, generator=generator).double().requires_grad_()
+            for shape in shapes
+        ]
+        apart = torch.autograd.grad(attend(*inputs, visibility).pow(2).sum(), inputs)
+        groups = visibility.groups(1000, 100)
+        assert [len(group) for group in groups] == [len(list(visibility.requests()))]
+        assert len(visibility.groups(16, 100)) > 1
+        with monkeypatch.context() as patch:
+            patch.setattr(Seen, "blocks", partialmethod(Seen.blocks, shared=True))
+            together = torch.autograd.grad(attend(*inputs, visibility).pow(2).sum(), inputs)
+        for a, b in zip(apart, together, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_rows_that_cannot_be_reached_are_not_computed_and_change_nothing(tmp_path: Path) -> None:
