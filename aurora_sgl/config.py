@@ -342,6 +342,10 @@ class SchedulerSettings(TextSettings):
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Knobs of the training recipe, such as {"passes": 3}."""
 
+    explore: float = Field(default=0.2, ge=0, le=1)
+    """Share of the runs that try one knob of the recipe another way; what past runs earned then
+    decides. 0: the recipe as given."""
+
     wait_for_watch: bool = True
     """Promote nothing while the watch over the promotion before is running."""
 

@@ -134,6 +134,19 @@ class TrainSettings(ObjectiveSettings):
     training. 0: never. At 66% a refresh gave 1.56 and 1.81 after one and three passes where none
     gave 1.45 and 1.54 (see drafter/refresh.py); at 90% it cost 200 requests before it paid."""
 
+    line_search: bool = True
+    """Whether replay on the dev split chooses how far to go from the live drafter towards the
+    trained one (training/line_search.py); otherwise the whole way is taken."""
+
+    explore: float = Field(default=0.0, ge=0, le=1)
+    """Share of the runs that try one knob of the recipe another way; what past runs of the group
+    earned then decides (training/recipe_bandit.py). 0: the recipe as given. The scheduler's runs
+    have AURORA_SCHEDULER_EXPLORE."""
+
+    training_cost: float = Field(default=1.0, ge=0)
+    """Gain in accept length, in percent, that an hour of training has to bring: what the choice of
+    recipes takes from a run's gain for its time."""
+
     min_requests: int = Field(default=8, ge=1)
     """Fewest training requests of a run; with fewer it is skipped."""
 

@@ -33,6 +33,7 @@ from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, TrainingRun
 from aurora_sgl.store.purge import Selector, begin_purge
 from aurora_sgl.training import run
+from aurora_sgl.training.recipe_bandit import ARMS
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
 from tests.support.drafter_cases import target_folder
@@ -240,6 +241,42 @@ def test_the_peak_rate_falls_with_what_the_lineage_was_trained_on(house: House) 
     )  # fmt: skip
     assert third.metrics["base_trained_tokens"] is None
     assert third.metrics["peak_rate"] == SETTINGS.mature_learning_rate
+
+
+def test_what_a_run_earned_is_logged_and_decides_on_the_next_ones_recipe(house: House) -> None:
+    house.serve(40)
+    free = TrainSettings(
+        **{k: v for k, v in RECIPE.items() if k != "passes"}, gate_share=0.3, explore=1.0
+    )
+    first = train_once(house.engine, house.artifacts, "default", free, trigger="requests")
+    assert first.metrics["reward"] == pytest.approx(first.metrics["gain"], abs=0.1)
+    knob, level = first.metrics["explored"].split(": ")
+    assert first.metrics["arms"] == {knob: level}
+    changed = ARMS[knob, level](free)
+    with store.session(house.engine) as s:
+        row = s.get(TrainingRun, first.run_id)
+        assert row is not None and row.metrics["arms"] == first.metrics["arms"]
+        assert {name: row.config[name] for name in changed} == changed
+        for _ in range(8):  # runs with more passes earned much more
+            for arms, reward in (({"passes": "double"}, 8.0), ({}, 0.0)):
+                one = queries.runs.start_run(s, row.group_id, trigger="requests")
+                queries.runs.finish_run(
+                    s, one.id, "succeeded", metrics={"arms": arms, "reward": reward}
+                )
+    careful = free.model_copy(update={"explore": 1e-9})
+    second = train_once(house.engine, house.artifacts, "default", careful, trigger="requests")
+    assert second.metrics["arms"]["passes"] == "double" and second.metrics["explored"] == ""
+    with store.session(house.engine, write=False) as s:
+        row = s.get(TrainingRun, second.run_id)
+        assert row is not None and row.config["passes"] == 2 * free.passes
+
+
+def test_without_the_line_search_the_whole_way_is_taken(house: House) -> None:
+    house.serve(40)
+    recipe = BRIEF.model_copy(update={"line_search": False})
+    outcome = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    assert (outcome.metrics["alpha"], outcome.metrics["line_search"]) == (1.0, [])
+    assert "reward" not in outcome.metrics  # nothing was chosen
 
 
 def test_too_few_requests_skip_the_run_and_say_so(house: House) -> None:
