@@ -28,7 +28,9 @@ class TrainSettings(ObjectiveSettings):
 
     optimizer: str = Field(default="adamw", pattern="^(adamw|muon)$")
     """What turns a gradient into a step: adamw, or muon for the layer's matrices with AdamW for the
-    head and the vectors."""
+    head and the vectors. From scratch over 90 narrow requests muon gave a tree of 16 the accept
+    length 1.909 where adamw gave 1.792 at equal updates and 1.881 in three passes of nearly the same
+    time (one seed). On a CPU without bfloat16 one of its steps takes longer than 50 updates."""
 
     learning_rate: float = Field(default=1.5e-3, gt=0)
     """Peak rate for a base that was trained on next to nothing. In the same setting 1e-3
@@ -81,7 +83,7 @@ class TrainSettings(ObjectiveSettings):
     the old traffic where none lost 3.2%, and gained 14% on the new where none gained 17%."""
 
     batch_requests: int = Field(default=1, ge=1)
-    """Number of requests in one update."""
+    """Number of requests in one update, which is one program however many there are."""
 
     batch_tokens: int = Field(default=0, ge=0)
     """Trained positions that one update gathers, whole requests at a time; 0: ``batch_requests``.

@@ -139,8 +139,10 @@ class Seen:
             if len(group) == 1:
                 yield from _blocks_of(*group[0], scores, rows, device)
                 continue
-            hidden = ~torch.block_diag(*(_as_mask(*request, device) for request in group))
-            queries, text = (slice(group[0][part].start, group[-1][part].stop) for part in (0, 1))
+            masks = [_as_mask(*request, device) for request in group]
+            hidden = ~torch.block_diag(*masks)  # type: ignore[no-untyped-call]
+            (first, first_text, _), (last, last_text, _) = group[0], group[-1]
+            queries, text = slice(first.start, last.stop), slice(first_text.start, last_text.stop)
             yield Block(queries, text, hidden)
 
     def groups(self, scores: int, rows: int) -> list[list[Request]]:

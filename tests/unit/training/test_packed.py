@@ -80,6 +80,25 @@ def test_a_packed_update_has_the_gradient_of_its_requests_one_by_one(
         torch.testing.assert_close(packed, sum(one[3][number] for one in alone))
 
 
+def test_the_loss_of_a_request_is_the_decayed_mean_over_the_rows_that_each_step_has(
+    tmp_path: Path,
+) -> None:
+    drafter, head, data = case(tmp_path / "t")
+    one, count = data[2], 18
+    ids = drafter.target_ids
+    text = PackedText.of([(one.tokens[:19], one.features)], [(0, count)])
+    best = (one.last @ head.lm_head.T).argmax(-1)
+    best[one.output_start - 1 :] = one.tokens[one.output_start :]
+    wanted = 0.0
+    for k, step in enumerate(drafter.unroll(text, head, steps=4, dtype=torch.float64)):
+        rows = torch.arange(count - k)
+        p = (one.last[rows + 1 + k] @ head.lm_head[ids].T).softmax(-1)
+        losses = -(p * step.logits.log_softmax(-1)).sum(-1)
+        inside = torch.isin(best[rows + 1 + k], ids)
+        wanted += 0.8**k * float((losses * inside).mean().detach()) * count
+    assert gradient(drafter, head, [(2, one)])[0] == pytest.approx(wanted, rel=1e-9)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_parts_of_few_rows_add_up_to_the_whole_whatever_the_objective(
     tmp_path: Path, objective: str
