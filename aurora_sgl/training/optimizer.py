@@ -13,13 +13,21 @@ from typing import Any
 import torch
 
 from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.training.precision import can_autocast
 from aurora_sgl.training.settings import TrainSettings
 
 
 class Optimizer:
-    """The optimizers of one drafter, as one."""
+    """The optimizers of one drafter, as one. Raises ``AuroraError`` for Muon on a device that does
+    not multiply bfloat16 itself: PyTorch's orthogonalises in bfloat16 (2.13), and one step of the
+    demo's drafter took more than 30 s of an Ice Lake core."""
 
     def __init__(self, drafter: Drafter, settings: TrainSettings) -> None:
+        if settings.optimizer == "muon" and not can_autocast(settings, drafter.device):
+            raise AuroraError(
+                "optimizer=muon needs autocast and a device that multiplies bfloat16: use adamw"
+            )
         named = list(drafter.named_parameters())
         inner = [p for name, p in named if p.ndim == 2 and not name.startswith("lm_head")]
         with_muon = {id(p) for p in inner} if settings.optimizer == "muon" else set()

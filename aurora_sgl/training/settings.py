@@ -29,8 +29,8 @@ class TrainSettings(ObjectiveSettings):
     optimizer: str = Field(default="adamw", pattern="^(adamw|muon)$")
     """What turns a gradient into a step: adamw, or muon for the layer's matrices with AdamW for the
     head and the vectors. From scratch over 90 narrow requests muon gave a tree of 16 the accept
-    length 1.909 where adamw gave 1.792 at equal updates and 1.881 in three passes of nearly the same
-    time (one seed). On a CPU without bfloat16 one of its steps takes longer than 50 updates."""
+    length 1.909 where adamw gave 1.792 at equal updates and 1.881 in three passes of about the same
+    time (one seed). Refused on a CPU without bfloat16, which would take over 30 s for a step."""
 
     learning_rate: float = Field(default=1.5e-3, gt=0)
     """Peak rate for a base that was trained on next to nothing. In the same setting 1e-3
