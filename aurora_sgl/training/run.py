@@ -30,7 +30,7 @@ from aurora_sgl.intervals import or_none
 from aurora_sgl.private import make_folder
 from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.sequences import dataset
-from aurora_sgl.sequences.held_out import HeldOut
+from aurora_sgl.sequences.held_out import HeldOut, held_out_of
 from aurora_sgl.sequences.sample_weights import by_recency
 from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
@@ -227,7 +227,8 @@ class _Run:
             after_rejection_weight=settings.after_rejection_weight,
             most_gate=HELD_OUT,
         )
-        self.judged = HeldOut(len(data.gate), dict(selection.not_judged + data.held_out_left))
+        gate = [row for row, _ in data.gate.items]
+        self.judged = held_out_of(gate, selection.not_judged + data.held_out_left)
         if selection.span is not None:
             self.columns["window_start"], self.columns["window_end"] = selection.span
         self.columns["requests"] = len(data.train)
@@ -235,6 +236,7 @@ class _Run:
             **self.columns.get("metrics", {}),
             "left_out": dict(data.left_out),
             "gate_requests": len(data.gate),
+            "gate_rules": self.judged.by_rule,
             "gate_left_out": self.judged.left_out,
             "replayed_requests": len(selection.replay),
         }

@@ -78,11 +78,12 @@ def select(
 
 
 def _in_turns(rows: list[RecentRequest], count: int) -> list[RecentRequest]:
-    """The newest of each domain, domains taking turns, so that a small one is heard too."""
-    by_domain: dict[str, list[RecentRequest]] = defaultdict(list)
+    """The newest of each domain and accept rule, which take turns, so that a small one is heard
+    too."""
+    strata: dict[tuple[str, str], list[RecentRequest]] = defaultdict(list)
     for row in rows:
-        by_domain[row.domain].append(row)
-    turns = zip_longest(*by_domain.values())
+        strata[row.domain, row.accept_rule].append(row)
+    turns = zip_longest(*strata.values())
     return [row for turn in turns for row in turn if row is not None][:count]
 
 

@@ -9,10 +9,12 @@ import logging
 from collections import Counter
 
 import msgspec
+import numpy as np
 
 from aurora_sgl import clock
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
+from aurora_sgl.sidecar.traces.derived import DerivedConversations
 from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
 from aurora_sgl.store.erased import erased_ids
@@ -30,6 +32,7 @@ class TraceStore:
         self._link = link
         self._artifacts = artifacts
         self.counts: Counter[str] = Counter()
+        self._conversations = DerivedConversations()
 
     def add(self, rows: list[TraceRow]) -> None:
         """Insert rows, then delete the oldest files over the budgets of their groups. The files of
@@ -83,10 +86,13 @@ class TraceStore:
 
     def _insert(self, rows: list[TraceRow]) -> None:
         with self._link.session() as s:
+            self._conversations.refresh(s)
             for row in rows:
                 fields = msgspec.structs.asdict(row)
                 created_at = clock.from_us(fields.pop("created_us"))
+                tokens = np.frombuffer(fields.pop("tokens"), np.int32)
                 queries.traces.add_trace(s, **fields, created_at=created_at)
+                self._conversations.place(s, row.request_id, tokens, row.output_start)
         self.counts["added"] += len(rows)
 
     def enforce(self, group_id: int) -> None:

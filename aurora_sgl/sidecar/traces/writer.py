@@ -25,6 +25,8 @@ from aurora_sgl.trace_format import AUX, LAST, STEP_STARTS, TOKENS, TraceMetadat
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64"}
 
+Blob = bytes  # which is the name of a field of TraceRow
+
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +47,7 @@ class TraceRow(msgspec.Struct, array_like=True, frozen=True):
     aux_width: int
     last_width: int
     dtype: str
+    tokens: Blob = b""  # int32, prompt and answer: which conversation it is a turn of
 
 
 def write_safetensors(
@@ -149,4 +152,5 @@ class TraceWriter:
             aux_width=header.aux_width,
             last_width=header.last_width,
             dtype=header.dtype,
+            tokens=trace.tokens.astype(np.int32).tobytes(),
         )

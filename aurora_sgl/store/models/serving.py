@@ -103,7 +103,9 @@ class Request(Base):
     finished_at: Mapped[datetime | None]
     status: Mapped[str] = mapped_column(default="running")
     domain: Mapped[str] = mapped_column(default="default")
-    conversation_hash: Mapped[str] = mapped_column(default="")  # salted, see ``store.salt``
+    #: Salted (``store.salt``): of the client's name, else of the prompt; with ":" in it: derived
+    #: from the tokens, see ``sidecar.traces.turns``.
+    conversation_hash: Mapped[str] = mapped_column(default="")
     prompt_tokens: Mapped[int] = mapped_column(default=0)
     cached_tokens: Mapped[int] = mapped_column(default=0)
     completion_tokens: Mapped[int] = mapped_column(default=0)
@@ -293,3 +295,8 @@ class Trace(Base):
     last_width: Mapped[int]
     dtype: Mapped[str]
     pinned: Mapped[bool] = mapped_column(default=False)
+    #: Hashes under a key of the store, of the prompt and of the first ``answer_tokens`` tokens of
+    #: prompt and answer, by which a later turn is known; "": the client names its conversation.
+    prompt_key: Mapped[str] = mapped_column(default="")
+    answer_key: Mapped[str] = mapped_column(default="")
+    answer_tokens: Mapped[int] = mapped_column(default=0)

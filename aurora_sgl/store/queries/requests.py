@@ -110,6 +110,16 @@ def request(s: Session, request_id: int) -> Request | None:
     return s.get(Request, request_id)
 
 
+def accept_rules(s: Session, request_ids: Sequence[int]) -> dict[int, str]:
+    """The accept rules of those of these requests that are still stored."""
+    rules: dict[int, str] = {}
+    for begin in range(0, len(request_ids), 400):
+        part = request_ids[begin : begin + 400]
+        query = select(Request.id, Request.accept_rule).where(Request.id.in_(part))
+        rules |= {row.id: row.accept_rule for row in s.execute(query)}
+    return rules
+
+
 def requests_by_rid(s: Session, rid: str) -> Sequence[Request]:
     """Newest first. A client may send one rid many times; there is no index on it."""
     return s.scalars(select(Request).where(Request.rid == rid).order_by(Request.id.desc())).all()

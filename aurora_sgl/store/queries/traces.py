@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import delete, func, select, update
@@ -10,10 +11,14 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl import wire
 from aurora_sgl.clock import utc_now
-from aurora_sgl.store.models import Request, Server, Trace
+from aurora_sgl.store.models import Erasure, Request, Server, Trace
 from aurora_sgl.store.queries.limits import is_of_group
 from aurora_sgl.store.salt import Salt
 from aurora_sgl.store.upsert import upsert
+
+#: Stands in ``request.conversation_hash`` where it was derived from the tokens: what is before it
+#: decides the side of a request (see ``sequences.splits``).
+DERIVED = ":"
 
 
 def add_trace(
@@ -59,6 +64,73 @@ def add_trace(
     changed = [column for column in row if column not in ("request_id", "created_at")]
     upsert(s.connection(), Trace, [{**row, "pinned": False}], ["request_id"], changed)
     s.execute(update(Request).where(Request.id == request_id).values(traced=True))
+
+
+@dataclass(frozen=True)
+class StoredTurn:
+    """A request whose conversation was derived, as later turns are told by."""
+
+    request_id: int
+    output_start: int
+    prompt_key: str
+    answer_key: str
+    answer_tokens: int
+    created_at: datetime
+    conversation_hash: str
+
+
+def unnamed_prompt(s: Session, request_id: int) -> str:
+    """The salted hash of the prompt of a request with a trace whose client names no conversation;
+    "" where it names one."""
+    query = select(Request.conversation_hash, Trace.prompt_sha256).join(
+        Trace, Trace.request_id == Request.id
+    )
+    row = s.execute(query.where(Request.id == request_id)).one_or_none()
+    if row is None:
+        return ""
+    named = row.conversation_hash not in ("", row.prompt_sha256)
+    return "" if named and DERIVED not in row.conversation_hash else row.prompt_sha256
+
+
+def set_turn(
+    s: Session,
+    request_id: int,
+    *,
+    prompt_key: str,
+    answer_key: str,
+    answer_tokens: int,
+    conversation: str,
+) -> None:
+    """Keep the derived conversation of a request, and by what later turns of it are known."""
+    keys = {"prompt_key": prompt_key, "answer_key": answer_key, "answer_tokens": answer_tokens}
+    s.execute(update(Trace).where(Trace.request_id == request_id).values(keys))
+    s.execute(
+        update(Request).where(Request.id == request_id).values(conversation_hash=conversation)
+    )
+
+
+def turns(s: Session, *, since: datetime | None, limit: int) -> list[StoredTurn]:
+    """The newest turns, oldest first, of traces that were added after a moment."""
+    t = Trace
+    query = (
+        select(
+            *(t.request_id, t.output_start, t.prompt_key, t.answer_key, t.answer_tokens),
+            *(t.created_at, Request.conversation_hash),
+        )
+        .join(Request, Request.id == t.request_id)
+        .where(t.answer_key != "")
+        .order_by(t.created_at.desc(), t.request_id.desc())
+        .limit(limit)
+    )
+    if since is not None:
+        query = query.where(t.created_at > since)
+    return [StoredTurn(**row._mapping) for row in s.execute(query)][::-1]
+
+
+def purges(s: Session) -> tuple[int, int]:
+    """Changes whenever a purge begins, or has deleted its rows."""
+    row = s.execute(select(func.max(Erasure.id), func.count(Erasure.rows_at))).one()
+    return row[0] or 0, row[1]
 
 
 def trace(s: Session, request_id: int) -> Trace | None:

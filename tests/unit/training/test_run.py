@@ -28,6 +28,7 @@ from aurora_sgl.evaluation.compare import replay_versions
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.rollout.versions import import_version
+from aurora_sgl.scheduler import metrics
 from aurora_sgl.sequences.held_out import held_out_counts
 from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, TrainingRun
@@ -176,11 +177,16 @@ def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
     with store.session(house.engine, write=False) as s:
         evaluation = s.get_one(Evaluation, outcome.evaluation_id)
         counts = held_out_counts(s, 1, gate_share=SETTINGS.gate_share)
+        series = metrics.of_group(s, 1, SETTINGS.gate_share)
     assert evaluation.requests >= 8
     left = outcome.metrics["gate_left_out"]  # of so small a vocabulary: near-duplicates
     assert set(left) <= {"duplicate"}
     assert evaluation.details["judged"] == {"requests": evaluation.requests, "left_out": left}
     assert counts.judged >= evaluation.requests and counts.left_out == {}
+    assert f"{counts.judged} sampled" in counts.sentence
+    by_rule = [one for one in series if one.name == "aurora_held_out_judged"]
+    labels = (("rule", "target_sampling"),)
+    assert [(one.labels, one.value) for one in by_rule] == [(labels, counts.judged)]
     assert rollout.status.last_verdict(house.engine, "default").reason == outcome.reason
     lines = replay_versions(
         house.engine, house.artifacts, rollout_group(house), [house.live, outcome.version_id],
@@ -189,13 +195,13 @@ def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
     assert lines[-1].requests and lines[-1].ci_low > 0
 
 
-@pytest.mark.parametrize("rule", ["rejection_sampling", "", "typical"])
+@pytest.mark.parametrize("rule", ["block_verification", "", "mixed"])
 def test_what_replay_does_not_cover_is_left_out_counted_and_said(house: House, rule: str) -> None:
     house.rule_of = lambda number: rule
     house.serve(60)
     outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert (outcome.status, outcome.verdict) == ("succeeded", "inconclusive")
-    reason = rule or "unknown_rule"
+    reason = {"": "unknown_rule", "mixed": "mixed_rules"}.get(rule, rule)
     left = outcome.metrics["gate_left_out"]
     assert left[reason] > 8 and outcome.metrics["gate_requests"] == 0
     assert outcome.reason.startswith("0 held-out requests can be judged, at least 4 needed (")
