@@ -19,7 +19,7 @@ from aurora_sgl.training.objectives import Loss, LossContext, UnrolledStep
 from aurora_sgl.training.precision import can_autocast
 from aurora_sgl.training.proposals import logged_step, logged_tokens
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.target_rows import Part, TargetRows
+from aurora_sgl.training.target_rows import RequestPart, TargetRows
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BatchLoss:
         keys and values of the text anew (sampled roll-outs then differ). ``done`` is the share of
         the run that lies behind. Requests that are too short have no part in it.
         """
-        pack: list[Part] = []
+        pack: list[RequestPart] = []
         for part in self._parts(batch):
             held = sum(one.end - one.begin for one in pack)
             if pack and held + part.end - part.begin > self.rows_at_once:
@@ -78,7 +78,7 @@ class BatchLoss:
         first = 0 if self.settings.train_on_prompt else max(0, sequence.output_start - 1)
         return max(first, last - self.settings.max_rows), last
 
-    def _parts(self, batch: List[tuple[int, Sequence]]) -> Iterator[Part]:
+    def _parts(self, batch: List[tuple[int, Sequence]]) -> Iterator[RequestPart]:
         for index, sequence in batch:
             first, last = self.rows(sequence)
             if last <= first:
@@ -87,9 +87,9 @@ class BatchLoss:
                 self.best[index] = self.target.best_tokens(sequence)
             for begin in range(first, last, self.rows_at_once):
                 end = min(begin + self.rows_at_once, last)
-                yield Part(index, sequence, self.best[index], first, last, begin, end)
+                yield RequestPart(index, sequence, self.best[index], first, last, begin, end)
 
-    def _loss(self, parts: list[Part], done: float) -> PackLoss:
+    def _loss(self, parts: list[RequestPart], done: float) -> PackLoss:
         objective, count = self.objective, self.settings.steps
         device = self.drafter.device
         weight = torch.cat([self._weight(part) for part in parts]).to(device)
@@ -135,7 +135,7 @@ class BatchLoss:
         return self.reference
 
     def _of_request(
-        self, steps: list[UnrolledStep], counts: list[list[int]], number: int, part: Part
+        self, steps: list[UnrolledStep], counts: list[list[int]], number: int, part: RequestPart
     ) -> list[UnrolledStep]:
         """The steps of one request of a pack, with what servers proposed for it."""
         logged = logged_tokens(part.sequence, part.begin, self.target.draft_of_on_host)
@@ -154,7 +154,7 @@ class BatchLoss:
             own.append(replace(step, **mine, logged=proposed, parent=None))
         return own
 
-    def _weight(self, part: Part) -> torch.Tensor:  # [rows of the part]
+    def _weight(self, part: RequestPart) -> torch.Tensor:  # [rows of the part]
         sequence = part.sequence
         weight = torch.ones(part.end - part.begin)
         prompt = max(0, sequence.output_start - 1 - part.begin)

@@ -19,7 +19,7 @@ from aurora_sgl.training.objectives.base import UnrolledStep, within_top
 
 
 @dataclass(frozen=True)
-class Part:
+class RequestPart:
     """Base rows ``begin .. end - 1`` of a request; all its parts have ``first .. last - 1``.
 
     Row b of step k predicts position b + 2 + k, for which the target speaks at b + 1 + k.
@@ -71,7 +71,7 @@ class TargetRows:
 
     def of(
         self,
-        parts: List[Part],
+        parts: List[RequestPart],
         weight: torch.Tensor,  # [base rows] float32
         *,
         steps: int,

@@ -32,12 +32,12 @@ __all__ = [
 
 _ALL: tuple[type[Objective], ...] = (
     ForwardKL,
-    ReachKL,
-    TreeReward,
     LK,
     ExpectedAcceptLength,
     PolicyGradient,
     DistilThenRL,
+    ReachKL,
+    TreeReward,
 )
 #: By the name in recipes.
 OBJECTIVES: dict[str, type[Objective]] = {one.name: one for one in _ALL}

@@ -22,7 +22,7 @@ from aurora_sgl.training.objectives.base import UnrolledStep
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.lk import LK
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
-from aurora_sgl.training.target_rows import Part, TargetRows
+from aurora_sgl.training.target_rows import RequestPart, TargetRows
 from tests.support.drafter_cases import HIDDEN, VOCAB, target_folder
 from tests.support.drafter_twin import PlainDrafter
 
@@ -166,7 +166,7 @@ def test_each_row_is_paired_with_the_target_at_the_position_that_it_predicts(
     # From the first output token on the log itself is the target's choice (greedy).
     assert best[4:].tolist() == sequence.tokens[5:].tolist()
     assert best[:4].tolist() == whole[:4].argmax(-1).tolist()
-    part = Part(0, sequence, best, 2, 10, 2, 10)
+    part = RequestPart(0, sequence, best, 2, 10, 2, 10)
     target = rows.of([part], torch.ones(8), steps=3, needs_mass=True)
     text = PackedText.of([(sequence.tokens[: len(best)], sequence.features)], [(2, 10)])
     drafted = drafter.unroll(text, head, steps=3)
