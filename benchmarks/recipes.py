@@ -54,7 +54,7 @@ AURORA = TrainSettings(
     clip=2.5, ema=0.0, train_on_prompt=False, replay_share=0.0, batch_requests=8,
     vocabulary_threshold=0.0,
 )  # fmt: skip
-OURS = TrainSettings(least_updates=400, vocabulary_threshold=0.99)
+OURS = TrainSettings(objective="forward_kl", least_updates=400, vocabulary_threshold=0.99)
 EQUAL_TIME = OURS.model_copy(update={"steps": 2, "train_on_prompt": False})
 
 #: What is taken out of our recipe, or put in, one at a time.

@@ -23,11 +23,14 @@ _OF_THE_MACHINE = {"nice", "threads", "resume", "checkpoint_seconds", "device"}
 #: What the trainer itself does not read (a run does). Cells are older than these, or than their
 #: present defaults.
 _OF_A_RUN: dict[str, Any] = {"dev_share": 0.0}
-_OF_A_RUN_LATER = {"mature_learning_rate", "dev_requests"}
+_OF_A_RUN_LATER = {
+    "mature_learning_rate", "dev_requests", "explore", "line_search", "training_cost",
+}  # fmt: skip
 #: Knobs that cells are older than: named only where they are not at their default.
 _NEWER = {
     "lk_eta", "reward_weight", "inclusion_temperature", "rl_kl_weight", "rl_group", "rl_reuse",
-    "rl_clip", "rl_beta", "rl_logged_weight", "rl_depth_cost",
+    "rl_clip", "rl_beta", "rl_logged_weight", "rl_depth_cost", "reach_topk", "reach_decay",
+    "tree_reward_weight", "optimizer",
 }  # fmt: skip
 
 

@@ -37,7 +37,9 @@ from benchmarks.servers import report
 from benchmarks.traffic import held_out, stream
 
 LARGEST = 25_000_000  # bytes of the folder
-SETTINGS = TrainSettings(steps=4, passes=4, replay_share=0.0, checkpoint_seconds=120)
+SETTINGS = TrainSettings(
+    objective="forward_kl", steps=4, passes=4, replay_share=0.0, checkpoint_seconds=120
+)
 
 
 def training_set(requests: int, data: Path = DATA) -> CorpusSet:

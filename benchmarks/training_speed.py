@@ -1,13 +1,15 @@
 """How many tokens a second does the trainer train, and in how much memory?
 
-Two tables. *Training*: the trainer itself, one request an update, on random requests (random token
-ids and hidden states: the time does not depend on what they say) of the demo's shape, for a target
-of the demo's size (SmolLM2-135M) and, on a GPU, of an 8-billion one's. *Attention*: forward and
-backward of one layer alone, without and with the diagonal of an unrolled step. Beside our attention
-stand what others train drafters with: one masked call of PyTorch's scaled_dot_product_attention
-over the text and the drafted rows of all queries, and on a GPU the same as flex attention. The
-variants take turns and the medians are compared; on a CPU every measurement is a process of its
-own, on a GPU every round. Memory is the peak above what was held before.
+Two tables. *Training*: the trainer itself, one request an update or eight, on random requests
+(random token ids and hidden states: the time does not depend on what they say, but for
+``reach_kl``, which leaves out nearly every later row of an untrained drafter) of the demo's shape,
+for a target of the demo's size (SmolLM2-135M) and, on a GPU, of an 8-billion one's. *Attention*:
+forward and backward of one layer alone, without and with the diagonal of an unrolled step. Beside
+our attention stand what others train drafters with: one masked call of PyTorch's
+scaled_dot_product_attention over the text and the drafted rows of all queries, and on a GPU the
+same as flex attention. The variants take turns and the medians are compared; on a CPU every
+measurement is a process of its own, on a GPU every round. Memory is the peak above what was held
+before.
 
     python benchmarks/training_speed.py [--device cpu|cuda] [--rounds 3] [--requests 16] [--json]
 """
@@ -39,6 +41,7 @@ from aurora_sgl.console import print_json, print_table
 from aurora_sgl.drafter import attention
 from aurora_sgl.drafter.architectures import one_layer
 from aurora_sgl.drafter.architectures.eagle3 import EAGLE3, Eagle3
+from aurora_sgl.drafter.attention import Seen
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.sequences.sequence import Sequence
@@ -66,6 +69,8 @@ class Job:
     length: int = 0
     own: int = 0
     threads: int = 1
+    batch: int = 1  # requests of one update of training
+    objective: str = "forward_kl"
 
 
 def jobs(device: str, requests: int, threads: int) -> list[Job]:
@@ -77,6 +82,13 @@ def jobs(device: str, requests: int, threads: int) -> list[Job]:
         for name in [*ours, *rivals]:
             found.append(Job("training", device, size, name, "bfloat16", requests, threads=threads))
         found.append(Job("training", device, size, "sdpa", "float32", requests, threads=threads))
+        for batch, objective in ((8, "forward_kl"), (1, "reach_kl"), (8, "reach_kl")):
+            found.append(
+                Job(
+                    "training", device, size, ours[0], "bfloat16", requests, threads=threads,
+                    batch=batch, objective=objective,
+                )
+            )  # fmt: skip
         for length in LENGTHS[device]:
             for own in (0, 2):
                 for name in [*ours, *rivals]:
@@ -98,14 +110,26 @@ def _keys(text: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     return torch.cat((text, *drafted)).transpose(0, 1)[None]
 
 
+def _last_rows(visible: torch.Tensor | Seen, device: torch.device) -> torch.Tensor:
+    """Of each query of one request, as training hands it over or as this file does."""
+    if isinstance(visible, torch.Tensor):
+        return visible
+    ((queries, text, mask),) = visible.requests()
+    if mask is not None:
+        return mask.sum(-1) - 1
+    count, length = queries.stop - queries.start, text.stop - text.start
+    return torch.arange(length - count, length, device=device)
+
+
 def masked_sdpa(
     query: torch.Tensor,
     text_key: torch.Tensor,
     text_value: torch.Tensor,
-    last_row: torch.Tensor,
+    visible: torch.Tensor | Seen,
     own_key: torch.Tensor | None = None,
     own_value: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    last_row = _last_rows(visible, query.device)
     mask = torch.arange(len(text_key), device=query.device) <= last_row[:, None]
     if own_key is not None:
         diagonal = torch.eye(len(query), dtype=torch.bool, device=query.device)
@@ -128,10 +152,11 @@ def flex(
     query: torch.Tensor,
     text_key: torch.Tensor,
     text_value: torch.Tensor,
-    last_row: torch.Tensor,
+    visible: torch.Tensor | Seen,
     own_key: torch.Tensor | None = None,
     own_value: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    last_row = _last_rows(visible, query.device)
     attend, block_mask = _compiled()
     text, queries = len(text_key), len(query)
 
@@ -175,8 +200,9 @@ def _training(job: Job) -> dict[str, float]:
     embedding = (0.05 * torch.randn(vocab, hidden)).bfloat16()
     head = TargetHead(embedding, embedding)
     settings = TrainSettings(
-        passes=1, device=job.device, threads=job.threads, autocast=job.dtype == "bfloat16"
-    )
+        passes=1, device=job.device, threads=job.threads, autocast=job.dtype == "bfloat16",
+        batch_requests=job.batch, objective=job.objective,
+    )  # fmt: skip
     warm_up, data = _requests(job, 2, seed=1), _requests(job, job.requests, seed=0)
     before = _reset_peak(job.device)
     train(drafter, warm_up, head, settings)  # kernels that are chosen or compiled on first use
@@ -343,7 +369,8 @@ def main() -> None:
     ):
         part = [row for row in rows if row["what"] == what]
         columns = {
-            "target": "size", "attention": "attention", "dtype": "dtype", **columns,
+            "target": "size", "attention": "attention", "dtype": "dtype", "batch": "batch",
+            "loss": "objective", **columns,
             "ratio": "ratio", "peak MiB": "peak_mib", "failed": "failed",
         }  # fmt: skip
         varying = {key for key in columns.values() if len({str(r.get(key)) for r in part}) > 1}

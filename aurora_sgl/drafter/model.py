@@ -16,6 +16,7 @@ from torch import nn
 
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter.config import DrafterConfig
+from aurora_sgl.drafter.packed import DraftedRows, Keep, PackedText
 from aurora_sgl.drafter.target import TargetHead, TargetInfo
 
 
@@ -146,21 +147,19 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def unroll(
         self,
-        tokens: torch.Tensor,  # [T] int64, from position 0
-        features: torch.Tensor,  # [n, feature_width], from position 0
+        text: PackedText,
         head: TargetHead,
         *,
-        first_row: int,
-        last_row: int,  # exclusive
         steps: int,
+        keep: Keep | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> list[torch.Tensor]:  # one [rows, draft_vocab] float32 a step
-        """Training-time test: logits of ``steps`` steps from base rows ``first_row`` .. ``last_row
-        - 1``, with gradients.
+    ) -> list[DraftedRows]:  # one a step, none for a step without rows
+        """Training-time test: ``steps`` steps from all base rows of a pack, with gradients.
 
-        Base row b knows the text up to token b + 1 and step k predicts token b + 2 + k, as in
-        serving after k accepted drafts. Step k holds the base rows whose input token is known:
-        those below ``len(tokens) - 1 - k``. All on one device.
+        Base row b knows its text up to token b + 1 and step k predicts token b + 2 + k, as in
+        serving after k accepted drafts. Step k holds the base rows whose input token b + 1 + k is
+        known (:meth:`BaseRows.after <aurora_sgl.drafter.packed.BaseRows.after>`), of these only
+        those that ``keep`` chose after each step before. All on one device.
         """
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.sequences.sequence import Sequences
-from aurora_sgl.training.loss import SequenceLoss
+from aurora_sgl.sequences.sequence import Sequence, Sequences
+from aurora_sgl.training.loss import BatchLoss
+from aurora_sgl.training.optimizer import Optimizer
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.team import Team
 
@@ -45,9 +47,10 @@ class Learner:
         self.drafter = drafter.train().requires_grad_(True)
         self.average = copy.deepcopy(drafter).requires_grad_(False).eval()
         self.sequences, self.settings, self.team = sequences, settings, team
-        self.loss_of = SequenceLoss(drafter, head, settings)
+        self.loss_of = BatchLoss(drafter, head, settings)
         self.parameters = list(drafter.parameters())
-        self.optimizer = _optimizer(drafter, settings)
+        self.optimizer = Optimizer(drafter, settings)
+        self.clipped = torch.zeros((), dtype=torch.int64, device=drafter.device)
         self.updates = 0
 
     def update(
@@ -60,20 +63,27 @@ class Learner:
     ) -> Update:
         """One step on the mean loss over the trained positions of all requests of the batch.
 
-        Each process of the team takes every ``size``-th request. Raises ``AuroraError``, in all of
-        them, when the loss is not finite.
+        Each process of the team takes every ``size``-th request. Reads the device once. Raises
+        ``AuroraError``, in all of them, when the loss is not finite.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        mine = batch[self.team.rank :: self.team.size]
-        alone = len(batch) == 1  # then its own mean is the mean
-        update, total = Update(), 0.0
-        sums: dict[str, float] = {}
-        for index in mine:
-            count, value = self._backward(index, done, alone, update, sums)
-            update.positions += count
-            total += count * value
+        self.optimizer.zero_grad()
+        update = Update()
+        requests = list(self._read(batch[self.team.rank :: self.team.size], update))
+        sums: dict[str, torch.Tensor] = {}
+        for pack in self.loss_of.packs(requests, done=done):
+            pack.value.backward()  # type: ignore[no-untyped-call]
+            update.positions += pack.positions
+            for name, value in (("", pack.value.detach()), *pack.statistics.items()):
+                number = torch.as_tensor(value, dtype=torch.float32, device=self.drafter.device)
+                sums[name] = sums.get(name, 0.0) + number
+        mine = _on_host(sums)
         whole = torch.tensor(
-            [total, update.positions, update.unreadable, 0.0 if self.team.rank else seconds],
+            [
+                mine.pop("", 0.0),
+                update.positions,
+                update.unreadable,
+                0.0 if self.team.rank else seconds,
+            ],
             dtype=torch.float64,
         )
         self.team.add([whole])
@@ -82,32 +92,20 @@ class Learner:
         if not math.isfinite(total):
             raise AuroraError(f"the loss is not finite at update {self.updates}: training stopped")
         update.statistics = {
-            name: value / max(1, update.positions) for name, value in self.team.total(sums).items()
+            name: value / max(1, update.positions) for name, value in self.team.total(mine).items()
         }
         if update.positions:
-            self._step(1.0 if alone else 1.0 / update.positions, rate)
+            self._step(1.0 / update.positions, rate)
             update.loss = total / update.positions
         return update
 
-    def _backward(
-        self, index: int, done: float, alone: bool, update: Update, sums: dict[str, float]
-    ) -> tuple[int, float]:
-        """Add a request's gradient, times its positions unless it is alone; (positions, loss)."""
-        try:
-            sequence = self.sequences[index].to(self.drafter.device)
-        except AuroraError as error:  # its file went or broke since the window was chosen
-            update.unreadable += 1
-            update.why = str(error)
-            return 0, 0.0
-        first, last = self.loss_of.rows(sequence)
-        count, value = max(0, last - first), 0.0
-        for piece in self.loss_of.pieces(index, sequence, done=done):
-            loss = piece.value if alone else piece.value * count
-            loss.backward()  # type: ignore[no-untyped-call]
-            value += piece.value.item()
-            for name, number in piece.statistics.items():
-                sums[name] = sums.get(name, 0.0) + piece.positions * number
-        return count, value
+    def _read(self, numbers: List[int], update: Update) -> Iterator[tuple[int, Sequence]]:
+        for index in numbers:
+            try:
+                yield index, self.sequences[index].to(self.drafter.device)
+            except AuroraError as error:  # its file went or broke since the window was chosen
+                update.unreadable += 1
+                update.why = str(error)
 
     def _step(self, scale: float, rate: float) -> None:
         for parameter in self.parameters:
@@ -115,13 +113,10 @@ class Learner:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.team.add(gradients)
-        if scale != 1:
-            for gradient in gradients:
-                gradient.mul_(scale)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rate
-        self.optimizer.step()
+        torch._foreach_mul_(gradients, scale)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        self.clipped += norm > self.settings.clip
+        self.optimizer.step(rate)
         self._average()
         self.updates += 1
 
@@ -129,34 +124,39 @@ class Learner:
     def _average(self) -> None:
         """Average of the weights, corrected for its short memory in the first updates."""
         keep = min(self.settings.ema, (self.updates + 1) / (self.updates + 11))
-        for average, weight in zip(self.average.parameters(), self.parameters, strict=True):
-            average.lerp_(weight, 1 - keep)
+        averages: list[torch.Tensor] = list(self.average.parameters())
+        weights: list[torch.Tensor] = list(self.parameters)
+        torch._foreach_lerp_(averages, weights, 1 - keep)
+
+    @property
+    def clip_share(self) -> float:
+        """Share of the updates whose gradient was cut to ``clip``. Reads the device."""
+        return float(self.clipped) / max(1, self.updates)
 
     def state(self) -> dict[str, Any]:
         """All that :meth:`load` needs to go on as if nothing had been."""
+        reference = self.loss_of.reference
         return {
             "drafter": self.drafter.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state(),
+            "reference": None if reference is None else reference.state_dict(),
             "updates": self.updates,
+            "clipped": int(self.clipped),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.drafter.load_state_dict(state["drafter"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load(state["optimizer"])
+        if state["reference"] is not None:
+            self.loss_of.freeze_reference().load_state_dict(state["reference"])
         self.updates = state["updates"]
+        self.clipped.fill_(state["clipped"])
 
 
-def _optimizer(drafter: Drafter, settings: TrainSettings) -> torch.optim.Optimizer:
-    matrices = [p for p in drafter.parameters() if p.ndim > 1]
-    vectors = [p for p in drafter.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        fused=True,
-    )
+def _on_host(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """All of them in one read."""
+    if not sums:
+        return {}
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))

@@ -1,4 +1,8 @@
-"""One run on several processes or machines, through Ray Train: gloo on CPUs, NCCL on GPUs.
+"""One run on several processes or machines, through Ray Train.
+
+Gradients are added up where they are, by NCCL on GPUs and gloo on CPUs; the few numbers of an
+update are on the host everywhere, so a group on GPUs has both backends. Each worker computes on the
+GPU that Ray gave it.
 
 Every worker takes a part of each update's requests and adds its gradient to that of the others
 (:class:`~aurora_sgl.training.team.Team`), so the result is that of one process but for rounding.
@@ -73,7 +77,7 @@ def train_on_workers(
             trainer = TorchTrainer(
                 _work,
                 train_loop_config=job,
-                torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+                torch_config=TorchConfig(backend=backend_of(gpu)),
                 scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpu),
                 run_config=RunConfig(name="run", storage_path=folder),
             )
@@ -91,6 +95,18 @@ def train_on_workers(
     finally:
         if begun:
             ray.shutdown()
+
+
+def backend_of(gpu: bool) -> str:
+    """Of torch.distributed, by the device that a tensor is on."""
+    return "cpu:gloo,cuda:nccl" if gpu else "gloo"
+
+
+def on_own_device(settings: TrainSettings) -> TrainSettings:
+    """The recipe for the device that Ray gave this worker, whichever number it has there."""
+    from ray.train.torch import get_device
+
+    return settings.model_copy(update={"device": str(get_device())})
 
 
 def _start(ray: Any, workers: int) -> None:
@@ -111,6 +127,7 @@ def _work(job: dict[str, Any]) -> None:
     context = get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     drafter, sequences, head, settings, dev, checkpoints = ray.get(job["given"])
+    settings = on_own_device(settings)
     torch.set_num_threads(settings.threads)
 
     def progress(event: dict[str, Any]) -> None:

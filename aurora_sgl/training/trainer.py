@@ -246,6 +246,7 @@ class _RunState:
             "loss_first_pass": _mean(finite[:share]),
             "loss_last_pass": _mean(finite[-share:]),
             "loss_curve": _curve(finite),
+            "grad_clip_share": round(self.learner.clip_share, 4),
             **{f"{name}_last_pass": _mean(x[-share:]) for name, x in self.statistics.items()},
         }
         if "reward_mean" in self.statistics:

@@ -10,6 +10,7 @@ import torch
 
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import attention, scratch
+from aurora_sgl.drafter.packed import PackedText
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.evaluation.replay import replay
 from aurora_sgl.intervals import AcceptCounts
@@ -81,9 +82,8 @@ def test_unrolled_steps_have_the_same_logits_and_gradients(tmp_path: Path, backe
             torch.autocast(device.type, torch.bfloat16, enabled=half),
         ):
             given = sequence.to(device)
-            logits = mine.unroll(
-                given.tokens, given.features, head.to(device), first_row=0, last_row=20, steps=4
-            )
+            text = PackedText.of([(given.tokens, given.features)], [(0, 20)])
+            logits = [one.logits for one in mine.unroll(text, head.to(device), steps=4)]
             torch.stack([x.pow(2).mean() for x in logits]).sum().backward()  # type: ignore[no-untyped-call]
         grads = [p.grad.cpu() for p in mine.parameters() if p.grad is not None]
         found.append([x.detach().cpu() for x in logits] + grads)

@@ -16,10 +16,17 @@ from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.drafter.architectures import ARCHITECTURES, has_algorithm, read_config
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.model import Draft, Drafter
+from aurora_sgl.drafter.packed import DraftedRows, Keep, PackedText
 from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.evaluation.replay import replay, replay_both
 from aurora_sgl.training.objectives import OBJECTIVES
-from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep, decayed_mean
+from aurora_sgl.training.objectives.base import (
+    NEVER,
+    Loss,
+    LossContext,
+    UnrolledStep,
+    decayed_mean,
+)
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
@@ -73,23 +80,24 @@ class Bigram(Drafter):
 
     def unroll(
         self,
-        tokens: torch.Tensor,
-        features: torch.Tensor,
+        text: PackedText,
         head: TargetHead,
         *,
-        first_row: int,
-        last_row: int,
         steps: int,
+        keep: Keep | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> list[torch.Tensor]:
-        base = torch.arange(first_row, min(len(features), len(tokens) - 1, last_row))
-        embeds, state, logits = head.embed(tokens, dtype), features[base], []
+    ) -> list[DraftedRows]:
+        base, parent = text.base(), None
+        embeds, state = head.embed(text.tokens, dtype), text.features[base.rows]
+        drafted: list[DraftedRows] = []
         for k in range(steps):
-            count = min(len(base), len(tokens) - 1 - k - first_row)
-            base, state = base[:count], state[:count]
-            state = self.step(embeds[base + 1 + k], state)
-            logits.append((state @ head.lm_head.to(state.dtype).T).float())
-        return logits
+            if k:
+                base, parent = base.after(k, keep(k - 1, drafted[-1]) if keep else None)
+                state = state[parent]
+            state = self.step(embeds[base.tokens + 1 + k], state)
+            logits = (state @ head.lm_head.to(state.dtype).T).float()
+            drafted.append(DraftedRows(logits, base, parent))
+        return drafted
 
     def propose(
         self,
@@ -113,8 +121,9 @@ class MarginLoss:
 
     name = "toy_margin"
     needs_mass = False
-    needs_reference = False
     needs_proposals = False
+    reference_from = NEVER
+    reach = 0
 
     def __init__(self, step_decay: float) -> None:
         self.step_decay = step_decay

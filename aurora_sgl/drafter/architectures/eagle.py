@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from aurora_sgl.drafter.architectures.one_layer import DecoderLayer, OneLayerDrafter
+from aurora_sgl.drafter.attention.states import wide
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.target import TargetInfo
 
@@ -93,4 +94,4 @@ class Eagle(OneLayerDrafter):
 
     def logits(self, read: torch.Tensor, lm_head: torch.Tensor | None = None) -> torch.Tensor:
         assert lm_head is not None, "EAGLE shares the target's lm_head"
-        return F.linear(read, lm_head.to(read.dtype)).float()
+        return wide(F.linear(read, lm_head.to(read.dtype)))

@@ -13,6 +13,7 @@ from torch import nn
 
 from aurora_sgl.drafter import vocabulary
 from aurora_sgl.drafter.architectures.one_layer import DecoderLayer, OneLayerDrafter, RMSNorm
+from aurora_sgl.drafter.attention.states import wide
 from aurora_sgl.drafter.config import DrafterConfig, draft_vocab_size
 from aurora_sgl.drafter.json_fields import mapping, wrong
 from aurora_sgl.drafter.target import TargetInfo
@@ -138,7 +139,7 @@ class Eagle3(OneLayerDrafter):
 
     def logits(self, read: torch.Tensor, lm_head: torch.Tensor | None = None) -> torch.Tensor:
         scores: torch.Tensor = self.lm_head(read)
-        return scores.float()
+        return wide(scores)
 
 
 def _aux_layers(raw: Mapping[str, Any], target_layers: int) -> tuple[int, ...]:

@@ -20,16 +20,19 @@ from torch.nn import functional as F
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter import beam
 from aurora_sgl.drafter.attention import Seen, attend
+from aurora_sgl.drafter.attention.states import wide
 from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.json_fields import mapping, whole
 from aurora_sgl.drafter.model import Draft, Drafter
+from aurora_sgl.drafter.packed import DraftedRows, Keep, PackedText
 from aurora_sgl.drafter.rope import inverse_frequencies, rotate
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in float32, rounded after the weight as SGLang does."""
+    """Root mean square norm in float32 (float64 of that), rounded behind the weight as SGLang
+    does."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -37,18 +40,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._norm(x.float(), x.dtype)
+        return self._norm(wide(x), x.dtype)
 
     def after_add(
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm of the sum, and the sum. The norm sees the sum before it is rounded."""
-        wide = x.float() + residual.float()
-        return self._norm(wide, residual.dtype), wide.to(residual.dtype)
+        total = wide(x) + wide(residual)
+        return self._norm(total, residual.dtype), total.to(residual.dtype)
 
-    def _norm(self, wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight).to(dtype)
+    def _norm(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x * scale * self.weight).to(dtype)
 
 
 class Attention(nn.Module):
@@ -189,44 +192,45 @@ class OneLayerDrafter(Drafter):
 
     def unroll(
         self,
-        tokens: torch.Tensor,
-        features: torch.Tensor,
+        text: PackedText,
         head: TargetHead,
         *,
-        first_row: int,
-        last_row: int,
         steps: int,
+        keep: Keep | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> list[torch.Tensor]:
+    ) -> list[DraftedRows]:
         """From base row b the first step takes the target's features; step k takes the token
         b + 1 + k of the log and the drafter's own hidden state of step k - 1, stands at rotary
-        position b + k, and sees the text rows 0..b and its own earlier steps from b: the very
-        attention of a served chain whose drafts were all accepted. All base rows of a request run
-        side by side (EAGLE-3, arXiv 2503.01840).
+        position b + k, and sees the text rows 0..b of its own request and its own earlier steps
+        from b: the very attention of a served chain whose drafts were all accepted. All base rows
+        of all requests run side by side (EAGLE-3, arXiv 2503.01840).
         """
-        rows = min(len(features), len(tokens) - 1, last_row)
-        embeds = head.embed(tokens, dtype)
-        mixed, residual = self.mix(embeds[1 : rows + 1], self.start(features[:rows].to(dtype)))
-        text = self.keys_values(mixed, torch.arange(rows, device=self.device))
-        base = torch.arange(first_row, rows, device=self.device)
-        lm_head = self.shared_head(head)
-        read, state = self.rows(mixed[base], residual[base], base, text, base)
-        logits = [self.logits(read, lm_head)]
+        embeds = head.embed(text.tokens, dtype)
+        mixed, residual = self.mix(embeds[text.next_tokens], self.start(text.features.to(dtype)))
+        keys_values = self.keys_values(mixed, text.positions)
+        base, lm_head = text.base(), self.shared_head(head)
+        if not len(base):
+            return []
+        rows, position = base.rows, base.position.to(self.device)
+        read, state = self.rows(
+            mixed[rows], residual[rows], position, keys_values, base.visibility()
+        )
+        drafted = [DraftedRows(self.logits(read, lm_head), base)]
         own: tuple[torch.Tensor, torch.Tensor] | None = None
         for k in range(1, steps):
-            count = min(len(base), len(tokens) - 1 - k - first_row)
-            if count <= 0:
+            base, parent = base.after(k, keep(k - 1, drafted[-1]) if keep else None)
+            if not len(base):
                 break
-            base, state = base[:count], state[:count]
-            mixed, residual = self.mix(embeds[base + 1 + k], state)
-            key, value = (x[:, None] for x in self.keys_values(mixed, base + k))
+            position = base.position.to(self.device) + k
+            mixed, residual = self.mix(embeds[base.tokens + 1 + k], state[parent])
+            key, value = (x[:, None] for x in self.keys_values(mixed, position))
             if own is not None:
-                key = torch.cat((own[0][:count], key), 1)
-                value = torch.cat((own[1][:count], value), 1)
+                key = torch.cat((own[0][parent], key), 1)
+                value = torch.cat((own[1][parent], value), 1)
             own = (key, value)
-            read, state = self.rows(mixed, residual, base + k, text, base, own)
-            logits.append(self.logits(read, lm_head))
-        return logits
+            read, state = self.rows(mixed, residual, position, keys_values, base.visibility(), own)
+            drafted.append(DraftedRows(self.logits(read, lm_head), base, parent))
+        return drafted
 
     @torch.inference_mode()
     def propose(

@@ -15,7 +15,9 @@ from aurora_sgl.training.objectives.expected_accept_length import ExpectedAccept
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.lk import LK
 from aurora_sgl.training.objectives.policy_gradient import PolicyGradient
+from aurora_sgl.training.objectives.reach_kl import ReachKL
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
+from aurora_sgl.training.objectives.tree_reward import TreeReward
 
 __all__ = [
     "OBJECTIVES",
@@ -34,6 +36,8 @@ _ALL: tuple[type[Objective], ...] = (
     ExpectedAcceptLength,
     PolicyGradient,
     DistilThenRL,
+    ReachKL,
+    TreeReward,
 )
 #: By the name in recipes.
 OBJECTIVES: dict[str, type[Objective]] = {one.name: one for one in _ALL}

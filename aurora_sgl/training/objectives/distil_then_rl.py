@@ -19,8 +19,8 @@ from aurora_sgl.training.objectives.settings import ObjectiveSettings
 class DistilThenRL:
     name = "distil_then_rl"
     needs_mass = False
-    needs_reference = True
     needs_proposals = True
+    reach = 0
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class DistilThenRL:
         kl_weight: float = 1.0,
     ) -> None:
         self.distil, self.reinforce = distil, reinforce
-        self.rl_share, self.kl_weight = rl_share, kl_weight
+        self.reference_from, self.kl_weight = 1 - rl_share, kl_weight
 
     @classmethod
     def from_settings(cls, settings: ObjectiveSettings) -> Self:
@@ -43,7 +43,7 @@ class DistilThenRL:
         )
 
     def __call__(self, steps: Sequence[UnrolledStep], context: LossContext = LossContext()) -> Loss:  # noqa: B008
-        if context.progress < 1 - self.rl_share:
+        if context.progress < self.reference_from:
             return self.distil(steps, context)
         rewarded = self.reinforce(steps, context)
         value = rewarded.value + self.kl_weight * self.distil.value(steps)

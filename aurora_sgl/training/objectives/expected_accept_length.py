@@ -26,7 +26,13 @@ from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep, on_path
+from aurora_sgl.training.objectives.base import (
+    NEVER,
+    Loss,
+    LossContext,
+    UnrolledStep,
+    on_path,
+)
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
@@ -34,8 +40,9 @@ from aurora_sgl.training.objectives.settings import ObjectiveSettings
 class ExpectedAcceptLength:
     name = "expected_accept_length"
     needs_mass = False
-    needs_reference = False
     needs_proposals = False
+    reference_from = NEVER
+    reach = 0
 
     def __init__(
         self,
@@ -62,17 +69,19 @@ class ExpectedAcceptLength:
         weight = steps[0].weight * (steps[0].token >= 0)
         value = self.distil.value(steps) - self.reward_weight * (accepted * weight).mean()
         reward = accepted.detach()
-        spread = float(reward.std()) if len(reward) > 1 else 0.0
-        return Loss(value, {"reward_mean": float(reward.mean()), "reward_std": spread})
+        spread = reward.std(unbiased=False)
+        return Loss(value, {"reward_mean": reward.mean(), "reward_std": spread})
 
     def expected(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:  # [rows of step 0]
         """Expected accepted drafts from each base row, at most one a step."""
         reached = torch.ones_like(steps[0].weight)
         total = torch.zeros_like(reached)
-        for step in steps:
-            rows = len(step.token)
-            reached = reached[:rows] * self._accepted(step)
-            total = total + torch.nn.functional.pad(reached, (0, len(total) - rows))
+        base = torch.arange(len(total), device=total.device)
+        for k, step in enumerate(steps):
+            if k:
+                base, reached = step.from_before(base), step.from_before(reached)
+            reached = reached * self._accepted(step)
+            total = total.index_add(0, base, reached)
             reached = reached * on_path(step)
         return total
 

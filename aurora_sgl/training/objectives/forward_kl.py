@@ -14,15 +14,22 @@ from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep, decayed_mean
+from aurora_sgl.training.objectives.base import (
+    NEVER,
+    Loss,
+    LossContext,
+    UnrolledStep,
+    decayed_mean,
+)
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 
 class ForwardKL:
     name = "forward_kl"
     needs_mass = False
-    needs_reference = False
     needs_proposals = False
+    reference_from = NEVER
+    reach = 0
 
     def __init__(self, *, step_decay: float = 0.8) -> None:
         self.step_decay = step_decay

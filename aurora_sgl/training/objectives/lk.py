@@ -14,7 +14,13 @@ from typing import Self
 
 import torch
 
-from aurora_sgl.training.objectives.base import Loss, LossContext, UnrolledStep, decayed_mean
+from aurora_sgl.training.objectives.base import (
+    NEVER,
+    Loss,
+    LossContext,
+    UnrolledStep,
+    decayed_mean,
+)
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
 _SMALLEST = 1e-8
@@ -23,8 +29,9 @@ _SMALLEST = 1e-8
 class LK:
     name = "lk"
     needs_mass = True
-    needs_reference = False
     needs_proposals = False
+    reference_from = NEVER
+    reach = 0
 
     def __init__(self, *, step_decay: float = 0.8, eta: float = 3.0) -> None:
         self.step_decay = step_decay

@@ -35,6 +35,8 @@ from aurora_sgl.training.objectives.base import (
     LossContext,
     UnrolledStep,
     decayed_mean,
+    entropy,
+    kl_to_reference,
     log_prob_of,
     on_path,
 )
@@ -62,8 +64,9 @@ class _Rollouts:
 class PolicyGradient:
     name = "policy_gradient"
     needs_mass = False
-    needs_reference = True
     needs_proposals = True
+    reference_from = 0.0
+    reach = 0
 
     def __init__(
         self,
@@ -104,18 +107,15 @@ class PolicyGradient:
             self.kept[context.key] = rollouts
         reward, clipped = self._rollout_loss(steps, rollouts)
         value = reward + self.logged_weight * self._logged_loss(steps)
-        with torch.no_grad():
-            entropy = -(steps[0].log_q.exp() * steps[0].log_q).sum(-1).mean()
         statistics = {
-            "reward_mean": float(rollouts.reward.mean()),
-            "reward_std": float(rollouts.reward.std()),
+            "reward_mean": rollouts.reward.mean(),
+            "reward_std": rollouts.reward.std(),
             "clip_fraction": clipped,
-            "entropy": float(entropy),
+            "entropy": entropy(steps[0]),
         }
         if steps[0].log_r is not None:
-            away = self._reference_loss(steps)
-            statistics["kl_to_reference"] = float(away.detach())
-            value = value + self.beta * away
+            statistics["kl_to_reference"] = kl_to_reference(steps[0]).detach().mean()
+            value = value + self.beta * self._reference_loss(steps)
         return Loss(value, statistics)
 
     def _sample(self, steps: Sequence[UnrolledStep], key: int) -> _Rollouts:
@@ -143,10 +143,10 @@ class PolicyGradient:
 
     def _rollout_loss(
         self, steps: Sequence[UnrolledStep], rollouts: _Rollouts
-    ) -> tuple[torch.Tensor, float]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         advantage = rollouts.advantage
         total = steps[0].log_q.new_zeros(())
-        clipped = drawn = 0
+        clipped = drawn = torch.zeros((), dtype=torch.int64, device=total.device)
         for k, step in enumerate(steps):
             count = len(step.token)
             alive, gain = rollouts.alive[k], advantage[:, :count]
@@ -155,9 +155,9 @@ class PolicyGradient:
             surrogate = torch.minimum(ratio * gain, held * gain) * alive
             if count:
                 total = total - (surrogate.mean(0) * step.weight).mean()
-            clipped += int(((held * gain < ratio * gain) & alive).sum())
-            drawn += int(alive.sum())
-        return total, clipped / max(1, drawn)
+            clipped = clipped + ((held * gain < ratio * gain) & alive).sum()
+            drawn = drawn + alive.sum()
+        return total, clipped / drawn.clamp(min=1)
 
     def _logged_loss(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:
         total = steps[0].log_q.new_zeros(())
@@ -170,7 +170,7 @@ class PolicyGradient:
         return total
 
     def _reference_loss(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:
-        away = [(s.log_q.exp() * (s.log_q - s.log_r)).sum(-1) for s in steps if s.log_r is not None]
+        away = [kl_to_reference(step) for step in steps]
         return decayed_mean(away, [step.weight for step in steps], self.step_decay)
 
 

@@ -11,10 +11,21 @@ class ObjectiveSettings(EvaluationSettings):
     """A knob of an objective is one field here; its ``from_settings`` reads it."""
 
     objective: str = "forward_kl"
-    """Training loss: forward_kl, lk, expected_accept_length, policy_gradient or distil_then_rl."""
+    """Training loss: forward_kl, reach_kl, tree_reward, lk, expected_accept_length,
+    policy_gradient or distil_then_rl."""
 
     step_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of step k is step_decay ** k (EAGLE-3)."""
+
+    reach_topk: int = Field(default=4, ge=1)
+    """reach_kl and tree_reward train step k only where the path so far lies in the drafter's so
+    many most likely tokens."""
+
+    reach_decay: float = Field(default=1.0, gt=0, le=1)
+    """Weight of step k of reach_kl and tree_reward is reach_decay ** k."""
+
+    tree_reward_weight: float = Field(default=1.0, ge=0)
+    """Weight of the tree's expected accepted drafts against the KL in tree_reward."""
 
     lk_eta: float = Field(default=3.0, gt=0)
     """How fast lk turns from KL to acceptance as the acceptance probability a grows: KL keeps the
@@ -24,14 +35,14 @@ class ObjectiveSettings(EvaluationSettings):
     """Weight of the expected accepted drafts against forward KL in expected_accept_length."""
 
     inclusion_temperature: float = Field(default=1.0, gt=0)
-    """How soft expected_accept_length takes the question whether a token is among a tree's top-k,
-    in nats."""
+    """How soft expected_accept_length and tree_reward take the question whether a token is among a
+    tree's top-k, in nats."""
 
     rl_share: float = Field(default=0.3, ge=0, le=1)
-    """Part of a run, at its end, in which distil_then_rl reinforces on top."""
+    """Part of a run, at its end, in which tree_reward and distil_then_rl reinforce on top."""
 
     rl_kl_weight: float = Field(default=1.0, ge=0)
-    """Weight of forward KL in that part."""
+    """Weight of their KL to the target in that part."""
 
     rl_group: int = Field(default=8, ge=2)
     """Drafts that the policy gradient samples from each row."""
@@ -43,7 +54,7 @@ class ObjectiveSettings(EvaluationSettings):
     """PPO's bound on how far the importance ratio counts away from 1."""
 
     rl_beta: float = Field(default=0.1, ge=0)
-    """Weight of the policy gradient's KL to the version that it started from."""
+    """Weight of the KL to the drafter as it was when reinforcement began."""
 
     rl_logged_weight: float = Field(default=1.0, ge=0)
     """Weight of what servers proposed against sampled drafts."""

@@ -13,6 +13,7 @@ from aurora_sgl.drafter import scratch
 from aurora_sgl.drafter.architectures.eagle import EAGLE
 from aurora_sgl.drafter.architectures.eagle3 import EAGLE3
 from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.packed import PackedText
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sequences.sequence import Sequence
@@ -21,7 +22,7 @@ from aurora_sgl.training.objectives.base import UnrolledStep
 from aurora_sgl.training.objectives.forward_kl import ForwardKL
 from aurora_sgl.training.objectives.lk import LK
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
-from aurora_sgl.training.target_rows import TargetRows
+from aurora_sgl.training.target_rows import RequestPart, TargetRows
 from tests.support.drafter_cases import HIDDEN, VOCAB, target_folder
 from tests.support.drafter_twin import PlainDrafter
 
@@ -137,9 +138,8 @@ def test_unrolled_steps_equal_a_served_chain_on_the_logged_tokens(
     tokens = sequence.tokens.tolist()
     first = 3
     with torch.no_grad():
-        logits = drafter.unroll(
-            sequence.tokens, sequence.features, head, first_row=first, last_row=11, steps=4
-        )
+        text = PackedText.of([(sequence.tokens, sequence.features)], [(first, 11)])
+        logits = [one.logits for one in drafter.unroll(text, head, steps=4)]
         assert [len(x) for x in logits] == [8, 7, 6, 5]
         text: list[tuple[torch.Tensor, torch.Tensor]] = []
         for base in range(11):
@@ -166,10 +166,12 @@ def test_each_row_is_paired_with_the_target_at_the_position_that_it_predicts(
     # From the first output token on the log itself is the target's choice (greedy).
     assert best[4:].tolist() == sequence.tokens[5:].tolist()
     assert best[:4].tolist() == whole[:4].argmax(-1).tolist()
-    logits = drafter.unroll(
-        sequence.tokens, sequence.features, head, first_row=2, last_row=10, steps=3
-    )
-    steps = rows.steps(logits, sequence, best, first_row=2, weight=torch.ones(8), needs_mass=True)
+    part = RequestPart(0, sequence, best, 2, 10, 2, 10)
+    target = rows.of([part], torch.ones(8), steps=3, needs_mass=True)
+    text = PackedText.of([(sequence.tokens[: len(best)], sequence.features)], [(2, 10)])
+    drafted = drafter.unroll(text, head, steps=3)
+    steps = [target.step(k, one, None) for k, one in enumerate(drafted)]
+    assert [len(step.token) for step in steps] == [8, 7, 6]
     ids = drafter.target_ids
     for k, step in enumerate(steps):
         for j in range(len(step.token)):

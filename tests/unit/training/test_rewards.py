@@ -211,12 +211,14 @@ def test_the_reference_holds_the_drafter_and_its_distance_is_logged() -> None:
     away = [
         UnrolledStep(s.log_q, s.log_p, None, s.token, s.weight, s.follows, s.log_p) for s in plain
     ]
+    apart = [(s.log_q.exp() * (s.log_q - s.log_p)).sum(-1) for s in plain]
     expected = sum(
-        0.8**k * float(((s.log_q.exp() * (s.log_q - s.log_p)).sum(-1) * s.weight).mean())
-        for k, s in enumerate(plain)
+        0.8**k * float((far * s.weight).mean().detach())
+        for k, (far, s) in enumerate(zip(apart, plain, strict=True))
     )
-    far = PolicyGradient(beta=1.0)(away)
-    assert far.statistics["kl_to_reference"] == pytest.approx(expected)
+    held_back, free = PolicyGradient(beta=1.0)(away), PolicyGradient(beta=0.0)(away)
+    assert float((held_back.value - free.value).detach()) == pytest.approx(expected)
+    assert held_back.statistics["kl_to_reference"] == pytest.approx(float(apart[0].mean().detach()))
 
 
 def test_distilling_comes_first_and_reinforcement_after_its_share_of_the_run() -> None:

@@ -23,7 +23,7 @@ from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training import resume
 from aurora_sgl.training.objectives import OBJECTIVES
 from aurora_sgl.training.resume import Checkpoints, RunPlan
-from aurora_sgl.training.scale import train_on_workers
+from aurora_sgl.training.scale import backend_of, on_own_device, train_on_workers
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 from tests.support.drafter_cases import HIDDEN, RECIPE, VOCAB, good_drafter, requests, target_folder
@@ -95,12 +95,16 @@ def test_early_stop_keeps_the_best_average_on_the_dev_split(tmp_path: Path) -> N
     assert again == pytest.approx(max(history))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["forward_kl", "tree_reward"])
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(
+    tmp_path: Path, objective: str
+) -> None:
     drafter, head = world(tmp_path / "t")
-    (bad,) = requests(head, 1)
+    good, bad = requests(head, 2)
     bad.last[8] = float("nan")
+    settings = TrainSettings(objective=objective, passes=1, batch_requests=2, rl_share=1.0)
     with pytest.raises(AuroraError, match="not finite at update 0"):
-        train(drafter, [bad], head, TrainSettings(passes=1))
+        train(drafter, [good, bad], head, settings)
 
 
 def test_no_requests_is_an_error_and_unreadable_ones_are_passed_over(tmp_path: Path) -> None:
@@ -316,6 +320,22 @@ def test_two_workers_come_to_the_weights_of_one(
     data[2].last[8] = float("nan")
     with pytest.raises(AuroraError, match="the loss is not finite"):
         train_on_workers(drafter, data, head, settings.model_copy(update={"workers": 2}))
+
+
+def test_workers_on_gpus_add_up_host_numbers_too_and_each_has_a_device_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As far as a CPU can show it: which backend serves which device, and what Ray names."""
+    config = torch.distributed.distributed_c10d.BackendConfig(
+        torch.distributed.Backend(backend_of(True))
+    )
+    assert config.device_backend_map["cpu"] == "gloo"
+    assert config.device_backend_map["cuda"] == "nccl"
+    assert backend_of(False) == "gloo"
+    devices = iter(["cuda:0", "cuda:3", "cpu"])
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device(next(devices)))
+    given = [on_own_device(TrainSettings(device="auto", workers=2)).device for _ in range(3)]
+    assert given == ["cuda:0", "cuda:3", "cpu"]
 
 
 def test_a_small_window_is_passed_over_until_the_least_number_of_updates(tmp_path: Path) -> None:
