@@ -21,6 +21,7 @@ import torch
 
 from aurora_sgl.drafter import vocabulary
 from aurora_sgl.drafter.model import Drafter
+from aurora_sgl.drafter.packed import PackedText
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.sequences.sequence import Sequence, TargetSampling
 
@@ -108,11 +109,10 @@ def _drafted(
     q = torch.zeros(depth, last - first, device=sequence.tokens.device)
     for begin in range(first, last, _ROWS):
         end = min(begin + _ROWS, last)
-        steps = drafter.unroll(
-            sequence.tokens[: sequence.rows + 1], sequence.features, head,
-            first_row=begin, last_row=end, steps=depth, dtype=drafter.dtype,
-        )  # fmt: skip
-        for k, logits in enumerate(steps):
+        tokens = sequence.tokens[: sequence.rows + 1]
+        text = PackedText.of([(tokens, sequence.features)], [(begin, end)])
+        steps = drafter.unroll(text, head, steps=depth, dtype=drafter.dtype)
+        for k, logits in enumerate(step.logits for step in steps):
             tokens = draft_of[sequence.tokens[begin + 2 + k : end + 2 + k]]
             count = min(len(tokens), len(logits), sequence.rows - 1 - k - begin)
             if count > 0:
