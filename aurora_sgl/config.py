@@ -132,7 +132,7 @@ class Settings(TextSettings):
     """Exploration share: part of the verify steps that carry drafts until speculation is faster
     than decoding without it."""
 
-    shapes: str = Field(default="learned", pattern="^(learned|off)$")
+    shapes: str = Field(default="off", pattern="^(learned|off)$")
     """On CPU, with drafts that are trees. learned: each step's tree is as large as pays, by how
     sure the drafter is and what steps take; off: one of a few shapes, by the requests at once."""
 

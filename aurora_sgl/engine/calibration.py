@@ -39,7 +39,7 @@ class Ratios:
     def chance(self, level: int, score: float) -> float:
         """That a node at this level (0: below the root) is accepted."""
         expected = score * self._ratios[level][bisect_left(RANGES, score)]
-        return expected if expected < 1.0 else 1.0
+        return 1.0 if expected > 1.0 else expected
 
     def count(self, level: int, score: float, accepted: bool) -> None:
         cell = bisect_left(RANGES, score)

@@ -43,7 +43,7 @@ class TreeCosts:
         if not isfinite(rest) or rest <= 0:
             return
         known = self.rest[nodes]
-        if known:
+        if self._counts.get(nodes, 0) >= ENOUGH:
             ratio = rest / known
             ratio = min(_OUTLIER * self._scale, max(self._scale / _OUTLIER, ratio))
             self._scale += (ratio - self._scale) / _SCALE

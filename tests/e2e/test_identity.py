@@ -154,7 +154,7 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
     drafter = eagle_drafter if kind == "eagle" else trained
     shape = {"chain": (4, 1, 5), "eagle": (2, 2, 5), "wide tree": (4, 8, 16)}[kind]
     moves = kind != "eagle"  # between depths, from step to step
-    environment = {"AURORA_SPECULATION": "auto" if moves else "on"}
+    environment = {"AURORA_SPECULATION": "auto" if moves else "on", "AURORA_SHAPES": "learned"}
     running = start(tmp_path, model, drafter, shape=shape, environment=environment)
     try:
         some = prompts[:12] if kind == "wide tree" else prompts
