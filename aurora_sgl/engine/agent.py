@@ -86,8 +86,7 @@ class Agent:
         self.may_drop = by_size and int(description["tp_size"]) == 1
         whole = DraftShape(*(int(description[name]) for name in ("depth", "topk", "nodes")))
         may_shrink = self.may_drop and str(description["device"]) == "cpu"
-        # A chain's drafter does not say how sure it is.
-        grows = may_shrink and settings.shapes == "learned" and whole.topk > 1
+        grows = may_shrink and _grows(settings, whole)
         self.step_shape = StepShape(worker, whole)
         self.may_probe = self.may_drop and self.step_shape.can_keep_kv
         self.policy = SpeculationPolicy(
@@ -618,6 +617,11 @@ def _recorder(
         capture_share=settings.capture_share if captures else 0.0,
         dp_rank=int(description.get("dp_rank", 0)),
     )
+
+
+def _grows(settings: Settings, whole: DraftShape) -> bool:
+    """Whether each step's tree is chosen: a chain's drafter does not say how sure it is."""
+    return settings.shapes == "learned" and not whole.is_chain
 
 
 def _is_traced(req: Any) -> bool:

@@ -309,7 +309,7 @@ class TreePolicy:
                     cell[0], cell[1] = cell[0] * keep, cell[1] * keep
 
     @property
-    def known(self) -> list[int]:
+    def groups(self) -> list[int]:
         """Groups of batch sizes that had steps."""
         return sorted(self._groups)
 

@@ -42,9 +42,8 @@ class TreeCosts:
         """One step: seconds of each level but the first, and of all else."""
         if not isfinite(rest) or rest <= 0:
             return
-        known = self.rest[nodes]
         if self._counts.get(nodes, 0) >= ENOUGH:
-            ratio = rest / known
+            ratio = rest / self.rest[nodes]
             ratio = min(_OUTLIER * self._scale, max(self._scale / _OUTLIER, ratio))
             self._scale += (ratio - self._scale) / _SCALE
         for place, seconds in enumerate(levels):

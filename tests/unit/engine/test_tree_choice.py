@@ -177,7 +177,7 @@ def test_load_that_oscillates_round_a_threshold_leaves_each_group_its_trees() ->
     policy = TreePolicy(WHOLE)
     server = Server(policy, both_kinds(), row=0.1, streams=lambda step: 4 + step % 2)
     assert server.run(700, 300) >= 0.98
-    assert {batch_bucket(4), batch_bucket(5)} == set(policy.known)
+    assert {batch_bucket(4), batch_bucket(5)} == set(policy.groups)
 
 
 def test_finding_out_costs_no_more_than_its_bound() -> None:

@@ -131,4 +131,4 @@ def test_a_state_that_does_not_fit_gives_one_line(caplog: pytest.LogCaptureFixtu
     house.step()
     other = House()
     other.tree.remember(wire.Trees(house.tree.policy.state(), same_drafter=False))
-    assert other.tree.policy.known == [BATCH]
+    assert other.tree.policy.groups == [BATCH]
