@@ -334,7 +334,8 @@ def _trees(here: Group) -> None:
     if not rows:
         return
     st.subheader("Trees of the last steps")
-    words.table("trees", rows, numbers=("depth", "nodes", "steps that found out"))
+    words.table("trees", rows, numbers=("depth", "nodes", "steps that found out"),
+                empty="No server chooses its trees.")  # fmt: skip
     st.caption(
         "These servers choose each step's tree by how sure the drafter is, so a shape's accept "
         "length says when it is chosen, and versions can't be told apart by it."
