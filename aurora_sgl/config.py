@@ -79,6 +79,10 @@ class Settings(TextSettings):
     """Byte budget of a new group's trace files; the oldest go first. 0: this server captures
     nothing."""
 
+    capture_format: str = Field(default="auto", pattern="^(auto|full|compact)$")
+    """Rows of trace files: full, as the target computed them; compact, in 4 and 5 bits a number
+    with scales for blocks of 32; auto: compact for targets with a hidden size of 2,048 or more."""
+
     capture_request_bytes: int = Field(default=128 * 1024**2, ge=1)
     """Bytes that the trace of one request may have; one that may become longer is not traced."""
 
@@ -345,6 +349,10 @@ class SchedulerSettings(TextSettings):
 
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Knobs of the training recipe, such as {"passes": 3}."""
+
+    explore: float = Field(default=0.2, ge=0, le=1)
+    """Share of the runs that try one knob of the recipe another way; what past runs earned then
+    decides. 0: the recipe as given."""
 
     wait_for_watch: bool = True
     """Promote nothing while the watch over the promotion before is running."""

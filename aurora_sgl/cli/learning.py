@@ -120,11 +120,15 @@ def replay(
     columns = {
         "version": "version_id",
         "domain": "domain",
+        "rule": "accept_rule",
         "requests": "requests",
         "accept length": "accept_length",
         "difference": "difference",
         "95% from": "ci_low",
         "to": "ci_high",
     }
-    rows = [{**vars(line), "domain": line.domain or "all"} for line in lines]
+    rows = [
+        {**vars(line), "domain": line.domain or "all", "accept_rule": line.accept_rule or "all"}
+        for line in lines
+    ]
     print_rows("replay", columns, rows, as_json)

@@ -54,6 +54,9 @@ def demo(
             help="Of traffic that has none of its own (default: greedy, 0.7 when prompts repeat).",
         ),
     ] = None,
+    turns: Annotated[
+        int, typer.Option(min=1, max=32, help="User turns of a chat; each is a request.")
+    ] = 1,
     port: Annotated[int, typer.Option(help="Port of the endpoint; 0: a free one.")] = 0,
     dashboard: Annotated[
         bool, typer.Option(help="Start the web page for operators too (not with --exit).")
@@ -71,6 +74,7 @@ def demo(
             prompts=prompts,
             drafter=drafter,
             temperature=temperature,
+            turns=turns,
             port=port,
             dashboard=dashboard,
             as_json=as_json,

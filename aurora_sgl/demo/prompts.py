@@ -2,6 +2,7 @@
 
 One line is one request, of which only ``prompt`` is required:
 ``{"prompt": "...", "domain": "chat", "max_tokens": 128, "temperature": 0.7}``.
+``"follow_ups": ["...", ...]`` are what the user says after each answer: the line is a chat.
 ``"held_out": true`` marks prompts that measure drafters and are never trained on; in a file without
 such marks a tenth of each domain is taken, by the hash of the prompt.
 """
@@ -39,13 +40,14 @@ _DOMAIN = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request of the sample traffic."""
+    """One request of the sample traffic, or the chat that begins with it."""
 
     domain: str
     prompt: str
     max_tokens: int
     held_out: bool = False
     temperature: float | None = None  # None: the demo's
+    follow_ups: tuple[str, ...] = ()  # the user's next turns
 
 
 def sample_prompts() -> list[Prompt]:
@@ -107,7 +109,7 @@ def _prompt_of(line: str, where: str) -> Prompt:
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise AuroraError(f"{where}: 'prompt' must be a text that is not empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+    if _half_a_character(prompt):
         raise AuroraError(f"{where}: 'prompt' must be text; it holds half of a character")
     domain = row.get("domain", "default")
     if not isinstance(domain, str) or not _DOMAIN.fullmatch(domain):
@@ -118,7 +120,23 @@ def _prompt_of(line: str, where: str) -> Prompt:
     held_out = row.get("held_out", False)
     if not isinstance(held_out, bool):
         raise AuroraError(f"{where}: 'held_out' must be true or false")
-    return Prompt(domain, prompt, max_tokens, held_out, _temperature(row, where))
+    follow_ups = _follow_ups(row, where)
+    return Prompt(domain, prompt, max_tokens, held_out, _temperature(row, where), follow_ups)
+
+
+def _follow_ups(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    texts = row.get("follow_ups", [])
+    if not isinstance(texts, list) or not all(map(_is_text, texts)):
+        raise AuroraError(f"{where}: 'follow_ups' must be a list of texts that are not empty")
+    return tuple(texts)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and not _half_a_character(value)
+
+
+def _half_a_character(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _temperature(row: dict[str, Any], where: str) -> float | None:

@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.config import Settings, get_settings
+from aurora_sgl.demo.chats import limited, with_turns
 from aurora_sgl.demo.dashboard import DashboardProcess
 from aurora_sgl.demo.held_out import HeldOutPrompts, spread
 from aurora_sgl.demo.model import demo_model
@@ -55,6 +56,7 @@ def run(
     prompts: Path | None = None,
     drafter: str | None = None,
     temperature: float | None = None,
+    turns: int = 1,
     port: int = 0,
     dashboard: bool = True,
     as_json: bool = False,
@@ -66,7 +68,8 @@ def run(
     so none is started. ``held_out``: how many prompts are measured and never trained on.
     ``drafter``: a folder to begin with, or ``scratch`` (None: what was live in
     this data folder, else scratch). ``temperature``: of traffic that has none of its own (None:
-    greedy, and 0.7 when the prompts come again).
+    greedy, and 0.7 when the prompts come again). ``turns``: of the user in a chat; each is a
+    request, and no header says that they belong together.
     """
     settings = get_settings()
     chosen = load_prompts(prompts) if prompts is not None else sample_prompts()
@@ -105,8 +108,9 @@ def run(
         held = HeldOutPrompts(
             server.url, engine, screen, measured, DraftShape(**shape), temperature or 0.0
         )
-        demo = _Demo(settings, engine, server, screen, to_serve(chosen), held, requests, stop,
-                     shape, temperature)  # fmt: skip
+        chats = with_turns(to_serve(chosen), turns)
+        demo = _Demo(settings, engine, server, screen, chats, held, requests, stop, shape,
+                     temperature)  # fmt: skip
         if dashboard and not stop:
             demo.dashboard = pages
         try:
@@ -239,10 +243,9 @@ class _Demo:
 
         # The first round is greedy. When the prompts come again, sampling keeps answers apart.
         left, given = self.requests, self.temperature
-        first = self.to_serve[:left]
-        again = itertools.islice(
-            itertools.cycle(self.to_serve), None if left is None else left - len(first)
-        )
+        first = list(limited(self.to_serve, left))
+        rest = None if left is None else left - sum(1 + len(p.follow_ups) for p in first)
+        again = limited(itertools.cycle(self.to_serve), rest)
         for prompts, usual in ((first, 0.0), (again, AGAIN_TEMPERATURE)):
             temperature = usual if given is None else given
             await send_all(self.server.url, prompts, done, max_tokens=MAX_TOKENS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import httpx
@@ -53,29 +53,40 @@ async def send(
     temperature: float = 0.0,
     headers: dict[str, str] | None = None,
     salt: str = "",
-) -> Sent:
-    """One chat completion; an error is returned, not raised.
+) -> AsyncIterator[Sent]:
+    """The chat completions of one prompt and its follow-ups; an error is returned, not raised, and
+    ends the chat.
 
     ``temperature`` is for a prompt that has none of its own. Requests with one ``salt`` share no
-    cached prefix with others.
+    cached prefix with others. No header names the conversation, as most clients name none.
     """
-    rid = uuid.uuid4().hex
-    body = {
-        "model": "default",
-        "messages": [{"role": "user", "content": prompt.prompt}],
-        "max_tokens": min(max_tokens, prompt.max_tokens),
-        "temperature": temperature if prompt.temperature is None else prompt.temperature,
-        "rid": rid,
-        **({"cache_salt": salt} if salt else {}),
-    }
     labels = {"x-aurora-domain": prompt.domain, **(headers or {})}
-    try:
-        answer = await client.post("/v1/chat/completions", json=body, headers=labels)
-    except httpx.HTTPError as error:
-        return Sent(prompt, rid, 0, f"{type(error).__name__}: {error}")
-    if answer.status_code != 200:
-        return Sent(prompt, rid, 0, f"HTTP {answer.status_code}: {answer.text[:200]}")
-    return Sent(prompt, rid, int(answer.json()["usage"]["completion_tokens"]))
+    messages = [{"role": "user", "content": prompt.prompt}]
+    for follow_up in (*prompt.follow_ups, ""):
+        rid = uuid.uuid4().hex
+        body = {
+            "model": "default",
+            "messages": messages,
+            "max_tokens": min(max_tokens, prompt.max_tokens),
+            "temperature": temperature if prompt.temperature is None else prompt.temperature,
+            "rid": rid,
+            **({"cache_salt": salt} if salt else {}),
+        }
+        try:
+            answer = await client.post("/v1/chat/completions", json=body, headers=labels)
+        except httpx.HTTPError as error:
+            yield Sent(prompt, rid, 0, f"{type(error).__name__}: {error}")
+            return
+        if answer.status_code != 200:
+            yield Sent(prompt, rid, 0, f"HTTP {answer.status_code}: {answer.text[:200]}")
+            return
+        content = answer.json()
+        yield Sent(prompt, rid, int(content["usage"]["completion_tokens"]))
+        text = content["choices"][0]["message"]["content"] or ""
+        messages += [
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": follow_up},
+        ]
 
 
 async def send_all(
@@ -89,21 +100,22 @@ async def send_all(
     salt: str = "",
     streams: int = STREAMS,
 ) -> TrafficSample:
-    """Send prompts over ``streams`` connections; ``done`` is called for each answer."""
+    """Send prompts and their follow-ups over ``streams`` connections; ``done`` is called for each
+    answer."""
     waiting: Iterator[Prompt] = iter(prompts)
     sent: list[Sent] = []
     begun = time.monotonic()
 
     async def stream(client: httpx.AsyncClient) -> None:
         for prompt in waiting:
-            one = await send(
+            async for one in send(
                 client, prompt, max_tokens=max_tokens, temperature=temperature, headers=headers,
                 salt=salt,
-            )  # fmt: skip
-            sent.append(one)
-            done(one)
-            if one.error:
-                await asyncio.sleep(0.2)
+            ):  # fmt: skip
+                sent.append(one)
+                done(one)
+                if one.error:
+                    await asyncio.sleep(0.2)
 
     async with (
         httpx.AsyncClient(base_url=url, timeout=_TIMEOUT) as client,

@@ -33,8 +33,9 @@ _COMPARED = 1000  # newest requests to train on that held-out ones must not near
 
 @dataclass(frozen=True)
 class ReplayLine:
-    """One version on one domain (``""``: all). The difference is to the first version asked for,
-    on the same requests, with its 95% interval; ``None`` for the first version itself."""
+    """One version on one domain under one accept rule (``""``: all of them). The difference is to
+    the first version asked for, on the same requests, with its 95% interval; ``None`` for the
+    first version itself."""
 
     version_id: int
     domain: str
@@ -43,6 +44,7 @@ class ReplayLine:
     difference: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
+    accept_rule: str = ""
 
 
 def replay_versions(
@@ -80,9 +82,20 @@ def replay_versions(
         raise AuroraError("none of the requests to replay could be read: their traces are broken")
     return [
         line
-        for domain in ["", *sorted({r.domain for r in results[0]})]
-        for line in _lines(domain, version_ids, results, settings.seed)
+        for domain, rule in _strata(results[0])
+        for line in _lines(domain, rule, version_ids, results, settings.seed)
     ]
+
+
+def _strata(replayed: Sequence[RequestReplay]) -> list[tuple[str, str]]:
+    """Domain and accept rule of the lines, ``""`` for all: domains, and where there are several
+    rules these, and both together."""
+    domains, rules = ({getattr(r, name) for r in replayed} for name in ("domain", "accept_rule"))
+    strata = [("", ""), *((domain, "") for domain in sorted(domains))]
+    if len(rules) > 1:
+        strata += [("", rule) for rule in sorted(rules)]
+        strata += sorted({(r.domain, r.accept_rule) for r in replayed}) if len(domains) > 1 else []
+    return strata
 
 
 def load_version(
@@ -121,14 +134,15 @@ def replayable(
         return split_of(split_key(row), dev_share=0.0, gate_share=gate_share)
 
     with store.session(engine, write=False) as s:
-        donors = queries.requests.recent_requests(s, group.id, limit=REACH)
+        recent = queries.requests.recent_requests(s, group.id, limit=REACH)
+        donors = [*recent, *queries.requests.donors(s, recent)]
         rows = queries.requests.recent_requests(s, group.id, domains=domains, limit=REACH)
     if only_held_out:
         rows = [row for row in rows if side(row) == "gate"]
     left_out = Counter(reason for row in rows if (reason := why_not_judged(row)))
     rows = [row for row in rows if not why_not_judged(row)]
     if only_held_out:
-        rows += [row for row in donors if side(row) == "train"][:_COMPARED]
+        rows += [row for row in recent if side(row) == "train"][:_COMPARED]
     else:
         rows = rows[:limit]
     files = TraceFiles(artifacts, get_settings().home / "cache")
@@ -148,11 +162,18 @@ def replayable(
 
 
 def _lines(
-    domain: str, version_ids: Sequence[int], results: Sequence[Sequence[RequestReplay]], seed: int
+    domain: str,
+    rule: str,
+    version_ids: Sequence[int],
+    results: Sequence[Sequence[RequestReplay]],
+    seed: int,
 ) -> list[ReplayLine]:
-    mine = [[r for r in each if domain in ("", r.domain)] for each in results]
-    first = version_ids[0]
-    lines = [ReplayLine(first, domain, len(mine[0]), AcceptCounts.of(mine[0]).accept_length)]
+    mine = [
+        [r for r in each if domain in ("", r.domain) and rule in ("", r.accept_rule)]
+        for each in results
+    ]
+    first, length = version_ids[0], AcceptCounts.of(mine[0]).accept_length
+    lines = [ReplayLine(first, domain, len(mine[0]), length, accept_rule=rule)]
     for number, replayed in zip(version_ids[1:], mine[1:], strict=True):
         pair = difference_of(pairs_of(mine[0], replayed), seed=seed)
         lines.append(
@@ -164,6 +185,7 @@ def _lines(
                 pair.difference,
                 pair.ci_low,
                 pair.ci_high,
+                rule,
             )
         )
     return lines

@@ -29,12 +29,14 @@ def shape_of(served: RequestCounts | Step) -> str:
     return f"{served.depth}/{served.topk}/{served.nodes}"
 
 
-def key_of(cluster: RequestCounts) -> str:
-    return f"{shape_of(cluster)}/{cluster.domain}"
+def key_of(served: RequestCounts | Step) -> str:
+    """What is compared with its like alone: draft shape, accept rule and domain. A sampled request
+    accepts less than a greedy one of the same drafter, and traffic's mix of both changes."""
+    return f"{shape_of(served)}/{served.accept_rule}/{served.domain}"
 
 
 def strata(clusters: Iterable[RequestCounts]) -> dict[str, AcceptCounts]:
-    """Requests by draft shape and domain."""
+    """Requests by :func:`key_of`."""
     sums: dict[str, AcceptCounts] = {}
     for cluster in clusters:
         key = key_of(cluster)
@@ -45,8 +47,8 @@ def strata(clusters: Iterable[RequestCounts]) -> dict[str, AcceptCounts]:
 @dataclass(frozen=True)
 class Comparison:
     """Accept length of some requests against what a baseline would have had on the same mix of
-    domains and draft shapes. ``error`` is the standard error of the difference between the roots
-    of the accepted drafts per step, ``freedom`` its degrees of freedom."""
+    domains, draft shapes and accept rules. ``error`` is the standard error of the difference
+    between the roots of the accepted drafts per step, ``freedom`` its degrees of freedom."""
 
     requests: int  # of those that could be compared
     accept_length: float

@@ -24,7 +24,7 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.config import TrialSettings
 from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.intervals import accept_length, or_none
-from aurora_sgl.rollout.live_traffic import paces, shape_of
+from aurora_sgl.rollout.live_traffic import key_of, paces
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Evaluation, Trial, TrialWindow
 
@@ -207,9 +207,9 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
     pace = paces(steps).values()
     seconds = sum(each.seconds for each in pace)
     counted = (window.finished_at - begin).total_seconds()
-    shapes: dict[str, list[int]] = {}
+    strata: dict[str, list[int]] = {}
     for step in steps:
-        sums = shapes.setdefault(shape_of(step), [0, 0])
+        sums = strata.setdefault(key_of(step), [0, 0])
         sums[0], sums[1] = sums[0] + 1, sums[1] + step.accepted
     window.requests = len({step.request_id for step in steps})
     window.verify_steps = len(steps)
@@ -218,7 +218,7 @@ def _measure(s: Session, trial: Trial, window: TrialWindow, rules: TrialSettings
     window.metrics = {
         "seconds": counted,
         "accept_length": or_none(accept_length(window.accepted, len(steps))),
-        "shapes": shapes,
+        "strata": strata,
         "tokens_per_second": window.completion_tokens / counted if counted > 0 else None,
         "stream_tokens_per_second": sum(p.tokens for p in pace) / seconds if seconds else None,
         "batch_size": sum(step.batch_size for step in steps) / len(steps) if steps else None,
@@ -263,15 +263,18 @@ def _finish(
 
 
 def _lengths(pair: tuple[TrialWindow, TrialWindow]) -> tuple[float | None, float | None]:
-    """Accept lengths of two windows over the draft shapes that both had, in one mix of them."""
-    shapes = [window.metrics["shapes"] for window in pair]
-    steps = {key: shapes[0][key][0] + shapes[1][key][0] for key in shapes[0] if key in shapes[1]}
-    total = sum(steps.values())
+    """Accept lengths of two windows over the strata that both had (``live_traffic.key_of``), in one
+    mix of them. A stratum weighs n m / (n + m) for n and m steps, the inverse of its variance
+    (Mantel and Haenszel 1959): one step in one of the windows says little."""
+    strata = [window.metrics["strata"] for window in pair]
+    steps = [(strata[0][key][0], strata[1][key][0], key) for key in strata[0] if key in strata[1]]
+    weights = {key: n * m / (n + m) for n, m, key in steps}
+    total = sum(weights.values())
     if not total:
         return None, None
     first, second = (
-        sum(count * accept_length(*sums[key][::-1]) for key, count in steps.items()) / total
-        for sums in shapes
+        sum(weight * accept_length(*sums[key][::-1]) for key, weight in weights.items()) / total
+        for sums in strata
     )
     return first, second
 

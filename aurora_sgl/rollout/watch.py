@@ -41,7 +41,7 @@ from aurora_sgl.store.queries.request_counts import RequestCounts
 #: One-sided tails: worse beyond doubt (alone enough), and worse as far as one window tells.
 DOUBTLESS, TELLING = 0.001, 0.05
 #: What the keys of a baseline's sums are made of, see ``live_traffic.key_of``.
-BASELINE_KEYS = "depth/topk/nodes"
+BASELINE_KEYS = "depth/topk/nodes/rule/domain"
 #: Requests of the baseline that are looked at.
 BASELINE_REQUESTS = 400
 #: Requests of a domain below which replayed ones are taken into the baseline too.
@@ -211,11 +211,13 @@ def _replayed(s: Session, watch: Watch) -> tuple[int | None, list[RequestCounts]
     if not ways:
         return None, []
     newest, column = max(ways, key=lambda way: way[0].id)
+    rows = [row for row in newest.details["requests"] if row[column + 1]]
+    rules = queries.requests.accept_rules(s, [row[0] for row in rows])
     return newest.id, [
         RequestCounts(row[0], row[1], newest.depth or 0, newest.topk or 0, newest.nodes or 0,
-                row[column + 1], row[column], newest.created_at)
-        for row in newest.details["requests"]
-        if row[column + 1]
+                row[column + 1], row[column], newest.created_at, rules[row[0]])
+        for row in rows
+        if rules.get(row[0])  # the others were deleted, and with them by which rule they were
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Whether the accept length of the live version falls, domain by domain.
+"""Whether the accept length of the live version falls, domain by domain and accept rule by rule.
 
 The Page-Hinkley test (Page, Biometrika 1954; from the package river), one value a request: the
 tokens accepted a step, in standard deviations. Steps of one request are
@@ -46,7 +46,7 @@ class Fall:
 
 @dataclass
 class _Stream:
-    """Requests of one domain and draft shape since the last fall."""
+    """Requests of one domain, accept rule and draft shape since the last fall."""
 
     detector: Any = None
     deviation: float = 0.0
@@ -57,9 +57,11 @@ def was_told(fall: Fall, stored: Iterable[Drift]) -> bool:
     """Whether a detector that read the same requests before, perhaps from another start, has
     stored this fall: its last request finished when this one had begun, or later. The times are
     those of the requests, never this machine's clock."""
-    same = (fall.domain, fall.details["depth"], fall.details["topk"], fall.details["nodes"])
+    same = (fall.domain, *(fall.details[name] for name in ("depth", "topk", "nodes")))
     return any(
         (one.domain, *(one.details.get(name) for name in ("depth", "topk", "nodes"))) == same
+        and one.details.get("accept_rule", fall.details["accept_rule"])  # older ones name none
+        == fall.details["accept_rule"]
         and datetime.fromisoformat(one.details["last_finished_at"]) >= fall.began_at
         for one in stored
         if "last_finished_at" in one.details
@@ -73,14 +75,17 @@ class DriftDetector:
         """Both in standard deviations of a request: how far the sum may fall below its peak, and
         how much of a difference counts as none."""
         self._threshold, self._slack = threshold, slack
-        self._streams: dict[tuple[str, int, int, int], _Stream] = {}
+        self._streams: dict[tuple[str, str, int, int, int], _Stream] = {}
 
     def feed(self, requests: Iterable[RequestCounts]) -> list[Fall]:
         """The next requests in the order in which they finished; the falls seen in them."""
         return [fall for request in requests if (fall := self._take(request)) is not None]
 
     def _take(self, request: RequestCounts) -> Fall | None:
-        key = (request.domain, request.depth, request.topk, request.nodes)
+        key = (
+            *(request.domain, request.accept_rule),
+            *(request.depth, request.topk, request.nodes),
+        )
         stream = self._streams.setdefault(key, _Stream())
         stream.requests.append(request)
         if stream.detector is None:
@@ -110,6 +115,7 @@ class DriftDetector:
                 "threshold": self._threshold,
                 "slack": self._slack,
                 "deviation": stream.deviation,
+                "accept_rule": request.accept_rule,
                 "depth": request.depth,
                 "topk": request.topk,
                 "nodes": request.nodes,

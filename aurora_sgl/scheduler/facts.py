@@ -82,9 +82,12 @@ def _drift(s: Session, group_id: int, live_id: int | None, since: datetime | Non
     return f"the accept length of version {live_id} fell ({'; '.join(changes)})" if falls else ""
 
 
-def recipe_as_served(s: Session, group_id: int, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with the draft shape and dtype of the group's servers, where it names none."""
-    served: dict[str, Any] = {}
+def recipe_as_served(
+    s: Session, group_id: int, recipe: dict[str, Any], *, explore: float = 0.0
+) -> dict[str, Any]:
+    """The recipe with the draft shape and dtype of the group's servers, and the share of runs that
+    explore, where it names none."""
+    served: dict[str, Any] = {"explore": explore}
     shape = queries.servers.served_shape(s, group_id)
     if shape is not None:
         served |= {"depth": shape[0], "topk": shape[1], "nodes": shape[2]}

@@ -204,7 +204,7 @@ class Scheduler:
 
     def _start(self, trigger: str, live_id: int | None) -> None:
         with self.link.session(write=False) as s:
-            recipe = recipe_as_served(s, self.group_id, self.recipe)
+            recipe = recipe_as_served(s, self.group_id, self.recipe, explore=self.rules.explore)
         arguments = ["--group", self.group, "--trigger", trigger, "--settings", json.dumps(recipe)]
         try:
             self.child = TrainingProcess(arguments, self.environment)

@@ -48,6 +48,9 @@ def of_group(s: Session, group_id: int, gate_share: float = GATE_SHARE) -> list[
         samples.append(Sample("aurora_held_out_requests", "gauge", "held-out requests that can be "
                               "judged, and those that can't by the reason", count,
                               (("state", state),)))  # fmt: skip
+    for rule, count in evidence.by_rule.items():
+        samples.append(Sample("aurora_held_out_judged", "gauge", "held-out requests that can be "
+                              "judged, by accept rule", count, (("rule", rule),)))  # fmt: skip
     for place, count in queries.drops.drops(s, group_id).items():
         samples.append(Sample("aurora_drops", "counter", "records lost, by the place where", count,
                               (("place", place),)))  # fmt: skip

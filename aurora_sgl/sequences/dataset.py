@@ -19,7 +19,15 @@ from aurora_sgl.sequences.near_duplicates import near_duplicates
 from aurora_sgl.sequences.prefixes import Locate, Piece, Prefixes
 from aurora_sgl.sequences.sample_weights import by_rejection
 from aurora_sgl.sequences.sequence import LoggedProposal, Sequence, readable
-from aurora_sgl.sequences.splits import sides, split_key, split_of, why_not_judged, why_unusable
+from aurora_sgl.sequences.splits import (
+    conversation_of,
+    is_constrained,
+    sides,
+    split_key,
+    split_of,
+    why_not_judged,
+    why_unusable,
+)
 from aurora_sgl.sequences.trace_reader import TraceFeatures, read_trace
 from aurora_sgl.store.queries.requests import RecentRequest
 
@@ -95,8 +103,9 @@ class Loader:
             last=torch.cat(last),
             output_start=row.output_start,
             greedy=row.greedy,
+            constrained=is_constrained(row.sampling),
             domain=row.domain,
-            conversation=split_key(row),
+            conversation=conversation_of(row),
             accept_rule=row.accept_rule,
             proposals=tuple(proposal_of(step) for step in steps if step["depth"]),
             weights=self._weights(row, steps, min(len(own.tokens) - 1, row.end)),
@@ -164,11 +173,12 @@ def build(
     """Choose and split requests. Only tokens are read here; features when a request is used.
 
     ``donors`` are further traces that may fill a cached prefix. Left out are requests with
-    penalties, bias or a grammar (``sampling``), with hardly an answer (``short``), whose cached
-    prefix no trace holds (``prefix``), whose file is missing or broken (``broken``), and those
-    that nearly repeat a prompt on another side (``duplicate``); from dev and gate also those whose
-    accept rule replay does not cover. The gate gets the first ``most_gate`` usable ones, as they
-    come; files of later ones are not looked at. The other options are :class:`Loader`'s.
+    penalties or a logit processor (``penalties``, ``processor``), with hardly an answer
+    (``short``), whose cached prefix no trace holds (``prefix``), whose file is missing or broken
+    (``broken``), and those that nearly repeat a prompt on another side (``duplicate``); from dev
+    and gate also those whose accept rule replay does not cover. The gate gets the first
+    ``most_gate`` usable ones, as they come; files of later ones are not looked at. The other
+    options are :class:`Loader`'s.
     """
     rows = list(rows)
     ids = {row.request_id for row in rows}

@@ -37,6 +37,7 @@ class Sequence:
     last: torch.Tensor  # [n, H]: the target's normed last hidden state; logits = last @ lm_head.T
     output_start: int  # position of the first output token
     greedy: bool = True
+    constrained: bool = False  # by a grammar or a bias: its tokens need not be the target's best
     domain: str = "default"
     conversation: str = ""  # requests of one conversation, or one prompt, share it
     accept_rule: str = ""  # see RecentRequest; "": not known

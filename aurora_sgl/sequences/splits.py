@@ -6,31 +6,29 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.split_place import GATE_SHARE as GATE_SHARE
+from aurora_sgl.split_place import place
 from aurora_sgl.store.queries.requests import RecentRequest
+from aurora_sgl.store.queries.traces import DERIVED
+from aurora_sgl.store.rollup import MIXED
+from aurora_sgl.wire import WITHOUT_DRAFTS
 
-#: Sampling parameters that change the target's logits, with the value that leaves them alone.
-#: SGLang applies them in place, and relaxes penalties under speculation: what was emitted is then
-#: not what the captured hidden states say.
-_NEUTRAL: Mapping[str, Any] = {
+#: Penalties, with the value that leaves the target's logits alone. SGLang relaxes them under
+#: speculation: what was emitted is then not the target's own, whatever rule is named.
+_PENALTIES: Mapping[str, Any] = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
     "min_new_tokens": 0,
 }
-_CONSTRAINTS = (
-    "logit_bias",
-    "json_schema",
-    "regex",
-    "ebnf",
-    "structural_tag",
-    "grammar",
-    "custom_logit_processor",
-    "custom_params",
-)
+#: What a client or an operator put between the target and its tokens.
+_PROCESSORS = ("custom_logit_processor", "custom_params", "thinking_budget", "watermark")
+#: What is done to the target's logits at each node of a draft, by the tokens before that node
+#: alone (SGLang 0.5.21 to 0.5.23: ``eagle_utils.eagle_sample`` adds the bias to every row,
+#: ``spec_utils.traverse_tree`` walks the grammar along each path). The emitted token is the changed
+#: target's own, whatever was proposed; the captured hidden states are the plain target's.
+_CONSTRAINTS = ("logit_bias", "json_schema", "regex", "ebnf", "structural_tag", "grammar")
 
-#: Share of conversations that no run trains on, unless a recipe says otherwise.
-GATE_SHARE = 0.15
 FEWEST_OUTPUT = 3  # fewer output tokens hold nothing to predict
 #: Accept rules under which a request's log tells what any drafter would have had accepted: the
 #: emitted token is the target's own, drawn without a look at the proposal (see replay.py).
@@ -38,10 +36,10 @@ JUDGED_RULES = ("greedy", "target_sampling")
 
 
 def why_unusable(row: RecentRequest) -> str:
-    """Why a request is neither trained on nor judged: ``sampling`` (its logits were changed),
-    ``short`` (hardly an answer); empty: it can be used."""
-    if not is_plain(row.sampling):
-        return "sampling"
+    """Why a request is neither trained on nor judged: ``penalties``, ``processor`` (its tokens are
+    not the target's own), ``short`` (hardly an answer); empty: it can be used."""
+    if reason := _why_not_its_own(row.sampling):
+        return reason
     return "short" if row.end - row.output_start + 1 < FEWEST_OUTPUT else ""
 
 
@@ -50,17 +48,32 @@ def why_not_judged(row: RecentRequest) -> str:
     rule that replay does not cover; empty: it can be judged."""
     if reason := why_unusable(row):
         return reason
-    return "" if row.accept_rule in JUDGED_RULES else row.accept_rule or "unknown_rule"
+    if row.accept_rule in JUDGED_RULES:
+        return ""
+    return _RULE_REASONS.get(row.accept_rule, row.accept_rule)
 
 
-def is_plain(sampling: Mapping[str, Any]) -> bool:
-    """Whether a request was answered by the target alone: no penalty, bias or grammar."""
-    if any(sampling.get(name) for name in _CONSTRAINTS):
-        return False
-    return all(
-        sampling.get(name) is None or float(sampling[name]) == neutral
-        for name, neutral in _NEUTRAL.items()
-    )
+#: Rules that are none, as reasons.
+_RULE_REASONS = {"": "unknown_rule", MIXED: "mixed_rules"}
+
+
+def is_constrained(sampling: Mapping[str, Any]) -> bool:
+    """Whether a grammar or a bias stood between the target and its tokens: of a greedy request the
+    log then does not say which token the target itself likes best."""
+    return any(sampling.get(name) for name in _CONSTRAINTS)
+
+
+def _why_not_its_own(sampling: Mapping[str, Any]) -> str:
+    without_drafts = str(sampling.get(WITHOUT_DRAFTS) or "").split(", ")
+    if any(name in without_drafts or _differs(sampling, name) for name in _PENALTIES):
+        return "penalties"
+    if any(name in without_drafts or sampling.get(name) for name in _PROCESSORS):
+        return "processor"
+    return ""
+
+
+def _differs(sampling: Mapping[str, Any], name: str) -> bool:
+    return sampling.get(name) is not None and float(sampling[name]) != _PENALTIES[name]
 
 
 def split_of(key: str, *, dev_share: float, gate_share: float) -> str:
@@ -70,14 +83,20 @@ def split_of(key: str, *, dev_share: float, gate_share: float) -> str:
     conversation and two copies of one prompt land on the same side. The gate is cut off first:
     its requests stay held out whatever the dev share.
     """
-    place = int(sha256_bytes(f"split:{key}".encode())[:8], 16) / 0x1_0000_0000
-    if place < gate_share:
+    own = place(key)
+    if own < gate_share:
         return "gate"
-    return "dev" if place < gate_share + dev_share else "train"
+    return "dev" if own < gate_share + dev_share else "train"
 
 
 def split_key(row: RecentRequest) -> str:
-    """What a request shares with those that must land on its side: conversation, or prompt."""
+    """What a request shares with those that must land on its side: conversation, or prompt. A
+    derived conversation names its side (see ``sidecar.traces.turns``)."""
+    return row.conversation_hash.partition(DERIVED)[0] or row.prompt_sha256
+
+
+def conversation_of(row: RecentRequest) -> str:
+    """What correlated requests share."""
     return row.conversation_hash or row.prompt_sha256
 
 

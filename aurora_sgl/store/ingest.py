@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from sqlalchemy import Connection, Engine, bindparam, case, select, update
+from sqlalchemy import Connection, Engine, String, bindparam, case, or_, select, update
 
 from aurora_sgl import wire
 from aurora_sgl.clock import from_us, utc_now
@@ -32,6 +32,7 @@ from aurora_sgl.store.partitions import ensure_partitions
 from aurora_sgl.store.queries.swaps import add_swaps
 from aurora_sgl.store.queries.versions import known_version
 from aurora_sgl.store.rollup import (
+    MIXED,
     Minute,
     MinuteKey,
     RequestSums,
@@ -237,9 +238,10 @@ def _start_requests(
                     "server_id": server_id,
                     "admitted_at": from_us(record.at_us),
                 }
-    columns = ("rid", "dp_rank", "domain", "conversation_hash", "prompt_tokens", "sampling",
-               "may_train", "speculates", "admitted_at")  # fmt: skip
-    upsert(connection, Request, list(started.values()), ["id"], columns)
+    columns = ("rid", "dp_rank", "domain", "prompt_tokens", "sampling", "may_train", "speculates",
+               "admitted_at")  # fmt: skip
+    filled = ["conversation_hash"]  # what was derived since stays
+    upsert(connection, Request, list(started.values()), ["id"], columns, filled)
     rest = [row for request_id, row in orphans.items() if request_id not in started]
     insert_missing(connection, Request, rest, ["id"])
 
@@ -324,6 +326,7 @@ def _count_requests(connection: Connection, sums: dict[int, RequestSums]) -> Non
         return
     table = Request.__table__
     started = case((table.c.verify_steps == 0, 1), else_=0)
+    rule = bindparam("rule", type_=String)
     connection.execute(
         update(Request)
         .where(table.c.id == bindparam("key"))
@@ -331,7 +334,9 @@ def _count_requests(connection: Connection, sums: dict[int, RequestSums]) -> Non
             verify_steps=table.c.verify_steps + bindparam("steps"),
             proposed=table.c.proposed + bindparam("more_proposed"),
             accepted=table.c.accepted + bindparam("more_accepted"),
-            accept_rule=bindparam("rule"),
+            accept_rule=case(
+                (or_(table.c.accept_rule == "", table.c.accept_rule == rule), rule), else_=MIXED
+            ),
             completion_tokens=case(
                 (
                     table.c.status == "running",

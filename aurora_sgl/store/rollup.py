@@ -96,6 +96,8 @@ class Minute:
         return values
 
 
+#: ``request.accept_rule`` of a request whose steps had several.
+MIXED = "mixed"
 PLAIN_SUMS = ("verify_steps", "proposed", "accepted", "completion_tokens")
 CLUSTER_SUMS = tuple(ClusterSums.__dataclass_fields__)
 #: Prefixes of the columns: clusters of one draft shape, of all shapes, and of mixed steps too.
@@ -110,7 +112,7 @@ class RequestSums:
     proposed: int = 0
     accepted: int = 0
     kept: int = 0
-    accept_rule: str = ""  # one request keeps one rule
+    accept_rule: str = ""  # of its steps; ``MIXED``: of several
 
 
 def tally_key(step: VerifyStep, version_id: int) -> TallyKey:
@@ -180,7 +182,7 @@ def roll_up(
         sums.proposed += step.proposed
         sums.accepted += a
         sums.kept += step.kept
-        sums.accept_rule = step.accept_rule
+        sums.accept_rule = step.accept_rule if sums.accept_rule in ("", step.accept_rule) else MIXED
     return minutes, requests
 
 

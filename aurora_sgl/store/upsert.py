@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, case
 from sqlalchemy.dialects import postgresql, sqlite
 
 from aurora_sgl.store.models import Base
@@ -54,21 +54,30 @@ def upsert(
     rows: Sequence[Mapping[str, Any]],
     key: Sequence[str],
     change: Iterable[str],
+    fill: Iterable[str] = (),
 ) -> None:
-    """Insert rows; where the key is there, set the columns ``change`` to the new values."""
+    """Insert rows; where the key is there, set the columns ``change`` to the new values, and the
+    texts ``fill`` where they are empty."""
     if rows:
-        statement = _statement(connection.dialect.name, model, tuple(key), tuple(change))
+        statement = _statement(
+            connection.dialect.name, model, tuple(key), tuple(change), tuple(fill)
+        )
         connection.execute(statement, list(rows))
 
 
 @cache  # building one takes longer than running it, and ingest runs five a batch
 def _statement(
-    dialect: str, model: type[Base], key: tuple[str, ...], change: tuple[str, ...]
+    dialect: str,
+    model: type[Base],
+    key: tuple[str, ...],
+    change: tuple[str, ...],
+    fill: tuple[str, ...] = (),
 ) -> postgresql.Insert | sqlite.Insert:
     statement = _insert(dialect, model)
     if not change:
         return statement.on_conflict_do_nothing(index_elements=list(key))
     new = statement.excluded
-    return statement.on_conflict_do_update(
-        index_elements=list(key), set_={column: new[column] for column in change}
-    )
+    old = model.__table__.c
+    values: dict[str, Any] = {column: new[column] for column in change}
+    values |= {column: case((old[column] == "", new[column]), else_=old[column]) for column in fill}
+    return statement.on_conflict_do_update(index_elements=list(key), set_=values)

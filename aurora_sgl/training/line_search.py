@@ -31,7 +31,8 @@ ALPHAS = (1.0, 0.75, 0.5, 0.25)
 FLOOR = 0.02
 #: Gain at which the whole way is taken without a look at the others, if no domain loses.
 PLENTY = 0.05
-#: Dev requests below which a domain has no floor of its own, and below which nothing is searched.
+#: Dev requests below which a domain under one accept rule has no floor of its own, and below which
+#: nothing is searched.
 FEWEST_OF_DOMAIN, FEWEST = 3, 4
 
 
@@ -136,18 +137,19 @@ def _is_plenty(live: Way, whole: Way) -> bool:
 def _worst(before: Sequence[RequestReplay], after: Sequence[RequestReplay]) -> float:
     shares = [
         AcceptCounts.of(new).accept_length / AcceptCounts.of(old).accept_length
-        for old, new in _by_domain(before, after).values()
+        for old, new in _strata(before, after).values()
         if len(old) >= FEWEST_OF_DOMAIN and any(r.verify_steps for r in old)
     ]
     return min(shares, default=1.0)
 
 
-def _by_domain(
+def _strata(
     before: Sequence[RequestReplay], after: Sequence[RequestReplay]
-) -> Mapping[str, tuple[list[RequestReplay], list[RequestReplay]]]:
-    pairs: dict[str, tuple[list[RequestReplay], list[RequestReplay]]] = {}
+) -> Mapping[tuple[str, str], tuple[list[RequestReplay], list[RequestReplay]]]:
+    """By domain and accept rule."""
+    pairs: dict[tuple[str, str], tuple[list[RequestReplay], list[RequestReplay]]] = {}
     for old, new in zip(before, after, strict=True):
-        pair = pairs.setdefault(old.domain, ([], []))
+        pair = pairs.setdefault((old.domain, old.accept_rule), ([], []))
         pair[0].append(old)
         pair[1].append(new)
     return pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
@@ -28,13 +30,14 @@ from aurora_sgl.intervals import or_none
 from aurora_sgl.private import make_folder
 from aurora_sgl.rollout.versions import fetch_verified, import_version
 from aurora_sgl.sequences import dataset
-from aurora_sgl.sequences.held_out import HeldOut
+from aurora_sgl.sequences.held_out import HeldOut, held_out_of
 from aurora_sgl.sequences.sample_weights import by_recency
 from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
-from aurora_sgl.training import line_search
+from aurora_sgl.training import line_search, reservoir
 from aurora_sgl.training.maturity import peak_rate, trained_tokens
+from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
 from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
 from aurora_sgl.training.selection import HELD_OUT, Selection, select
 from aurora_sgl.training.settings import TrainSettings
@@ -42,6 +45,8 @@ from aurora_sgl.training.trainer import Progress, TrainResult, train
 
 #: Seconds that a run waits for a store that is away: less than its lease lasts.
 AWAY_SECONDS = 240.0
+#: Runs whose rewards the choice of a recipe looks at.
+REMEMBERED_RUNS = 200
 
 T = TypeVar("T")
 
@@ -95,6 +100,8 @@ def train_once(
         if base_version_id is None:
             live = queries.aliases.desired_version(s, owner.id)
             base_version_id = live[0] if live else None
+        choice = _choice(s, owner.id, settings)
+        settings = choice.settings
         run_id = queries.runs.start_run(
             s,
             owner.id,
@@ -104,6 +111,7 @@ def train_once(
             config=settings.as_json(),
         ).id
     run = _Run(engine, artifacts, owner.id, group, settings, run_id, progress)
+    run.columns["metrics"] = choice.metrics if settings.explore else {}
     try:
         return run.go(base_version_id, Path(target or owner.target_model))
     except Skipped as reason:
@@ -113,6 +121,16 @@ def train_once(
     except BaseException as error:
         run.end("failed", error=f"{type(error).__name__}: {_one_line(error)}")
         raise
+
+
+def _choice(s: Session, group_id: int, settings: TrainSettings) -> RecipeChoice:
+    """The recipe by what past runs earned; a run that was killed is chosen for once more alike."""
+    if not settings.explore:
+        return RecipeChoice(settings)
+    past = queries.runs.runs(s, group_id, status="succeeded", limit=REMEMBERED_RUNS)
+    rewards = past_rewards([run.metrics for run in reversed(past)])
+    last = past[0].id if past else 0
+    return choose(settings, rewards, seed=[settings.seed, group_id, last])
 
 
 class _Run:
@@ -130,6 +148,7 @@ class _Run:
         self.group_id, self.group = group_id, group
         self.settings, self.run_id, self.progress = settings, run_id, progress
         self.columns: dict[str, Any] = {}
+        self.began = time.monotonic()
         self.info: TargetInfo | None = None
         self.judged = HeldOut(0)
 
@@ -141,6 +160,7 @@ class _Run:
         with _work_folder() as work:
             base, base_sha256 = _waiting(lambda: self._base(base_version_id, target, work))
             selection = _waiting(lambda: self._selection(checkpoints, base_sha256))
+            _waiting(lambda: self._keep_reservoir(selection))
             data = _waiting(lambda: self._data(base, selection))
             examples = _examples(data)
             _waiting(lambda: self._note_examples(examples))
@@ -194,6 +214,10 @@ class _Run:
         )
         return replace(selection, window=window, replay=replay, dev=dev, held_out=held_out)
 
+    def _keep_reservoir(self, selection: Selection) -> None:
+        with store.session(self.engine) as s:
+            reservoir.pin(s, self.group_id, selection.reservoir)
+
     def _data(self, base: Drafter, selection: Selection) -> dataset.Dataset:
         settings = self.settings
         data = dataset.build(
@@ -208,15 +232,19 @@ class _Run:
             after_rejection_weight=settings.after_rejection_weight,
             most_gate=HELD_OUT,
         )
-        self.judged = HeldOut(len(data.gate), dict(selection.not_judged + data.held_out_left))
+        gate = [row for row, _ in data.gate.items]
+        self.judged = held_out_of(gate, selection.not_judged + data.held_out_left)
         if selection.span is not None:
             self.columns["window_start"], self.columns["window_end"] = selection.span
         self.columns["requests"] = len(data.train)
         self.columns["metrics"] = {
+            **self.columns.get("metrics", {}),
             "left_out": dict(data.left_out),
             "gate_requests": len(data.gate),
+            "gate_rules": self.judged.by_rule,
             "gate_left_out": self.judged.left_out,
             "replayed_requests": len(selection.replay),
+            "reservoir_requests": len(selection.reservoir),
         }
         self._say({"event": "window", "requests": len(data.train), "gate": len(data.gate)})
         if len(data.train) < settings.min_requests:
@@ -273,6 +301,9 @@ class _Run:
         head: TargetHead,
     ) -> Drafter:
         """How much of what was learnt to take over."""
+        if not self.settings.line_search:
+            self.columns["metrics"] |= {"alpha": 1.0, "line_search": []}
+            return result.drafter
 
         def say(done: int, most: int) -> None:
             self._say({"event": "line_search", "done": done, "of": most})
@@ -318,6 +349,7 @@ class _Run:
             **result.metrics,
             "accept_length_before": or_none(paired.baseline),
             "accept_length_after": or_none(paired.candidate),
+            **self._earned(paired.baseline, paired.candidate),
         }
         version = import_version(
             self.engine,
@@ -346,6 +378,14 @@ class _Run:
             outcome.run_id, "succeeded", version.id, row.id, row.verdict,
             metrics=metrics, reason=str(row.details.get("reason", "")),
         )  # fmt: skip
+
+    def _earned(self, before: float, after: float) -> dict[str, Any]:
+        """Gain and reward, for the choice of the next runs' recipes."""
+        if not self.settings.explore:
+            return {}
+        earned = reward_of(before, after, time.monotonic() - self.began, self.settings)
+        gain, reward = earned or (None, None)
+        return {"gain": gain, "reward": reward}
 
     def _say(self, event: dict[str, Any]) -> None:
         if self.progress is not None:

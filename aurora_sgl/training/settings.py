@@ -76,6 +76,10 @@ class TrainSettings(ObjectiveSettings):
     other domains. After a turn to function completion half of it lost 0.7% of the accept length on
     the old traffic where none lost 3.2%, and gained 14% on the new where none gained 17%."""
 
+    reservoir: int = Field(default=48, ge=0)
+    """Requests of each domain whose traces are kept against forgetting, whatever their age
+    (training/reservoir.py); up to a quarter of the traces' byte budget. 0: none."""
+
     batch_requests: int = Field(default=1, ge=1)
     """Number of requests in one update."""
 
@@ -111,7 +115,7 @@ class TrainSettings(ObjectiveSettings):
     """Whether a run goes on where one of the same settings, base and requests was killed."""
 
     checkpoint_seconds: float = Field(default=60.0, ge=0)
-    """Time between two checkpoints of a run; 0: none."""
+    """Time between two checkpoints of a run, more where they would take over 2% of it; 0: none."""
 
     patience: int = Field(default=0, ge=0)
     """Passes without a better accept length on the dev split before the run stops; 0: never."""
@@ -129,6 +133,19 @@ class TrainSettings(ObjectiveSettings):
     """Share of recent answer tokens that the draft vocabulary must hold, or it is refreshed before
     training. 0: never. At 66% a refresh gave 1.56 and 1.81 after one and three passes where none
     gave 1.45 and 1.54 (see drafter/refresh.py); at 90% it cost 200 requests before it paid."""
+
+    line_search: bool = True
+    """Whether replay on the dev split chooses how far to go from the live drafter towards the
+    trained one (training/line_search.py); otherwise the whole way is taken."""
+
+    explore: float = Field(default=0.0, ge=0, le=1)
+    """Share of the runs that try one knob of the recipe another way; what past runs of the group
+    earned then decides (training/recipe_bandit.py). 0: the recipe as given. The scheduler's runs
+    have AURORA_SCHEDULER_EXPLORE."""
+
+    training_cost: float = Field(default=1.0, ge=0)
+    """Gain in accept length, in percent, that an hour of training has to bring: what the choice of
+    recipes takes from a run's gain for its time."""
 
     min_requests: int = Field(default=8, ge=1)
     """Fewest training requests of a run; with fewer it is skipped."""

@@ -24,9 +24,11 @@ class TargetRows:
         self.rows_of_head = head.lm_head[ids].float()  # [draft_vocab, H]
 
     def best_tokens(self, sequence: Sequence) -> torch.Tensor:  # [n] int64 target ids
-        """The target's best token after each position; read from the log where it is greedy."""
+        """The target's best token after each position; read from the log where it is greedy and
+        nothing but the target chose (under a grammar or a bias the log has what was allowed)."""
         count = min(len(sequence.last), len(sequence.tokens) - 1)
-        known_from = sequence.output_start - 1 if sequence.greedy else count
+        is_own = sequence.greedy and not sequence.constrained
+        known_from = sequence.output_start - 1 if is_own else count
         best = sequence.tokens[1 : count + 1].clone()
         for begin in range(0, known_from, 256):
             end = min(begin + 256, known_from)

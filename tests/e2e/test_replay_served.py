@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from aurora_sgl import store
@@ -55,7 +57,7 @@ def replayed_and_served(
     return 1 + accepted / steps, 1 + served_accepted / served_steps, len(built.train)
 
 
-def serve_some(server: Running, prompts: list[list[int]], **sampling: float) -> list[int]:
+def serve_some(server: Running, prompts: list[list[int]], **sampling: Any) -> list[int]:
     flush(server)  # what earlier tests left there is of their drafters
     ids = [serve(server, prompt, max_new_tokens=28, **sampling)[1].id for prompt in prompts]
 
@@ -92,6 +94,27 @@ def test_they_agree_for_sampled_requests_too(
     assert requests == 12
     assert {server.events(each)[0]["accept_rule"] for each in ids} == {"target_sampling"}
     assert served > 1.05
+    assert abs(replayed / served - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [("grammar", {"regex": "[A-Z][a-z ,.]{60,80}"}), ("logit_bias", {"logit_bias": {"28": 4.0}})],
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_they_agree_under_a_grammar_and_a_bias(
+    server: Running, model: Path, prompts: list[list[int]], temperature: float, name: str,
+    sampling: dict[str, Any],
+) -> None:  # fmt: skip
+    """Both change the target's logits at each node of a draft by what stands before it alone."""
+    version = server.live_version()
+    assert version is not None
+    ids = serve_some(server, prompts[:8], temperature=temperature, **sampling)
+    with store.session(server.engine, write=False) as s:
+        rows = [queries.requests.request(s, each) for each in ids]
+    assert all(row is not None and row.sampling[name] is True for row in rows)
+    replayed, served, requests = replayed_and_served(server, model, ids, version)
+    assert requests == 8
     assert abs(replayed / served - 1) < 0.02
 
 

@@ -103,7 +103,9 @@ class Request(Base):
     finished_at: Mapped[datetime | None]
     status: Mapped[str] = mapped_column(default="running")
     domain: Mapped[str] = mapped_column(default="default")
-    conversation_hash: Mapped[str] = mapped_column(default="")  # salted, see ``store.salt``
+    #: Salted (``store.salt``): of the client's name, else of the prompt; with ":" in it: derived
+    #: from the tokens, see ``sidecar.traces.turns``.
+    conversation_hash: Mapped[str] = mapped_column(default="")
     prompt_tokens: Mapped[int] = mapped_column(default=0)
     cached_tokens: Mapped[int] = mapped_column(default=0)
     completion_tokens: Mapped[int] = mapped_column(default=0)
@@ -274,7 +276,12 @@ class Trace(Base):
     """The trace file of one request: hidden states of positions start .. end - 1."""
 
     __tablename__ = "trace"
-    __table_args__ = (UniqueConstraint("uri"), Index(None, "created_at"))
+    __table_args__ = (
+        UniqueConstraint("uri"),
+        Index(None, "created_at"),
+        Index(None, "donor_id"),
+        Index(None, "prefix_sha256"),
+    )
 
     request_id: Mapped[int] = mapped_column(
         ForeignKey("request.id"), primary_key=True, autoincrement=False
@@ -293,3 +300,13 @@ class Trace(Base):
     last_width: Mapped[int]
     dtype: Mapped[str]
     pinned: Mapped[bool] = mapped_column(default=False)
+    #: Hashes under a key of the store, of the prompt and of the first ``answer_tokens`` tokens of
+    #: prompt and answer, by which a later turn is known; "": the client names its conversation.
+    prompt_key: Mapped[str] = mapped_column(default="")
+    answer_key: Mapped[str] = mapped_column(default="")
+    answer_tokens: Mapped[int] = mapped_column(default=0)
+    pin_reason: Mapped[str] = mapped_column(default="", server_default="")
+    #: Of the token ids [0:start], whose rows another trace holds, salted. Empty: there are none, or
+    #: the row is older than schema 0014.
+    prefix_sha256: Mapped[str] = mapped_column(default="", server_default="")
+    donor_id: Mapped[int | None]  # the request whose trace holds the row before ``start``

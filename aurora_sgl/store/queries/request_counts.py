@@ -25,6 +25,7 @@ class RequestCounts:
     verify_steps: int
     accepted: int
     finished_at: datetime
+    accept_rule: str  # of its steps, see ``request.accept_rule``
 
 
 def request_counts(
@@ -47,7 +48,7 @@ def request_counts(
     query = (
         select(
             *(t.request_id, r.domain, t.depth, t.topk, t.nodes),
-            *(t.verify_steps, t.accepted, r.finished_at),
+            *(t.verify_steps, t.accepted, r.finished_at, r.accept_rule),
         )
         .join(t, t.request_id == r.id)
         .join(Server, Server.id == r.server_id)

@@ -25,6 +25,8 @@ class Step:
     batch_size: int
     accepted: int
     kept: int
+    accept_rule: str
+    domain: str = ""  # of ``steps_between`` only
 
 
 def steps_of_requests(s: Session, request_ids: Sequence[int], version_id: int) -> list[Step]:
@@ -43,6 +45,7 @@ def steps_of_requests(s: Session, request_ids: Sequence[int], version_id: int) -
                 e.batch_size,
                 e.accepted,
                 e.kept,
+                e.accept_rule,
             )
             .where(
                 e.request_id.in_(request_ids[begin : begin + 400]),
@@ -63,7 +66,8 @@ def steps_between(
     e = AcceptanceEvent
     query = (
         select(
-            e.request_id, e.step, e.at, e.depth, e.topk, e.nodes, e.batch_size, e.accepted, e.kept
+            *(e.request_id, e.step, e.at, e.depth, e.topk, e.nodes, e.batch_size, e.accepted),
+            *(e.kept, e.accept_rule, Request.domain),
         )
         .join(Request, Request.id == e.request_id)
         .join(Server, Server.id == Request.server_id)

@@ -18,6 +18,7 @@ from aurora_sgl.rollout import promote, rollback, watch
 from aurora_sgl.rollout.watch import WatchStatus
 from aurora_sgl.scheduler.facts import recipe_as_served
 from aurora_sgl.store import queries
+from aurora_sgl.store.models import Request
 from aurora_sgl.training.settings import TrainSettings
 from tests.support.rollout_house import RolloutHouse
 
@@ -126,8 +127,15 @@ def test_training_and_replay_take_whole_trees_whatever_most_steps_carried(engine
 
 def test_where_nothing_was_served_before_replay_says_what_to_expect(engine: Engine) -> None:
     house = RolloutHouse(engine)
-    requests = [RequestReplay(number, 60, 52, "chat") for number in range(1, 13)]
-    with store.session(engine, write=False) as s:
+    requests = [RequestReplay(number, 60, 52, "chat") for number in range(1, 14)]
+    with store.session(engine) as s:
+        s.add_all(
+            Request(
+                id=one.request_id, server_id=house.server_id, admitted_at=utc_now(),
+                accept_rule="greedy",
+            )
+            for one in requests[:12]  # the last was deleted meanwhile, with its accept rule
+        )  # fmt: skip
         recipe = TrainSettings(**recipe_as_served(s, house.group_id, {"depth": 3, "topk": 1}))
     worse = [replace(one, accepted=20) for one in requests]
     passed = record(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import Engine, event, func, select, text
 
@@ -195,6 +196,22 @@ def test_a_step_whose_start_was_lost_makes_a_request_that_may_not_be_trained_on(
     ingest(engine, server_id, samples.BOOT, [(5, [samples.started(1, domain="code")])])
     (request,) = contents(engine)["request"]
     assert (request["domain"], request["verify_steps"]) == ("code", 1)
+
+
+def test_a_request_knows_the_accept_rule_of_its_steps_and_that_they_had_several(
+    engine: Engine,
+) -> None:
+    server_id = register(engine)
+    tree = msgspec.structs.replace(samples.tree_step(2, 1), step=1)
+    ingest(
+        engine, server_id, samples.BOOT,
+        [(1, [samples.chain_step(1, 0, 2), samples.chain_step(1, 1, 0),
+              samples.chain_step(2, 0, 1), samples.chain_step(3, 0, 1), tree])],
+    )  # fmt: skip
+    later = msgspec.structs.replace(samples.tree_step(3, 1), step=1)
+    ingest(engine, server_id, samples.BOOT, [(2, [samples.chain_step(1, 2, 1), later])])
+    rules = [row["accept_rule"] for row in contents(engine)["request"]]
+    assert rules == ["greedy", "mixed", "mixed"]
 
 
 def test_odd_text_from_a_client_does_not_stop_the_ingest(engine: Engine) -> None:

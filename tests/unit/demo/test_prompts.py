@@ -83,6 +83,10 @@ def test_a_repeated_prompt_is_not_both_trained_on_and_held_out(tmp_path: Path) -
         ('{"prompt": "x", "temperature": NaN}', "'temperature' must be"),
         ('{"prompt": "x", "temperature": true}', "'temperature' must be"),
         ('{"prompt": "x", "temperature": "warm"}', "'temperature' must be"),
+        ('{"prompt": "x", "follow_ups": "why?"}', "'follow_ups' must be"),
+        ('{"prompt": "x", "follow_ups": ["why?", " "]}', "'follow_ups' must be"),
+        ('{"prompt": "x", "follow_ups": [1]}', "'follow_ups' must be"),
+        ('{"prompt": "x", "follow_ups": ["half \\ud83d"]}', "'follow_ups' must be"),
     ],
 )
 def test_a_broken_line_is_named_with_its_number_and_its_fault(

@@ -19,7 +19,7 @@ NOW = datetime(2026, 11, 26, tzinfo=UTC)
 
 def cluster(request: int, depth: int, steps: int, accepted: int) -> RequestCounts:
     return RequestCounts(
-        request, "chat", depth, 4, 8, steps, accepted, NOW + timedelta(seconds=request)
+        request, "chat", depth, 4, 8, steps, accepted, NOW + timedelta(seconds=request), "greedy"
     )
 
 
@@ -54,7 +54,18 @@ def test_a_window_ends_with_a_whole_request() -> None:
 
 def steps(request: int, depth: int, count: int, seconds: float, kept: int) -> list[Step]:
     return [
-        Step(request, at, NOW + timedelta(seconds=seconds * at), depth, 4, 8, 1, kept - 1, kept)
+        Step(
+            request,
+            at,
+            NOW + timedelta(seconds=seconds * at),
+            depth,
+            4,
+            8,
+            1,
+            kept - 1,
+            kept,
+            "greedy",
+        )
         for at in range(count)
     ]
 
@@ -75,7 +86,7 @@ def test_speed_is_compared_in_one_draft_shape() -> None:
 def test_a_trial_compares_accept_lengths_in_one_mix_of_draft_shapes() -> None:
     def window(**shapes: list[int]) -> TrialWindow:
         named = {name.strip("_").replace("_", "/"): sums for name, sums in shapes.items()}
-        return TrialWindow(metrics={"shapes": named})
+        return TrialWindow(metrics={"strata": named})
 
     shallow = window(_1_1=[90, 45], _3_4=[10, 12])
     deep = window(_1_1=[10, 5], _3_4=[90, 108], _2_4=[50, 60])

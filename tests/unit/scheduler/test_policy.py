@@ -105,7 +105,9 @@ def test_training_steps_aside_for_servers_with_a_queue_or_slow_steps(
     assert found.pace == pace and bool(found.reason) == (pace != "full")
 
 
-def requests(seed: int, *parts: tuple[int, float], domain: str = "chat") -> list[RequestCounts]:
+def requests(
+    seed: int, *parts: tuple[int, float], domain: str = "chat", rule: str = "greedy"
+) -> list[RequestCounts]:
     """Requests that differ as served ones do, (count, mean of accepted tokens) after another."""
     rng = np.random.default_rng(seed)
     found = []
@@ -115,7 +117,7 @@ def requests(seed: int, *parts: tuple[int, float], domain: str = "chat") -> list
             share = rng.beta(2 * mean, 2 * (3 - mean))
             accepted = int(rng.binomial(3 * steps, share))
             at = NOW + timedelta(seconds=len(found))
-            found.append(RequestCounts(len(found), domain, 3, 4, 8, steps, accepted, at))
+            found.append(RequestCounts(len(found), domain, 3, 4, 8, steps, accepted, at, rule))
     return found
 
 
@@ -152,6 +154,19 @@ def test_neither_noise_nor_a_rise_is_a_fall() -> None:
     alarms = sum(bool(detector().feed(requests(seed, (600, 1.0)))) for seed in range(40))
     assert alarms <= 3
     assert detector().feed(requests(0, (200, 0.6), (200, 1.2))) == []
+
+
+def test_a_turn_from_greedy_to_sampled_requests_is_no_fall_and_a_fall_of_the_sampled_is() -> None:
+    greedy, sampled = requests(4, (150, 1.2)), requests(5, (200, 0.7), (100, 0.3), rule="sampled")
+    watching = detector()
+    assert watching.feed([*greedy, *sampled[:200]]) == []
+    (fall, *_) = watching.feed(sampled[200:])
+    assert fall.details["accept_rule"] == "sampled"
+    old = stored(fall)  # of a release that did not tell rules apart
+    old.details = {name: value for name, value in fall.details.items() if name != "accept_rule"}
+    other = stored(fall)
+    other.details = {**fall.details, "accept_rule": "greedy"}
+    assert was_told(fall, [old]) and not was_told(fall, [other])
 
 
 def test_a_fall_in_one_domain_is_seen_among_others_and_told_once() -> None:

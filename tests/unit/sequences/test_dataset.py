@@ -17,7 +17,7 @@ from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.sequences.dataset import Dataset, build
-from aurora_sgl.sequences.splits import is_plain, split_of
+from aurora_sgl.sequences.splits import split_of, why_not_judged
 from aurora_sgl.store.queries.requests import RecentRequest
 from tests.support.drafter_cases import HIDDEN, VOCAB, target_folder
 
@@ -166,24 +166,54 @@ def test_a_prefix_that_no_trace_holds_leaves_the_request_out_and_counts_it(
     assert data.left_out == {"prefix": 1}
 
 
-def test_penalised_constrained_short_and_broken_requests_are_left_out_and_counted(
+def test_penalised_processed_short_and_broken_requests_are_left_out_and_counted(
     traffic: Traffic, config: DrafterConfig
 ) -> None:
     traffic.add(tokens(1), 20)
     traffic.add(tokens(2), 20, sampling={"frequency_penalty": 0.5})
-    traffic.add(tokens(3), 20, sampling={"json_schema": "{}"})
+    traffic.add(tokens(3), 20, sampling={"custom_logit_processor": True})
     traffic.add(tokens(4, 22), 20)
     traffic.add(tokens(5), 20, uri="gone.safetensors")
+    traffic.add(tokens(6), 20, sampling={"without_drafts": "thinking_budget"})
     data = traffic.build(config)
     assert len(data.train) == 1
-    assert data.left_out == {"sampling": 2, "short": 1, "broken": 1}
+    assert data.left_out == {"penalties": 1, "processor": 2, "short": 1, "broken": 1}
 
 
-def test_plain_sampling_may_name_neutral_values() -> None:
-    neutral = {"temperature": 0.7, "repetition_penalty": 1.0, "presence_penalty": 0, "regex": None}
-    assert is_plain(neutral)
-    for name in ("logit_bias", "ebnf", "min_new_tokens"):
-        assert not is_plain({name: {"3": 1.0} if name == "logit_bias" else 4})
+@pytest.mark.parametrize("rule", ["greedy", "target_sampling"])
+@pytest.mark.parametrize("name", ["json_schema", "regex", "ebnf", "structural_tag", "logit_bias"])
+def test_requests_under_a_grammar_or_a_bias_are_judged_and_known_as_such(
+    traffic: Traffic, config: DrafterConfig, name: str, rule: str
+) -> None:
+    """A server records a bias under its name and every grammar as one; others may say more."""
+    names = (name, name if name == "logit_bias" else "grammar")
+    for number, each in enumerate(names):
+        traffic.add(tokens(number), 20, sampling={each: True}, accept_rule=rule)
+    data = traffic.build(config, gate_share=1.0)
+    assert len(data.gate) == 2 and not data.left_out
+    assert all(sequence.constrained for sequence in data.gate)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "rule", "reason"),
+    [
+        ({"temperature": 0.7, "repetition_penalty": 1.0, "regex": None}, "target_sampling", ""),
+        ({"presence_penalty": 0, "min_new_tokens": 0}, "greedy", ""),
+        ({"min_new_tokens": 4}, "greedy", "penalties"),
+        ({"grammar": True, "presence_penalty": -0.5}, "greedy", "penalties"),
+        ({"custom_params": {"a": 1}}, "greedy", "processor"),
+        ({"without_drafts": "sampling_seed"}, "target_sampling", ""),
+        ({"without_drafts": "watermark, sampling_seed"}, "target_sampling", "processor"),
+        ({}, "block_verification", "block_verification"),
+        ({}, "mixed", "mixed_rules"),
+        ({}, "", "unknown_rule"),
+    ],
+)
+def test_each_request_has_one_word_for_why_it_is_not_judged(
+    traffic: Traffic, sampling: dict[str, object], rule: str, reason: str
+) -> None:
+    row = traffic.add(tokens(1), 20, sampling=sampling, accept_rule=rule)
+    assert why_not_judged(row) == reason
 
 
 def test_a_truncated_file_is_one_clear_error(traffic: Traffic, config: DrafterConfig) -> None:

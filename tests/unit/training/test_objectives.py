@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,8 +182,11 @@ def test_each_row_is_paired_with_the_target_at_the_position_that_it_predicts(
             assert (int(ids[token]) if token >= 0 else -1) in (int(best[position]), -1)
 
 
-def test_sampled_requests_take_the_targets_best_token_and_not_the_logs(tmp_path: Path) -> None:
+def test_sampled_and_constrained_requests_take_the_targets_best_token_and_not_the_logs(
+    tmp_path: Path,
+) -> None:
     drafter, head, sequence = case(tmp_path / "t", EAGLE3)
-    sampled = Sequence(1, sequence.tokens, sequence.features, sequence.last, 5, greedy=False)
-    best = TargetRows(drafter, head).best_tokens(sampled)
-    assert best.tolist() == (sequence.last @ head.lm_head.T).argmax(-1).tolist()
+    wanted = (sequence.last @ head.lm_head.T).argmax(-1).tolist()
+    for other in ({"greedy": False}, {"constrained": True}):  # by a grammar: what was allowed
+        best = TargetRows(drafter, head).best_tokens(replace(sequence, **other))
+        assert best.tolist() == wanted, other

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ from aurora_sgl.evaluation.compare import replay_versions
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.rollout.promote import promote
 from aurora_sgl.rollout.versions import import_version
+from aurora_sgl.scheduler import metrics
 from aurora_sgl.sequences.held_out import held_out_counts
 from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, TrainingRun
+from aurora_sgl.store.pruning.kept import RESERVOIR
 from aurora_sgl.store.purge import Selector, begin_purge
-from aurora_sgl.training import run
+from aurora_sgl.training import run, selection
+from aurora_sgl.training.recipe_bandit import ARMS
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
 from tests.support.drafter_cases import target_folder
@@ -175,11 +179,16 @@ def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
     with store.session(house.engine, write=False) as s:
         evaluation = s.get_one(Evaluation, outcome.evaluation_id)
         counts = held_out_counts(s, 1, gate_share=SETTINGS.gate_share)
+        series = metrics.of_group(s, 1, SETTINGS.gate_share)
     assert evaluation.requests >= 8
     left = outcome.metrics["gate_left_out"]  # of so small a vocabulary: near-duplicates
     assert set(left) <= {"duplicate"}
     assert evaluation.details["judged"] == {"requests": evaluation.requests, "left_out": left}
     assert counts.judged >= evaluation.requests and counts.left_out == {}
+    assert f"{counts.judged} sampled" in counts.sentence
+    by_rule = [one for one in series if one.name == "aurora_held_out_judged"]
+    labels = (("rule", "target_sampling"),)
+    assert [(one.labels, one.value) for one in by_rule] == [(labels, counts.judged)]
     assert rollout.status.last_verdict(house.engine, "default").reason == outcome.reason
     lines = replay_versions(
         house.engine, house.artifacts, rollout_group(house), [house.live, outcome.version_id],
@@ -188,13 +197,13 @@ def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
     assert lines[-1].requests and lines[-1].ci_low > 0
 
 
-@pytest.mark.parametrize("rule", ["rejection_sampling", "", "typical"])
+@pytest.mark.parametrize("rule", ["block_verification", "", "mixed"])
 def test_what_replay_does_not_cover_is_left_out_counted_and_said(house: House, rule: str) -> None:
     house.rule_of = lambda number: rule
     house.serve(60)
     outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert (outcome.status, outcome.verdict) == ("succeeded", "inconclusive")
-    reason = rule or "unknown_rule"
+    reason = {"": "unknown_rule", "mixed": "mixed_rules"}.get(rule, rule)
     left = outcome.metrics["gate_left_out"]
     assert left[reason] > 8 and outcome.metrics["gate_requests"] == 0
     assert outcome.reason.startswith("0 held-out requests can be judged, at least 4 needed (")
@@ -240,6 +249,85 @@ def test_the_peak_rate_falls_with_what_the_lineage_was_trained_on(house: House) 
     )  # fmt: skip
     assert third.metrics["base_trained_tokens"] is None
     assert third.metrics["peak_rate"] == SETTINGS.mature_learning_rate
+
+
+def test_what_a_run_earned_is_logged_and_decides_on_the_next_ones_recipe(house: House) -> None:
+    house.serve(40)
+    free = TrainSettings(
+        **{k: v for k, v in RECIPE.items() if k != "passes"}, gate_share=0.3, explore=1.0
+    )
+    first = train_once(house.engine, house.artifacts, "default", free, trigger="requests")
+    assert first.metrics["reward"] == pytest.approx(first.metrics["gain"], abs=0.1)
+    knob, level = first.metrics["explored"].split(": ")
+    assert first.metrics["arms"] == {knob: level}
+    changed = ARMS[knob, level](free)
+    with store.session(house.engine) as s:
+        row = s.get(TrainingRun, first.run_id)
+        assert row is not None and row.metrics["arms"] == first.metrics["arms"]
+        assert {name: row.config[name] for name in changed} == changed
+        for _ in range(8):  # runs with more passes earned much more
+            for arms, reward in (({"passes": "double"}, 8.0), ({}, 0.0)):
+                one = queries.runs.start_run(s, row.group_id, trigger="requests")
+                queries.runs.finish_run(
+                    s, one.id, "succeeded", metrics={"arms": arms, "reward": reward}
+                )
+    careful = free.model_copy(update={"explore": 1e-9})
+    second = train_once(house.engine, house.artifacts, "default", careful, trigger="requests")
+    assert second.metrics["arms"]["passes"] == "double" and second.metrics["explored"] == ""
+    with store.session(house.engine, write=False) as s:
+        row = s.get(TrainingRun, second.run_id)
+        assert row is not None and row.config["passes"] == 2 * free.passes
+
+
+def test_each_domains_reservoir_is_pinned_and_replayed_and_may_be_gone(house: House) -> None:
+    house.serve(40)
+    recipe = BRIEF.model_copy(update={"reservoir": 5, "window": 40})
+    outcome = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    with store.session(house.engine) as s:
+        pinned = queries.traces.pinned_traces(s, 1, RESERVOIR)
+        domains = Counter(row.domain for row in queries.requests.with_traces(s, pinned))
+    assert domains and set(domains.values()) == {5}
+    assert outcome.metrics["reservoir_requests"] == len(pinned) == 5 * len(domains)
+    for uri in (row.uri for row in rows_of(house, pinned)):
+        path = house.artifacts.local_path(uri)
+        assert path is not None
+        path.unlink()
+    again = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    assert again.status == "succeeded" and again.metrics["left_out"]["broken"] > 0
+    none = recipe.model_copy(update={"reservoir": 0})
+    train_once(house.engine, house.artifacts, "default", none, trigger="manual")
+    with store.session(house.engine) as s:
+        assert queries.traces.pinned_traces(s, 1, RESERVOIR) == []
+
+
+def test_what_only_the_reservoir_still_has_is_trained_on(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.serve(40)
+    recipe = BRIEF.model_copy(
+        update={"reservoir": 5, "window": 12, "min_requests": 1, "replay_share": 0.5}
+    )
+    train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    monkeypatch.setattr(selection, "REACH", 12)
+    outcome = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    with store.session(house.engine, write=False) as s:
+        trained = set(s.scalars(select(TrainingRequest.request_id)
+                                .where(TrainingRequest.run_id == outcome.run_id)))  # fmt: skip
+        newest = queries.requests.recent_requests(s, 1, limit=12)
+    assert trained - {row.request_id for row in newest}
+
+
+def rows_of(house: House, request_ids: list[int]) -> list[queries.requests.RecentRequest]:
+    with store.session(house.engine, write=False) as s:
+        return queries.requests.with_traces(s, request_ids)
+
+
+def test_without_the_line_search_the_whole_way_is_taken(house: House) -> None:
+    house.serve(40)
+    recipe = BRIEF.model_copy(update={"line_search": False})
+    outcome = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    assert (outcome.metrics["alpha"], outcome.metrics["line_search"]) == (1.0, [])
+    assert "reward" not in outcome.metrics  # nothing was chosen
 
 
 def test_too_few_requests_skip_the_run_and_say_so(house: House) -> None:
