@@ -136,6 +136,10 @@ class Settings(TextSettings):
     """Exploration share: part of the verify steps that carry drafts until speculation is faster
     than decoding without it."""
 
+    shapes: str = Field(default="off", pattern="^(learned|off)$")
+    """On CPU, with drafts that are trees. learned: each step's tree is as large as pays, by how
+    sure the drafter is and what steps take; off: one of a few shapes, by the requests at once."""
+
     cpu_packed_weights: bool = True
     """On CPU in bfloat16: where a library's packed copy of the weights beside them is the fastest
     on this machine, keep one (more memory)."""

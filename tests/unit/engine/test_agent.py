@@ -114,8 +114,22 @@ def test_ranks_and_gpus_make_every_step_of_the_whole_shape(tp_size: int, device:
     assert mine.choose_shape(batch(True)) == WHOLE
 
 
+def test_on_one_cpu_a_tree_grows_as_far_as_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AURORA_SHAPES", "learned")
+    get_settings.cache_clear()
+    mine = agent()
+    get_settings.cache_clear()
+    assert mine.trees is not None and mine.policy.shapes == (WHOLE,)
+    assert mine.choose_shape(batch(True, False)) == WHOLE and mine.trees.is_open
+    for others in (batch(True, whole=True), batch(False)):
+        mine.choose_shape(others)
+        assert not mine.trees.is_open
+
+
 def test_on_one_cpu_smaller_shapes_are_at_hand() -> None:
-    shapes = agent().policy.shapes
+    mine = agent()
+    assert mine.trees is None
+    shapes = mine.policy.shapes
     assert shapes[0] == DraftShape(1) and shapes[-1] == WHOLE and len(shapes) > 2
 
 
