@@ -31,7 +31,7 @@ from aurora_sgl.environment import EXIT_WITH_PARENT
 from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.processes.server import ServerProcess, free_port
 from aurora_sgl.rollout.promote import promote
-from aurora_sgl.serving import plan
+from aurora_sgl.serving import ServePlan, plan
 from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store import queries
 
@@ -87,16 +87,7 @@ def run(
         settings,
         sample_texts=[prompt.prompt for prompt in chosen],
     )
-    server = ServerProcess(
-        ready.flags[: ready.flags.index("--port")] + ready.flags[ready.flags.index("--port") + 2 :],
-        port=port,
-        log=settings.home / "logs" / "server.log",
-        environment={
-            "OMP_NUM_THREADS": "1",
-            **ready.environment,
-            EXIT_WITH_PARENT: "1",
-        },
-    )
+    server = _server(ready, port, settings)
     engine = store.connect(settings.store_url)
     signal.signal(signal.SIGTERM, _interrupt)
     with Screen(quiet=as_json) as screen:
@@ -129,6 +120,16 @@ def run(
         else:
             screen.say(sentence(summary))
     return 130 if failed else 0
+
+
+def _server(ready: ServePlan, port: int, settings: Settings) -> ServerProcess:
+    place = ready.flags.index("--port")
+    return ServerProcess(
+        ready.flags[:place] + ready.flags[place + 2 :],
+        port=port,
+        log=settings.home / "logs" / "server.log",
+        environment={"OMP_NUM_THREADS": "1", **ready.environment, EXIT_WITH_PARENT: "1"},
+    )
 
 
 def _shape(flags: list[str]) -> dict[str, int]:
