@@ -79,6 +79,10 @@ class Settings(TextSettings):
     """Byte budget of a new group's trace files; the oldest go first. 0: this server captures
     nothing."""
 
+    capture_format: str = Field(default="auto", pattern="^(auto|full|compact)$")
+    """Rows of trace files: full, as the target computed them; compact, in 4 and 6 bits a number
+    with scales for blocks of 32; auto: compact for targets with a hidden size of 2,048 or more."""
+
     capture_request_bytes: int = Field(default=128 * 1024**2, ge=1)
     """Bytes that the trace of one request may have; one that may become longer is not traced."""
 
@@ -131,6 +135,10 @@ class Settings(TextSettings):
     explore_share: float = Field(default=0.1, ge=0.0, le=1.0)
     """Exploration share: part of the verify steps that carry drafts until speculation is faster
     than decoding without it."""
+
+    shapes: str = Field(default="off", pattern="^(learned|off)$")
+    """On CPU, with drafts that are trees. learned: each step's tree is as large as pays, by how
+    sure the drafter is and what steps take; off: one of a few shapes, by the requests at once."""
 
     cpu_packed_weights: bool = True
     """On CPU in bfloat16: where a library's packed copy of the weights beside them is the fastest
@@ -232,7 +240,7 @@ class GateSettings(TextSettings):
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """Chance that candidates no better than the live version ever pass against it, all tries
-    together. The k-th try spends alpha / (k (k + 1))."""
+    together: one of a line passes at an e-value of 1 / alpha."""
 
     requests: int = Field(default=300, ge=2)
     """Newest held-out requests that are replayed."""
@@ -240,8 +248,8 @@ class GateSettings(TextSettings):
     domain_margin: float = Field(default=0.05, ge=0, lt=1)
     """Share of the live version's accept length that no domain may lose."""
 
-    min_domain_requests: int = Field(default=8, ge=2)
-    """A domain with fewer replayed requests is shown but not judged."""
+    domain_risk: float = Field(default=0.10, gt=0, lt=1)
+    """Largest chance that a domain lost more than the margin with which a candidate passes."""
 
 
 class WatchSettings(TextSettings):

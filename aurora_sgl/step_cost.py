@@ -48,6 +48,32 @@ class StepCost:
         return self.draft_ms / self.plain_ms if self.plain_ms and self.draft_ms else None
 
 
+@dataclass(frozen=True)
+class TreeShare:
+    """How often a server's steps had one shape lately, where each step's tree is chosen."""
+
+    requests_at_once: int  # the largest of the group of batch sizes
+    depth: int
+    nodes: int  # with the root; 1: drafts were made and none was worth verifying
+    share: float  # of the group's steps
+    accept_length: float  # expected of these steps
+    explored: int  # steps of the group that found out, since the start
+
+
+def tree_shares(counters: Mapping[str, float]) -> list[TreeShare]:
+    """From the counters of a heartbeat, see ``engine.tree_choice.TreePolicy.counters``; the most
+    frequent shape of each group first."""
+    start, shares = "tree_share_", []
+    for key, share in counters.items():
+        numbers = key.removeprefix(start).split("_") if key.startswith(start) else []
+        if len(numbers) == 3 and all(number.isdecimal() for number in numbers):
+            group, depth, nodes = map(int, numbers)
+            length = float(counters.get(f"tree_length_{group}_{depth}_{nodes}") or 0.0)
+            explored = int(counters.get(f"tree_explored_{group}") or 0)
+            shares.append(TreeShare(group, depth, nodes, float(share or 0), length, explored))
+    return sorted(shares, key=lambda one: (one.requests_at_once, -one.share, one.depth, one.nodes))
+
+
 def by_size(counters: Mapping[str, float], name: str) -> dict[int, float]:
     """Counters ``name_N`` by N, the largest of each group of batch sizes, in their order."""
     start = f"{name}_"

@@ -18,6 +18,8 @@ class TraceRoom:
     bytes_per_second: int
     #: Mean of the traces in the store; 0: there are none.
     request_bytes: float = 0.0
+    #: Of a token in a file, where rows may be compact; 0: as much as on its way there.
+    file_row_bytes: int = 0
 
     @classmethod
     def of(cls, counters: Mapping[str, float], request_bytes: float = 0.0) -> TraceRoom | None:
@@ -31,6 +33,7 @@ class TraceRoom:
             unfinished_bytes=int(counters.get("trace_budget_unfinished", 0)),
             bytes_per_second=int(counters.get("trace_budget_second", 0)),
             request_bytes=request_bytes,
+            file_row_bytes=int(counters.get("trace_file_row_bytes", 0)),
         )
 
     @property
@@ -41,9 +44,12 @@ class TraceRoom:
     def sentence(self) -> str:
         """What fits, for people."""
         requests = self.disk_requests
+        in_files = self.file_row_bytes or self.row_bytes
+        compact = in_files != self.row_bytes
         return (
-            f"a token takes {self.row_bytes / 1024:,.1f} KiB: "
-            f"the files hold {self._fits(self.disk_bytes)}"
+            f"a token takes {self.row_bytes / 1024:,.1f} KiB"
+            + (f", {in_files / 1024:,.1f} KiB in files" if compact else "")
+            + f": the files hold {self.disk_bytes // in_files:,} tokens"
             + (f" (about {requests:,} requests)" if requests is not None else "")
             + f", unfinished traces {self._fits(self.unfinished_bytes)}, "
             f"a second {self._fits(self.bytes_per_second)}"

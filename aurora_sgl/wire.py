@@ -47,6 +47,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     dropped: int  # records dropped since boot because the buffer was full
     counters: dict[str, float]  # phase, step times, queue length and the like
     notices: dict[str, str] = {}  # code -> a sentence about what is wrong or off in this server
+    trees: dict[str, Any] = {}  # now and then, what it learnt of its trees (see engine.tree_choice)
 
 
 class RequestStarted(msgspec.Struct, array_like=True, tag="start", frozen=True):
@@ -83,7 +84,7 @@ class VerifyStep(msgspec.Struct, array_like=True, tag="step", frozen=True):
     depth: int  # 0: a plain step without proposals
     topk: int
     nodes: int  # tree nodes with the root: 1 for a plain step
-    accept_rule: str  # greedy | target_sampling | rejection_sampling
+    accept_rule: str  # greedy | target_sampling | rejection_sampling | block_verification
     batch_size: int
     proposed: int  # proposals: nodes - 1
     accepted: int  # proposals that the target accepted
@@ -215,13 +216,20 @@ class SetPhase(msgspec.Struct, array_like=True, tag="phase", frozen=True):
     accept_length: float = 0.0  # expected of the live version; 0: not known
 
 
+class Trees(msgspec.Struct, array_like=True, tag="trees", frozen=True):
+    """What an earlier boot of this server learnt of its trees."""
+
+    state: dict[str, Any]
+    same_drafter: bool  # as is live now
+
+
 class SetCapture(msgspec.Struct, array_like=True, tag="capture", frozen=True):
     """Share of requests whose hidden states are captured, in [0, 1]."""
 
     share: float
 
 
-Command = Stage | LiveHash | Identify | SetPhase | SetCapture
+Command = Stage | LiveHash | Identify | SetPhase | SetCapture | Trees
 
 _envelope_encoder = msgspec.msgpack.Encoder()
 _envelope_decoder = msgspec.msgpack.Decoder(Envelope)

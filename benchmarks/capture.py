@@ -3,7 +3,7 @@
 Three tables, of the engine's capture alone and without a model: the time that the scheduler's
 thread spends on a prefill chunk and on a decode step (aims: at most 3 ms and 0.3 ms); the memory of
 all processes while the sidecar stands still and prompts of 128,000 tokens come; and how many of the
-requests of 16 streams are traced, and are whole in the store (aim: 90% of those that are traced).
+requests of some streams are traced, and are whole in the store (aim: 90% of those that are traced).
 
     python -m benchmarks.capture [--parts cost,memory,streams] [--requests 96] [--json]
 """
@@ -271,11 +271,13 @@ def _prefill_all(engine: Engine, prompt: int, chunk: int) -> None:
         engine.capture.hand_over(gathered)
 
 
-def streams(folder: Path, requests: int, step_ms: float) -> list[dict[str, Any]]:
-    """16 streams of 500 + 500 tokens of a target 8,192 wide: 64 KiB a row."""
+def streams(
+    folder: Path, requests: int, step_ms: float, count: int, hidden: int
+) -> list[dict[str, Any]]:
+    """So many streams of 500 + 500 tokens of a target so wide."""
     home, endpoint = folder / "home", folder / "e"
     sidecar = Sidecar(home, endpoint, capture_bytes=32 * GIB)
-    engine = Engine(endpoint, 8192)
+    engine = Engine(endpoint, hidden)
     sidecar.wait_ready()
     running: list[tuple[Any, RequestState]] = []
     begun, hello, late = time.monotonic(), 0.0, 0
@@ -284,7 +286,7 @@ def streams(folder: Path, requests: int, step_ms: float) -> list[dict[str, Any]]
         if now - hello > 1.0:
             hello = now
             _hello(engine)
-        if len(running) < 16 and engine.requests < requests:
+        if len(running) < count and engine.requests < requests:
             req, state = engine.begin(500, 500)
             number = engine.requests
             engine.channel.put([started(number, boot_id=BOOT)])
@@ -306,6 +308,8 @@ def streams(folder: Path, requests: int, step_ms: float) -> list[dict[str, Any]]
     refused = {name[15:]: int(count) for name, count in counters.items() if "refused_" in name}
     return [
         {
+            "streams": count,
+            "KiB a row": hidden * 8 // 1024,
             "requests": requests,
             "seconds": round(seconds),
             "traced": admitted,
@@ -313,7 +317,7 @@ def streams(folder: Path, requests: int, step_ms: float) -> list[dict[str, Any]]
             "whole": whole,
             "of traced": round(whole / max(1, admitted), 3),
             "refused": ", ".join(f"{count} {name}" for name, count in refused.items()),
-            "MiB/s": round(whole * 999 * 64 / 1024 / seconds, 1),
+            "MiB/s": round(whole * 999 * hidden * 8 / MIB / seconds, 1),
         }
     ]
 
@@ -339,6 +343,8 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--parts", default="cost,memory,streams")
     parser.add_argument("--requests", type=int, default=96, help="of the streams")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=8192, help="width of their target")
     parser.add_argument("--step-ms", type=float, default=25.0, help="time of a step there")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="capture-"))
@@ -356,8 +362,8 @@ def _part(name: str, folder: Path, given: Any) -> tuple[str, list[dict[str, Any]
         return "scheduler's thread", cost(folder)
     if name == "memory":
         return "memory beside a sidecar that stands still", memory(folder)
-    return "16 streams of 500 + 500 tokens, 64 KiB a row", streams(
-        folder, given.requests, given.step_ms
+    return "streams of 500 + 500 tokens", streams(
+        folder, given.requests, given.step_ms, given.streams, given.hidden
     )
 
 

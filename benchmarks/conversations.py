@@ -4,8 +4,8 @@ Chats of four turns through the demo model's tokenizer and chat template, under 
 many at a time; each request sends all messages again. Texts are those of the demo's prompts,
 answers random words of them. Each request is placed in the index that a sidecar has, and its side
 decided as training decides it. A held-out answer leaks when its text stands in the prompt of a
-request that is trained on. *named by prompt* is what it came to without the index: each request on the side of
-its own prompt.
+request that is trained on. *named by prompt* is what it came to without the index: each request on
+the side of its own prompt.
 
     python -m benchmarks.conversations [--chats 500] [--seed 0] [--json]
 """
@@ -28,7 +28,7 @@ from aurora_sgl.demo.model import demo_model
 from aurora_sgl.demo.prompts import sample_prompts
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.sequences.splits import GATE_SHARE, split_of
-from aurora_sgl.sidecar.traces.turns import PrefixHash, Turn, TurnIndex
+from aurora_sgl.sidecar.traces.turns import ChatTurn, PrefixHash, TurnIndex
 from benchmarks.servers import report
 
 TURNS, WORDS, AT_ONCE = 4, 45, 16
@@ -121,7 +121,7 @@ def milliseconds() -> float:
     """To place a prompt of ``LONG`` tokens beside a full index: the median of 50."""
     index, rng = TurnIndex(PrefixHash(b"benchmark")), np.random.default_rng(0)
     for n, length in enumerate(rng.integers(1, LONG, index.most).tolist()):
-        index.put(Turn(n + 1000, length, f"{n:032x}", length + 9, f"{n + 1:032x}", "c"))
+        index.put(ChatTurn(n + 1000, length, f"{n:032x}", length + 9, f"{n + 1:032x}", "c"))
     times = []
     for n in range(50):
         tokens = rng.integers(0, 49_152, LONG + 200, dtype=np.int32)

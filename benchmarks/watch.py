@@ -62,11 +62,12 @@ def window(
     rules: WatchSettings,
     gain: float,
     sampled: float = 0.0,
+    first_id: int = 0,
 ) -> list[RequestCounts]:
     """Requests until the window is full, as the watch cuts it."""
     found: list[RequestCounts] = []
     while not filled(found, before, rules):
-        found += served(rng, 1, gain, len(found), sampled)
+        found += served(rng, 1, gain, first_id + len(found), sampled)
     return found
 
 
@@ -81,8 +82,11 @@ def watch(
     of sampled requests before the promotion and after it."""
     before = strata(served(rng, baseline, 0.0, sampled=mix[0]))
     wrong = 0
+    earlier: list[RequestCounts] = []
     for number in count(1):
-        verdict = judge(window(rng, before, rules, gain, mix[1]), before, rules)[0].verdict
+        here = window(rng, before, rules, gain, mix[1], len(earlier))
+        verdict = judge(here, before, rules, earlier)[0].verdict
+        earlier += here
         wrong += verdict == "bad"
         if verdict == "fail" or wrong >= rules.failures:
             return number
@@ -99,8 +103,11 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="add them to results/operation.jsonl")
     parser.add_argument("--watches", type=int, default=1000)
     parser.add_argument("--baselines", type=int, nargs="*", default=[6, 12, 20, 100])
+    parser.add_argument("--small", action="store_true", help="a few of each: does it run?")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.small:
+        given.watches, given.baselines = 3, [6, 20]
     rules = WatchSettings()
     rows = []
     for kind, gain in KINDS.items():
@@ -124,7 +131,7 @@ def main() -> int:
     report(
         "what the watch takes back", rows, as_json=given.json, keep="watch" if given.keep else ""
     )
-    return 0 if all(row["met"] for row in rows) else 1
+    return 0 if given.small or all(row["met"] for row in rows) else 1
 
 
 if __name__ == "__main__":

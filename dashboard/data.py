@@ -13,7 +13,7 @@ import streamlit as st
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.rollout import status
-from aurora_sgl.step_cost import StepCost
+from aurora_sgl.step_cost import StepCost, TreeShare
 from aurora_sgl.store import queries
 from aurora_sgl.store.domains import day_of, limit_reached
 from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
@@ -141,6 +141,13 @@ def step_cost(group: Group) -> StepCost:
         rows = rows or queries.step_times.step_times(s, group.id, states=("stopped", "gone"))[:1]
     costs = [row.cost for row in rows]
     return next((cost for cost in costs if cost.break_even), costs[0] if costs else StepCost())
+
+
+def tree_shares(group: Group) -> list[tuple[str, TreeShare]]:
+    """(server, shape) of the last steps of the servers that choose each step's tree."""
+    with store.session(group.engine, write=False) as s:
+        rows = queries.step_times.step_times(s, group.id)
+    return [(row.name, one) for row in rows for one in row.trees]
 
 
 def trace_room(group: Group) -> TraceRoom | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,28 @@ def told(evaluation: Evaluation) -> list[str]:
     judged = evaluation.details.get("judged")
     if judged and "can be judged" not in reason:
         lines.append(_judged(judged))
+    if evaluation.details.get("line"):
+        lines.append(_line(evaluation))
     return lines
+
+
+def level(evaluation: Evaluation) -> str:
+    """Of the interval that is shown: kept with it, or by what its try spent of an allowance."""
+    spent = evaluation.alpha
+    share = evaluation.details.get("level") or (0.95 if spent is None else 1 - 2 * spent)
+    return f"{100 * float(share):.4g}%"
+
+
+def _line(evaluation: Evaluation) -> str:
+    """``Try 3 against version 1: evidence 12 of the 20 that pass; 40 conversations were new.``"""
+    line = dict(evaluation.details["line"])
+    evidence = math.exp(min(float(line.get("log_e") or 0.0), 20.0))
+    alpha = float(dict(evaluation.details.get("settings") or {}).get("alpha") or 0.05)
+    which = f"Try {evaluation.attempt}" if evaluation.attempt else "No try"
+    return (
+        f"{which} against version {evaluation.baseline_id}: evidence {evidence:,.3g} of the "
+        f"{1 / alpha:.0f} that pass; {int(line.get('fresh') or 0):,} conversations were new."
+    )
 
 
 def _judged(judged: Mapping[str, Any]) -> str:

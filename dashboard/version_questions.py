@@ -16,7 +16,7 @@ from aurora_sgl.errors import Refused
 from aurora_sgl.rollout import status
 from aurora_sgl.store.models import Evaluation
 
-from . import actions, data, downloads, words
+from . import actions, data, downloads, verdicts, words
 from .context import Group, now
 from .dialogs import Question
 
@@ -122,7 +122,7 @@ class Questions:
                 f"{evaluation.requests:,} requests",
                 "accept length": f"{words.number(evaluation.baseline_accept_length, 3)} → "
                 f"{words.number(evaluation.candidate_accept_length, 3)}",
-                "difference (95%)": words.difference(
+                f"difference ({verdicts.level(evaluation)})": words.difference(
                     evaluation.difference, evaluation.ci_low, evaluation.ci_high
                 ),
                 "verdict": evaluation.verdict,
@@ -240,6 +240,7 @@ class Questions:
 def by_domain(evaluation: Evaluation) -> list[dict[str, object]]:
     """Rows for a table; empty when the comparison was not split."""
     rows = []
+    strata = dict(evaluation.details.get("by_stratum") or {})
     for domain, comparison in sorted(dict(evaluation.details.get("by_domain") or {}).items()):
         rows.append(
             {
@@ -252,10 +253,15 @@ def by_domain(evaluation: Evaluation) -> list[dict[str, object]]:
                     comparison.get("ci_low"),
                     comparison.get("ci_high"),
                 ),
+                "risk": _percent(dict(strata.get(f"all/{domain}") or {}).get("risk")),
                 "verdict": comparison.get("verdict"),
             }
         )
     return rows
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def _without_flag(refusal: str) -> str:

@@ -81,6 +81,12 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
     for server in now.servers:
         for notice in server.notices:
             print(f"{server.name}: {notice}")
+    trees = [{"server": server.name, **one} for server in now.servers for one in server.trees]
+    if trees:
+        columns = {"server": "server", "at once up to": "requests_at_once", "depth": "depth",
+                   "nodes": "nodes", "share": "share", "accept length": "accept_length",
+                   "explored": "explored"}  # fmt: skip
+        print_table("trees of the last steps", columns, trees)
     switches = {"switch": "name", "on": "on", "by": "actor", "reason": "reason"}
     print_table("switches", switches, [vars(each) for each in now.switches])
     doing = now.scheduler

@@ -25,7 +25,7 @@ class BackgroundTrainer:
         """One run; the outcome as ``training.run.Outcome`` in JSON. A dead process is a failure."""
         loop = asyncio.get_running_loop()
         self.process = process = TrainingProcess(
-            ["--trigger", trigger, "--settings", json.dumps(self._settings)],
+            ["--continue", "--trigger", trigger, "--settings", json.dumps(self._settings)],
             self._environment,
             on_event=lambda event: _call(loop, progress, event),
         )

@@ -28,6 +28,7 @@ from aurora_sgl.engine.capture import Capture, Gathered, LastHiddenState
 from aurora_sgl.engine.channel import Channel
 from aurora_sgl.engine.consent import Consent
 from aurora_sgl.engine.conversations import Conversations, Place
+from aurora_sgl.engine.cpu.growing_tree import GrowingTree
 from aurora_sgl.engine.draft_tree import StepRows, VerifyObservation, rows_to_host, to_host
 from aurora_sgl.engine.labels import Labels
 from aurora_sgl.engine.one_token import NoDrafts
@@ -40,6 +41,7 @@ from aurora_sgl.engine.samples import Prompts
 from aurora_sgl.engine.step_shape import StepShape, shapes_within
 from aurora_sgl.engine.swap import Swapper
 from aurora_sgl.engine.swap_driver import SwapDriver
+from aurora_sgl.engine.tree_choice import TreePolicy
 from aurora_sgl.trace_format import row_bytes
 
 logger = logging.getLogger("aurora_sgl")
@@ -84,13 +86,14 @@ class Agent:
         self.may_drop = by_size and int(description["tp_size"]) == 1
         whole = DraftShape(*(int(description[name]) for name in ("depth", "topk", "nodes")))
         may_shrink = self.may_drop and str(description["device"]) == "cpu"
+        grows = may_shrink and _grows(settings, whole)
         self.step_shape = StepShape(worker, whole)
         self.may_probe = self.may_drop and self.step_shape.can_keep_kv
         self.policy = SpeculationPolicy(
             share if can_skip else 1.0,
             by_size=by_size,
             explore_share=settings.explore_share,
-            shapes=shapes_within(whole) if may_shrink else (whole,),
+            shapes=shapes_within(whole) if may_shrink and not grows else (whole,),
         )
         self.can_skip = can_skip
         self.plans = Plans(RequestPlan(speculates=not can_skip))
@@ -129,6 +132,7 @@ class Agent:
         self.notices = startup.notices_of_start()  # see wire.Hello
         self.no_drafts = NoDrafts(worker, description, self.notices)
         self.parts = Parts(self.notices)
+        self.trees = GrowingTree(self.step_shape, TreePolicy(whole), self.parts) if grows else None
         self.consent = Consent(self.notices)
         self.conversations = Conversations()
         self.prompts = Prompts()
@@ -193,6 +197,8 @@ class Agent:
             return self.step_shape.whole
         size = len(batch.reqs)
         states = [getattr(req, "_aurora", None) for req in batch.reqs]
+        if self.trees is not None:
+            self.trees.forget()
         drafting = [state for state in states if state is not None and state.speculates]
         whole = any(state.whole for state in drafting)
         if drafting and self.may_probe and not whole and self.policy.probes(size):
@@ -205,12 +211,17 @@ class Agent:
             drafting = [state for state in drafting if state.speculates]
         if whole:  # such requests keep their drafts
             return self.step_shape.whole
+        if drafting and self.trees is not None:
+            self.trees.begin(states)
         return self.policy.shape(size) if drafting else NO_DRAFT
 
     def account_step(self, batch_size: int, *, shape: DraftShape, seconds: float) -> None:
         self.recorder.live.steps_since_swap += 1
-        self.policy.swapped(self.recorder.live.swap_count)
+        if self.policy.swapped(self.recorder.live.swap_count) and self.trees is not None:
+            self.trees.policy.swapped()
         needed = seconds - self.step_shape.kv_seconds
+        if self.trees is not None:
+            needed = self.trees.done(needed)
         self.policy.account(shape=shape, batch_size=batch_size, seconds=needed)
         if self.capture is not None:
             self.capture.budget.stepped(seconds)
@@ -362,10 +373,11 @@ class Agent:
             target_predict=to_host(predict.reshape(size, nodes)) if predict is not None else None,
             shape=self.step_shape.of_step(nodes),
             keeps_kv=self.step_shape.keeps_kv,
+            grown=self.trees.take() if self.trees is not None else None,
             version_id=live.version_id,
             swap_count=live.swap_count,
             swap_age=live.steps_since_swap,
-            rejection_sampling=bool(self.description.get("rejection_sampling")),
+            rule=str(self.description.get("sampled_rule") or "target_sampling"),
             aux=rows_to_host(hidden, blocks) if hidden is not None else None,
             last=rows_to_host(last, blocks) if last is not None else None,
             blocks=None if on_cpu else {row: block for block, row in enumerate(traced)},
@@ -391,14 +403,7 @@ class Agent:
             self.let_go(state for _, _, state, _ in tracked)
             return
         step = StepRows(observation, result.accept_lens.tolist(), len(batch.reqs))
-        if observation.shape != NO_DRAFT:
-            whole = [
-                step.accept_lens[row] - 1
-                for row, _, state, _ in tracked
-                if not (state.holes or state.one_token)
-                and state.swap_count == observation.swap_count
-            ]
-            self.policy.observe(observation.swap_count, observation.shape, len(whole), sum(whole))
+        self._learn_lengths(observation, step, tracked)
         gathered = self._gather(observation.aux, observation.last)
         if self.capture is not None:
             self.capture.step_rows(gathered, tracked, step)
@@ -411,6 +416,31 @@ class Agent:
             self.capture.hand_over(gathered)
         if self.channel:
             self.channel.put(records)
+
+    def _learn_lengths(
+        self,
+        observation: VerifyObservation,
+        step: StepRows,
+        tracked: list[tuple[int, Any, RequestState, int]],
+    ) -> None:
+        """What was accepted of requests whose draft KV is all of the live drafter."""
+        grown = observation.grown
+        if observation.shape == NO_DRAFT and grown is None:
+            return
+        accepted = {
+            row: step.accept_lens[row] - 1
+            for row, _, state, _ in tracked
+            if not (state.holes or state.one_token) and state.swap_count == observation.swap_count
+        }
+        shape = observation.shape if grown is None else self.step_shape.whole
+        self.policy.observe(observation.swap_count, shape, len(accepted), sum(accepted.values()))
+        if grown is not None and self.trees is not None:
+            nodes = observation.shape.nodes
+            paths = {
+                row: [index - row * nodes for index in step.paths[row][1 : count + 1]]
+                for row, count in accepted.items()
+            }
+            self.trees.learn(grown, paths)
 
     def _gather(self, aux: torch.Tensor | None, last: torch.Tensor | None) -> Gathered:
         return self.capture.gather(aux, last) if self.capture is not None else Gathered(None)
@@ -540,6 +570,7 @@ class Agent:
             "queue": float(self.queue),
             **{name: float(self.description[name]) for name in ("depth", "topk", "nodes")},
             **self.policy.counters(),
+            **(self.trees.counters() if self.trees is not None else {}),
             **(self.capture.counters() if self.capture is not None else {}),
         }
         return wire.Hello(
@@ -554,6 +585,7 @@ class Agent:
             dropped=self.channel.dropped_records,
             counters=counters,
             notices=dict(self.notices),
+            trees=self.trees.memory() if self.trees is not None else {},
         )
 
     def _obey(self, command: wire.Command) -> None:
@@ -566,6 +598,9 @@ class Agent:
                 self.policy.expected_accept_length = command.accept_length or None
         elif isinstance(command, wire.SetCapture):
             self.recorder.capture_share = command.share
+        elif isinstance(command, wire.Trees):
+            if self.trees is not None:
+                self.trees.remember(command)
         elif isinstance(command, wire.LiveHash):
             self.swaps.hashed(command)
         else:
@@ -582,6 +617,11 @@ def _recorder(
         capture_share=settings.capture_share if captures else 0.0,
         dp_rank=int(description.get("dp_rank", 0)),
     )
+
+
+def _grows(settings: Settings, whole: DraftShape) -> bool:
+    """Whether each step's tree is chosen: a chain's drafter does not say how sure it is."""
+    return settings.shapes == "learned" and not whole.is_chain
 
 
 def _is_traced(req: Any) -> bool:

@@ -22,6 +22,7 @@ from aurora_sgl.engine.draft_tree import StepRows
 from aurora_sgl.engine.forward_rows import ForwardRows, GivenUp, Layout, Span, Tokens
 from aurora_sgl.engine.request_state import RequestState, visible_length
 from aurora_sgl.engine.trace_budget import UNKNOWN_ROW, OpenTrace, TraceBudget
+from aurora_sgl.trace_format import file_row_bytes
 
 
 class LastHiddenState:
@@ -96,7 +97,8 @@ class Capture:
         self.budget = budget
         self.copier = copier
         self.dropped: Counter[str] = Counter()  # traces that began and don't reach the sidecar
-        self.disk_bytes = 0  # the sidecar's budget of files, which is only told
+        self.disk_bytes = 0  # the sidecar's budget of files, which is only told, and how it
+        self.form = "full"  # writes rows
         self._most_held = most_held
         self._layout: Layout | None = None  # set by the first prefill
         self._open: dict[int, OpenTrace] = {}
@@ -118,7 +120,7 @@ class Capture:
         )
         copier = Copier(send, boot_id, settings.capture_ring_bytes)
         capture = cls(budget, copier, most_held=settings.capture_backlog_bytes)
-        capture.disk_bytes = settings.capture_bytes
+        capture.disk_bytes, capture.form = settings.capture_bytes, settings.capture_format
         return capture
 
     def learn_layout(self, aux: torch.Tensor, last: torch.Tensor | None) -> None:
@@ -276,6 +278,13 @@ class Capture:
             self.dropped[reason] += 1
         self.copier.put(GivenUp(trace))
 
+    @property
+    def _file_row_bytes(self) -> int:
+        layout = self._layout
+        if layout is None:
+            return self.budget.row_bytes
+        return file_row_bytes(layout.aux_width, layout.last_width, layout.item_bytes, self.form)
+
     # -- what is told ----------------------------------------------------------------------------
 
     def counters(self) -> dict[str, float]:
@@ -290,6 +299,7 @@ class Capture:
             "trace_bytes_reserved": float(self.budget.reserved),
             "trace_bytes_held": float(self.copier.held),
             "trace_row_bytes": float(self.budget.row_bytes),
+            "trace_file_row_bytes": float(self._file_row_bytes),
             "trace_budget_disk": float(self.disk_bytes),
             "trace_budget_unfinished": float(self.budget.total_bytes),
             "trace_budget_second": float(self.budget.bytes_per_second),

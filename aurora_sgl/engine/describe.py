@@ -42,6 +42,7 @@ def describe_worker(worker: Any) -> tuple[dict[str, Any], bool]:
         "device": str(worker.device),
         "tp_size": int(getattr(parallel, "tp_size", 1)),
         "rejection_sampling": bool(_value(args, "speculative_use_rejection_sampling", False)),
+        "sampled_rule": _sampled_rule(args),
         # On CUDA every step carries drafts: a verify graph is captured for the full tree, and
         # without graphs some backends take a step's width from the start of the server.
         "plain_steps_possible": str(worker.device) == "cpu"
@@ -90,3 +91,11 @@ def _aux_layers(target: Any, drafter: Any) -> list[int]:
 
 def _value(args: Any, name: str, default: Any) -> Any:
     return getattr(args, name, default)
+
+
+def _sampled_rule(args: Any) -> str:
+    """By which rule drafts of sampled requests are accepted, see ``wire.VerifyStep``."""
+    if not _value(args, "speculative_use_rejection_sampling", False):
+        return "target_sampling"
+    by_block = _value(args, "speculative_use_block_verification", False)
+    return "block_verification" if by_block else "rejection_sampling"

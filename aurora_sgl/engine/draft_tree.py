@@ -12,6 +12,7 @@ import torch
 
 from aurora_sgl import wire
 from aurora_sgl.draft_shape import DraftShape
+from aurora_sgl.engine.tree_choice import Grown
 
 
 @dataclass(slots=True)
@@ -27,8 +28,9 @@ class VerifyObservation:
     version_id: int
     swap_count: int
     swap_age: int
-    rejection_sampling: bool
+    rule: str  # by which drafts of sampled requests are accepted, see ``wire.VerifyStep``
     keeps_kv: bool = False  # a step without drafts that computed their KV all the same
+    grown: Grown | None = None  # of a tree that was grown as far as it paid
     aux: torch.Tensor | None = None  # [batch * nodes, width], accepted path in front
     last: torch.Tensor | None = None  # [batch * nodes, hidden], node order
     #: Row of the batch -> block of ``aux`` and ``last`` where they hold only some requests.

@@ -67,6 +67,8 @@ CPU_HOOKS = (
     "sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend.init_forward_metadata",
     "sglang.srt.layers.attention.intel_amx_backend."
     "IntelAMXMultiStepDraftBackend.init_forward_metadata",
+    f"{_SPECULATIVE}spec_utils.select_top_k_tokens",
+    f"{_SPECULATIVE}eagle_utils.organize_draft_results",
 )
 
 #: Hooked there too, where the compiled kernels are in use.
@@ -254,6 +256,8 @@ def cpu_hooks() -> dict[str, tuple[str, Callable[..., Any]]]:
         ("before", weights_changed),
         ("before", forward_begins),
         ("before", forward_begins),
+        ("around", _select_top_k_tokens),
+        ("around", _organize_draft_results),
     )
     return dict(zip(CPU_HOOKS, hooks, strict=True))
 
@@ -390,6 +394,16 @@ def _forward_batch_generation(
     seconds = time.perf_counter() - begun
     agent.guard("timing steps", lambda: agent.account_step(size, shape=shape, seconds=seconds))
     return result
+
+
+def _select_top_k_tokens(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    trees = _agent.trees if _agent is not None else None
+    return original(*args, **kw) if trees is None else trees.select(original, *args, **kw)
+
+
+def _organize_draft_results(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    trees = _agent.trees if _agent is not None else None
+    return original(*args, **kw) if trees is None else trees.organize(original, *args, **kw)
 
 
 def _draft_extend_for_prefill(

@@ -278,13 +278,15 @@ class SpeculationPolicy:
         self._steps[shape] = past_steps * keep + steps
         self._accepted[shape] = self._accepted.get(shape, 0.0) * keep + accepted
 
-    def swapped(self, swap_count: int) -> None:
-        """Forget the old version's accept length if another one is live."""
-        if swap_count != self._swap_count:
-            self._swap_count = swap_count
-            self._steps = dict.fromkeys(self.shapes, 0.0)
-            self._accepted = dict.fromkeys(self.shapes, 0.0)
-            self.expected_accept_length = None
+    def swapped(self, swap_count: int) -> bool:
+        """Forget the old version's accept length if another one is live, and say so."""
+        if swap_count == self._swap_count:
+            return False
+        self._swap_count = swap_count
+        self._steps = dict.fromkeys(self.shapes, 0.0)
+        self._accepted = dict.fromkeys(self.shapes, 0.0)
+        self.expected_accept_length = None
+        return True
 
     def decide_alone(self) -> None:
         """Where no sidecar does it: all requests carry drafts where these pay at some batch size,

@@ -153,9 +153,7 @@ class Recorder:
             depth=shape.depth,
             topk=shape.topk,
             nodes=shape.nodes,
-            accept_rule="greedy"
-            if state.greedy
-            else ("rejection_sampling" if observation.rejection_sampling else "target_sampling"),
+            accept_rule="greedy" if state.greedy else observation.rule,
             batch_size=step.batch_size,
             proposed=shape.nodes - 1,
             accepted=accepted,

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from aurora_sgl.draft_shape import DraftShape
+from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 
 _SKIP_SWITCH = "SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"
+_LEVELS, _NODES = "speculative_num_steps", "speculative_num_draft_tokens"
 _SIBLINGS = 4  # nodes of the widest tree of one level, with the root
 
 
@@ -48,7 +49,7 @@ class StepShape:
         self.keeps_kv = False
         #: Seconds of the last step that draft KV took for which a plain step has no need.
         self.kv_seconds = 0.0
-        self._current = whole  # of the step at hand
+        self.current = whole  # of the step at hand
         self._worker = worker
 
     @contextmanager
@@ -56,18 +57,44 @@ class StepShape:
         """Within, steps have drafts of this shape, or none."""
         self.kv_seconds = 0.0
         changes = self._changes(shape) if shape != self.whole else []
-        before = [getattr(part, name) for part, name, _ in changes]
+        names = [*((part, name) for part, name, _ in changes), *self._numbers]
+        before = [(part, name, getattr(part, name)) for part, name in names]
         for part, name, value in changes:
             setattr(part, name, value)
-        self._current = shape
+        self.current = shape
         try:
             with self._with_kv() if self.keeps_kv and not shape.depth else nullcontext():
                 yield
         finally:
-            for (part, name, _), value in zip(changes, before, strict=True):
+            for part, name, value in before:
                 setattr(part, name, value)
-            self._current = self.whole
+            self.current = self.whole
             self.keeps_kv = False
+
+    @property
+    def _numbers(self) -> list[tuple[Any, str]]:
+        return [
+            (part, name)
+            for part in (self._worker, self._worker.draft_worker)
+            for name in (_LEVELS, _NODES)
+        ]
+
+    def cut(self, depth: int, nodes: int = 0) -> None:
+        """Within a step of the whole shape that is being drafted: it ends after so many levels;
+        ``nodes``: and verifies so many of their candidates, or with 1 the root alone."""
+        worker, drafter = self._worker, self._worker.draft_worker
+        # Of a path SGLang keeps one node a level, for which it needs as many nodes: a tree of few
+        # nodes has no path as long as its levels. And without a level it leaves draft KV out.
+        levels = min(depth, nodes - 1) if nodes else depth
+        setattr(worker, _LEVELS, max(1, levels))
+        setattr(drafter, _LEVELS, levels)
+        if nodes:
+            setattr(worker, _NODES, nodes)
+            setattr(drafter, _NODES, nodes)
+        if nodes == 1:  # draft KV is computed all the same
+            self.current, self.keeps_kv = NO_DRAFT, True
+        elif nodes:
+            self.current = DraftShape(depth, self.whole.topk, nodes)
 
     @property
     def can_keep_kv(self) -> bool:
@@ -102,8 +129,8 @@ class StepShape:
     def of_step(self, nodes: int) -> DraftShape:
         """The shape of the step at hand, which verifies so many nodes: what was put in, or what
         SGLang's own adaptive mode made of a chain."""
-        if nodes == self._current.nodes:
-            return self._current
+        if nodes == self.current.nodes:
+            return self.current
         return DraftShape(nodes - 1) if nodes <= self.whole.depth + 1 else self.whole
 
     def _changes(self, shape: DraftShape) -> list[tuple[Any, str, Any]]:
@@ -111,14 +138,14 @@ class StepShape:
         worker, drafter = self._worker, self._worker.draft_worker
         # SGLang's own zero-step mode verifies the root alone and asks nothing of the drafter.
         parts = [worker, drafter] if shape.depth or self.keeps_kv else [worker]
-        changes = [(part, "speculative_num_steps", shape.depth) for part in parts]
-        changes += [(part, "speculative_num_draft_tokens", shape.nodes) for part in parts]
+        changes = [(part, _LEVELS, shape.depth) for part in parts]
+        changes += [(part, _NODES, shape.nodes) for part in parts]
         if not shape.depth:
             return changes
         # Where a level's tokens lie in the cache follows from the number of levels. A server that
         # was started with one level has no such backend.
         if drafter.draft_attn_backend is not None:
-            changes.append((drafter.draft_attn_backend, "speculative_num_steps", shape.depth))
+            changes.append((drafter.draft_attn_backend, _LEVELS, shape.depth))
         if worker.topk == 1:  # a chain of one level has no parents
             for name, width in (
                 ("_topk1_parents_prealloc", shape.depth if shape.depth > 1 else 0),

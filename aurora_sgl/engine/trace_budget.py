@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 TOKEN_BYTES = 64
 #: Bytes of a row while nothing is known: the widest target that there is.
 UNKNOWN_ROW = 128 * 1024
-#: Answers are expected to be this much longer than their average, and at first this long.
-_ABOVE_AVERAGE, _FIRST_ANSWER = 1.5, 256.0
-_MEMORY = 32  # answers over which their length is averaged
+#: An answer is expected to be as long as nine of ten were of the last ones, and some more; while
+#: few are known, this long.
+_QUANTILE, _MORE, _FIRST_ANSWER = 0.9, 1.1, 1024
+_MEMORY, _FEW = 128, 8  # answers
+#: Part of ``total_bytes`` that is left to requests which run and turn out longer than expected.
+_FOR_GROWTH = 0.15
 #: Seconds after which a chosen request that never began gives its bytes back; if it begins later,
 #: it asks again.
 FORGOTTEN_SECONDS = 60.0
@@ -59,7 +62,9 @@ class TraceBudget:
     reserved: int = 0
     #: Share of the requests that latency allows, in (0, 1].
     scale: float = 1.0
-    _answer: float = _FIRST_ANSWER  # average length, in tokens
+    _answers: deque[int] = field(default_factory=lambda: deque(maxlen=_MEMORY))  # lengths
+    _long: int = _FIRST_ANSWER  # tokens of a long answer
+    _usual: int = _FIRST_ANSWER  # of one of average length
     _credit: float = 0.0
     _level: float = 0.0
     _filled_at: float = 0.0
@@ -99,11 +104,12 @@ class TraceBudget:
         return self._ticket
 
     def expected(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """Bytes of a request's trace: its prompt's, and those of an answer of likely length."""
-        answer = math.ceil(_ABOVE_AVERAGE * self._answer) + 16
-        if isinstance(max_new_tokens, int):
-            answer = max(0, min(answer, max_new_tokens))
-        return self.bytes_of(prompt_tokens + answer)
+        """Bytes of a request's trace: its prompt's, and those of a long answer. Where a long one
+        would exceed one trace and a usual one does not, all that one trace may have."""
+        most = max(0, max_new_tokens) if isinstance(max_new_tokens, int) else self._long
+        need = self.bytes_of(prompt_tokens + min(self._long, most))
+        usual = self.bytes_of(prompt_tokens + min(self._usual, most))
+        return self.request_bytes if usual <= self.request_bytes < need else need
 
     def _refusal(self, prompt_tokens: int, need: int, waiting: int) -> str:
         self._refill()
@@ -111,7 +117,8 @@ class TraceBudget:
             return "long_prompt"
         if need > self.request_bytes:
             return "long"
-        if self.reserved + waiting + need > self.total_bytes:
+        room = max((1 - _FOR_GROWTH) * self.total_bytes, self.request_bytes)
+        if self.reserved + waiting + need > room:
             return "memory"
         if self._level < need:
             return "rate"
@@ -186,7 +193,11 @@ class TraceBudget:
 
     def answered(self, tokens: int) -> None:
         """An answer ended with this length."""
-        self._answer += (tokens - self._answer) / _MEMORY
+        self._answers.append(tokens)
+        if len(self._answers) >= _FEW:
+            lengths = sorted(self._answers)
+            self._long = math.ceil(_MORE * lengths[int(_QUANTILE * len(lengths))]) + 16
+            self._usual = math.ceil(sum(lengths) / len(lengths))
 
     # -- latency ---------------------------------------------------------------------------------
 

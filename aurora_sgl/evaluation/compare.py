@@ -134,14 +134,15 @@ def replayable(
         return split_of(split_key(row), dev_share=0.0, gate_share=gate_share)
 
     with store.session(engine, write=False) as s:
-        donors = queries.requests.recent_requests(s, group.id, limit=REACH)
+        recent = queries.requests.recent_requests(s, group.id, limit=REACH)
+        donors = [*recent, *queries.requests.donors(s, recent)]
         rows = queries.requests.recent_requests(s, group.id, domains=domains, limit=REACH)
     if only_held_out:
         rows = [row for row in rows if side(row) == "gate"]
     left_out = Counter(reason for row in rows if (reason := why_not_judged(row)))
     rows = [row for row in rows if not why_not_judged(row)]
     if only_held_out:
-        rows += [row for row in donors if side(row) == "train"][:_COMPARED]
+        rows += [row for row in recent if side(row) == "train"][:_COMPARED]
     else:
         rows = rows[:limit]
     files = TraceFiles(artifacts, get_settings().home / "cache")

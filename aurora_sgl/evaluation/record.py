@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 from sqlalchemy import Engine
@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl import store
 from aurora_sgl.config import GateSettings
-from aurora_sgl.evaluation.gate import DOMAIN_LEVEL, judge
+from aurora_sgl.evaluation.gate import LEVEL, Judgement, judge
+from aurora_sgl.evaluation.line import line_of, standing_before, tries
 from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.hashing import sha256_bytes
@@ -34,12 +35,14 @@ def record(
     left_out: Mapping[str, int] | None = None,
 ) -> Evaluation:
     """Judge a candidate and store it: one row over all domains, which is returned, and one for
-    each domain. The same requests again are the same try: its row is returned as it is.
+    each domain. The same requests again are the same try: its row is returned as it is. The row
+    keeps what repeats the judgement: the replays, the line before, where the live version stands.
     ``left_out``: held-out requests that can't be judged, by reason.
 
     The group is locked meanwhile, so that of two tries at once one is the next.
     """
     gate = settings or GateSettings()
+    before, after = ([_shortened(each) for each in replays] for replays in (before, after))
     with store.session(engine) as s:
         candidate, baseline = (queries.versions.version(s, i) for i in (candidate_id, baseline_id))
         queries.groups.lock_group(s, candidate.group_id)
@@ -51,26 +54,27 @@ def record(
                 and earlier.details.get("replay_sha256") == evidence["replay_sha256"]
             ):
                 return earlier
+        generation, tried = tries(s, baseline_id)
+        line = line_of(tried)
         judgement = judge(
             before,
             after,
-            attempt=1 + queries.evaluations.attempts(s, baseline_id),
+            line=line,
+            standing=(standing := standing_before(s, baseline_id)),
             fewest=recipe.min_gate_requests,
             seed=recipe.seed,
             settings=gate,
             left_out=left_out,
         )
         evidence |= {
-            "reason": judgement.reason,
-            "judged": {"requests": judgement.overall.requests, "left_out": dict(left_out or {})},
             "candidate_sha256": candidate.weights_sha256,
             "baseline_sha256": baseline.weights_sha256,
-            "by_domain": {
-                domain: {**asdict(difference), "verdict": verdict}
-                for domain, (difference, verdict) in judgement.by_domain.items()
-            },
+            "judged": {"requests": judgement.overall.requests, "left_out": dict(left_out or {})},
+            "standing_before": {name: each.as_json() for name, each in standing.items()},
+            **_kept(judgement),
             **(details or {}),
         }
+        evidence["line"] |= {"generation": generation, "log_e_before": line.log_e}
         row = _add(
             s,
             candidate_id,
@@ -80,13 +84,41 @@ def record(
             judgement.verdict,
             recipe,
             attempt=judgement.attempt,
-            alpha=judgement.alpha,
             details=_clean(evidence),
         )
         for domain, (difference, verdict) in judgement.by_domain.items():
-            of = {"evaluation_id": row.id, "level": DOMAIN_LEVEL}
+            of = {"evaluation_id": row.id, "level": LEVEL}
             _add(s, candidate_id, baseline_id, domain, difference, verdict, recipe, details=of)
         return row
+
+
+def _kept(judgement: Judgement) -> dict[str, Any]:
+    """What the row says of a judgement beside its columns."""
+    return {
+        "reason": judgement.reason,
+        "by_domain": {
+            domain: {**asdict(difference), "verdict": verdict}
+            for domain, (difference, verdict) in judgement.by_domain.items()
+        },
+        "by_stratum": {
+            name: {
+                **asdict(each.change),
+                "believed": each.pooled.mean,
+                "deviation": each.pooled.deviation,
+                "risk": each.pooled.chance,
+                "level": each.level,
+            }
+            for name, each in judgement.strata.items()
+        },
+        "line": {
+            "log_e": judgement.log_e,
+            "fresh": judgement.fresh,
+            "continues": judgement.continues,
+            "strata": {name: list(astuple(each)) for name, each in judgement.memories.items()},
+        },
+        "standing": {name: each.as_json() for name, each in judgement.standing.items()},
+        "level": LEVEL,
+    }
 
 
 def _add(
@@ -128,12 +160,14 @@ def _evidence(
 ) -> dict[str, Any]:
     """What repeats the comparison: which requests, of which bytes, replayed how."""
     rows = [
-        [a.request_id, a.domain, a.accepted, a.verify_steps, b.accepted, b.verify_steps]
+        [a.request_id, a.domain, a.accepted, a.verify_steps, b.accepted, b.verify_steps,
+         a.accept_rule, a.conversation]
         for a, b in zip(before, after, strict=True)
-    ]
+    ]  # fmt: skip
     traces = (queries.traces.trace(s, a.request_id) for a in before)
     replayed = {
-        "requests": rows,  # id, domain, baseline's accepted and steps, candidate's
+        # id, domain, baseline's accepted and steps, candidate's, accept rule, conversation
+        "requests": rows,
         "traces_sha256": sha256_bytes(
             ",".join(trace.sha256 if trace else "-" for trace in traces).encode()
         ),
@@ -149,6 +183,13 @@ def _evidence(
         "fewest": recipe.min_gate_requests,
         "settings": gate.model_dump(mode="json"),
     }
+
+
+def _shortened(replayed: RequestReplay) -> RequestReplay:
+    """With a key of its conversation that tells some thousands apart, as an evaluation keeps it."""
+    if not replayed.conversation:
+        return replayed
+    return replace(replayed, conversation=sha256_bytes(replayed.conversation.encode())[:16])
 
 
 def _clean(value: Any) -> Any:

@@ -6,7 +6,7 @@ SGLang's default rule (``target_sampling``): walking through a node's children i
 the target's own probability and otherwise draws from the rest, so the emitted token is a draw from
 the target whatever was proposed, and is accepted if and only if it is among the children. A logged
 answer is such a draw. Under ``rejection_sampling`` (min(1, p / q)) what is emitted depends on the
-proposal: those requests are left out by ``splits.why_not_judged``.
+proposal: there the counts are expectations (see ``evaluation.expected``), over chains.
 
 What a drafter proposes is its own business (:meth:`~aurora_sgl.drafter.model.Drafter.accepted`).
 It is asked for all positions at once, which are then walked as the server would have: from the
@@ -29,9 +29,11 @@ from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.evaluation.device import device_of, served_dtype
+from aurora_sgl.evaluation.expected import expected_counts
 from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.intervals import accept_length
 from aurora_sgl.sequences.sequence import Sequence
+from aurora_sgl.sequences.splits import REJECTION
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def replay_one(
 ) -> RequestReplay:
     """See :func:`replay`."""
     sequence, head = sequence.to(drafter.device), head.to(drafter.device)
+    if sequence.accept_rule == REJECTION:
+        return _replayed(sequence, *expected_counts(drafter, sequence, shape.depth, head))
     length = len(sequence.tokens)
     first = sequence.output_start
     roots = torch.arange(first, min(length - 2, sequence.rows) + 1)
@@ -92,10 +96,14 @@ def replay_one(
         if not is_determined(root, taken, length, shape.depth):
             break
         steps, total, root = steps + 1, total + taken, root + taken + 1
+    return _replayed(sequence, steps, total)
+
+
+def _replayed(sequence: Sequence, steps: float, accepted: float) -> RequestReplay:
     return RequestReplay(
         sequence.request_id,
         steps,
-        total,
+        accepted,
         sequence.domain,
         sequence.accept_rule,
         sequence.conversation,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ from aurora_sgl.rollout import switches, trial, watch, why_not
 from aurora_sgl.rollout.why_not import NotLive, not_live
 from aurora_sgl.sequences.held_out import HeldOut, held_out_counts
 from aurora_sgl.sequences.splits import GATE_SHARE
+from aurora_sgl.step_cost import tree_shares
 from aurora_sgl.store import queries
 from aurora_sgl.store.liveness import SILENT_SECONDS, is_silent
 from aurora_sgl.store.models import Audit, Drift, Server
@@ -39,6 +40,7 @@ class ServerStatus:
     last_seen_at: datetime
     silent: bool  # see ``store.liveness.is_silent``
     notices: tuple[str, ...] = ()  # sentences about what is wrong or switched off in it
+    trees: tuple[dict[str, Any], ...] = ()  # see ``step_cost.TreeShare``
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
                 ServerStatus(row.id, row.name, row.live_version_id, row.live_sha256, want,
                              converged and not silent, reason, row.phase, row.phase_reason,
                              row.speculation_share, row.last_seen_at, silent,
-                             _notices(row, reason))
+                             _notices(row, reason),
+                             tuple(asdict(one) for one in tree_shares(row.counters)))
             )  # fmt: skip
     return statuses
 

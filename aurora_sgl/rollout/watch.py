@@ -143,9 +143,13 @@ def filled(
 
 
 def judge(
-    clusters: Sequence[RequestCounts], baseline: dict[str, AcceptCounts], rules: WatchSettings
+    clusters: Sequence[RequestCounts],
+    baseline: dict[str, AcceptCounts],
+    rules: WatchSettings,
+    earlier: Sequence[RequestCounts] = (),
 ) -> tuple[Verdict, Comparison | None]:
-    """Accept length of a window's requests against the baseline on the same mix."""
+    """Accept length of a window's requests against the baseline on the same mix, and of each domain
+    with those of the windows before, ``earlier``."""
     comparison = compare(clusters, baseline)
     if comparison is None:
         return Verdict("pass", "nothing of the kind was served before; nothing to compare"), None
@@ -153,9 +157,29 @@ def judge(
     floor = -rules.margin * comparison.expected
     if comparison.chance(rules.margin) < DOUBTLESS:
         return Verdict("fail", f"{summary}: worse beyond doubt"), comparison
+    if lost := fallen([*earlier, *clusters], baseline, rules.margin):
+        return Verdict("fail", f"{summary}: worse beyond doubt in {', '.join(lost)}"), comparison
     if comparison.difference < floor and comparison.chance() < TELLING:
         return Verdict("bad", f"{summary}: worse than the margin allows"), comparison
     return Verdict("pass", summary), comparison
+
+
+def fallen(
+    clusters: Sequence[RequestCounts], baseline: dict[str, AcceptCounts], margin: float
+) -> list[str]:
+    """Domains that lost more than the margin; all together err with chance ``DOUBTLESS`` (Holm
+    1979)."""
+    domains: dict[str, list[RequestCounts]] = {}
+    for cluster in clusters:
+        domains.setdefault(cluster.domain, []).append(cluster)
+    compared = {domain: compare(mine, baseline) for domain, mine in domains.items()}
+    chances = sorted((c.chance(margin), domain) for domain, c in compared.items() if c is not None)
+    lost = []
+    for position, (chance, domain) in enumerate(chances):
+        if chance >= DOUBTLESS / (len(chances) - position):
+            break
+        lost.append(domain)
+    return lost
 
 
 def _baseline_strata(watch: Watch) -> dict[str, AcceptCounts]:
@@ -282,7 +306,10 @@ def _close(
     if len(clusters) < 2:
         reason = f"requests were served, {len(clusters)} with drafts of version {watch.version_id}"
         return _write(s, watch, windows, begun, end, clusters, Verdict("empty", reason))
-    verdict, compared = judge(clusters, _baseline_strata(watch), rules)
+    earlier = queries.request_counts.request_counts(
+        s, watch.group_id, watch.version_id, since=watch.started_at, until=begun
+    )
+    verdict, compared = judge(clusters, _baseline_strata(watch), rules, earlier)
     steps = queries.steps.steps_of_requests(s, [c.request_id for c in clusters], watch.version_id)
     before = {key: Pace(*pace) for key, pace in watch.baseline["paces"].items()}
     gain = compared.accept_length / compared.expected if compared else 1.0

@@ -206,6 +206,7 @@ class Scheduler:
         with self.link.session(write=False) as s:
             recipe = recipe_as_served(s, self.group_id, self.recipe, explore=self.rules.explore)
         arguments = ["--group", self.group, "--trigger", trigger, "--settings", json.dumps(recipe)]
+        arguments.append("--continue")
         try:
             self.child = TrainingProcess(arguments, self.environment)
         except OSError as error:

@@ -22,6 +22,7 @@ from aurora_sgl.sequences.sequence import LoggedProposal, Sequence, readable
 from aurora_sgl.sequences.splits import (
     conversation_of,
     is_constrained,
+    sampling_of,
     sides,
     split_key,
     split_of,
@@ -107,6 +108,7 @@ class Loader:
             domain=row.domain,
             conversation=conversation_of(row),
             accept_rule=row.accept_rule,
+            sampling=sampling_of(row.sampling),
             proposals=tuple(proposal_of(step) for step in steps if step["depth"]),
             weights=self._weights(row, steps, min(len(own.tokens) - 1, row.end)),
         )

@@ -19,6 +19,7 @@ _REASONS = {
     "processor": "with a logit processor",
     "short": "with hardly an answer",
     "block_verification": "sampled by block verification",
+    "unknown_law": "sampled by rejection from what is not known",
     "mixed_rules": "of several accept rules",
     "unknown_rule": "of an unknown accept rule",
     "prefix": "whose cached prefix has no trace",

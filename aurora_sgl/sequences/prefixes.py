@@ -16,10 +16,10 @@ import torch
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sequences.trace_reader import read_tokens
 from aurora_sgl.store.queries.requests import RecentRequest
+from aurora_sgl.trace_format import HEAD_TOKENS
 
 Locate = Callable[[str], Path]  # uri of a trace -> a file on this machine
 
-_HEAD = 16  # tokens behind RecentRequest.head_sha256
 _TOKENS_KEPT = 256  # traces whose tokens stay in memory
 
 
@@ -39,6 +39,7 @@ class Prefixes:
     def __init__(self, rows: Iterable[RecentRequest], locate: Locate) -> None:
         self.locate = locate
         self.rows = list(rows)
+        self.by_id = {row.request_id: row for row in self.rows}
         self.by_head: dict[str, list[RecentRequest]] = defaultdict(list)
         for row in self.rows:
             self.by_head[row.head_sha256].append(row)
@@ -47,28 +48,35 @@ class Prefixes:
     def pieces(self, row: RecentRequest) -> tuple[Piece, ...] | None:
         """Pieces from position 0 to ``row.end`` in order; None when the hole cannot be filled."""
         pieces = [Piece(row.uri, row.start, row.start, row.end)]
-        need = row.start
+        need, link = row.start, row
         while need > 0:
-            donor = self._donor(row, need)
+            donor = self._donor(row, need, link.donor_id)
             if donor is None:
                 return None
             pieces.append(Piece(donor.uri, donor.start, donor.start, need))
-            need = donor.start
+            need, link = donor.start, donor
         return tuple(reversed(pieces))
 
-    def _donor(self, row: RecentRequest, need: int) -> RecentRequest | None:
-        """The trace that reaches furthest back among those that hold position ``need - 1``."""
-        near = self.by_head[row.head_sha256] if need >= _HEAD else self.rows
+    def _donor(self, row: RecentRequest, need: int, noted: int | None) -> RecentRequest | None:
+        """The trace that the store notes; without one that which reaches furthest back among those
+        that hold position ``need - 1``."""
+        first = self.by_id.get(noted) if noted is not None else None
+        if first is not None and self._holds(first, row, need):
+            return first
+        near = self.by_head[row.head_sha256] if need >= HEAD_TOKENS else self.rows
         fitting = [d for d in near if d.start < need <= d.end and d.request_id != row.request_id]
+        in_order = sorted(fitting, key=lambda d: (d.start, d.request_id))
+        return next((donor for donor in in_order if self._holds(donor, row, need)), None)
+
+    def _holds(self, donor: RecentRequest, row: RecentRequest, need: int) -> bool:
+        if not donor.start < need <= donor.end:
+            return False
         own = self.tokens_of(row)
-        for donor in sorted(fitting, key=lambda d: (d.start, d.request_id)):
-            try:
-                other = self.tokens_of(donor)
-            except AuroraError:
-                continue  # a broken donor is no donor
-            if len(other) >= need and bool((other[:need] == own[:need]).all()):
-                return donor
-        return None
+        try:
+            other = self.tokens_of(donor)
+        except AuroraError:
+            return False  # a broken donor is no donor
+        return len(other) >= need and bool((other[:need] == own[:need]).all())
 
     def tokens_of(self, row: RecentRequest) -> torch.Tensor:  # [T] int64
         """Raises ``AuroraError`` when the trace is missing or broken."""

@@ -25,6 +25,18 @@ class LoggedProposal:
 
 
 @dataclass(frozen=True)
+class TargetSampling:
+    """How the target's distribution was sampled. ``top_k`` 0: from all tokens."""
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.temperature > 0 and self.top_k >= 0
+
+
+@dataclass(frozen=True)
 class Sequence:
     """Tokens of a request from position 0, with the target's features of all but the last ones.
 
@@ -41,6 +53,7 @@ class Sequence:
     domain: str = "default"
     conversation: str = ""  # requests of one conversation, or one prompt, share it
     accept_rule: str = ""  # see RecentRequest; "": not known
+    sampling: TargetSampling | None = None  # None: greedy, or not known
     proposals: tuple[LoggedProposal, ...] = ()  # what servers drafted, where the store knows it
     weights: torch.Tensor | None = None  # [rows] float32: how much a base row counts; None: 1
 

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from aurora_sgl.hashing import sha256_bytes
+from aurora_sgl.sequences.sequence import TargetSampling
+from aurora_sgl.split_place import GATE_SHARE as GATE_SHARE
+from aurora_sgl.split_place import place
 from aurora_sgl.store.queries.requests import RecentRequest
 from aurora_sgl.store.queries.traces import DERIVED
 from aurora_sgl.store.rollup import MIXED
@@ -28,12 +30,14 @@ _PROCESSORS = ("custom_logit_processor", "custom_params", "thinking_budget", "wa
 #: target's own, whatever was proposed; the captured hidden states are the plain target's.
 _CONSTRAINTS = ("logit_bias", "json_schema", "regex", "ebnf", "structural_tag", "grammar")
 
-#: Share of conversations that no run trains on, unless a recipe says otherwise.
-GATE_SHARE = 0.15
 FEWEST_OUTPUT = 3  # fewer output tokens hold nothing to predict
 #: Accept rules under which a request's log tells what any drafter would have had accepted: the
 #: emitted token is the target's own, drawn without a look at the proposal (see replay.py).
 JUDGED_RULES = ("greedy", "target_sampling")
+#: The rule under which it tells with which probability (see evaluation/expected.py).
+REJECTION = "rejection_sampling"
+#: From here on SGLang's top-k means all tokens (0.5.21: TOP_K_ALL in sampling_params.py).
+_BOUNDLESS = 1 << 30
 
 
 def why_unusable(row: RecentRequest) -> str:
@@ -51,6 +55,9 @@ def why_not_judged(row: RecentRequest) -> str:
         return reason
     if row.accept_rule in JUDGED_RULES:
         return ""
+    if row.accept_rule == REJECTION:
+        is_known = sampling_of(row.sampling) is not None and not is_constrained(row.sampling)
+        return "" if is_known else "unknown_law"
     return _RULE_REASONS.get(row.accept_rule, row.accept_rule)
 
 
@@ -62,6 +69,19 @@ def is_constrained(sampling: Mapping[str, Any]) -> bool:
     """Whether a grammar or a bias stood between the target and its tokens: of a greedy request the
     log then does not say which token the target itself likes best."""
     return any(sampling.get(name) for name in _CONSTRAINTS)
+
+
+def sampling_of(sampling: Mapping[str, Any]) -> TargetSampling | None:
+    """How a request was drawn; ``None``: greedily, or it does not say."""
+    temperature, top_k = sampling.get("temperature"), sampling.get("top_k") or 0
+    if not temperature or temperature < 0:
+        return None
+    top_p = sampling.get("top_p")
+    return TargetSampling(
+        float(temperature),
+        top_k if 0 < top_k < _BOUNDLESS else 0,
+        1.0 if top_p is None else float(top_p),
+    )
 
 
 def _why_not_its_own(sampling: Mapping[str, Any]) -> str:
@@ -84,10 +104,10 @@ def split_of(key: str, *, dev_share: float, gate_share: float) -> str:
     conversation and two copies of one prompt land on the same side. The gate is cut off first:
     its requests stay held out whatever the dev share.
     """
-    place = int(sha256_bytes(f"split:{key}".encode())[:8], 16) / 0x1_0000_0000
-    if place < gate_share:
+    own = place(key)
+    if own < gate_share:
         return "gate"
-    return "dev" if place < gate_share + dev_share else "train"
+    return "dev" if own < gate_share + dev_share else "train"
 
 
 def split_key(row: RecentRequest) -> str:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from aurora_sgl import compact_rows
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.trace_format import AUX, LAST, TOKENS, TraceMetadata
+from aurora_sgl.trace_format import (
+    AUX,
+    COMPACT,
+    LAST,
+    PARTS,
+    TOKENS,
+    TraceMetadata,
+    UnknownFormatError,
+)
 
 _FEATURES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,21 +42,27 @@ class TraceFeatures:
 
 
 def read_trace(path: Path, *, start: int = 0) -> TraceFeatures:
-    """A whole trace file. Raises ``AuroraError`` when it is missing, cut short or inconsistent."""
+    """A whole trace file; compact rows come as bfloat16. Raises ``AuroraError`` when it is missing,
+    cut short, inconsistent or of a later format."""
     try:
         with safe_open(str(path), framework="pt") as file:
             meta = TraceMetadata.from_text(file.metadata() or {})
             trace = TraceFeatures(
                 request_id=meta.request_id,
                 tokens=file.get_tensor(TOKENS).to(torch.int64),
-                aux=file.get_tensor(AUX),
-                last=file.get_tensor(LAST),
+                aux=_rows(file, AUX, meta),
+                last=_rows(file, LAST, meta),
                 start=start,
                 output_start=meta.output_start,
                 greedy=meta.greedy,
             )
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
+    except UnknownFormatError as error:
+        raise AuroraError(
+            f"trace {path.name} is of format {error}, and this version reads 1 and 2: it was "
+            "written by a newer one"
+        ) from None
     except (KeyError, ValueError) as error:
         raise AuroraError(f"trace {path.name} lacks {error}") from None
     if (trace.tokens.dim(), trace.aux.dim(), trace.last.dim()) != (1, 2, 2):
@@ -58,6 +74,17 @@ def read_trace(path: Path, *, start: int = 0) -> TraceFeatures:
     if not 0 <= trace.output_start <= len(trace.tokens):
         raise AuroraError(f"trace {path.name} has no place where its output begins")
     return trace
+
+
+def _rows(file: Any, name: str, meta: TraceMetadata) -> torch.Tensor:  # shape: [n, width]
+    """Raises ``ValueError`` for compact parts that don't belong together."""
+    if meta.format != COMPACT:
+        rows: torch.Tensor = file.get_tensor(name)
+        return rows
+    packed, codes, largest, channels = (file.get_tensor(f"{name}.{part}").numpy() for part in PARTS)
+    bits, width = getattr(meta, f"{name}_bits"), getattr(meta, f"{name}_width")
+    small = compact_rows.CompactRows(packed, codes, largest, channels, bits, width)
+    return torch.from_numpy(compact_rows.numbers(small)).to(torch.bfloat16)
 
 
 def read_tokens(path: Path) -> torch.Tensor:  # [T] int64

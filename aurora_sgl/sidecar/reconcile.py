@@ -21,6 +21,7 @@ from aurora_sgl.sidecar import boot_version, phase
 from aurora_sgl.sidecar.servers import Registration, Registry, ReportedLive, drafter_path
 from aurora_sgl.sidecar.swap.attempt import Swaps
 from aurora_sgl.sidecar.swap.staging import Stager, Wanted
+from aurora_sgl.sidecar.tree_keeper import TreeKeeper
 from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store import queries
 from aurora_sgl.store.ghosts import GhostWatch
@@ -72,6 +73,7 @@ class Reconciler:
         self._swapped: list[tuple[float, wire.SwapDone]] = []  # whose stall is still to be told
         self._traces_told = 0
         self.swaps = Swaps(stager, send)
+        self._trees = TreeKeeper(link, send)
         self._stop = threading.Event()
         self._ghosts = GhostWatch()
         self._housekeeper = Housekeeper(link, artifacts, "sidecar", stands_in=True)
@@ -147,6 +149,7 @@ class Reconciler:
             # A server without a drafter has none to swap, nor has one whose drafter is unknown.
             self.agrees = not drafter_path(hello) or registration.unknown_drafter
         self._decide_phase(registration, hello, live)
+        self._trees.tick(registration, hello)
         self._report(registration, live)
         self._tell_stalls(registration)
         self._tidy(registration)

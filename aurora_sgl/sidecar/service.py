@@ -103,7 +103,7 @@ class SidecarService:
         self._served = LiveCounts()
         self._assembler = TraceAssembler(settings.trace_memory_bytes)
         self._trace_intake = TraceIntake(self._assembler)
-        self._writer = TraceWriter(artifacts, home / "tmp")
+        self._writer = TraceWriter(artifacts, home / "tmp", settings.capture_format)
         self._traces: queue.Queue[tuple[AssembledTrace, wire.Hello | None] | None] = queue.Queue()
         self._queued_bytes = 0
         self._queued_lock = threading.Lock()

@@ -95,8 +95,8 @@ def forget_domain(engine: Engine, domain: str) -> None:
 
 
 def cleaner(domain: str) -> Callable[[Any], Any]:
-    """Leaves out entries under the name (``code``, or ``3/1/4/greedy/code`` as the watch has it) and
-    lists that hold it; in a text it becomes ``(purged)``."""
+    """Leaves out entries under the name (``code``, or ``3/1/4/greedy/code`` as the watch has it)
+    and lists that hold it; in a text it becomes ``(purged)``."""
     word = re.compile(rf"(?<!\w){re.escape(domain)}(?!\w)")
 
     def is_named(key: str) -> bool:

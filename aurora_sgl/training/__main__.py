@@ -31,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trigger", default="manual", help="why this run: a word for the store")
     parser.add_argument("--target", type=Path, help="folder of the target model")
     parser.add_argument("--base", type=int, help="version to start from (default: the live one)")
+    parser.add_argument(
+        "--continue", action="store_true", dest="carry_on",
+        help="start from the newest candidate against the live version that did not fail",
+    )  # fmt: skip
     parser.add_argument("--settings", default="{}", help="JSON object of training settings")
     given = parser.parse_args(arguments)
     keep_to_owner()
@@ -81,6 +85,7 @@ def _run(given: argparse.Namespace, settings: TrainSettings) -> dict[str, Any]:
             progress=progress,
             target=given.target,
             base_version_id=given.base,
+            carry_on=given.carry_on,
         ).as_json()
 
 

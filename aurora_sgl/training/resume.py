@@ -7,6 +7,7 @@ came. Both are written beside their place and renamed, so either is whole or not
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -25,6 +26,11 @@ from aurora_sgl.training.settings import TrainSettings
 _OF_THE_MACHINE = {"nice", "threads", "resume", "checkpoint_seconds", "device"}
 #: Seconds after which a run that was left is not taken up any more.
 _STALE = 24 * 3600.0
+#: Part of a run's time that checkpoints may take, about; what a second writes of one until the
+#: first was timed (a SATA disk); and what must stay free beside one, for all else on the disk.
+SHARE, _BYTES_A_SECOND, _LEFT_FREE = 0.02, 500e6, 1 << 30
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,17 @@ def settings_of(settings: TrainSettings) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The folder of one group. Nothing here raises: a run goes on without a checkpoint."""
+    """The folder of one group. Nothing here raises: a run goes on without a checkpoint.
 
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self.folder, self.seconds = folder, seconds
+    There is one every ``seconds``, and less often where that would take more than ``share`` of the
+    run: a drafter, its average and AdamW's two moments are 16 bytes a parameter.
+    """
+
+    def __init__(self, folder: Path, seconds: float, share: float = SHARE) -> None:
+        self.folder, self.seconds, self.share = folder, seconds, share
         self.key = ""
+        self.size = 0  # bytes of one, as far as is known
+        self.took = 0.0  # seconds that the last one took, or the first is thought to take
         self.saved_at = time.monotonic()
         self.saved = 0
         self.error = ""  # why the last checkpoint could not be written
@@ -89,15 +101,53 @@ class Checkpoints:
             return None
         return state if state.get("key") == self.key else None
 
+    def expect(self, size: int) -> None:
+        """Bytes that a checkpoint will have, before there is one."""
+        if not self.saved:
+            self.size, self.took = size, size / _BYTES_A_SECOND
+
+    @property
+    def is_affordable(self) -> bool:
+        """Whether one more now leaves all of them within their share of the time."""
+        return self.share * (time.monotonic() - self.saved_at) >= self.took
+
     @property
     def is_due(self) -> bool:
-        return bool(self.seconds) and time.monotonic() - self.saved_at >= self.seconds
+        waited = time.monotonic() - self.saved_at
+        return bool(self.seconds) and waited >= self.seconds and self.is_affordable
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write the state; the one before stays until this one is whole."""
-        self._write("state.pt", lambda path: _save({**state, "key": self.key}, path))
+    def save(self, state_of: Callable[[], dict[str, Any]]) -> None:
+        """Write the state; the one before stays until this one is whole. Without room on the disk
+        there is none, which is said once."""
+        begun = time.monotonic()
+        before = self.error
+        if self._has_room():
+            state = {**state_of(), "key": self.key}
+            self._write("state.pt", lambda path: self._save(state, path))
+        if self.error and self.error != before:
+            log.warning("%s; training goes on", self.error)
         self.saved += not self.error
         self.saved_at = time.monotonic()
+        if not self.error:
+            self.took = self.saved_at - begun
+
+    def _has_room(self) -> bool:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError:
+            return True  # what is wrong is said by who writes
+        if free >= self.size + _LEFT_FREE:
+            return True
+        self.error = (
+            f"no checkpoint: one has {self.size / 1e9:,.1f} GB, and too little is free for it on "
+            f"the disk of {self.folder}"
+        )
+        return False
+
+    def _save(self, state: dict[str, Any], path: Path) -> None:
+        _save(state, path)
+        self.size = path.stat().st_size
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

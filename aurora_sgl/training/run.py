@@ -21,21 +21,22 @@ from aurora_sgl.config import get_settings
 from aurora_sgl.drafter import checkpoint, vocabulary
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.refresh import refresh
-from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
+from aurora_sgl.drafter.target import TargetHead, TargetInfo
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.gate import difference_of, pairs_of
 from aurora_sgl.evaluation.record import record
 from aurora_sgl.evaluation.replay import RequestReplay, replay_both
 from aurora_sgl.intervals import or_none
 from aurora_sgl.private import make_folder
-from aurora_sgl.rollout.versions import fetch_verified, import_version
+from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.sequences import dataset
 from aurora_sgl.sequences.held_out import HeldOut, held_out_of
 from aurora_sgl.sequences.sample_weights import by_recency
 from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
-from aurora_sgl.training import line_search
+from aurora_sgl.training import line_search, reservoir
+from aurora_sgl.training.bases import BaseIds, Bases, base_ids, base_ratio, load
 from aurora_sgl.training.maturity import peak_rate, trained_tokens
 from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
 from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
@@ -82,38 +83,38 @@ def train_once(
     progress: Progress | None = None,
     target: Path | None = None,
     base_version_id: int | None = None,
+    carry_on: bool = False,
 ) -> Outcome:
     """Train on the requests of a group (by name) and import the result as a version.
 
-    ``target`` is the folder of the target model (default: the group's ``target_model``), and
-    ``base_version_id`` what training starts from (default: the live version). The caller sees to
-    it that one run of a group exists at a time; a run that a killed trainer left behind is ended
-    as failed first.
+    ``target`` is the folder of the target model (default: the group's ``target_model``).
+    ``base_version_id`` is what training starts from and its result is compared with (default: the
+    live version); ``carry_on``, where none is named: start from the newest candidate against the
+    live version that may be gone on with. The caller sees to it that one run of a group exists at a
+    time; a run that a killed trainer left behind is ended as failed first.
 
     Every end is written into ``training_run``: ``succeeded`` with a version and an evaluation
-    against the base, ``skipped`` or ``failed`` with one line in ``error``. Promotes nothing.
+    against the baseline, ``skipped`` or ``failed`` with one line in ``error``. Promotes nothing.
     Re-raises what is not an ``AuroraError`` or ``OSError``, after writing it down.
     """
     with store.session(engine) as s:
         owner = queries.groups.group_by_name(s, group)
         queries.runs.fail_running(s, owner.id, "the trainer stopped without a word")
-        if base_version_id is None:
-            live = queries.aliases.desired_version(s, owner.id)
-            base_version_id = live[0] if live else None
+        ids = base_ids(s, owner.id, base_version_id, carry_on=carry_on)
         choice = _choice(s, owner.id, settings)
         settings = choice.settings
         run_id = queries.runs.start_run(
             s,
             owner.id,
             trigger=trigger,
-            base_version_id=base_version_id,
+            base_version_id=ids.base if ids else None,
             objective=settings.objective,
             config=settings.as_json(),
         ).id
     run = _Run(engine, artifacts, owner.id, group, settings, run_id, progress)
     run.columns["metrics"] = choice.metrics if settings.explore else {}
     try:
-        return run.go(base_version_id, Path(target or owner.target_model))
+        return run.go(ids, Path(target or owner.target_model))
     except Skipped as reason:
         return run.end("skipped", error=str(reason))
     except (AuroraError, OSError) as error:
@@ -152,29 +153,31 @@ class _Run:
         self.info: TargetInfo | None = None
         self.judged = HeldOut(0)
 
-    def go(self, base_version_id: int | None, target: Path) -> Outcome:
-        if base_version_id is None:
+    def go(self, ids: BaseIds | None, target: Path) -> Outcome:
+        if ids is None:
             raise Skipped("no version is live yet: import one and promote it first")
         checkpoints = Checkpoints(_training_folder() / f"group-{self.group_id}",
                                   self.settings.checkpoint_seconds)  # fmt: skip
         with _work_folder() as work:
-            base, base_sha256 = _waiting(lambda: self._base(base_version_id, target, work))
-            selection = _waiting(lambda: self._selection(checkpoints, base_sha256))
+            bases = _waiting(lambda: self._bases(ids, target, work))
+            base, live = bases.base, bases.baseline
+            selection = _waiting(lambda: self._selection(checkpoints, bases.base_sha256))
+            _waiting(lambda: self._keep_reservoir(selection))
             data = _waiting(lambda: self._data(base, selection))
             examples = _examples(data)
             _waiting(lambda: self._note_examples(examples))
             start = self._with_vocabulary(base, data, target)
-            recipe = _waiting(lambda: self._by_maturity(base_version_id))
-            checkpoints.begin(_plan(self.settings, base_sha256, selection))
+            recipe = _waiting(lambda: self._by_maturity(bases.ids.base))
+            checkpoints.begin(_plan(self.settings, bases.base_sha256, selection))
             head = TargetHead.load(target)
             try:
                 result = self._train(start, data, head, recipe, checkpoints)
-                chosen = self._search(base, start, result, data, head)
+                chosen = self._search(live, start, result, data, head)
                 self._say({"event": "gate", "requests": len(data.gate)})
-                replays = replay_both(base, chosen, data.gate.readable(), head, self.settings)
+                replays = replay_both(live, chosen, data.gate.readable(), head, self.settings)
                 result = replace(result, drafter=chosen)
                 _waiting(lambda: self._require_not_purged(examples))
-                outcome = _waiting(lambda: self._keep(base_version_id, result, replays, work))
+                outcome = _waiting(lambda: self._keep(bases.ids, result, replays, work))
             except AuroraError:
                 checkpoints.clear()  # whoever takes it up would come to the same end
                 raise
@@ -187,15 +190,16 @@ class _Run:
             queries.runs.finish_run(s, self.run_id, status, **fields)
         return Outcome(self.run_id, status, error=error, metrics=fields.get("metrics", {}))
 
-    def _base(self, version_id: int, target: Path, work: Path) -> tuple[Drafter, str]:
-        with store.session(self.engine, write=False) as s:
-            version = queries.versions.version(s, version_id)
-        folder = fetch_verified(self.artifacts, version, work / "base")
-        info = self.info = read_target(target, model=version.target_model)
-        problems = checkpoint.validate(folder, info)
-        if problems:
-            raise AuroraError(f"version {version_id} does not fit the target: {problems[0]}")
-        return checkpoint.load(folder, target_layers=info.num_layers), version.weights_sha256
+    def _bases(self, ids: BaseIds, target: Path, work: Path) -> Bases:
+        bases = load(self.engine, self.artifacts, ids, target, work)
+        self.info = bases.target
+        self.columns["base_version_id"] = bases.ids.base
+        if bases.ids.left:
+            self.columns["metrics"] = {
+                **self.columns.get("metrics", {}), "base_left": bases.ids.left
+            }  # fmt: skip
+            self._say({"event": "base_left", "reason": bases.ids.left})
+        return bases
 
     def _selection(self, checkpoints: Checkpoints, base_sha256: str) -> Selection:
         """The requests of this run: those of a killed run with the same settings and base, or new
@@ -212,6 +216,10 @@ class _Run:
             for ids in (left.window, left.replay, left.dev, left.held_out)
         )
         return replace(selection, window=window, replay=replay, dev=dev, held_out=held_out)
+
+    def _keep_reservoir(self, selection: Selection) -> None:
+        with store.session(self.engine) as s:
+            reservoir.pin(s, self.group_id, selection.reservoir)
 
     def _data(self, base: Drafter, selection: Selection) -> dataset.Dataset:
         settings = self.settings
@@ -239,6 +247,7 @@ class _Run:
             "gate_rules": self.judged.by_rule,
             "gate_left_out": self.judged.left_out,
             "replayed_requests": len(selection.replay),
+            "reservoir_requests": len(selection.reservoir),
         }
         self._say({"event": "window", "requests": len(data.train), "gate": len(data.gate)})
         if len(data.train) < settings.min_requests:
@@ -288,7 +297,7 @@ class _Run:
 
     def _search(
         self,
-        base: Drafter,
+        live: Drafter,
         start: Drafter,
         result: TrainResult,
         data: dataset.Dataset,
@@ -303,7 +312,7 @@ class _Run:
             self._say({"event": "line_search", "done": done, "of": most})
 
         say(0, 1 + len(line_search.ALPHAS))
-        search = line_search.search(base, start, result.drafter, data.dev, head, self.settings, say)
+        search = line_search.search(live, start, result.drafter, data.dev, head, self.settings, say)
         self.columns["metrics"] |= search.metrics
         return search.drafter
 
@@ -330,7 +339,7 @@ class _Run:
 
     def _keep(
         self,
-        base_version_id: int,
+        ids: BaseIds,
         result: TrainResult,
         replays: tuple[list[RequestReplay], list[RequestReplay]],
         work: Path,
@@ -343,7 +352,7 @@ class _Run:
             **result.metrics,
             "accept_length_before": or_none(paired.baseline),
             "accept_length_after": or_none(paired.candidate),
-            **self._earned(paired.baseline, paired.candidate),
+            **self._earned(ids, paired.baseline, paired.candidate),
         }
         version = import_version(
             self.engine,
@@ -351,7 +360,7 @@ class _Run:
             folder,
             self.group,
             source="train",
-            parent_id=base_version_id,
+            parent_id=ids.base,
             training_run_id=self.run_id,
             note=f"{settings.objective} on {self.columns['requests']} requests",
             metrics=metrics,
@@ -362,7 +371,7 @@ class _Run:
             before,
             after,
             candidate_id=version.id,
-            baseline_id=base_version_id,
+            baseline_id=ids.baseline,
             recipe=settings,
             details={"run_id": self.run_id},
             left_out=self.judged.left_out,
@@ -373,11 +382,14 @@ class _Run:
             metrics=metrics, reason=str(row.details.get("reason", "")),
         )  # fmt: skip
 
-    def _earned(self, before: float, after: float) -> dict[str, Any]:
-        """Gain and reward, for the choice of the next runs' recipes."""
+    def _earned(self, ids: BaseIds, before: float, after: float) -> dict[str, Any]:
+        """Gain over the base and reward, for the choice of the next runs' recipes. ``before`` is
+        the baseline's accept length, of which the base may be ahead already."""
         if not self.settings.explore:
             return {}
-        earned = reward_of(before, after, time.monotonic() - self.began, self.settings)
+        with store.session(self.engine, write=False) as s:
+            base = before * base_ratio(s, ids)
+        earned = reward_of(base, after, time.monotonic() - self.began, self.settings)
         gain, reward = earned or (None, None)
         return {"gain": gain, "reward": reward}
 

@@ -3,10 +3,9 @@ held-out ones."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import zip_longest
 
 from sqlalchemy.orm import Session
 
@@ -16,6 +15,7 @@ from aurora_sgl.sequences.held_out import REACH
 from aurora_sgl.sequences.splits import split_key, split_of, why_not_judged
 from aurora_sgl.store import queries
 from aurora_sgl.store.queries.requests import RecentRequest
+from aurora_sgl.training import reservoir
 from aurora_sgl.training.settings import TrainSettings
 
 HELD_OUT = 200  # newest held-out requests that a run replays, of those that can be judged
@@ -23,10 +23,12 @@ HELD_OUT = 200  # newest held-out requests that a run replays, of those that can
 
 @dataclass(frozen=True)
 class Selection:
-    """Requests of a run, newest first in each list; no request is in two of them."""
+    """Requests of a run, newest first in each list; no request is in two of them
+    but for ``reservoir`` and ``recent``."""
 
     window: list[RecentRequest]  # to learn from
     replay: list[RecentRequest]  # older, or of other domains, against forgetting
+    reservoir: list[RecentRequest]  # what is kept of each domain from now on, others among them
     dev: list[RecentRequest]  # of conversations that are only trained on with another dev share
     held_out: list[RecentRequest]  # that can be judged, of conversations that no run trains on
     recent: list[RecentRequest]  # all that may fill a cached prefix, the others among them
@@ -42,9 +44,11 @@ class Selection:
 def select(
     s: Session, group_id: int, settings: TrainSettings, now: datetime | None = None
 ) -> Selection:
-    """The newest requests that may be learned from, by number, age and domain."""
-    recent = queries.requests.recent_requests(s, group_id, limit=REACH)
-    wanted = [row for row in recent if not settings.domains or row.domain in settings.domains]
+    """The newest requests that may be learned from, by number, age and domain, and what the
+    reservoir has of older traffic."""
+    newest = queries.requests.recent_requests(s, group_id, limit=REACH)
+    recent = [*newest, *reservoir.held(s, group_id, besides=newest)]
+    wanted = [row for row in newest if not settings.domains or row.domain in settings.domains]
     if settings.window_hours:
         since = (now or utc_now()) - timedelta(hours=settings.window_hours)
         wanted = [row for row in wanted if row.finished_at >= since]
@@ -67,32 +71,27 @@ def select(
     taken = {row.request_id for row in wanted[: settings.window]}
     rest = [row for row in recent
             if row.request_id not in taken and side[row.request_id] == "train"]  # fmt: skip
+    members = reservoir.sample(
+        (row for row in recent if side[row.request_id] == "train"), settings.reservoir
+    )
     return Selection(
         window,
         _draw(rest, len(window), settings),
-        _in_turns(dev, settings.dev_requests),
+        members,
+        reservoir.in_turns(dev, settings.dev_requests),
         held_out,
-        recent,
+        [*recent, *queries.requests.donors(s, recent)],
         not_judged,
     )
 
 
-def _in_turns(rows: list[RecentRequest], count: int) -> list[RecentRequest]:
-    """The newest of each domain and accept rule, which take turns, so that a small one is heard
-    too."""
-    strata: dict[tuple[str, str], list[RecentRequest]] = defaultdict(list)
-    for row in rows:
-        strata[row.domain, row.accept_rule].append(row)
-    turns = zip_longest(*strata.values())
-    return [row for turn in turns for row in turn if row is not None][:count]
-
-
 def _draw(rows: list[RecentRequest], window: int, settings: TrainSettings) -> list[RecentRequest]:
-    """As many as make up the replay share; which ones depends on the seed and their ids alone."""
+    """As many as make up the replay share, domains taking turns; which ones depends on the seed and
+    their ids alone."""
     count = round(window * settings.replay_share / (1 - settings.replay_share))
 
     def place(row: RecentRequest) -> str:
         return sha256_bytes(f"replay:{settings.seed}:{row.request_id}".encode())
 
-    drawn = {row.request_id for row in sorted(rows, key=place)[:count]}
+    drawn = {row.request_id for row in reservoir.in_turns(sorted(rows, key=place), count)}
     return [row for row in rows if row.request_id in drawn]

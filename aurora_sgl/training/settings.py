@@ -82,6 +82,10 @@ class TrainSettings(ObjectiveSettings):
     other domains. After a turn to function completion half of it lost 0.7% of the accept length on
     the old traffic where none lost 3.2%, and gained 14% on the new where none gained 17%."""
 
+    reservoir: int = Field(default=48, ge=0)
+    """Requests of each domain whose traces are kept against forgetting, whatever their age
+    (training/reservoir.py); up to a quarter of the traces' byte budget. 0: none."""
+
     batch_requests: int = Field(default=1, ge=1)
     """Number of requests in one update, which is one program however many there are."""
 
@@ -117,7 +121,7 @@ class TrainSettings(ObjectiveSettings):
     """Whether a run goes on where one of the same settings, base and requests was killed."""
 
     checkpoint_seconds: float = Field(default=60.0, ge=0)
-    """Time between two checkpoints of a run; 0: none."""
+    """Time between two checkpoints of a run, more where they would take over 2% of it; 0: none."""
 
     patience: int = Field(default=0, ge=0)
     """Passes without a better accept length on the dev split before the run stops; 0: never."""

@@ -23,6 +23,9 @@ from aurora_sgl.training.resume import Checkpoints
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.team import Team
 
+#: Of each weight a checkpoint has the weight, its average and AdamW's two moments, in float32.
+_COPIES = 4
+
 #: Called after every update; may block (to give way to serving): that time does not count.
 Progress = Callable[[dict[str, Any]], None]
 
@@ -124,6 +127,9 @@ class _RunState:
 
     def take_up(self) -> None:
         """Go on from the last checkpoint, if there is one of this very run."""
+        if self.checkpoints is not None:
+            weights = sum(p.numel() for p in self.learner.drafter.parameters())
+            self.checkpoints.expect(_COPIES * 4 * weights)
         own = None
         if self.checkpoints is not None and self.team.rank == 0:
             own = self.checkpoints.load()
@@ -139,7 +145,9 @@ class _RunState:
 
     def _save(self, *, always: bool) -> None:
         kept = self.checkpoints
-        if kept is None or self.team.rank or not (kept.seconds and (always or kept.is_due)):
+        if kept is None or self.team.rank or not kept.seconds:
+            return
+        if not (kept.is_due or (always and kept.is_affordable)):
             return
         names = (
             "number", "place", "tokens", "unreadable", "updates_done", "seconds", "over", "losses",
@@ -147,7 +155,7 @@ class _RunState:
         )  # fmt: skip
         self.seconds = self._clock()
         kept.save(
-            {
+            lambda: {
                 "requests": len(self.learner.sequences),
                 "learner": self.learner.state(),
                 "stopping": self.stopping.state() if self.stopping is not None else None,

@@ -314,6 +314,32 @@ def _equal_shape(shown: Shown) -> None:
         "other; otherwise the shapes would be compared. Traffic differs between versions: the "
         "gate's paired replay, on the page Versions, does not have that weakness."
     )
+    _trees(shown.here)
+
+
+def _trees(here: Group) -> None:
+    """Of servers that choose each step's tree (``AURORA_SHAPES=learned``)."""
+    rows = [
+        {
+            "server": server,
+            "requests at once": f"up to {one.requests_at_once}",
+            "depth": one.depth,
+            "nodes": one.nodes,
+            "share of the steps": f"{one.share:.0%}",
+            "expected accept length": f"{one.accept_length:.2f}",
+            "steps that found out": f"{one.explored:,}",
+        }
+        for server, one in data.tree_shares(here)
+    ]
+    if not rows:
+        return
+    st.subheader("Trees of the last steps")
+    words.table("trees", rows, numbers=("depth", "nodes", "steps that found out"),
+                empty="No server chooses its trees.")  # fmt: skip
+    st.caption(
+        "These servers choose each step's tree by how sure the drafter is, so a shape's accept "
+        "length says when it is chosen, and versions can't be told apart by it."
+    )
 
 
 def _less(served: ServedCounts, against: ServedCounts | None, same: bool) -> str:

@@ -270,7 +270,8 @@ def _judged(here: Group, evaluations: Sequence[Evaluation], live: int) -> None:
             "requests": row.requests,
             "accept length": f"{words.number(row.baseline_accept_length)} → "
             f"{words.number(row.candidate_accept_length)}",
-            "difference (95%)": words.difference(row.difference, row.ci_low, row.ci_high),
+            "difference": words.difference(row.difference, row.ci_low, row.ci_high),
+            "interval": verdicts.level(row),
             "verdict": _verdict(row),
         }
         for row in rows_of_all[:20]

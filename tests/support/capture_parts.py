@@ -155,7 +155,7 @@ class House:
             version_id=0,
             swap_count=0,
             swap_age=0,
-            rejection_sampling=False,
+            rule="target_sampling",
             aux=aux,
             last=last,
         )

@@ -28,6 +28,12 @@ def test_budgets_are_told_in_tokens_and_once_requests_were_traced_in_requests() 
     assert "about 64 requests" in room(32 * 1024**2).sentence()
 
 
+def test_compact_files_hold_more_tokens_than_what_is_on_its_way() -> None:
+    one = TraceRoom.of({**COUNTERS, "trace_file_row_bytes": 16384.0})
+    assert one is not None and "64.0 KiB, 16.0 KiB in files" in one.sentence()
+    assert "the files hold 131,072 tokens" in one.sentence() and "8,192 tokens" in one.sentence()
+
+
 @pytest.mark.parametrize(
     ("mean_mib", "trigger", "speaks"),
     [(32, 200, True), (32, 64, False), (1, 200, False), (0, 200, False), (32, 0, False)],

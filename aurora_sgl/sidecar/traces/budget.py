@@ -15,6 +15,7 @@ from aurora_sgl import clock
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.sidecar.traces.derived import DerivedConversations
+from aurora_sgl.sidecar.traces.donors import Donors
 from aurora_sgl.sidecar.traces.writer import TraceRow
 from aurora_sgl.store import queries
 from aurora_sgl.store.erased import erased_ids
@@ -31,12 +32,13 @@ class TraceStore:
     def __init__(self, link: StoreLink, artifacts: ArtifactRoot) -> None:
         self._link = link
         self._artifacts = artifacts
+        self._donors = Donors(link, artifacts)
         self.counts: Counter[str] = Counter()
         self._conversations = DerivedConversations()
 
     def add(self, rows: list[TraceRow]) -> None:
-        """Insert rows, then delete the oldest files over the budgets of their groups. The files of
-        requests that were purged meanwhile go. Raises ``StoreAway``."""
+        """Insert rows, note whose rows they need, then delete what is over the budgets of their
+        groups. The files of requests that were purged meanwhile go. Raises ``StoreAway``."""
         if rows:
             rows = self._without_purged(rows)
         if not rows:
@@ -51,8 +53,10 @@ class TraceStore:
                 if kind is not None:
                     self.delete(row.uri)
         with self._link.session(write=False) as s:
-            groups = queries.traces.groups_of_traces(s, [row.request_id for row in rows])
-        for group_id in groups:
+            ids = [row.request_id for row in rows]
+            groups = {one: queries.traces.groups_of_traces(s, [one]) for one in ids}
+        for group_id in sorted({group for of_one in groups.values() for group in of_one}):
+            self._donors.note(group_id, [one for one in ids if group_id in groups[one]])
             self.enforce(group_id)
 
     def missing(self, rows: list[TraceRow]) -> list[TraceRow]:
@@ -96,7 +100,7 @@ class TraceStore:
         self.counts["added"] += len(rows)
 
     def enforce(self, group_id: int) -> None:
-        """Delete the group's oldest traces that are not pinned until the rest fits its budget.
+        """Delete traces of the group until the rest fits its budget (see ``pruning.kept``).
 
         Rows go before files, so that no row names a file that is gone. A file of another machine's
         folder is swept there, see ``store.orphans``.

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.orm import Session
 
-from aurora_sgl.sidecar.traces.turns import Ints, PrefixHash, Turn, TurnIndex
+from aurora_sgl.sidecar.traces.turns import ChatTurn, Ints, PrefixHash, TurnIndex
 from aurora_sgl.store import queries
 from aurora_sgl.store.salt import made_key
 
@@ -60,7 +60,7 @@ class DerivedConversations:
         for row in queries.traces.turns(s, since=since, limit=self._index.most):
             self._read_to = max(row.created_at, self._read_to or row.created_at)
             self._index.put(
-                Turn(
+                ChatTurn(
                     row.request_id,
                     row.output_start,
                     row.prompt_key,

@@ -66,7 +66,7 @@ class PrefixHash:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ChatTurn:
     """A request as others may go on from it. Keys are 32 hexadecimal digits."""
 
     request_id: int
@@ -111,7 +111,7 @@ class TurnIndex:
 
     hashing: PrefixHash
     most: int = REMEMBERED
-    _turns: dict[int, Turn] = field(default_factory=dict)  # by request
+    _turns: dict[int, ChatTurn] = field(default_factory=dict)  # by request
 
     def __post_init__(self) -> None:
         self._prompts, self._answers = (_Beginnings(self.most) for _ in range(2))
@@ -122,7 +122,7 @@ class TurnIndex:
     def __len__(self) -> int:
         return len(self._turns)
 
-    def place(self, request_id: int, tokens: Ints, prompt_tokens: int, own_key: str) -> Turn:
+    def place(self, request_id: int, tokens: Ints, prompt_tokens: int, own_key: str) -> ChatTurn:
         """The turn of a request with its conversation; the same again for the same request.
 
         ``tokens``: prompt and answer; ``own_key``: the hash of the prompt in the store. Raises
@@ -147,11 +147,11 @@ class TurnIndex:
             side = answer_key if self._opens(prompts[is_same]) else own_key
             conversation = f"{side}{DERIVED}{answer_key[:16]}"
         length = prompt_tokens + telling
-        turn = Turn(request_id, prompt_tokens, prompt_key, length, answer_key, conversation)
+        turn = ChatTurn(request_id, prompt_tokens, prompt_key, length, answer_key, conversation)
         self.put(turn)
         return turn
 
-    def put(self, turn: Turn) -> None:
+    def put(self, turn: ChatTurn) -> None:
         """Remember a turn, as another server or this one before its restart placed it."""
         if turn.request_id in self._turns:
             return

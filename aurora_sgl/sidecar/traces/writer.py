@@ -9,21 +9,36 @@ import struct
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from aurora_sgl import clock, litter, wire
+from aurora_sgl import clock, compact_rows, litter, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.hashing import sha256_ints
 from aurora_sgl.private import make_folder
 from aurora_sgl.sidecar.traces.assembler import AssembledTrace
-from aurora_sgl.trace_format import AUX, LAST, STEP_STARTS, TOKENS, TraceMetadata
+from aurora_sgl.trace_format import (
+    AUX,
+    BITS,
+    COMPACT,
+    FULL,
+    HEAD_TOKENS,
+    LAST,
+    PARTS,
+    STEP_STARTS,
+    TOKENS,
+    TraceMetadata,
+    is_compact,
+)
 
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64"}
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "uint8": "U8"}
+
+#: Name -> dtype, shape, raw data.
+Tensors = dict[str, tuple[str, tuple[int, ...], NDArray[Any]]]
 
 Blob = bytes  # which is the name of a field of TraceRow
 
@@ -48,13 +63,10 @@ class TraceRow(msgspec.Struct, array_like=True, frozen=True):
     last_width: int
     dtype: str
     tokens: Blob = b""  # int32, prompt and answer: which conversation it is a turn of
+    prefix_sha256: str = ""  # of the tokens before ``start``; rows of older sidecars have none
 
 
-def write_safetensors(
-    file: BinaryIO,
-    tensors: dict[str, tuple[str, tuple[int, ...], NDArray[np.generic]]],
-    metadata: dict[str, str],
-) -> str:
+def write_safetensors(file: BinaryIO, tensors: Tensors, metadata: dict[str, str]) -> str:
     """Write (dtype, shape, raw data) tensors; return the SHA-256 of the file.
 
     By hand because numpy has no bfloat16, and the sidecar need not load torch for it. Format:
@@ -83,12 +95,21 @@ def write_safetensors(
     return digest.hexdigest()
 
 
+def _compact(name: str, rows: NDArray[np.uint8], dtype: str) -> Tensors:
+    """Raises ``ValueError`` for rows with numbers that are not finite."""
+    small = compact_rows.compact(rows, dtype, BITS[name])
+    parts = {part: getattr(small, part) for part in PARTS}
+    return {f"{name}.{part}": (str(one.dtype), one.shape, one) for part, one in parts.items()}
+
+
 class TraceWriter:
     """Puts traces under ``traces/<YYYYMMDD>/<request_id>.safetensors`` of the artifact root."""
 
-    def __init__(self, artifacts: ArtifactRoot, scratch: Path) -> None:
+    def __init__(self, artifacts: ArtifactRoot, scratch: Path, form: str = "full") -> None:
+        """``form``: the setting ``capture_format``."""
         self._artifacts = artifacts
         self._scratch = scratch
+        self._form = form
         self.dropped: Counter[str] = Counter()
         self.written = 0
         self.failing = False
@@ -97,6 +118,15 @@ class TraceWriter:
         """Write one file. None when it couldn't be: one line in the log, and a count."""
         try:
             row = self._write(trace, hello)
+        except ValueError as error:
+            if not self.dropped["not_finite"]:
+                log.warning(
+                    "the trace of request %d is not kept (further ones are only counted): %s",
+                    trace.header.request_id,
+                    error,
+                )
+            self.dropped["not_finite"] += 1
+            return None
         except (OSError, AuroraError) as error:
             if not self.failing:
                 log.error("a trace can't be written (further ones are only counted): %s", error)
@@ -114,13 +144,17 @@ class TraceWriter:
         server = hello.server if hello else {}
         now = clock.utc_now()
         uri = f"traces/{now:%Y%m%d}/{header.request_id}.safetensors"
-        tensors: dict[str, tuple[str, tuple[int, ...], NDArray[np.generic]]] = {
+        widths = {AUX: header.aux_width, LAST: header.last_width}
+        compact = is_compact(self._form, header.last_width)
+        tensors: Tensors = {
             TOKENS: ("int64", trace.tokens.shape, trace.tokens),
-            AUX: (header.dtype, (trace.rows, header.aux_width), trace.aux),
             STEP_STARTS: ("int64", trace.step_starts.shape, trace.step_starts),
         }
-        if header.last_width:
-            tensors[LAST] = (header.dtype, (trace.rows, header.last_width), trace.last)
+        for name, rows in ((AUX, trace.aux), (LAST, trace.last)):
+            if compact and widths[name]:
+                tensors |= _compact(name, rows, header.dtype)
+            elif widths[name]:
+                tensors[name] = (header.dtype, (trace.rows, widths[name]), rows)
         metadata = TraceMetadata(
             header.request_id,
             header.output_start,
@@ -128,6 +162,11 @@ class TraceWriter:
             trace.start,
             aux_layers=",".join(map(str, server.get("aux_layers") or ())),
             target_model=str(server.get("target_model", "")),
+            format=COMPACT if compact else FULL,
+            aux_width=widths[AUX],
+            aux_bits=BITS[AUX] if compact else 0,
+            last_width=widths[LAST],
+            last_bits=BITS[LAST] if compact else 0,
         ).to_text()
         make_folder(self._scratch)
         prefix = f"{litter.mark()}."  # so that what a kill leaves can be swept
@@ -147,10 +186,11 @@ class TraceWriter:
             end=trace.start + trace.rows,
             output_start=header.output_start,
             prompt_sha256=sha256_ints(tokens[: header.output_start]),
-            head_sha256=sha256_ints(tokens[:16]),
+            head_sha256=sha256_ints(tokens[:HEAD_TOKENS]),
             greedy=header.greedy,
             aux_width=header.aux_width,
             last_width=header.last_width,
             dtype=header.dtype,
             tokens=trace.tokens.astype(np.int32).tobytes(),
+            prefix_sha256=sha256_ints(tokens[: trace.start]) if trace.start else "",
         )

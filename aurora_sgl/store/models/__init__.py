@@ -19,6 +19,7 @@ from aurora_sgl.store.models.operations import (
     SpoolWatermark,
     StoreKey,
     Switch,
+    TreeMemory,
 )
 from aurora_sgl.store.models.rollout import Audit, Drift, SchedulerState, Watch, WatchWindow
 from aurora_sgl.store.models.serving import (
@@ -64,6 +65,7 @@ __all__ = [
     "Trace",
     "TrainingRequest",
     "TrainingRun",
+    "TreeMemory",
     "Trial",
     "TrialWindow",
     "UtcDateTime",

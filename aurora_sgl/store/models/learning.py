@@ -108,8 +108,8 @@ class Evaluation(Base):
     ci_low: Mapped[float | None]
     ci_high: Mapped[float | None]
     verdict: Mapped[str]
-    attempt: Mapped[int | None]  # of all tries against this baseline; None: spent nothing
-    alpha: Mapped[float | None]  # what this try spent of the allowance
+    attempt: Mapped[int | None]  # of its line; None: too few requests
+    alpha: Mapped[float | None]  # of rows from before lines: what it spent of an allowance
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 

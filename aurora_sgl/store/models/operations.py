@@ -55,6 +55,21 @@ class RetentionLimit(Base):
     updated_at: Mapped[datetime]
 
 
+class TreeMemory(Base):
+    """What the server of a name learnt of its trees (``engine.tree_choice.TreePolicy.state``),
+    with ``version_id`` live, which may be none of this store."""
+
+    __tablename__ = "tree_memory"
+
+    group_id: Mapped[int] = mapped_column(
+        ForeignKey("deployment_group.id"), primary_key=True, autoincrement=False
+    )
+    name: Mapped[str] = mapped_column(primary_key=True)
+    version_id: Mapped[int | None]
+    state: Mapped[dict[str, Any]]
+    updated_at: Mapped[datetime]
+
+
 class PruneRun(Base):
     """One round of retention over a group, its times by the store's clock. ``error`` empty and
     ``finished_at`` set: it did all that it had to."""

@@ -276,7 +276,12 @@ class Trace(Base):
     """The trace file of one request: hidden states of positions start .. end - 1."""
 
     __tablename__ = "trace"
-    __table_args__ = (UniqueConstraint("uri"), Index(None, "created_at"))
+    __table_args__ = (
+        UniqueConstraint("uri"),
+        Index(None, "created_at"),
+        Index(None, "donor_id"),
+        Index(None, "prefix_sha256"),
+    )
 
     request_id: Mapped[int] = mapped_column(
         ForeignKey("request.id"), primary_key=True, autoincrement=False
@@ -300,3 +305,8 @@ class Trace(Base):
     prompt_key: Mapped[str] = mapped_column(default="")
     answer_key: Mapped[str] = mapped_column(default="")
     answer_tokens: Mapped[int] = mapped_column(default=0)
+    pin_reason: Mapped[str] = mapped_column(default="", server_default="")
+    #: Of the token ids [0:start], whose rows another trace holds, salted. Empty: there are none, or
+    #: the row is older than schema 0014.
+    prefix_sha256: Mapped[str] = mapped_column(default="", server_default="")
+    donor_id: Mapped[int | None]  # the request whose trace holds the row before ``start``

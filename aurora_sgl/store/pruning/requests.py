@@ -1,5 +1,5 @@
-"""Old requests, with their traces, tallies and what training noted of them. What is pinned keeps
-its request."""
+"""Old requests, with their traces, tallies and what training noted of them. What people pinned
+keeps its request; the reservoir of training, which is pinned too, does not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, delete, exists, func, 
 
 from aurora_sgl.store.connection import reading
 from aurora_sgl.store.models import Request, RequestTally, Server, Trace, TrainingRequest
+from aurora_sgl.store.pruning.kept import RESERVOIR
 from aurora_sgl.store.pruning.pace import PrunePace
 
 
@@ -64,7 +65,10 @@ def _abandoned(group_id: int, cutoff: datetime) -> tuple[ColumnElement[bool], ..
 
 
 def _is_not_pinned() -> ColumnElement[bool]:
-    return ~exists().where(Trace.request_id == Request.id, Trace.pinned)
+    """Nor is its trace needed by a pinned one."""
+    pinned = Trace.pinned & (Trace.pin_reason != RESERVOIR)
+    is_pinned = exists().where(Trace.request_id == Request.id, pinned)
+    return ~is_pinned & ~exists().where(Trace.donor_id == Request.id, pinned)
 
 
 def _delete(connection: Connection, ids: list[int], uris: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The oldest traces of a group, until the rest fits its budget."""
+"""The traces of a group that its budget has no room for; see ``kept``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from sqlalchemy import Engine
 
 from aurora_sgl.store import queries
 from aurora_sgl.store.connection import session
+from aurora_sgl.store.pruning.kept import victims
 from aurora_sgl.store.pruning.pace import PrunePace
 
 #: Traces of one transaction.
@@ -17,16 +18,11 @@ def over_budget(
 ) -> list[tuple[int, str, int]]:
     """(request id, URI, bytes) of the traces that are too many, at most ``limit`` of them."""
     with session(engine, write=False) as s:
-        excess = queries.traces.trace_bytes_total(s, group_id) - budget
-        chosen: list[tuple[int, str, int]] = []
-        if excess <= 0:
-            return chosen
-        for trace in queries.traces.traces_oldest_first(s, limit, group_id=group_id):
-            if excess <= 0:
-                break
-            chosen.append((trace.request_id, trace.uri, trace.bytes))
-            excess -= trace.bytes
-        return chosen
+        if queries.traces.trace_bytes_total(s, group_id) <= budget:
+            return []
+        traces = queries.traces.held_traces(s, group_id)
+    chosen = victims(traces, budget)[:limit]
+    return [(trace.request_id, trace.uri, trace.bytes) for trace in chosen]
 
 
 def prune_traces(

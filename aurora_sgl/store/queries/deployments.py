@@ -57,6 +57,16 @@ def deployments(s: Session, group_id: int, *, limit: int | None = None) -> Seque
     ).all()
 
 
+def last_to(s: Session, group_id: int, version_id: int) -> Deployment | None:
+    """The last promotion or rollback that put this version live."""
+    return s.scalars(
+        select(Deployment)
+        .where(Deployment.group_id == group_id, Deployment.version_id == version_id)
+        .order_by(Deployment.generation.desc())
+        .limit(1)
+    ).one_or_none()
+
+
 def promotion_of(s: Session, group_id: int, version_id: int) -> Deployment | None:
     """The last promotion that put this version live."""
     return s.scalars(

@@ -34,9 +34,10 @@ def add_evaluation(
     alpha: float | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """``difference`` is candidate less baseline, with its interval (95%, or 1 - 2 alpha for a try
-    that spends ``alpha`` of the gate's allowance); ``verdict`` is pass, fail or inconclusive;
-    ``domain`` empty means all of them together."""
+    """``difference`` is candidate less baseline, with its interval (at ``details["level"]``, else
+    95%; in rows from before lines, 1 - 2 ``alpha``: what the try spent of an allowance that was
+    shared by all against one live version); ``attempt`` counts the tries of a line; ``verdict`` is
+    pass, fail or inconclusive; ``domain`` empty means all of them together."""
     row = Evaluation(
         candidate_id=candidate_id,
         baseline_id=baseline_id,
@@ -105,16 +106,17 @@ def count_verdicts(s: Session, group_id: int) -> dict[tuple[str, str], int]:
     return {(kind, verdict): count for kind, verdict, count in rows}
 
 
-def attempts(s: Session, baseline_id: int) -> int:
-    """How often any candidate was tried against this version."""
-    return (
-        s.scalar(
-            select(func.count())
-            .select_from(Evaluation)
-            .where(Evaluation.baseline_id == baseline_id, Evaluation.attempt.is_not(None))
+def replays_against(s: Session, baseline_id: int) -> Sequence[Evaluation]:
+    """The gate's evaluations of candidates against this version over all domains, oldest first."""
+    return s.scalars(
+        select(Evaluation)
+        .where(
+            Evaluation.baseline_id == baseline_id,
+            Evaluation.kind == "replay",
+            Evaluation.domain == "",
         )
-        or 0
-    )
+        .order_by(Evaluation.id)
+    ).all()
 
 
 def passed_against(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, func, or_, select
+from sqlalchemy.orm import Session, aliased
 
 from aurora_sgl.store.models import Request, Server, Trace
 
@@ -35,6 +35,7 @@ class RecentRequest:
     head_sha256: str
     greedy: bool
     accept_rule: str  # greedy | target_sampling | rejection_sampling; "": not known
+    donor_id: int | None = None  # the request whose trace holds the row before ``start``
 
 
 def recent_requests(
@@ -54,27 +55,7 @@ def recent_requests(
     the order in which they finished.
     """
     query = (
-        select(
-            Request.id.label("request_id"),
-            Request.domain,
-            Request.conversation_hash,
-            Request.admitted_at,
-            Request.finished_at,
-            Request.sampling,
-            Request.prompt_tokens,
-            Request.completion_tokens,
-            Request.accept_rule,
-            Trace.uri,
-            Trace.sha256,
-            Trace.bytes,
-            Trace.start,
-            Trace.end,
-            Trace.output_start,
-            Trace.prompt_sha256,
-            Trace.head_sha256,
-            Trace.greedy,
-        )
-        .join(Trace, Trace.request_id == Request.id)
+        _with_traces()
         .join(Server, Server.id == Request.server_id)
         .where(Server.group_id == group_id, Request.status == "finished")
         .order_by(Request.finished_at.desc(), Request.id.desc())
@@ -91,6 +72,58 @@ def recent_requests(
         query = query.limit(limit)
     rows = [RecentRequest(**row._mapping) for row in s.execute(query)]
     return rows if newest_first else rows[::-1]
+
+
+def donors(s: Session, rows: Sequence[RecentRequest]) -> list[RecentRequest]:
+    """Requests whose traces hold what the traces of ``rows`` lack, but for those among ``rows``:
+    they may be much older. Only such as may be learnt from."""
+    held = {row.request_id for row in rows}
+    more: list[RecentRequest] = []
+    missing = {row.donor_id for row in rows} - held
+    while wanted := sorted(one for one in missing if one is not None)[:500]:
+        these = with_traces(s, wanted)
+        more += these
+        held |= set(wanted)
+        missing = (missing | {row.donor_id for row in these}) - held
+    return more
+
+
+def with_traces(s: Session, request_ids: Sequence[int]) -> list[RecentRequest]:
+    """Those of these requests that finished, have a trace and may be learnt from, by id."""
+    rows: list[RecentRequest] = []
+    for begin in range(0, len(request_ids), 500):
+        query = _with_traces().where(
+            Request.id.in_(request_ids[begin : begin + 500]),
+            Request.may_train,
+            Request.status == "finished",
+        )
+        rows += [RecentRequest(**row._mapping) for row in s.execute(query.order_by(Request.id))]
+    return rows
+
+
+def _with_traces() -> Select[Any]:
+    """The columns of ``RecentRequest``."""
+    return select(
+        Request.id.label("request_id"),
+        Request.domain,
+        Request.conversation_hash,
+        Request.admitted_at,
+        Request.finished_at,
+        Request.sampling,
+        Request.prompt_tokens,
+        Request.completion_tokens,
+        Request.accept_rule,
+        Trace.uri,
+        Trace.sha256,
+        Trace.bytes,
+        Trace.start,
+        Trace.end,
+        Trace.output_start,
+        Trace.prompt_sha256,
+        Trace.head_sha256,
+        Trace.greedy,
+        Trace.donor_id,
+    ).join(Trace, Trace.request_id == Request.id)
 
 
 def count_finished(s: Session, group_id: int, *, since: datetime | None = None) -> int:
@@ -126,16 +159,21 @@ def requests_by_rid(s: Session, rid: str) -> Sequence[Request]:
 
 
 def count_trainable(s: Session, group_id: int, *, since: datetime | None = None) -> int:
-    """Finished requests with a trace that may be learnt from, finished after a moment."""
+    """Finished requests that may be learnt from and still can, finished after a moment: their
+    trace is there, and the one that holds its prefix, if it lacks one. (Of rows from before schema
+    0014 only the trace is asked for.)"""
+    donor = aliased(Trace)
     query = (
         select(func.count())
         .select_from(Request)
         .join(Server, Server.id == Request.server_id)
+        .join(Trace, Trace.request_id == Request.id)
+        .join(donor, donor.request_id == Trace.donor_id, isouter=True)
         .where(
             Server.group_id == group_id,
             Request.status == "finished",
             Request.may_train,
-            Request.traced,
+            or_(Trace.prefix_sha256 == "", donor.request_id.is_not(None)),
         )
     )
     if since is not None:

@@ -52,7 +52,7 @@ TABLES = tuple(sorted(set(Base.metadata.tables) - {"store_key"}))
 TOKEN_COLUMNS = {
     "acceptance_event": {"draft_tokens", "target_tokens"},
     "request": {"conversation_hash"},
-    "trace": {"prompt_sha256", "head_sha256", "prompt_key", "answer_key"},
+    "trace": {"prompt_sha256", "head_sha256", "prefix_sha256", "prompt_key", "answer_key"},
     "erasure": {"salt", "key_hash"},
     "v_acceptance_event": {"draft_tokens", "target_tokens"},
     "v_rejected_tokens": {"draft_token", "target_token"},

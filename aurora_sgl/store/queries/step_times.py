@@ -8,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from aurora_sgl.step_cost import StepCost
+from aurora_sgl.step_cost import StepCost, TreeShare, tree_shares
 from aurora_sgl.store.models import Server
 
 
@@ -20,6 +20,7 @@ class StepTimes:
     name: str
     seen_at: datetime
     cost: StepCost
+    trees: tuple[TreeShare, ...] = ()
 
 
 def step_times(
@@ -28,6 +29,10 @@ def step_times(
     """Of the boots in these states, the newest first."""
     query = select(Server).where(Server.group_id == group_id, Server.state.in_(states))
     return [
-        StepTimes(row.id, row.name, row.last_seen_at, StepCost.of(row.counters))
+        StepTimes(
+            *(row.id, row.name, row.last_seen_at),
+            StepCost.of(row.counters),
+            tuple(tree_shares(row.counters)),
+        )
         for row in s.scalars(query.order_by(Server.last_seen_at.desc()))
     ]

@@ -6,15 +6,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import delete, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy.orm import Session, aliased
 
 from aurora_sgl import wire
 from aurora_sgl.clock import utc_now
 from aurora_sgl.store.models import Erasure, Request, Server, Trace
+from aurora_sgl.store.pruning.kept import HeldTrace
 from aurora_sgl.store.queries.limits import is_of_group
 from aurora_sgl.store.salt import Salt
 from aurora_sgl.store.upsert import upsert
+from aurora_sgl.trace_format import HEAD_TOKENS
 
 #: Stands in ``request.conversation_hash`` where it was derived from the tokens: what is before it
 #: decides the side of a request (see ``sequences.splits``).
@@ -37,12 +39,14 @@ def add_trace(
     aux_width: int,
     last_width: int,
     dtype: str,
+    prefix_sha256: str = "",
     created_at: datetime | None = None,
 ) -> None:
     """Record a trace file; a second file of the same request takes the place of the first. Hashes
     of tokens are kept salted.
 
-    The request's row must exist (ingest its start first).
+    ``prefix_sha256``: of the tokens before ``start``. The request's row must exist (ingest its
+    start first).
     """
     salt = Salt(s.connection())
     row = {
@@ -60,9 +64,13 @@ def add_trace(
         "aux_width": aux_width,
         "last_width": last_width,
         "dtype": dtype,
+        "prefix_sha256": salt(prefix_sha256),
+        "donor_id": None,
     }
     changed = [column for column in row if column not in ("request_id", "created_at")]
-    upsert(s.connection(), Trace, [{**row, "pinned": False}], ["request_id"], changed)
+    upsert(
+        s.connection(), Trace, [{**row, "pinned": False, "pin_reason": ""}], ["request_id"], changed
+    )
     s.execute(update(Request).where(Request.id == request_id).values(traced=True))
 
 
@@ -190,8 +198,104 @@ def delete_traces(s: Session, request_ids: Sequence[int]) -> None:
         s.execute(update(Request).where(Request.id.in_(part)).values(traced=False))
 
 
-def pin_traces(s: Session, request_ids: Sequence[int], pinned: bool = True) -> None:
-    """Pinned traces are kept beyond the byte budget (a held-out set, for one)."""
+def pin_traces(s: Session, request_ids: Sequence[int], reason: str) -> None:
+    """Keep these traces, and those that hold their prefixes, for a ``reason`` (``reservoir``): the
+    byte budget takes them last, up to a share of it, and neither they nor their requests grow too
+    old. A purge takes them like all others. A later reason replaces an earlier one."""
+    _set_pins(s, request_ids, pinned=True, pin_reason=reason)
+
+
+def unpin_traces(s: Session, request_ids: Sequence[int]) -> None:
+    """Traces that are not pinned, or gone, are left as they are."""
+    _set_pins(s, request_ids, pinned=False, pin_reason="")
+
+
+def _set_pins(s: Session, request_ids: Sequence[int], *, pinned: bool, pin_reason: str) -> None:
     for begin in range(0, len(request_ids), 500):
         part = request_ids[begin : begin + 500]
-        s.execute(update(Trace).where(Trace.request_id.in_(part)).values(pinned=pinned))
+        change = update(Trace).where(Trace.request_id.in_(part))
+        s.execute(change.values(pinned=pinned, pin_reason=pin_reason))
+
+
+def pinned_traces(s: Session, group_id: int, reason: str | None = None) -> list[int]:
+    """Request ids of the traces that are pinned, for a reason or for any."""
+    query = select(Trace.request_id).where(Trace.pinned, is_of_group(Trace.request_id, group_id))
+    if reason is not None:
+        query = query.where(Trace.pin_reason == reason)
+    return list(s.scalars(query.order_by(Trace.request_id)))
+
+
+def held_traces(s: Session, group_id: int) -> list[HeldTrace]:
+    """All traces of a group, as retention looks at them."""
+    query = (
+        select(
+            Trace.request_id,
+            Trace.uri,
+            Trace.bytes,
+            Trace.created_at,
+            Trace.donor_id,
+            Trace.pinned,
+            Request.conversation_hash,
+            Trace.prompt_sha256,
+        )
+        .join(Request, Request.id == Trace.request_id)
+        .where(is_of_group(Trace.request_id, group_id))
+    )
+    return [
+        HeldTrace(*row[:6], key=row[6].partition(DERIVED)[0] or row[7])
+        for row in s.execute(query).tuples()
+    ]
+
+
+# -- donors --------------------------------------------------------------------------------------
+
+
+def donor_of_prefix(s: Session, group_id: int, prefix_sha256: str) -> int | None:
+    """The request whose trace another one with this very prefix needs. The hash is salted."""
+    donor = aliased(Trace)
+    return s.scalar(
+        select(Trace.donor_id)
+        .join(donor, donor.request_id == Trace.donor_id)
+        .where(Trace.prefix_sha256 == prefix_sha256, is_of_group(Trace.request_id, group_id))
+        .limit(1)
+    )
+
+
+def may_hold(s: Session, trace: Trace, group_id: int, limit: int) -> Sequence[Trace]:
+    """Traces that have a row of the position before this one's start, the newest first; whether
+    they have its tokens too is for their files to say."""
+    query = (
+        select(Trace)
+        .where(
+            Trace.start < trace.start,
+            Trace.end >= trace.start,
+            Trace.request_id != trace.request_id,
+            is_of_group(Trace.request_id, group_id),
+        )
+        .order_by(Trace.created_at.desc(), Trace.request_id.desc())
+    )
+    if trace.start >= HEAD_TOKENS:
+        query = query.where(Trace.head_sha256 == trace.head_sha256)
+    return s.scalars(query.limit(limit)).all()
+
+
+def without_donor(s: Session, trace: Trace, group_id: int, limit: int) -> Sequence[Trace]:
+    """Traces whose prefix nobody holds yet, and this one may, the newest first."""
+    query = (
+        select(Trace)
+        .where(
+            Trace.donor_id.is_(None),
+            Trace.prefix_sha256 != "",
+            Trace.start > trace.start,
+            Trace.start <= trace.end,
+            or_(Trace.head_sha256 == trace.head_sha256, Trace.start < HEAD_TOKENS),
+            is_of_group(Trace.request_id, group_id),
+        )
+        .order_by(Trace.created_at.desc(), Trace.request_id.desc())
+    )
+    return s.scalars(query.limit(limit)).all()
+
+
+def set_donor(s: Session, request_ids: Collection[int], donor_id: int) -> None:
+    """That the trace of ``donor_id`` holds the row before the start of these."""
+    s.execute(update(Trace).where(Trace.request_id.in_(request_ids)).values(donor_id=donor_id))

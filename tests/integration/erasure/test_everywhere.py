@@ -64,6 +64,7 @@ OURS_ALONE = {
     "store_key": {"name", "value"},
     "swap": {"reason", "live_sha256"},
     "switch": {"name", "actor", "reason"},
+    "tree_memory": {"name", "state"},
     "training_run": {"trigger", "status", "objective"},
     "trial": {"status", "verdict"},
     "watch": {"status", "settings"},

@@ -209,7 +209,7 @@ def test_a_trace_needs_its_request_and_comes_once(engine: Engine, group_id: int)
         add_trace(s, 1)
         assert queries.traces.trace_bytes_total(s) == 200
         assert [t.request_id & 0xFF for t in queries.traces.traces_oldest_first(s)] == [1, 2]
-        queries.traces.pin_traces(s, [wire.request_id(samples.BOOT, 1)])
+        queries.traces.pin_traces(s, [wire.request_id(samples.BOOT, 1)], "test")
         assert [t.request_id & 0xFF for t in queries.traces.traces_oldest_first(s, 1)] == [2]
         queries.traces.delete_traces(s, [wire.request_id(samples.BOOT, 2)])
         assert queries.traces.trace_bytes_total(s) == 100

@@ -33,6 +33,7 @@ from aurora_sgl.store.models import (
 )
 from aurora_sgl.store.partitions import name_of
 from aurora_sgl.store.pruning import minutes
+from aurora_sgl.store.pruning.kept import RESERVOIR
 from aurora_sgl.store.pruning.pace import MOST_ROWS, Interrupted, PrunePace
 from aurora_sgl.store.retention import prune
 from aurora_sgl.store.rollup import add_lists
@@ -93,7 +94,8 @@ def test_requests_go_with_their_traces_and_tallies_and_pinned_ones_stay(
             fields = {name: getattr(row, name) for name in row.__struct_fields__}
             del fields["created_us"]
             queries.traces.add_trace(s, **fields)
-        queries.traces.pin_traces(s, [ids[1]])
+        queries.traces.pin_traces(s, [ids[1]], "test")
+        queries.traces.pin_traces(s, [ids[0]], RESERVOIR)  # no promise of an age is broken for it
     limits = Limits(event_days=30, request_days=150)
     would = prune(engine, root, group_id, limits, dry_run=True, now=NOW)
     assert (would.requests, column(engine, Request.id)) == (2, ids)

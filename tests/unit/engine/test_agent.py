@@ -114,8 +114,22 @@ def test_ranks_and_gpus_make_every_step_of_the_whole_shape(tp_size: int, device:
     assert mine.choose_shape(batch(True)) == WHOLE
 
 
+def test_on_one_cpu_a_tree_grows_as_far_as_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AURORA_SHAPES", "learned")
+    get_settings.cache_clear()
+    mine = agent()
+    get_settings.cache_clear()
+    assert mine.trees is not None and mine.policy.shapes == (WHOLE,)
+    assert mine.choose_shape(batch(True, False)) == WHOLE and mine.trees.is_open
+    for others in (batch(True, whole=True), batch(False)):
+        mine.choose_shape(others)
+        assert not mine.trees.is_open
+
+
 def test_on_one_cpu_smaller_shapes_are_at_hand() -> None:
-    shapes = agent().policy.shapes
+    mine = agent()
+    assert mine.trees is None
+    shapes = mine.policy.shapes
     assert shapes[0] == DraftShape(1) and shapes[-1] == WHOLE and len(shapes) > 2
 
 
@@ -398,7 +412,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Agent
     """An agent with a channel to a sidecar that is not there."""
     monkeypatch.setenv("AURORA_ENDPOINT", str(tmp_path))
     monkeypatch.setenv("AURORA_CAPTURE_REQUEST_BYTES", str(100 * ROW))
-    monkeypatch.setenv("AURORA_TRACE_MEMORY_BYTES", str(250 * ROW))
+    monkeypatch.setenv("AURORA_TRACE_MEMORY_BYTES", str(260 * ROW))
     get_settings.cache_clear()
     mine = agent(
         target_hidden_size=8, aux_layers=[1, 2, 3], dtype="bfloat16", algorithm="EAGLE3",

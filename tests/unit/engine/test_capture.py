@@ -281,7 +281,7 @@ def test_without_any_sidecar_admissions_stop_until_one_is_there(
 
 def test_an_answer_that_outgrows_every_budget_is_dropped_alone(house: House) -> None:
     house.budget.request_bytes = house.budget.bytes_of(60)
-    house.budget._answer = 2
+    house.budget._long = 2
     req, state = house.begin(20, 1000)
     other = house.begin(8, 4)
     for one in ((req, state), other):
@@ -299,7 +299,7 @@ def test_an_answer_that_outgrows_every_budget_is_dropped_alone(house: House) -> 
 
 
 def test_an_answer_longer_than_expected_takes_more_if_there_is_more(house: House) -> None:
-    house.budget._answer = 2
+    house.budget._long = 2
     req, state = house.begin(20, 1000)
     house.prefill(req, state, 0, 20)
     for _ in range(30):

@@ -71,7 +71,7 @@ def observation(shape: DraftShape = TREE, **change: Any) -> VerifyObservation:
         "version_id": 3,
         "swap_count": 0,
         "swap_age": 5,
-        "rejection_sampling": False,
+        "rule": "target_sampling",
     }
     return VerifyObservation(**{**given, **change})
 
@@ -174,21 +174,22 @@ def test_a_row_without_drafts_in_a_step_with_drafts_is_recorded_as_a_plain_one()
 
 
 @pytest.mark.parametrize(
-    ("temperature", "rejection_sampling", "rule"),
+    ("temperature", "sampled", "rule"),
     [
-        (0.0, False, "greedy"),
-        (0.0, True, "greedy"),
-        (0.7, False, "target_sampling"),
-        (0.7, True, "rejection_sampling"),
+        (0.0, "target_sampling", "greedy"),
+        (0.0, "rejection_sampling", "greedy"),
+        (0.7, "target_sampling", "target_sampling"),
+        (0.7, "rejection_sampling", "rejection_sampling"),
+        (0.7, "block_verification", "block_verification"),
     ],
 )
 def test_the_accept_rule_is_the_requests_and_the_servers(
-    temperature: float, rejection_sampling: bool, rule: str
+    temperature: float, sampled: str, rule: str
 ) -> None:
     mine, req = recorder(), request(temperature=temperature)
     state = begin(mine, req)
     req.output_ids = [10, 11, 13, 14]
-    seen = observation(rejection_sampling=rejection_sampling)
+    seen = observation(rule=sampled)
     record = mine.verify_step(step(seen, [3, 1]), req, state, 0, before=1)
     assert isinstance(record, wire.VerifyStep) and record.accept_rule == rule
 

@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 import pytest
 
-from aurora_sgl.sidecar.traces.turns import MOST_BRANCHES, PrefixHash, Turn, TurnIndex
+from aurora_sgl.sidecar.traces.turns import MOST_BRANCHES, ChatTurn, PrefixHash, TurnIndex
 
 SYSTEM, USER, ASSISTANT, END = [1, 2, 3, 4, 5, 6], [90], [91], [92]
 NUMBERS = count(1)
@@ -136,7 +136,7 @@ def test_a_prompt_of_8192_tokens_costs_little_beside_a_full_index(index: TurnInd
     tokens = np.arange(8_300, dtype=np.int32)
     lengths = np.random.default_rng(0).integers(1, 8_000, index.most).tolist()
     for n, length in enumerate(lengths, 10**6):
-        index.put(Turn(n, length, f"{n:032x}", length + 9, f"{n + 1:032x}", "c"))
+        index.put(ChatTurn(n, length, f"{n:032x}", length + 9, f"{n + 1:032x}", "c"))
     times = []
     for n in range(20):
         tokens[0] = n

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +35,10 @@ from aurora_sgl.scheduler import metrics
 from aurora_sgl.sequences.held_out import held_out_counts
 from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, TrainingRun
+from aurora_sgl.store.pruning.kept import RESERVOIR
 from aurora_sgl.store.purge import Selector, begin_purge
-from aurora_sgl.training import run
+from aurora_sgl.training import run, selection
+from aurora_sgl.training.bases import BaseIds, base_ids, base_ratio
 from aurora_sgl.training.recipe_bandit import ARMS
 from aurora_sgl.training.run import train_once
 from aurora_sgl.training.settings import TrainSettings
@@ -217,11 +222,11 @@ def test_what_can_be_judged_is_chosen_before_the_newest_are_cut(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "HELD_OUT", 5)
-    house.rule_of = lambda number: "rejection_sampling" if number >= 40 else "target_sampling"
+    house.rule_of = lambda number: "block_verification" if number >= 40 else "target_sampling"
     house.serve(60)  # the newest twenty can't be judged
     outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert outcome.metrics["gate_requests"] == 5, outcome.reason
-    assert outcome.metrics["gate_left_out"]["rejection_sampling"] >= 2
+    assert outcome.metrics["gate_left_out"]["block_verification"] >= 2
 
 
 def rollout_group(house: House) -> Any:
@@ -275,6 +280,49 @@ def test_what_a_run_earned_is_logged_and_decides_on_the_next_ones_recipe(house: 
     with store.session(house.engine, write=False) as s:
         row = s.get(TrainingRun, second.run_id)
         assert row is not None and row.config["passes"] == 2 * free.passes
+
+
+def test_each_domains_reservoir_is_pinned_and_replayed_and_may_be_gone(house: House) -> None:
+    house.serve(40)
+    recipe = BRIEF.model_copy(update={"reservoir": 5, "window": 40})
+    outcome = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    with store.session(house.engine) as s:
+        pinned = queries.traces.pinned_traces(s, 1, RESERVOIR)
+        domains = Counter(row.domain for row in queries.requests.with_traces(s, pinned))
+    assert domains and set(domains.values()) == {5}
+    assert outcome.metrics["reservoir_requests"] == len(pinned) == 5 * len(domains)
+    for uri in (row.uri for row in rows_of(house, pinned)):
+        path = house.artifacts.local_path(uri)
+        assert path is not None
+        path.unlink()
+    again = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    assert again.status == "succeeded" and again.metrics["left_out"]["broken"] > 0
+    none = recipe.model_copy(update={"reservoir": 0})
+    train_once(house.engine, house.artifacts, "default", none, trigger="manual")
+    with store.session(house.engine) as s:
+        assert queries.traces.pinned_traces(s, 1, RESERVOIR) == []
+
+
+def test_what_only_the_reservoir_still_has_is_trained_on(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.serve(40)
+    recipe = BRIEF.model_copy(
+        update={"reservoir": 5, "window": 12, "min_requests": 1, "replay_share": 0.5}
+    )
+    train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    monkeypatch.setattr(selection, "REACH", 12)
+    outcome = train_once(house.engine, house.artifacts, "default", recipe, trigger="manual")
+    with store.session(house.engine, write=False) as s:
+        trained = set(s.scalars(select(TrainingRequest.request_id)
+                                .where(TrainingRequest.run_id == outcome.run_id)))  # fmt: skip
+        newest = queries.requests.recent_requests(s, 1, limit=12)
+    assert trained - {row.request_id for row in newest}
+
+
+def rows_of(house: House, request_ids: list[int]) -> list[queries.requests.RecentRequest]:
+    with store.session(house.engine, write=False) as s:
+        return queries.requests.with_traces(s, request_ids)
 
 
 def test_without_the_line_search_the_whole_way_is_taken(house: House) -> None:
@@ -457,3 +505,45 @@ def test_a_run_ends_without_a_version_when_what_it_learns_from_is_purged(house: 
     assert (outcome.status, outcome.version_id) == ("failed", None)
     assert "1 of the requests that it learnt from were purged meanwhile" in outcome.error
     assert list((house.home / "training").iterdir()) == []
+
+
+def test_a_run_goes_on_from_a_candidate_and_is_compared_with_live(house: House) -> None:
+    house.serve(30)
+    first = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
+    assert first.version_id is not None
+    with store.session(house.engine) as s:
+        queries.evaluations.add_evaluation(
+            s, candidate_id=first.version_id, baseline_id=house.live, kind="replay", requests=9,
+            verdict="inconclusive", attempt=1, baseline_accept_length=2.0,
+            candidate_accept_length=2.2,
+            details={"line": {"generation": 1, "log_e": 0.0, "continues": True}},
+        )  # fmt: skip
+        ids = base_ids(s, queries.groups.group_by_name(s, "default").id, None, carry_on=True)
+        assert ids is not None and base_ratio(s, ids) == pytest.approx(1.1)
+        assert base_ratio(s, BaseIds(house.live, house.live)) == 1.0
+        assert math.isnan(base_ratio(s, BaseIds(house.live, first.version_id)))
+    assert ids == BaseIds(first.version_id, house.live)
+    by_hand = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
+    second = train_once(
+        house.engine, house.artifacts, "default", BRIEF, trigger="test", carry_on=True
+    )
+    with store.session(house.engine, write=False) as s:
+        parents = [
+            queries.versions.version(s, int(run.version_id or 0)).parent_id
+            for run in (by_hand, second)
+        ]
+        row = queries.evaluations.evaluation(s, int(second.evaluation_id or 0))
+        weights = [
+            queries.versions.version(s, int(run.version_id or 0)).weights_uri
+            for run in (first, by_hand, second)
+        ]
+    assert parents == [house.live, first.version_id] and row.baseline_id == house.live
+    for uri in set(weights):  # the first and the one by hand are alike
+        folder = house.artifacts.local_path(uri)
+        assert folder is not None
+        shutil.rmtree(folder)
+    third = train_once(
+        house.engine, house.artifacts, "default", BRIEF, trigger="test", carry_on=True
+    )
+    assert f"training starts from the live version {house.live}" in third.metrics["base_left"]
+    assert house.runs()[-1].base_version_id == house.live and third.status == "succeeded"

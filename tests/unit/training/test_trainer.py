@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from aurora_sgl.evaluation.gate import Judgement, judge
 from aurora_sgl.evaluation.replay import replay, replay_both
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequence
+from aurora_sgl.training import resume
 from aurora_sgl.training.objectives import OBJECTIVES
 from aurora_sgl.training.resume import Checkpoints, RunPlan
 from aurora_sgl.training.scale import backend_of, on_own_device, train_on_workers
@@ -193,7 +195,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_that_was_not(tmp_path: 
         pass
 
     for at in (1, 6, 11, 14):
-        kept = Checkpoints(tmp_path / f"kept-{at}", settings.checkpoint_seconds)
+        kept = Checkpoints(tmp_path / f"kept-{at}", settings.checkpoint_seconds, share=1e9)
         kept.begin(plan)
 
         def die(event: dict[str, Any], at: int = at) -> None:
@@ -202,7 +204,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_that_was_not(tmp_path: 
 
         with pytest.raises(Killed):
             train(drafter, data, head, settings, dev=dev, checkpoints=kept, progress=die)
-        again = Checkpoints(tmp_path / f"kept-{at}", settings.checkpoint_seconds)
+        again = Checkpoints(tmp_path / f"kept-{at}", settings.checkpoint_seconds, share=1e9)
         again.begin(plan)
         rest = train(drafter, data, head, settings, dev=dev, checkpoints=again)
         assert rest.metrics.get("resumed_at", 0) == at - 1
@@ -215,7 +217,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_that_was_not(tmp_path: 
 def test_a_broken_checkpoint_or_another_plan_starts_anew(tmp_path: Path) -> None:
     drafter, head = world(tmp_path / "t")
     data, settings = requests(head, 3), TrainSettings(passes=1, checkpoint_seconds=1e-9)
-    kept = Checkpoints(tmp_path / "kept", 1e-9)
+    kept = Checkpoints(tmp_path / "kept", 1e-9, share=1e9)
     kept.begin(RunPlan({}, "base", [1], [], [], []))
     train(drafter, data, head, settings, checkpoints=kept)
     state = tmp_path / "kept" / "state.pt"
@@ -229,10 +231,52 @@ def test_a_broken_checkpoint_or_another_plan_starts_anew(tmp_path: Path) -> None
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path: Path) -> None:
     drafter, head = world(tmp_path / "t")
     (tmp_path / "file").write_text("in the way of a folder")
-    kept = Checkpoints(tmp_path / "file" / "kept", 1e-9)
+    kept = Checkpoints(tmp_path / "file" / "kept", 1e-9, share=1e9)
     kept.begin(RunPlan({}, "base", [1], [], [], []))
     result = train(drafter, requests(head, 2), head, TrainSettings(passes=1), checkpoints=kept)
     assert result.updates == 2 and "no checkpoint" in result.metrics["checkpoint_error"]
+
+
+def test_checkpoints_take_a_small_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now)
+    kept = Checkpoints(tmp_path / "kept", 60.0)
+    kept.begin(RunPlan({}, "base", [1], [], [], []))
+    kept.expect(int(6.8e9))
+    due = []
+    for second in range(4000):
+        now = 1000.0 + second
+        if kept.is_due:
+            due.append(second)
+
+            def slow() -> dict[str, Any]:
+                nonlocal now
+                now += 10.0
+                return {"x": torch.zeros(2)}
+
+            kept.save(slow)
+    assert due[0] == 680, "50 times 13.6 s, which 6.8 GB are thought to take"
+    assert all(510 <= b - a <= 511 for a, b in itertools.pairwise(due)) and len(due) == 7
+    assert kept.load() is not None and not kept.error
+
+
+def test_without_room_on_the_disk_there_is_no_checkpoint_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drafter, head = world(tmp_path / "t")
+    kept = Checkpoints(tmp_path / "kept", 1e-9, share=1e9)
+    kept.begin(RunPlan({}, "base", [1], [], [], []))
+    monkeypatch.setattr(resume, "_LEFT_FREE", 1 << 60)
+    result = train(drafter, requests(head, 3), head, TrainSettings(passes=1), checkpoints=kept)
+    assert result.updates == 3 and not (tmp_path / "kept" / "state.pt").exists()
+    assert "too little is free" in result.metrics["checkpoint_error"]
+    lines = [r.getMessage() for r in caplog.records if "checkpoint" in r.getMessage()]
+    assert len(lines) == 1 and "training goes on" in lines[0]
+    monkeypatch.undo()
+    again = train(drafter, requests(head, 3), head, TrainSettings(passes=1), checkpoints=kept)
+    assert "checkpoint_error" not in again.metrics and kept.load() is not None
 
 
 def test_time_in_which_progress_blocks_does_not_count(tmp_path: Path) -> None:
