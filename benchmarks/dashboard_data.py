@@ -72,7 +72,7 @@ def build(
         db.execute("BEGIN")
         done += write_requests(db, history, numbers, requests)
         db.execute("COMMIT")
-    print(f"{done:,} events, {requests:,} requests, {versions} versions in {path}")
+    print(f"{done:,} events, {requests:,} requests, {versions} versions in {path}", file=sys.stderr)
     db.execute("ANALYZE")
     db.close()
 

@@ -119,7 +119,7 @@ def fill(folder: Path, form: str, hidden: int, tokens: int, budget: int, shared:
         "rows": form,
         "prompts": f"share {SYSTEM} tokens" if shared else "of their own",
         "bytes a token": row_bytes,
-        "MB/s": round(written / seconds / 1e6),
+        "MB/s": round(written / seconds / 1e6) if seconds else 0,
         "served": requests,
         **house.left(),
     }

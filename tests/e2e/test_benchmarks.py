@@ -1,0 +1,47 @@
+"""Benchmarks run: those that need neither a server nor minutes of training, at the smallest size
+that means anything. Those of learning show their committed cells. What they measure is nobody's
+business here; that they end, and print a row, is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 180
+COMMANDS = [
+    "conversations --chats 12 --json",
+    "gate --small --json",
+    "watch --small --json",
+    "ingest --events 2000 --batches 100 --json",
+    "views --events 3000 --days 2 --versions 3 --json",
+    "dashboard_data {folder}/dashboard --events 2000 --versions 3 --days 2",
+    "swap_work --sizes small --swaps 2 --json",
+    "trace_room --hidden 256 --tokens 64 --gib 0.002",
+    "wide {folder}/wide --hidden 512 --layers 4 --bytes 2e7",
+    "objectives --show --json",
+    "domain_shift --trained 400 --each 600 --show --cells benchmarks/results/h200 --json",
+    "fuzz --count 40 --kind settings",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
+def test_a_benchmark_ends_and_prints_what_it_measured(
+    command: str, tmp_path: Path, model: Path, base_home: Path
+) -> None:
+    name, *arguments = command.format(folder=tmp_path).split()
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "AURORA_HOME": str(base_home)},
+    )  # fmt: skip
+    words = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr, words[-1]
+    assert done.returncode in (0, 1) and done.stdout.strip(), words[-3:]
+    if "--json" in arguments:
+        assert json.loads(done.stdout)
