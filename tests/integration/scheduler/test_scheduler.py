@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, select
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
@@ -38,6 +38,7 @@ from tests.support import store_samples as samples
 from tests.support.drafter_cases import RECIPE, target_folder
 from tests.support.rollout_house import RolloutHouse
 from tests.support.sidecar_engine import wait_until
+from tests.support.traces import add_trace
 from tests.unit.training.test_run import House
 
 #: The scheduler's own behaviour; what it asks of the store is tried on both databases elsewhere.
@@ -444,7 +445,8 @@ def test_a_candidate_that_goes_live_as_a_trigger_is_due_is_what_the_next_run_sta
     made = passed(house, "d")
     house.serve(house.a, 0.5, since=utc_now(), requests=4, apart=0.01)
     with store.session(engine) as s:
-        s.execute(update(Request).values(traced=True))
+        for request_id in s.scalars(select(Request.id)).all():
+            add_trace(s, request_id)
     starts: list[tuple[str, int | None]] = []
     monkeypatch.setattr(Scheduler, "_start", lambda self, *run: starts.append(run))
     rules = RULES.model_copy(update={"requests": 1, "min_new_requests": 1})

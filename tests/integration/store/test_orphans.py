@@ -15,7 +15,7 @@ from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import ingest
 from aurora_sgl.store.orphans import OTHERS_SECONDS, OWN_SECONDS, sweep_traces
 from tests.support import store_samples as samples
-from tests.support.traces import trace_row
+from tests.support.traces import add_trace
 
 OWN, OTHER, STRANGER = 601, 602, 603
 
@@ -31,10 +31,7 @@ def root(engine: Engine, tmp_path: Path) -> ArtifactRoot:
             server_id = queries.servers.register_server(s, group.id, samples.hello(boot_id)).id
         ingest(engine, server_id, boot_id, [(1, [samples.started(1, boot_id=boot_id)])])
         with store.session(engine) as s:
-            row = trace_row(wire.request_id(boot_id, 1))
-            fields = {name: getattr(row, name) for name in row.__struct_fields__}
-            del fields["created_us"]
-            queries.traces.add_trace(s, **fields)
+            add_trace(s, wire.request_id(boot_id, 1))
     return ArtifactRoot(str(tmp_path / "artifacts"))
 
 

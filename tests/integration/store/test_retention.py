@@ -41,7 +41,7 @@ from aurora_sgl.store.store_clock import store_now
 from tests.integration.store.test_limits import link_of
 from tests.support import store_samples as samples
 from tests.support.hour_sums import assert_hours_are_sums
-from tests.support.traces import trace_row
+from tests.support.traces import add_trace, trace_row
 
 NOW = utc_now().replace(hour=12, minute=0, second=0, microsecond=0)
 OLD, YOUNG = 801, 802  # boots of servers of two groups
@@ -89,11 +89,7 @@ def test_requests_go_with_their_traces_and_tallies_and_pinned_ones_stay(
     (tmp_path / "t").write_bytes(b"x")
     with store.session(engine) as s:
         for one in ids:
-            row = trace_row(one)
-            root.put_file(tmp_path / "t", row.uri)
-            fields = {name: getattr(row, name) for name in row.__struct_fields__}
-            del fields["created_us"]
-            queries.traces.add_trace(s, **fields)
+            root.put_file(tmp_path / "t", add_trace(s, one).uri)
         queries.traces.pin_traces(s, [ids[1]], "test")
         queries.traces.pin_traces(s, [ids[0]], RESERVOIR)  # no promise of an age is broken for it
     limits = Limits(event_days=30, request_days=150)

@@ -26,7 +26,7 @@ ROLES = ("viewer", "operator")
 TOKENS = {
     ("acceptance_event", "draft_tokens"), ("acceptance_event", "target_tokens"),
     ("request", "conversation_hash"), ("trace", "prompt_sha256"), ("trace", "head_sha256"),
-    ("trace", "prompt_key"), ("trace", "answer_key"),
+    ("trace", "prompt_key"), ("trace", "answer_key"), ("trace", "prefix_sha256"),
     ("erasure", "salt"), ("erasure", "key_hash"),
 }  # fmt: skip
 #: What neither reads: the key of the hashes.

@@ -207,7 +207,7 @@ def test_the_requests_of_pinned_traces_and_of_their_donors_stay(house: House) ->
     first = house.serve(1, question(1), 0)
     ids = [house.serve(number, question(number), len(SYSTEM)) for number in (2, 3)]
     with store.session(house.engine) as s:
-        queries.traces.pin_traces(s, ids[:1], "reservoir")
+        queries.traces.pin_traces(s, ids[:1], "shown to the team")
     later = from_us(samples.START_US + 400 * 86_400_000_000)
     limits = Limits(event_days=30, request_days=150)
     assert prune(house.engine, house.root, house.group_id, limits, now=later).requests == 1
