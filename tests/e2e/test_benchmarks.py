@@ -24,8 +24,8 @@ COMMANDS = [
     "swap_work --sizes small --swaps 2 --json",
     "trace_room --hidden 256 --tokens 64 --gib 0.002",
     "wide {folder}/wide --hidden 512 --layers 4 --bytes 2e7",
-    "objectives --show --json",
-    "domain_shift --trained 400 --each 600 --show --cells benchmarks/results/h200 --json",
+    "objectives --show",
+    "domain_shift --trained 400 --each 600 --show --cells benchmarks/results/h200",
     "fuzz --count 40 --kind settings",
 ]
 

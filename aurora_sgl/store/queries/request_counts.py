@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 
 from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
@@ -15,7 +16,7 @@ from aurora_sgl.store.models import Request, RequestTally, Server
 @dataclass(frozen=True)
 class RequestCounts:
     """One finished request under one version and draft shape, all of whose draft KV is of that
-    version: it was prefilled after the swap."""
+    version: it was prefilled after the swap. Depth, top-k and nodes 0: shapes of all kinds."""
 
     request_id: int
     domain: str
@@ -42,7 +43,9 @@ def request_counts(
     """Finished requests of a version with drafts, in the order in which they finished.
 
     ``after`` is the (finished_at, request id) of the last one that is known. With a limit the
-    first ones, or with ``newest`` the last ones.
+    first ones, or with ``newest`` the last ones. Where a server of the group chooses each step's
+    tree by the drafter's confidence, the shapes of a request are taken together: the length that a
+    chosen shape has says little of the drafter.
     """
     r, t = Request, RequestTally
     query = (
@@ -72,7 +75,25 @@ def request_counts(
     else:
         query = query.order_by(r.finished_at, r.id, t.depth, t.topk, t.nodes)
     rows = [RequestCounts(**row._mapping) for row in s.execute(query.limit(limit))]
-    return rows[::-1] if newest else rows
+    rows = rows[::-1] if newest else rows
+    return _taken_together(rows) if _chooses_trees(s, group_id) else rows
+
+
+def _chooses_trees(s: Session, group_id: int) -> bool:
+    counters = s.scalars(select(Server.counters).where(Server.group_id == group_id))
+    return any((each or {}).get("trees") == 1.0 for each in counters)
+
+
+def _taken_together(rows: Sequence[RequestCounts]) -> list[RequestCounts]:
+    """One for each request, which are in order."""
+    return [
+        replace(
+            parts[0], depth=0, topk=0, nodes=0,
+            verify_steps=sum(part.verify_steps for part in parts),
+            accepted=sum(part.accepted for part in parts),
+        )
+        for parts in (list(group) for _, group in groupby(rows, key=lambda row: row.request_id))
+    ]  # fmt: skip
 
 
 def tallies(s: Session, request_id: int) -> Sequence[RequestTally]:

@@ -175,6 +175,23 @@ def test_a_domain_that_is_served_more_now_is_compared_with_itself(engine: Engine
     assert found.watch.status == "passed", [w.reason for w in found.windows]
 
 
+@pytest.mark.parametrize("chooses_trees", [False, True])
+def test_where_a_server_chooses_its_trees_all_shapes_of_a_request_count_together(
+    engine: Engine, chooses_trees: bool
+) -> None:
+    house = RolloutHouse(engine)
+    with store.session(engine) as s:
+        for server in queries.servers.servers(s, house.group_id):
+            server.counters = {"trees": float(chooses_trees)}
+    house.serve(house.a, 0.5, since=utc_now() - timedelta(hours=1), requests=60, depth=3)
+    promote(engine, house.b, actor="ada", reason="a test", force=True)
+    house.follow(house.b)
+    house.serve(house.b, 0.1, since=begun(house), requests=8, depth=2)
+    window = tick(house, 90).windows[0]
+    assert (window.verdict == "fail") == chooses_trees
+    assert ("nothing of the kind was served before" in window.reason) != chooses_trees
+
+
 def test_requests_from_before_the_swap_do_not_count(house: RolloutHouse) -> None:
     house.serve(house.b, 0.1, since=begun(house), requests=10, mixed=True)
     found = tick(house, 30)
