@@ -50,6 +50,9 @@ def two(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Runni
         dtype="bfloat16",
         flags=("--tokenizer-worker-num", "2"),
     )
+    # What reaches a worker before it is through with its own warm-up counts as one.
+    log = running.process.log
+    until(lambda: log.read_text(errors="replace").count("fired up") >= 2, 60, "both warm-ups")
     yield running
     running.process.stop()
     running.engine.dispose()
