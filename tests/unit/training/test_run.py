@@ -174,6 +174,18 @@ def test_a_run_makes_a_version_and_an_evaluation_against_the_live_one(house: Hou
     assert list((house.home / "training").iterdir()) == [], "the work folder is gone"
 
 
+def test_an_evaluation_names_no_conversation_as_the_store_does(house: House) -> None:
+    """Viewers read evaluations, and no hash of a conversation."""
+    house.serve(30)
+    outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="manual")
+    with store.session(house.engine, write=False) as s:
+        row = queries.evaluations.evaluation(s, int(outcome.evaluation_id or 0))
+        hashes = set(s.scalars(select(Request.conversation_hash)))
+    names = {request[7] for request in row.details["requests"]}
+    assert len(names) == len(row.details["requests"]) and "" not in names
+    assert not names & hashes
+
+
 def test_sampled_requests_are_judged_as_greedy_ones_are(house: House) -> None:
     house.rule_of = lambda number: "target_sampling"
     house.serve(60)
