@@ -12,6 +12,9 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl.store.models import Request, RequestTally, Server
 
+#: Newest boots of a group that are looked at.
+_BOOTS = 200
+
 
 @dataclass(frozen=True)
 class RequestCounts:
@@ -80,8 +83,11 @@ def request_counts(
 
 
 def _chooses_trees(s: Session, group_id: int) -> bool:
-    counters = s.scalars(select(Server.counters).where(Server.group_id == group_id))
-    return any((each or {}).get("trees") == 1.0 for each in counters)
+    """By the servers that run; where none does, the newest one that did."""
+    newest = select(Server.state, Server.counters).where(Server.group_id == group_id)
+    boots = s.execute(newest.order_by(Server.id.desc()).limit(_BOOTS)).all()
+    running = [boot for boot in boots if boot.state == "running"] or boots[:1]
+    return any((boot.counters or {}).get("trees") == 1.0 for boot in running)
 
 
 def _taken_together(rows: Sequence[RequestCounts]) -> list[RequestCounts]:

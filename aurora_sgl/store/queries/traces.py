@@ -199,9 +199,10 @@ def delete_traces(s: Session, request_ids: Sequence[int]) -> None:
 
 
 def pin_traces(s: Session, request_ids: Sequence[int], reason: str) -> None:
-    """Keep these traces, and those that hold their prefixes, for a ``reason`` (``reservoir``): the
-    byte budget takes them last, up to a share of it, and neither they nor their requests grow too
-    old. A purge takes them like all others. A later reason replaces an earlier one."""
+    """Keep these traces, and those that hold their prefixes, for a ``reason``: the byte budget
+    takes them last, up to a share of it, and neither they nor their requests grow too old, but for
+    those of training's ``RESERVOIR``. A purge takes them like all others. A later reason replaces
+    an earlier one."""
     _set_pins(s, request_ids, pinned=True, pin_reason=reason)
 
 

@@ -20,6 +20,7 @@ from aurora_sgl.scheduler.facts import recipe_as_served
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Request
 from aurora_sgl.training.settings import TrainSettings
+from tests.support import store_samples as samples
 from tests.support.rollout_house import RolloutHouse
 
 RULES = WatchSettings(windows=2, failures=2, steps=200, requests=4, seconds=60)
@@ -190,6 +191,17 @@ def test_where_a_server_chooses_its_trees_all_shapes_of_a_request_count_together
     window = tick(house, 90).windows[0]
     assert (window.verdict == "fail") == chooses_trees
     assert ("nothing of the kind was served before" in window.reason) != chooses_trees
+
+
+def test_a_server_that_chose_its_trees_once_does_not_count_for_ever(engine: Engine) -> None:
+    house = RolloutHouse(engine)
+    with store.session(engine) as s:
+        old = queries.servers.register_server(s, house.group_id, samples.hello(99))
+        old.counters, old.state = {"trees": 1.0}, "stopped"
+    house.serve(house.a, 0.5, since=utc_now() - timedelta(hours=1), requests=2, depth=3)
+    with store.session(engine, write=False) as s:
+        counts = queries.request_counts.request_counts(s, house.group_id, house.a)
+    assert {one.depth for one in counts} == {3}
 
 
 def test_requests_from_before_the_swap_do_not_count(house: RolloutHouse) -> None:
