@@ -142,6 +142,11 @@ def kl_to_reference(step: UnrolledStep) -> torch.Tensor:  # [rows]
     return (step.log_q.exp() * (step.log_q - step.log_r)).sum(-1)
 
 
+def reference_loss(steps: Sequence[UnrolledStep], decay: float) -> torch.Tensor:
+    """KL(q || reference) over all steps, see :func:`decayed_mean`."""
+    return decayed_mean([kl_to_reference(s) for s in steps], [s.weight for s in steps], decay)
+
+
 def entropy(step: UnrolledStep) -> torch.Tensor:
     """Of the drafter in nats, mean over rows; without a gradient."""
     log_q = step.log_q.detach()

@@ -34,11 +34,11 @@ from aurora_sgl.training.objectives.base import (
     Loss,
     LossContext,
     UnrolledStep,
-    decayed_mean,
     entropy,
     kl_to_reference,
     log_prob_of,
     on_path,
+    reference_loss,
 )
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
 
@@ -115,7 +115,7 @@ class PolicyGradient:
         }
         if steps[0].log_r is not None:
             statistics["kl_to_reference"] = kl_to_reference(steps[0]).detach().mean()
-            value = value + self.beta * self._reference_loss(steps)
+            value = value + self.beta * reference_loss(steps, self.step_decay)
         return Loss(value, statistics)
 
     def _sample(self, steps: Sequence[UnrolledStep], key: int) -> _Rollouts:
@@ -168,10 +168,6 @@ class PolicyGradient:
             gain = logged_advantage(step, step.logged) * step.weight[step.logged.row]
             total = total - (gain * chance).sum() / len(step.token)
         return total
-
-    def _reference_loss(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:
-        away = [kl_to_reference(step) for step in steps]
-        return decayed_mean(away, [step.weight for step in steps], self.step_decay)
 
 
 def logged_advantage(step: UnrolledStep, logged: LoggedTokens) -> torch.Tensor:  # [m]

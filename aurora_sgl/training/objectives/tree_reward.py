@@ -34,9 +34,9 @@ from aurora_sgl.training.objectives.base import (
     Loss,
     LossContext,
     UnrolledStep,
-    decayed_mean,
     entropy,
     kl_to_reference,
+    reference_loss,
 )
 from aurora_sgl.training.objectives.reach_kl import ReachKL
 from aurora_sgl.training.objectives.settings import ObjectiveSettings
@@ -88,9 +88,8 @@ class TreeReward:
             "entropy": entropy(steps[0]),
         }
         if steps[0].log_r is not None:
-            away = self._away(steps)
             statistics["kl_to_reference"] = kl_to_reference(steps[0]).detach().mean()
-            value = value + self.beta * away
+            value = value + self.beta * reference_loss(steps, self.distil.step_decay)
         return Loss(value, statistics)
 
     def expected(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:  # [rows of step 0]
@@ -129,7 +128,3 @@ class TreeReward:
         covered = (step.log_p.exp() * inclusion(step.log_q)).sum(-1)
         onward = torch.where(step.sampled, of(step.next_token), onward)
         return torch.where(step.sampled, covered, here), onward
-
-    def _away(self, steps: Sequence[UnrolledStep]) -> torch.Tensor:
-        away = [kl_to_reference(step) for step in steps]
-        return decayed_mean(away, [step.weight for step in steps], self.distil.step_decay)

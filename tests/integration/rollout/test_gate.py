@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from sqlalchemy import Engine
 
 from aurora_sgl import store
@@ -18,23 +16,10 @@ from aurora_sgl.rollout import promote, rollback
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import Evaluation
 from aurora_sgl.training.settings import TrainSettings
+from tests.support.replays import more, replayed
 from tests.support.rollout_house import RolloutHouse
 
 RECIPE = TrainSettings(depth=3, topk=1)
-
-
-def replayed(
-    count: int, accepted: int, *, domain: str = "chat", first: int = 1
-) -> list[RequestReplay]:
-    """Requests of 40 steps that accept this much each, give or take two."""
-    return [
-        RequestReplay(number, 40, accepted + number % 5 - 2, domain)
-        for number in range(first, first + count)
-    ]
-
-
-def more(found: list[RequestReplay], accepted: int) -> list[RequestReplay]:
-    return [replace(one, accepted=one.accepted + accepted + one.request_id % 3) for one in found]
 
 
 def rows(engine: Engine, version_id: int) -> list[Evaluation]:

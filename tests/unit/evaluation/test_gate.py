@@ -17,20 +17,7 @@ from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.evaluation.standing import Reach, advance
 from benchmarks.gate import HELD_OUT, MANY, Live, ten_promotions
 from benchmarks.simulated_traffic import Mix
-
-
-def replayed(
-    count: int, accepted: int, *, domain: str = "chat", first: int = 1
-) -> list[RequestReplay]:
-    """Requests of 40 steps that accept this much each, give or take two."""
-    return [
-        RequestReplay(number, 40, accepted + number % 5 - 2, domain)
-        for number in range(first, first + count)
-    ]
-
-
-def more(replays: list[RequestReplay], accepted: int) -> list[RequestReplay]:
-    return [replace(one, accepted=one.accepted + accepted + one.request_id % 3) for one in replays]
+from tests.support.replays import more, replayed
 
 
 def test_better_worse_and_neither_have_their_verdicts() -> None:
