@@ -31,7 +31,6 @@ from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.evaluation.device import device_of, served_dtype
 from aurora_sgl.evaluation.expected import expected_counts
 from aurora_sgl.evaluation.settings import EvaluationSettings
-from aurora_sgl.hashing import sha256_bytes
 from aurora_sgl.intervals import accept_length
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.sequences.splits import REJECTION
@@ -107,14 +106,8 @@ def _replayed(sequence: Sequence, steps: float, accepted: float) -> RequestRepla
         accepted,
         sequence.domain,
         sequence.accept_rule,
-        _cluster(sequence.conversation),
+        sequence.conversation,
     )
-
-
-def _cluster(conversation: str) -> str:
-    """A name for a conversation in evaluations, which viewers read: not the stored hash, which they
-    may not."""
-    return sha256_bytes(f"evaluation:{conversation}".encode())[:16] if conversation else ""
 
 
 def replay_both(
