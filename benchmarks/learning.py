@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from aurora_sgl.demo.prompts import sample_prompts
-from aurora_sgl.drafter import scratch, vocabulary
+from aurora_sgl.drafter import checkpoint, scratch, vocabulary
 from aurora_sgl.drafter.model import Drafter, accepted_of
 from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.drafter.target import TargetHead
@@ -34,6 +35,7 @@ from aurora_sgl.training.team import Team
 from aurora_sgl.training.trainer import train
 from benchmarks.corpus.features import CACHE, DEVICE, CorpusSet, target_folder
 from benchmarks.measure import SHAPES
+from benchmarks.offline_loop import OfflineLoop
 
 #: A training run begins whenever so many requests were served.
 ROUNDS = (50, 100, 200, 400, 600, 800, 1000)
@@ -69,12 +71,13 @@ def one_stream(
 ) -> Iterator[Learned]:
     """Every request once, in the order in which it was served, at a constant rate: one optimizer
     for the whole stream. At a stop what is waiting for a full batch is trained on as well."""
+    head()
+    began = time.process_time()
     torch.manual_seed(settings.seed)
     drafter = copy.deepcopy(start).float().to(DEVICE)
     learner = Learner(drafter, requests, head(), settings, Team())
     seconds, tokens, begin = 0.0, 0, 0
     for stop in stops:
-        began = time.process_time()
         end = min(stop, len(requests))
         for place in range(begin, end, settings.batch_requests):
             batch = list(range(place, min(place + settings.batch_requests, end)))
@@ -83,6 +86,35 @@ def one_stream(
         begin = end
         now = learner.average if settings.ema else learner.drafter
         yield Learned(stop, copy.deepcopy(now).cpu(), seconds, tokens)
+        began = time.process_time()
+
+
+def as_shipped(
+    start: Drafter,
+    requests: CorpusSet,
+    settings: TrainSettings,
+    stops: Sequence[int],
+    *,
+    budget: _BUDGETS | None = None,
+) -> Iterator[Learned]:
+    """The loop itself (``offline_loop``): a run after each of ``stops`` requests, and what is live
+    then. All of a run counts as its time: set-up, training, line search and gate. ``budget`` bounds
+    the processor's time of all runs so far; a run that would have none of it left is not made.
+    """
+    seconds, served = 0.0, 0
+    with tempfile.TemporaryDirectory(prefix="aurora-loop-") as folder:
+        home = Path(folder)
+        drafter = checkpoint.save(start, home / "start")
+        loop = OfflineLoop(home / "loop", drafter, target_folder(), settings, source="scratch")
+        for stop in stops:
+            loop.serve(requests.part(served, stop))
+            served = stop
+            left = budget(stop) - seconds if budget is not None else 0.0
+            if budget is None or left >= 1:
+                began = time.process_time()
+                loop.train(max_seconds=left)
+                seconds += time.process_time() - began
+            yield Learned(stop, loop.load(loop.live_id()), seconds, loop.trained_tokens())
 
 
 def in_rounds(

@@ -1,110 +1,62 @@
-"""Does a training run make a good drafter worse?
+"""What does the loop, as it ships, do to a good drafter: does it follow new traffic, and does it
+leave alone what is good already?
 
-From ``benchmarks/static-drafter`` (1.2 million answer tokens of chat, code and one narrow form), as
-a run of the scheduler goes: the window's requests and the recipe's share of older ones are trained
-on at the peak rate of a mature base, a line search over the dev requests chooses how far to go, and
-the gate judges on held-out ones. Two cases:
+All begins with ``benchmarks/static-drafter`` (1.2 million answer tokens of chat, code and one
+narrow form). The loop runs without a server (``offline_loop``): its store, recipe, line search,
+gate and promotion are those of the product. Cases:
 
-*own* is 120 more requests of the drafter's own chat traffic; *new* is 100 requests of a form that
-it has never seen (the demo's extraction prompts, answered once into ``benchmarks/data``), with
-older requests of its three domains to be replayed. *old recipe* is what shipped before: one rate
-whatever the base, and the whole way. Dev and held-out requests are never trained on; accept lengths
-are exact replays of the demo's tree (depth 4, top-k 4, 16 nodes) in bfloat16.
+*stationary*: 100 requests of the drafter's own three domains in turns and one training run; each
+seed has other requests. A version that the gate lets through is replayed on later traffic of its
+domains.
+*turn*: 120 of the old domains' requests, then 400 of a form that it has never seen, with a run
+after 100, 200 and 400 of them; *turn-sampled* has 200 at temperature 0.7, *turn-chats* 50 sampled
+chats of four turns (see ``corpus.new_traffic``). After each run the live version is replayed on 60
+held-out requests of the new form and on 120 of the old domains.
 
-    python -m benchmarks.mature_drafter [--seeds 0 1 2] [--recipes now old] [--json]
+Accept lengths are exact replays, served dtype, tree (depth 4, top-k 4, 16 nodes) and chain of 4.
 
-Results are added to ``benchmarks/results/operation.jsonl``.
+    python -m benchmarks.mature_drafter [--cases turn stationary ...] [--seeds 0 1 2] [--show]
+        [--json]
+
+Cells are kept in ``benchmarks/results/mature_drafter.jsonl`` as they finish: stop it at any time
+and call it again; one process a case and core.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import random
 import sys
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from aurora_sgl.demo.prompts import sample_prompts
 from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import read_target
-from aurora_sgl.evaluation.gate import judge
-from aurora_sgl.evaluation.replay import replay_both
-from aurora_sgl.intervals import Difference
-from aurora_sgl.sequences.sequence import readable
-from aurora_sgl.training import line_search
-from aurora_sgl.training.maturity import peak_rate
 from aurora_sgl.training.settings import TrainSettings
-from aurora_sgl.training.trainer import train
-from benchmarks.corpus.features import DOMAINS, NEW_DOMAIN, CorpusSet, corpus, target_folder
-from benchmarks.corpus.generate import SHARD, Target
-from benchmarks.corpus.prompts import CorpusPrompt
-from benchmarks.corpus.shards import DATA, shards, write_shard
+from benchmarks.corpus.features import DOMAINS, CorpusSet, corpus, target_folder
+from benchmarks.corpus.new_traffic import CHATS, SAMPLED, TICKET
 from benchmarks.learning import head
+from benchmarks.measure import SHAPES, Measured, accept_length, measure, paired, pooled_by_request
+from benchmarks.offline_loop import OfflineLoop
+from benchmarks.results import Cells, settings_hash
 from benchmarks.servers import report
 from benchmarks.traffic import held_out, stream
 
 STATIC = Path(__file__).with_name("static-drafter")
-OWN, NEW = "own", "new"
-WINDOW = {OWN: 120, NEW: 100}
-HELD_OUT_NEW, HELD_OUT_OLD = 36, 40  # held-out requests of the new domain, and of each old one
-NOW = TrainSettings(depth=4, topk=4, nodes=16)
-OLD = NOW.model_copy(update={"mature_learning_rate": NOW.learning_rate})
-RECIPES = {"now": NOW, "old": OLD}
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What a run of one case sees, no request twice."""
-
-    train: CorpusSet  # the window, and older requests against forgetting
-    dev: CorpusSet
-    held_out: CorpusSet
-
-
-def traffic(case: str, seed: int, settings: TrainSettings) -> Traffic:
-    """A share ``dev_share`` of the window's conversations is kept from training, as a run does, and
-    as many older ones of each domain as the line search takes in turns."""
-    window = new_domain(seed) if case == NEW else stream("chat", seed)
-    window = window.part(0, WINDOW[case])
-    count = round(settings.dev_share * len(window))
-    dev, window = window.part(0, count), window.part(count)
-    older = round(len(window) * settings.replay_share / (1 - settings.replay_share))
-    first = {OWN: WINDOW[OWN], NEW: 0}[case]
-    olds = {d: stream(d, seed).part(first if d == "chat" else 0) for d in DOMAINS}
-    each = (settings.dev_requests - count) // len(DOMAINS)
-    for rows in olds.values():
-        dev = dev + rows.part(0, each)
-    replayed = CorpusSet(())
-    for rows in olds.values():
-        replayed = replayed + rows.part(each, each + older // len(DOMAINS))
-    judged = held_out("chat").part(0, 60 if case == OWN else HELD_OUT_OLD)
-    if case == NEW:
-        for domain in ("code", "narrow"):
-            judged = judged + held_out(domain).part(0, HELD_OUT_OLD)
-        judged = judged + corpus(NEW_DOMAIN).part(0, HELD_OUT_NEW)
-    return Traffic(window + replayed, dev, judged)
-
-
-def new_domain(seed: int) -> CorpusSet:
-    """The requests that are served, each seed beginning somewhere else; made when missing."""
-    rows = corpus_of_new_domain().part(HELD_OUT_NEW)
-    begin = (seed % 3) * (len(rows) // 3)
-    return rows.part(begin) + rows.part(0, begin)
-
-
-@lru_cache(maxsize=1)
-def corpus_of_new_domain() -> CorpusSet:
-    if not shards(NEW_DOMAIN):
-        texts = [p.prompt for p in sample_prompts() if p.domain == NEW_DOMAIN]
-        prompts = [CorpusPrompt(NEW_DOMAIN, number, text) for number, text in enumerate(texts)]
-        answered = Target(target_folder()).answer(prompts)
-        for shard in range(math.ceil(len(prompts) / SHARD)):
-            mine = [one for one in answered if one.number // SHARD == shard]
-            write_shard(DATA / NEW_DOMAIN / f"{shard:04d}.npz", mine)
-    return corpus(NEW_DOMAIN)
+STATIONARY = "stationary"
+#: By case: the new form, and after how many of its requests a run begins.
+TURNS = {
+    "turn": (TICKET, (100, 200, 400)),
+    "turn-sampled": (SAMPLED, (100, 200)),
+    "turn-chats": (CHATS, (100, 200)),
+}
+WINDOW, OLD, HELD_OUT_NEW, HELD_OUT_OLD = 100, 120, 60, 40
+SHIPPED = TrainSettings(depth=4, topk=4, nodes=16)
 
 
 @lru_cache(maxsize=1)
@@ -113,37 +65,145 @@ def static() -> Drafter:
     return checkpoint.load(STATIC, target_layers=layers).float().eval()
 
 
-def run(case: str, name: str, seed: int) -> dict[str, Any]:
-    """One training run and what came of it; differences in percent of the static drafter's."""
-    settings = RECIPES[name].model_copy(update={"seed": seed})
-    seen = traffic(case, seed, settings)
-    rate = peak_rate(settings, math.inf)
-    trained = train(
-        static(), seen.train, head(), settings.model_copy(update={"learning_rate": rate})
-    ).drafter
-    alpha, chosen = 1.0, trained
-    if name == "now":
-        found = line_search.search(static(), static(), trained, seen.dev, head(), settings)
-        alpha, chosen = found.alpha, found.drafter
-        print(f"{case} {seed}: {found.metrics}", file=sys.stderr, flush=True)
-    replays = replay_both(static(), chosen, readable(seen.held_out), head(), settings)
-    judged = judge(*replays, fewest=settings.min_gate_requests, seed=settings.seed)
-    whole = judged.overall
-    domains = {domain: found for domain, (found, _) in judged.by_domain.items()}
-    olds = {d: found for d, found in domains.items() if d != NEW_DOMAIN}
-    worst = min(olds.values(), key=lambda found: found.difference / found.baseline)
-    fresh = domains.get(NEW_DOMAIN, whole)
-    return {
-        "case": case, "recipe": name, "seed": seed, "rate": f"{rate:.1e}", "alpha": alpha,
-        "of": "new" if case == NEW else "chat", "static": fresh.baseline, "then": fresh.candidate,
-        "difference": fresh.difference, "95% or 90%": _interval(fresh),
-        "worst old %": round(100 * worst.difference / worst.baseline, 2),
-        "gate": judged.verdict, "why": judged.reason,
-    }  # fmt: skip
+@lru_cache(maxsize=1)
+def old_held_out() -> dict[str, CorpusSet]:
+    return {domain: held_out(domain).part(0, HELD_OUT_OLD) for domain in DOMAINS}
 
 
-def _interval(found: Difference) -> str:
-    return f"{found.ci_low:+.3f} to {found.ci_high:+.3f}"
+def new_form(name: str, seed: int) -> tuple[CorpusSet, CorpusSet]:
+    """(held out, served): whole conversations, the served ones in an order of the seed's own."""
+    by_chat: dict[str, list[Any]] = {}
+    for place in corpus(name).rows:
+        by_chat.setdefault(place.answered.key, []).append(place)
+    chats = list(by_chat.values())
+    turns = max(map(len, chats))
+    first, rest = chats[: HELD_OUT_NEW // turns], chats[HELD_OUT_NEW // turns :]
+    random.Random(seed).shuffle(rest)
+    return _set(first), _set(rest)
+
+
+def _set(chats: Sequence[Sequence[Any]]) -> CorpusSet:
+    return CorpusSet(tuple(place for chat in chats for place in chat))
+
+
+class Bench:
+    """Runs cells that are missing, and reads those that are there."""
+
+    def __init__(self) -> None:
+        self.cells = Cells("mature_drafter")
+
+    def run(self, case: str, seed: int) -> None:
+        if self.cells.get(**_key(case, seed)):
+            return
+        settings = SHIPPED.model_copy(update={"seed": seed})
+        began = time.process_time()
+        with tempfile.TemporaryDirectory(prefix="aurora-loop-") as home:
+            loop = OfflineLoop(Path(home), STATIC, target_folder(), settings)
+            rows = self._stationary(loop, seed) if case == STATIONARY else self._turn(loop, case)
+        seconds = round(time.process_time() - began)
+        self.cells.put({"rows": rows, "seconds": seconds}, **_key(case, seed))
+
+    def start(self, name: str, rows: CorpusSet) -> Measured:
+        """The static drafter's replay of some held-out requests."""
+        key = {"case": "start", "of": name, "requests": len(rows)}
+        cell = self.cells.get(**key)
+        if cell is None:
+            cell = measure(static(), rows, head())
+            self.cells.put(cell, **key)
+        return cell
+
+    def _stationary(self, loop: OfflineLoop, seed: int) -> list[dict[str, Any]]:
+        own = stream("mixed", 0)
+        begin = seed * WINDOW % (len(own) - WINDOW)
+        loop.serve(own.part(begin, begin + WINDOW))
+        return [self._after(loop, WINDOW, {})]
+
+    def _turn(self, loop: OfflineLoop, case: str) -> list[dict[str, Any]]:
+        name, stops = TURNS[case]
+        judged, served = new_form(name, loop.settings.seed)
+        loop.serve(stream("mixed", loop.settings.seed).part(0, OLD))
+        rows, begin = [], 0
+        for stop in stops:
+            loop.serve(served.part(begin, stop))
+            begin = stop
+            rows.append(self._after(loop, stop, {name: judged}))
+        return rows
+
+    def _after(self, loop: OfflineLoop, count: int, new: dict[str, CorpusSet]) -> dict[str, Any]:
+        """One run, and the live version's replays by domain where it changed."""
+        outcome, live = loop.train(), loop.live_id()
+        row: dict[str, Any] = {
+            "served": count, "status": outcome.status, "verdict": outcome.verdict,
+            "reason": outcome.reason or outcome.error, "promoted": live == outcome.version_id,
+            "alpha": outcome.metrics.get("alpha"), "replays": {},
+        }  # fmt: skip
+        _say({name: value for name, value in row.items() if name != "replays"})
+        sets = {**old_held_out(), **new}
+        changed = live != 1
+        drafter = loop.load(live) if changed else None
+        for name, rows in sets.items():
+            before = self.start(name, rows)
+            row["replays"][name] = measure(drafter, rows, head()) if drafter else before
+            now = {s: round(accept_length(row["replays"][name], s), 3) for s in SHAPES}
+            _say(f"  {name}: {now}")
+        return row
+
+    def against_static(self, row: dict[str, Any], names: Sequence[str], shape: str) -> Any:
+        """The difference of the live version to the static drafter, some domains together."""
+        starts = {name: [self.start(name, self._rows_of(name))] for name in names}
+        return paired(
+            pooled_by_request(starts),
+            pooled_by_request({name: [row["replays"][name]] for name in names}),
+            shape,
+        )
+
+    def _rows_of(self, name: str) -> CorpusSet:
+        return old_held_out()[name] if name in DOMAINS else new_form(name, 0)[0]
+
+
+def _key(case: str, seed: int) -> dict[str, Any]:
+    stops = TURNS.get(case, (case, (WINDOW,)))
+    plain = settings_hash(SHIPPED.model_copy(update={"seed": 0}), list(stops), OLD)
+    return {"case": case, "seed": seed, "settings": plain}
+
+
+def _say(what: Any) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def turns(bench: Bench, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    table = []
+    for case, (name, _) in TURNS.items():
+        for seed in seeds:
+            cell = bench.cells.get(**_key(case, seed))
+            for row in cell["rows"] if cell else ():
+                line: dict[str, Any] = {"case": case, "seed": seed, "requests": row["served"]}
+                for shape in SHAPES:
+                    new = bench.against_static(row, [name], shape)
+                    old = bench.against_static(row, DOMAINS, shape)
+                    line[f"new, {shape}"] = f"{new.baseline:.3f} to {new.candidate:.3f}"
+                    line[f"ratio, {shape}"] = new.candidate / new.baseline
+                    line[f"old, {shape}"] = f"{100 * old.difference / old.baseline:+.1f}%"
+                table.append(line | {"gate": row["verdict"], "why": row["reason"]})
+    return table
+
+
+def stationary(bench: Bench) -> list[dict[str, Any]]:
+    table = []
+    for key, cell in bench.cells:
+        if key != _key(STATIONARY, key.get("seed", -1)):
+            continue
+        row = cell["rows"][0]
+        later = bench.against_static(row, DOMAINS, "tree")
+        table.append(
+            {
+                "seed": key["seed"], "gate": row["verdict"], "why": row["reason"],
+                "promoted": row["promoted"], "alpha": row["alpha"],
+                "later": f"{later.difference:+.3f} ({later.ci_low:+.3f} to {later.ci_high:+.3f})"
+                if row["promoted"] else "-",
+            }
+        )  # fmt: skip
+    return table
 
 
 def main() -> None:
@@ -151,19 +211,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--cases", nargs="+", choices=[OWN, NEW], default=[OWN, NEW])
+    parser.add_argument("--cases", nargs="+", choices=[*TURNS, STATIONARY], default=list(TURNS))
+    parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    head()
-    corpus_of_new_domain()
-    rows = []
-    for seed in given.seeds:
-        for case in given.cases:
-            for name in given.recipes:
-                rows.append(run(case, name, seed))
-                print(rows[-1], file=sys.stderr, flush=True)
-    report("a run from a well-trained drafter", rows, as_json=given.json, keep="mature_drafter")
+    bench = Bench()
+    if not given.show:
+        head()
+        for seed in given.seeds:
+            for case in given.cases:
+                _say(f"{case}, seed {seed}")
+                bench.run(case, seed)
+    if rows := turns(bench, given.seeds):
+        report("the live version against the static drafter", rows, as_json=given.json)
+    if rows := stationary(bench):
+        report("one run on traffic that the drafter knows", rows, as_json=given.json)
 
 
 if __name__ == "__main__":

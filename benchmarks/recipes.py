@@ -9,14 +9,19 @@ bfloat16, as a chain of 4 and as the demo's tree (depth 4, top-k 4, 16 nodes).
 AdamW at a constant rate, batches of 8 requests, one pass, gradient clip 2.5, the last weights. Its
 rate is the best of ``RATES`` on seed 0 of each domain, so that it is no straw man.
 *aurora batch 1* is the same with one request an update, at its own best rate.
-*ours* trains in rounds, as the scheduler starts them (``learning.ROUNDS``), with ``OURS``.
-*ours equal time* may take no more of the processor's time than *aurora* took for as many requests.
+*shipped* is the loop as it ships, without a server (``learning.as_shipped``): a run after each of
+``ROUNDS`` requests; what is measured is the version that is live then. A quarter of its requests
+are never trained on, they choose and judge.
+*shipped equal time* may take no more of the processor's time than *aurora* took for as many
+requests, *shipped equal time 1* no more than *aurora batch 1*; line search and gate count too.
+*ours* and *ours equal time* are what was measured on an H200 before: ``OURS`` (more updates, a
+larger share of the vocabulary) in rounds, without line search and gate.
 
 Nothing of our recipe was tuned on these cells: the trainer's defaults were measured on the demo's
 own prompts (``TrainSettings`` says what), and the rest of ``OURS`` and ``EQUAL_TIME`` was written
 down before their first cell was run. The ratio is pooled gain over pooled gain, over the cells in
 which Aurora's gain exceeds 0.05, with a bootstrap interval over held-out requests and seeds, with
-one seed over requests alone.
+one seed over requests alone. All clocks count from before the optimizer is made.
 ``--search 0`` tries no rates where none were tried yet, and takes the middle one.
 
     python -m benchmarks.recipes [--until 400] [--seeds 0 1 2] [--domains narrow chat mixed]
@@ -37,7 +42,15 @@ from typing import Any
 import numpy as np
 
 from aurora_sgl.training.settings import TrainSettings
-from benchmarks.learning import ROUNDS, Learned, head, in_rounds, one_stream, untrained
+from benchmarks.learning import (
+    ROUNDS,
+    Learned,
+    as_shipped,
+    head,
+    in_rounds,
+    one_stream,
+    untrained,
+)
 from benchmarks.measure import SHAPES, Measured, accept_length, mean, measure, paired, spread
 from benchmarks.ratio import Cell, pooled
 from benchmarks.results import Cells, settings_hash
@@ -48,6 +61,10 @@ CHECKPOINTS = (50, 100, 200, 400, 1000)
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 2e-3, 4e-3)
 LEAST_GAIN = 0.05
+#: What runs when none is named: the opponents first, whose time the others may take.
+RECIPES = (
+    "aurora", "aurora batch 1", "shipped", "shipped equal time", "shipped equal time 1",
+)  # fmt: skip
 
 AURORA = TrainSettings(
     objective="forward_kl", steps=5, step_decay=0.8, passes=1, schedule="constant", warmup=0,
@@ -55,6 +72,7 @@ AURORA = TrainSettings(
     vocabulary_threshold=0.0,
 )  # fmt: skip
 OURS = TrainSettings(objective="forward_kl", least_updates=400, vocabulary_threshold=0.99)
+SHIPPED = TrainSettings(depth=4, topk=4, nodes=16)
 EQUAL_TIME = OURS.model_copy(update={"steps": 2, "train_on_prompt": False})
 
 #: What is taken out of our recipe, or put in, one at a time.
@@ -90,7 +108,13 @@ class Bench:
         return found
 
     def get(
-        self, settings: TrainSettings, domain: str, seed: int, served: int, *, timed: bool = False
+        self,
+        settings: TrainSettings,
+        domain: str,
+        seed: int,
+        served: int,
+        *,
+        timed: bool | str = False,
     ) -> dict[str, Any] | None:
         return self.cells.get(**_key(settings, domain, seed, served, timed))
 
@@ -104,7 +128,7 @@ class Bench:
         rival: TrainSettings | None = None,  # whose time ours may take
     ) -> None:
         """All checkpoints of one recipe on one domain and seed, those that are missing."""
-        timed = rival is not None
+        timed = _timed(rival)
         settings = settings.model_copy(update={"seed": seed})
         stops = [n for n in CHECKPOINTS if n <= until]
         if all(self.get(settings, domain, seed, n, timed=timed) for n in stops):
@@ -112,11 +136,13 @@ class Bench:
         self.before(domain, seed)
         requests = stream(domain, seed).part(0, until).prepare()
         learned: Iterator[Learned]
-        if settings.schedule == "constant" and settings.warmup == 0:
+        budget = self._budget(rival, domain, seed) if rival is not None else None
+        if is_shipped(settings):
+            learned = as_shipped(untrained(seed), requests, settings, stops, budget=budget)
+        elif settings.schedule == "constant" and settings.warmup == 0:
             learned = one_stream(untrained(seed), requests, settings, stops)
         else:
             name = str(_key(settings, domain, seed, 0, timed))
-            budget = self._budget(rival, domain, seed) if rival is not None else None
             learned = in_rounds(
                 untrained(seed), requests, settings, stops, budget=budget, name=name
             )
@@ -166,16 +192,29 @@ class Bench:
 
 
 def _key(
-    settings: TrainSettings, domain: str, seed: int, served: int, timed: bool
+    settings: TrainSettings, domain: str, seed: int, served: int, timed: bool | str
 ) -> dict[str, Any]:
-    """``timed`` cells also depend on the machine: their limit is another recipe's time."""
+    """``timed`` cells also depend on the machine: their limit is another recipe's time; a text
+    says whose, where it is not that of batches of 8."""
+    how = ("shipped",) if is_shipped(settings) else ()
+    plain = settings.model_copy(update={"seed": 0})
     return {
-        "recipe": settings_hash(settings.model_copy(update={"seed": 0}), ROUNDS, HELD_OUT),
+        "recipe": settings_hash(plain, ROUNDS, HELD_OUT, *how),
         "timed": timed,
         "domain": domain,
         "seed": seed,
         "served": served,
     }
+
+
+def is_shipped(settings: TrainSettings) -> bool:
+    return settings.model_copy(update={"seed": 0}) == SHIPPED
+
+
+def _timed(rival: TrainSettings | None) -> bool | str:
+    if rival is None:
+        return False
+    return "batch 1" if rival.batch_requests == 1 else True
 
 
 def _say(text: str) -> None:
@@ -194,7 +233,17 @@ def rivals(bench: Bench) -> dict[str, Any]:
         "aurora batch 1": lambda domain: best(one, domain),
         "ours": lambda domain: OURS,
         "ours equal time": lambda domain: EQUAL_TIME,
+        "shipped": lambda domain: SHIPPED,
+        "shipped equal time": lambda domain: SHIPPED,
+        "shipped equal time 1": lambda domain: SHIPPED,
     }
+
+
+def timed_of(name: str) -> bool | str:
+    """As a part of the key of the cells of a recipe of :func:`rivals`."""
+    if name.endswith("time 1"):
+        return "batch 1"
+    return "equal" in name
 
 
 def compared(bench: Bench, mine: str, rival: str = "aurora") -> list[Cell]:
@@ -204,7 +253,7 @@ def compared(bench: Bench, mine: str, rival: str = "aurora") -> list[Cell]:
         for seed in SEEDS:
             for served in CHECKPOINTS:
                 one = bench.get(settings[rival](domain), domain, seed, served)
-                timed = mine == "ours equal time"
+                timed = timed_of(mine)
                 other = bench.get(settings[mine](domain), domain, seed, served, timed=timed)
                 if one and other:
                     start = bench.before(domain, seed)
@@ -219,7 +268,7 @@ def by_checkpoint(bench: Bench, shape: str) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"domain": domain, "requests": served, "seeds": 0}
             for name, of in settings.items():
                 cells = [
-                    (seed, bench.get(of(domain), domain, seed, served, timed="equal" in name))
+                    (seed, bench.get(of(domain), domain, seed, served, timed=timed_of(name)))
                     for seed in SEEDS
                 ]
                 values = [
@@ -236,10 +285,17 @@ def by_checkpoint(bench: Bench, shape: str) -> list[dict[str, Any]]:
     return rows
 
 
+BOTH = ("aurora", "aurora batch 1")
+OPPONENTS = {
+    "shipped": BOTH, "shipped equal time": BOTH[:1], "shipped equal time 1": BOTH[1:],
+    "ours": BOTH, "ours equal time": BOTH,
+}  # fmt: skip
+
+
 def ratios(bench: Bench) -> list[dict[str, Any]]:
     rows = []
-    for mine in ("ours", "ours equal time"):
-        for rival in ("aurora", "aurora batch 1"):
+    for mine, rivals_of in OPPONENTS.items():
+        for rival in rivals_of:
             cells = compared(bench, mine, rival)
             for shape in SHAPES:
                 r = pooled(cells, shape, least=LEAST_GAIN)
@@ -308,7 +364,9 @@ def main() -> None:
     parser.add_argument("--until", type=int, default=400, help="served requests")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--domains", nargs="+", default=list(NAMES), choices=NAMES)
-    parser.add_argument("--recipes", nargs="+", default=["aurora", "ours", "ours equal time"])
+    parser.add_argument(
+        "--recipes", nargs="+", default=list(RECIPES), choices=(*RECIPES, "ours", "ours equal time")
+    )
     parser.add_argument("--search", type=int, default=200, help="requests to try each rate on")
     parser.add_argument(
         "--parts", nargs="*", choices=list(PARTS), metavar="PART",
@@ -323,18 +381,25 @@ def main() -> None:
     show(bench, as_json=given.json)
 
 
+def _rival(bench: Bench, name: str, domain: str) -> TrainSettings | None:
+    """Whose time a recipe may take."""
+    if "equal" not in name:
+        return None
+    return rivals(bench)["aurora batch 1" if name.endswith("time 1") else "aurora"](domain)
+
+
 def run(bench: Bench, given: argparse.Namespace) -> None:
     settings = rivals(bench)
     for seed in given.seeds:
         for domain in given.domains:
             for name in given.recipes:
                 if name.startswith("aurora"):
-                    size = 1 if name.endswith("1") else AURORA.batch_requests
+                    size = 1 if name.endswith("batch 1") else AURORA.batch_requests
                     aurora = AURORA.model_copy(update={"batch_requests": size})
                     recipe = bench.search(aurora, domain, given.search)
                 else:
                     recipe = settings[name](domain)
-                rival = bench.best_rate(AURORA, domain) if "equal" in name else None
+                rival = _rival(bench, name, domain)
                 _say(f"{name}, {domain}, seed {seed}")
                 bench.run(recipe, domain, seed, given.until, rival=rival)
     if given.parts is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from aurora_sgl.health import HealthServer, Sample
 from aurora_sgl.intervals import accept_length
 from aurora_sgl.sidecar.endpoint import HEALTH_FILE
 from aurora_sgl.sidecar.served import Sums
+from aurora_sgl.step_cost import TreeShare
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Status:
     lost: dict[str, float] = field(default_factory=dict)  # by place
     served: dict[tuple[int, str], Sums] = field(default_factory=dict)  # by version and domain
     notices: dict[str, str] = field(default_factory=dict)  # see wire.Hello
+    trees: Sequence[TreeShare] = ()  # of the server's last steps, where it chooses their trees
     oldest_unstored_seconds: float = 0.0  # age of the oldest record that the store has not
 
 
@@ -73,6 +75,24 @@ def samples(now: Status) -> Iterator[Sample]:
                      sums.verify_steps, labels)  # fmt: skip
         yield Sample("aurora_sidecar_accepted_tokens", "counter", "draft tokens accepted",
                      sums.accepted, labels)  # fmt: skip
+
+    yield from _trees(now.trees)
+
+
+def _trees(shares: Sequence[TreeShare]) -> Iterator[Sample]:
+    for one in shares:
+        labels = tuple(
+            (name, str(getattr(one, name))) for name in ("requests_at_once", "depth", "nodes")
+        )
+        yield Sample("aurora_sidecar_tree_share", "gauge", "share of the last steps that had this "
+                     "tree, where each step's tree is chosen", one.share, labels)  # fmt: skip
+        yield Sample("aurora_sidecar_tree_accept_length", "gauge",
+                     "accept length expected of these steps", one.accept_length,
+                     labels)  # fmt: skip
+    for size, count in sorted({one.requests_at_once: one.explored for one in shares}.items()):
+        yield Sample("aurora_sidecar_tree_explored", "counter",
+                     "steps that found out what another tree brings", count,
+                     (("requests_at_once", str(size)),))  # fmt: skip
 
 
 def open_health(

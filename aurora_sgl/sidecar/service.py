@@ -42,6 +42,7 @@ from aurora_sgl.sidecar.traces.assembler import AssembledTrace, TraceAssembler
 from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.intake import TraceIntake
 from aurora_sgl.sidecar.traces.writer import TraceWriter
+from aurora_sgl.step_cost import tree_shares
 from aurora_sgl.store.ingest import IngestRules
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import STALE_SECONDS
@@ -335,6 +336,7 @@ class SidecarService:
             lost=self._lost(hello),
             served=self._by_version(),
             notices={**(hello.notices if hello else {}), **self._notices()},
+            trees=tree_shares(hello.counters) if hello else (),
             oldest_unstored_seconds=age,
         )
 

@@ -19,7 +19,7 @@ import numpy as np
 
 import aurora_sgl.compat  # noqa: F401  (torchvision beside a CPU torch)
 from aurora_sgl.demo.model import demo_model
-from benchmarks.corpus.features import DEVICE
+from benchmarks.corpus.features import DEVICE, quick_dtype
 from benchmarks.corpus.prompts import DOMAINS, CorpusPrompt, corpus_prompts
 from benchmarks.corpus.shards import DATA, Answered, read_shard, shards, write_shard
 
@@ -71,28 +71,45 @@ def main() -> None:
 
 class Target:
     def __init__(self, folder: Path) -> None:
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=quick_dtype())
         self.model: Any = model.eval().to(DEVICE)
         self.stop = {self.tokenizer.eos_token_id, self.model.config.eos_token_id}
 
-    def answer(self, prompts: list[CorpusPrompt]) -> list[Answered]:
-        rows = [(prompt, self._tokens(prompt.text)) for prompt in prompts]
-        rows = [row for row in rows if len(row[1]) <= PROMPT_TOKENS]
+    def answer(
+        self,
+        prompts: list[CorpusPrompt],
+        *,
+        temperature: float = 0.0,
+        most: int = PROMPT_TOKENS,
+    ) -> list[Answered]:
+        """Answers in the order of their numbers; prompts of more than ``most`` tokens have none."""
+        rows = [(prompt, self._tokens(prompt)) for prompt in prompts]
+        rows = [row for row in rows if len(row[1]) <= most]
         rows.sort(key=lambda row: len(row[1]))
         half = (len(rows) + 1) // 2
-        found = [one for part in (rows[:half], rows[half:]) for one in self._batch(part)]
+        parts = [part for part in (rows[:half], rows[half:]) if part]
+        found = [one for part in parts for one in self._batch(part, temperature)]
         return sorted(found, key=lambda one: one.number)
 
-    def _tokens(self, text: str) -> list[int]:
-        chat = [{"role": "user", "content": text}]
+    def text_of(self, answered: Answered) -> str:
+        """The answer alone."""
+        ids = answered.tokens[answered.prompt_tokens :].tolist()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _tokens(self, prompt: CorpusPrompt) -> list[int]:
+        chat = [
+            {"role": ("user", "assistant")[turn % 2], "content": text}
+            for turn, text in enumerate((*prompt.history, prompt.text))
+        ]
         ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
         return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
 
-    def _batch(self, rows: list[tuple[CorpusPrompt, list[int]]]) -> list[Answered]:
+    def _batch(
+        self, rows: list[tuple[CorpusPrompt, list[int]]], temperature: float
+    ) -> list[Answered]:
         import torch
 
         width = max(len(tokens) for _, tokens in rows)
@@ -103,7 +120,8 @@ class Target:
             out = self.model.generate(
                 input_ids=ids.to(DEVICE),
                 attention_mask=mask.to(DEVICE),
-                do_sample=False,
+                do_sample=temperature > 0,
+                **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}),
                 max_new_tokens=ANSWER_TOKENS,
                 eos_token_id=sorted(self.stop),
                 pad_token_id=pad,
@@ -113,7 +131,16 @@ class Target:
             ends = [at for at, token in enumerate(row) if token in self.stop]
             answer = row[: ends[0] + 1] if ends else row
             whole = np.array(tokens + answer, np.uint16)
-            found.append(Answered(prompt.domain, prompt.number, whole, len(tokens)))
+            found.append(
+                Answered(
+                    prompt.domain,
+                    prompt.number,
+                    whole,
+                    len(tokens),
+                    prompt.conversation,
+                    temperature,
+                )
+            )
         return found
 
 

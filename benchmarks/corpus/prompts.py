@@ -35,6 +35,8 @@ class CorpusPrompt:
     domain: str
     number: int
     text: str
+    history: tuple[str, ...] = ()  # earlier turns of the chat: user, assistant, user, ...
+    conversation: int = -1  # -1: a chat of one turn
 
 
 def corpus_prompts(file: Path | None = None) -> dict[str, list[CorpusPrompt]]:

@@ -1,4 +1,4 @@
-"""Shards of the corpus: token ids of prompts and greedy answers, a few hundred bytes a request."""
+"""Shards of the corpus: token ids of prompts and answers, a few hundred bytes a request."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 @dataclass(frozen=True)
 class Answered:
-    """One request: the prompt's tokens under the chat template, and the target's greedy answer."""
+    """One request: the prompt's tokens under the chat template, and the target's answer."""
 
     domain: str
     number: int
     tokens: np.ndarray  # [T] uint16, prompt and answer
     prompt_tokens: int
+    conversation: int = -1  # the chat that it is a turn of; -1: one of its own
+    temperature: float = 0.0  # 0: greedy
 
     @property
     def key(self) -> str:
-        return f"{self.domain}-{self.number}"
+        """Of the conversation."""
+        return f"{self.domain}-{self.number if self.conversation < 0 else self.conversation}"
 
 
 def write_shard(path: Path, answers: Sequence[Answered]) -> None:
@@ -36,6 +39,8 @@ def write_shard(path: Path, answers: Sequence[Answered]) -> None:
         lengths=np.array([len(one.tokens) for one in answers], np.int32),
         prompt_tokens=np.array([one.prompt_tokens for one in answers], np.int32),
         numbers=np.array([one.number for one in answers], np.int32),
+        conversations=np.array([one.conversation for one in answers], np.int32),
+        temperature=np.array(answers[0].temperature),
         domain=np.array(answers[0].domain),
     )
     beside.rename(path)
@@ -46,8 +51,11 @@ def read_shard(path: Path) -> list[Answered]:
         domain = str(file["domain"])
         ends = np.cumsum(file["lengths"])
         parts = np.split(file["tokens"], ends[:-1])
-        rows = zip(file["numbers"], parts, file["prompt_tokens"], strict=True)
-        return [Answered(domain, int(n), tokens, int(p)) for n, tokens, p in rows]
+        alone = np.full(len(ends), -1)  # shards from before chats
+        chats = file.get("conversations", alone)
+        temperature = float(file["temperature"]) if "temperature" in file else 0.0
+        rows = zip(file["numbers"], parts, file["prompt_tokens"], chats, strict=True)
+        return [Answered(domain, int(n), t, int(p), int(c), temperature) for n, t, p, c in rows]
 
 
 def shards(domain: str, data: Path = DATA) -> list[Path]:

@@ -288,6 +288,9 @@ def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_sw
 ) -> None:
     boot, new = world.server()["boot_version_id"], world.add(1)
     world.engine.counters |= {"failures": 3.0, "parts_down": 1.0}
+    world.engine.counters |= {
+        "tree_share_4_2_6": 0.75, "tree_length_4_2_6": 1.9, "tree_explored_4": 5.0
+    }  # fmt: skip
     world.engine.send(samples.started(1, boot_id=BOOT, domain="code"))
     at = wire.now_us()
     for step, accepted in enumerate((2, 1)):
@@ -311,6 +314,10 @@ def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_sw
     assert f'aurora_sidecar_accept_length{{domain="code",version="{boot}"}} 2.5' in told
     assert f'aurora_sidecar_draft_steps_total{{domain="code",version="{new}"}} 1.0' in told
     assert "aurora_sidecar_engine_parts_down 1.0" in told
+    tree = 'depth="2",nodes="6",requests_at_once="4"'
+    assert f"aurora_sidecar_tree_share{{{tree}}} 0.75" in told
+    assert f"aurora_sidecar_tree_accept_length{{{tree}}} 1.9" in told
+    assert 'aurora_sidecar_tree_explored_total{requests_at_once="4"} 5.0' in told
     assert "aurora_sidecar_swap_longest_stall_milliseconds 70.0" in told
     assert world.sidecar.get("/health")[0] == world.sidecar.get("/healthz")[0]
     (swap,) = wait_until(lambda: world.rows("SELECT * FROM swap WHERE longest_stall_ms > 0"))
