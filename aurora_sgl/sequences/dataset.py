@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -171,6 +171,7 @@ def build(
     weights: Mapping[int, float] | None = None,
     after_rejection_weight: float = 1.0,
     most_gate: int | None = None,
+    trained: Collection[int] = (),
 ) -> Dataset:
     """Choose and split requests. Only tokens are read here; features when a request is used.
 
@@ -179,8 +180,9 @@ def build(
     (``short``), whose cached prefix no trace holds (``prefix``), whose file is missing or broken
     (``broken``), and those that nearly repeat a prompt on another side (``duplicate``); from dev
     and gate also those whose accept rule replay does not cover. The gate gets the first
-    ``most_gate`` usable ones, as they come; files of later ones are not looked at. The other
-    options are :class:`Loader`'s.
+    ``most_gate`` usable ones, as they come; files of later ones are not looked at. ``trained``:
+    requests that were learnt from already, so that the gate gets nothing that nearly repeats them.
+    The other options are :class:`Loader`'s.
     """
     rows = list(rows)
     ids = {row.request_id for row in rows}
@@ -194,7 +196,8 @@ def build(
         after_rejection_weight=after_rejection_weight,
     )
     data = Dataset(SequenceSet(loader), SequenceSet(loader), SequenceSet(loader), Counter())
-    choice = _Choice(prefixes, partial(split_of, dev_share=dev_share, gate_share=gate_share))
+    shares = partial(split_of, dev_share=dev_share, gate_share=gate_share)
+    choice = _Choice(prefixes, shares, trained)
     held_out = deque(row for row in rows if choice.own_side(row) == "gate")
     for row in rows:
         if choice.own_side(row) != "gate":
@@ -224,8 +227,10 @@ def build(
 class _Choice:
     """Requests that were looked at: those that can be used, and why the others can't."""
 
-    def __init__(self, prefixes: Prefixes, split: Callable[[str], str]) -> None:
-        self.prefixes, self.split = prefixes, split
+    def __init__(
+        self, prefixes: Prefixes, split: Callable[[str], str], trained: Collection[int]
+    ) -> None:
+        self.prefixes, self.split, self.trained = prefixes, split, trained
         self.usable: list[tuple[RecentRequest, tuple[Piece, ...]]] = []
         self.tokens: dict[int, NDArray[np.int32]] = {}
         self.left_out: Counter[str] = Counter()
@@ -254,7 +259,7 @@ class _Choice:
             ids = ((row.request_id, row.output_start) for row, _ in self.usable)
             shared = near_duplicates({one: self.tokens[one][:start] for one, start in ids})
         rows = (row for row, _ in self.usable)
-        return sides(rows, shared, dev_share=dev_share, gate_share=gate_share)
+        return sides(rows, shared, dev_share=dev_share, gate_share=gate_share, trained=self.trained)
 
     def _check(self, row: RecentRequest) -> tuple[str, tuple[Piece, ...] | None]:
         judged = self.own_side(row) != "train"

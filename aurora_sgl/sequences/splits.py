@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from aurora_sgl.sequences.sequence import TargetSampling
@@ -127,13 +127,15 @@ def sides(
     *,
     dev_share: float,
     gate_share: float,
+    trained: Collection[int] = (),
 ) -> dict[int, str]:
     """``train``, ``dev``, ``gate`` or ``duplicate`` (on no side) for each request id.
 
     A request is on the side of its conversation. Near-duplicates of several conversations have a
     side of their own, and members whose conversation is on another side are left out: no prompt
     is trained on that a held-out one nearly repeats, and a held-out conversation stays so in
-    every run, whatever else is looked at.
+    every run, whatever else is looked at. What nearly repeats a request that was ``trained`` on
+    already is on its side.
     """
 
     def of(key: str) -> str:
@@ -144,10 +146,11 @@ def sides(
     for row in rows:
         if row.request_id in alike:
             keys[alike[row.request_id]].add(split_key(row))
+    learnt = {alike[request_id] for request_id in trained if request_id in alike}
     side_of = {}
     for row in rows:
         own = of(split_key(row))
         group = alike.get(row.request_id, "")
-        shared = own if len(keys[group]) < 2 else of(group)
+        shared = own if len(keys[group]) < 2 else "train" if group in learnt else of(group)
         side_of[row.request_id] = own if own == shared else "duplicate"
     return side_of

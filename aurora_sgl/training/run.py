@@ -31,8 +31,6 @@ from aurora_sgl.private import make_folder
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.sequences import dataset
 from aurora_sgl.sequences.held_out import HeldOut, held_out_of
-from aurora_sgl.sequences.sample_weights import by_recency
-from aurora_sgl.sequences.trace_cache import TraceFiles
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
 from aurora_sgl.training import line_search, reservoir
@@ -40,7 +38,8 @@ from aurora_sgl.training.bases import BaseIds, Bases, base_ids, base_ratio, load
 from aurora_sgl.training.maturity import peak_rate, trained_tokens
 from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
 from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
-from aurora_sgl.training.selection import HELD_OUT, Selection, select
+from aurora_sgl.training.run_data import RunData
+from aurora_sgl.training.selection import Selection, select
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import Progress, TrainResult, train
 
@@ -173,8 +172,9 @@ class _Run:
             try:
                 result = self._train(start, data, head, recipe, checkpoints)
                 chosen = self._search(live, start, result, data, head)
-                self._say({"event": "gate", "requests": len(data.gate)})
-                replays = replay_both(live, chosen, data.gate.readable(), head, self.settings)
+                gate = _waiting(lambda: self._gate(base, examples))
+                self._say({"event": "gate", "requests": len(gate)})
+                replays = replay_both(live, chosen, gate.readable(), head, self.settings)
                 result = replace(result, drafter=chosen)
                 _waiting(lambda: self._require_not_purged(examples))
                 outcome = _waiting(lambda: self._keep(bases.ids, result, replays, work))
@@ -223,32 +223,17 @@ class _Run:
 
     def _data(self, base: Drafter, selection: Selection) -> dataset.Dataset:
         settings = self.settings
-        data = dataset.build(
-            [*selection.window, *selection.replay, *selection.dev, *selection.held_out],
-            TraceFiles(self.artifacts, get_settings().home / "cache"),
-            base.config,
-            dev_share=settings.dev_share,
-            gate_share=settings.gate_share,
-            donors=selection.recent,
-            steps_of=_Steps(self.engine) if settings.needs_log else None,
-            weights=by_recency(selection.window, settings.recency_half_life),
-            after_rejection_weight=settings.after_rejection_weight,
-            most_gate=HELD_OUT,
-        )
-        gate = [row for row, _ in data.gate.items]
-        self.judged = held_out_of(gate, selection.not_judged + data.held_out_left)
+        data = self._sources(base).training(selection)
         if selection.span is not None:
             self.columns["window_start"], self.columns["window_end"] = selection.span
         self.columns["requests"] = len(data.train)
         self.columns["metrics"] = {
             **self.columns.get("metrics", {}),
             "left_out": dict(data.left_out),
-            "gate_requests": len(data.gate),
-            "gate_rules": self.judged.by_rule,
-            "gate_left_out": self.judged.left_out,
             "replayed_requests": len(selection.replay),
             "reservoir_requests": len(selection.reservoir),
         }
+        self._note_held_out(data, selection)
         self._say({"event": "window", "requests": len(data.train), "gate": len(data.gate)})
         if len(data.train) < settings.min_requests:
             raise Skipped(
@@ -256,6 +241,23 @@ class _Run:
                 + (f" (left out: {dict(data.left_out)})" if data.left_out else "")
             )
         return data
+
+    def _gate(self, base: Drafter, examples: list[int]) -> dataset.SequenceSet:
+        data, newest = self._sources(base).newest_held_out(examples)
+        self._note_held_out(data, newest)
+        return data.gate
+
+    def _sources(self, base: Drafter) -> RunData:
+        return RunData(self.engine, self.artifacts, self.group_id, self.settings, base.config)
+
+    def _note_held_out(self, data: dataset.Dataset, selection: Selection) -> None:
+        gate = [row for row, _ in data.gate.items]
+        self.judged = held_out_of(gate, selection.not_judged + data.held_out_left)
+        self.columns["metrics"] |= {
+            "gate_requests": len(gate),
+            "gate_rules": self.judged.by_rule,
+            "gate_left_out": self.judged.left_out,
+        }
 
     def _note_examples(self, examples: list[int]) -> None:
         """So that a purge can name the version that learnt from a request."""
@@ -396,23 +398,6 @@ class _Run:
     def _say(self, event: dict[str, Any]) -> None:
         if self.progress is not None:
             self.progress(event)
-
-
-class _Steps:
-    """Verify steps of a request from the store; picklable, for workers of their own."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.url = engine.url.render_as_string(hide_password=False)
-        self.engine: Engine | None = engine
-
-    def __call__(self, request_id: int) -> list[dict[str, Any]]:
-        if self.engine is None:
-            self.engine = store.connect(self.url)
-        with store.session(self.engine, write=False) as s:
-            return queries.events.events(s, request_id)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "engine": None}
 
 
 def _waiting(work: Callable[[], T]) -> T:

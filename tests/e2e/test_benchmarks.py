@@ -1,6 +1,7 @@
 """Benchmarks run: those that need neither a server nor minutes of training, at the smallest size
 that means anything. Those of learning show their committed cells. What they measure is nobody's
-business here; that they end, and print a row, is."""
+business here; that they end, and print a row, is. The others at least load and know their
+arguments."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ COMMANDS = [
     "trace_room --hidden 256 --tokens 64 --gib 0.002",
     "wide {folder}/wide --hidden 512 --layers 4 --bytes 2e7",
     "objectives --show",
+    "recipes --show",
     "domain_shift --trained 400 --each 600 --show --cells benchmarks/results/h200",
     "fuzz --count 40 --kind settings",
 ]
@@ -45,3 +47,31 @@ def test_a_benchmark_ends_and_prints_what_it_measured(
     assert done.returncode in (0, 1) and done.stdout.strip(), words[-3:]
     if "--json" in arguments:
         assert json.loads(done.stdout)
+
+
+ELSEWHERE = {"llama_cpp_server"}  # runs in an environment that lacks this project
+_START = """
+import contextlib, importlib, io, sys
+for name in sys.argv[1].split(","):
+    module, text = importlib.import_module(f"benchmarks.{name}"), io.StringIO()
+    sys.argv[1:] = ["--help"]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
+        module.main()
+    assert "usage:" in text.getvalue(), name
+print("all")
+"""
+
+
+def test_every_benchmark_starts() -> None:
+    names = [
+        ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
+        for path in sorted((ROOT / "benchmarks").rglob("*.py"))
+        if "def main(" in path.read_text() and path.stem not in ELSEWHERE
+    ]
+    assert len(names) > 30
+    done = subprocess.run(
+        [sys.executable, "-c", _START, ",".join(names)],
+        cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "all", done.stderr[-600:]

@@ -37,7 +37,7 @@ from aurora_sgl.store import connection, queries
 from aurora_sgl.store.models import Evaluation, Request, TrainingRequest, TrainingRun
 from aurora_sgl.store.pruning.kept import RESERVOIR
 from aurora_sgl.store.purge import Selector, begin_purge
-from aurora_sgl.training import run, selection
+from aurora_sgl.training import run_data, selection
 from aurora_sgl.training.bases import BaseIds, base_ids, base_ratio
 from aurora_sgl.training.recipe_bandit import ARMS
 from aurora_sgl.training.run import train_once
@@ -58,14 +58,14 @@ class House:
     live: int
     rule_of: Callable[[int], str] = lambda number: "greedy"
 
-    def serve(self, count: int) -> None:
+    def serve(self, count: int, first: int = 0) -> None:
         """Requests as the sidecar would have stored them, with their trace files."""
         head = TargetHead.load(self.target)
         with store.session(self.engine) as s:
             group = queries.groups.group_by_name(s, "default")
             hello = wire.Hello(7, 1, {"name": "tiny"}, 0, 0, 0, {})
             server = queries.servers.register_server(s, group.id, hello)
-            for sequence in requests(head, count):
+            for sequence in requests(head, count)[first:]:
                 self._store(s, server.id, sequence)
 
     def _store(self, s: Any, server_id: int, sequence: Any) -> None:
@@ -233,12 +233,44 @@ def test_what_replay_does_not_cover_is_left_out_counted_and_said(house: House, r
 def test_what_can_be_judged_is_chosen_before_the_newest_are_cut(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "HELD_OUT", 5)
+    monkeypatch.setattr(run_data, "HELD_OUT", 5)
     house.rule_of = lambda number: "block_verification" if number >= 40 else "target_sampling"
     house.serve(60)  # the newest twenty can't be judged
     outcome = train_once(house.engine, house.artifacts, "default", BRIEF, trigger="test")
     assert outcome.metrics["gate_requests"] == 5, outcome.reason
     assert outcome.metrics["gate_left_out"]["block_verification"] >= 2
+
+
+def test_the_gate_judges_on_what_was_served_while_the_run_trained(house: House) -> None:
+    """But on no prompt that the run has learnt from meanwhile, whichever side that should be on."""
+    house.serve(30)
+    told: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+
+    def once(event: dict[str, Any]) -> None:
+        if event["event"] == "update" and not told:
+            told.append(event)
+            house.serve(90, first=30)
+        elif event["event"] in ("window", "gate"):
+            counts[event["event"]] = (
+                event["gate"] if event["event"] == "window" else event["requests"]
+            )
+
+    outcome = train_once(
+        house.engine, house.artifacts, "default", BRIEF, trigger="test", progress=once
+    )
+    assert counts["gate"] > counts["window"]
+    with store.session(house.engine, write=False) as s:
+        judged = s.get_one(Evaluation, outcome.evaluation_id).details["requests"]
+        learnt = set(s.scalars(select(TrainingRequest.request_id)))
+    assert len(judged) == outcome.metrics["gate_requests"] == counts["gate"]
+    late = {wire.request_id(7, n + 1) for n in range(30, 90)}
+    assert {row[0] for row in judged} & late and not learnt & late
+    served = requests(TargetHead.load(house.target), 90)
+    prompt = {wire.request_id(7, n + 1): one.tokens[:6].tolist() for n, one in enumerate(served)}
+    trained = [prompt[number] for number in learnt]
+    assert [row[0] for row in judged if prompt[row[0]] in trained] == []
+    assert sum(prompt[n] in trained for n in late) > 10, "many of them repeat one"
 
 
 def rollout_group(house: House) -> Any:
