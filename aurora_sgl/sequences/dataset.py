@@ -19,6 +19,7 @@ from aurora_sgl.sequences.near_duplicates import near_duplicates
 from aurora_sgl.sequences.prefixes import Locate, Piece, Prefixes
 from aurora_sgl.sequences.sample_weights import by_rejection
 from aurora_sgl.sequences.sequence import LoggedProposal, Sequence, readable
+from aurora_sgl.sequences.shared_prefixes import own_rows
 from aurora_sgl.sequences.splits import (
     conversation_of,
     is_constrained,
@@ -58,6 +59,7 @@ class Loader:
         self.config, self.locate, self.cache_bytes = config, locate, cache_bytes
         self.steps_of, self.weights = steps_of, weights or {}
         self.after_rejection_weight = after_rejection_weight
+        self.train_from: Mapping[int, int] = {}  # by request, see ``shared_prefixes.own_rows``
         self.cache: OrderedDict[int, Sequence] = OrderedDict()
         self.held = 0
 
@@ -111,6 +113,7 @@ class Loader:
             sampling=sampling_of(row.sampling),
             proposals=tuple(proposal_of(step) for step in steps if step["depth"]),
             weights=self._weights(row, steps, min(len(own.tokens) - 1, row.end)),
+            train_from=self.train_from.get(row.request_id, 0),
         )
 
     def _weights(
@@ -142,8 +145,9 @@ class SequenceSet:
         return readable(self)
 
     def length(self, index: int) -> int:
-        """Rows of a request, without reading its file."""
-        return self.items[index][0].end
+        """Rows of a request that are its own, without reading its file."""
+        row = self.items[index][0]
+        return row.end - self.loader.train_from.get(row.request_id, 0)
 
 
 @dataclass
@@ -172,6 +176,7 @@ def build(
     after_rejection_weight: float = 1.0,
     most_gate: int | None = None,
     trained: Collection[int] = (),
+    repeat_prefixes: bool = True,
 ) -> Dataset:
     """Choose and split requests. Only tokens are read here; features when a request is used.
 
@@ -182,7 +187,8 @@ def build(
     and gate also those whose accept rule replay does not cover. The gate gets the first
     ``most_gate`` usable ones, as they come; files of later ones are not looked at. ``trained``:
     requests that were learnt from already, so that the gate gets nothing that nearly repeats them.
-    The other options are :class:`Loader`'s.
+    Without ``repeat_prefixes`` rows of a prompt that several requests of ``train`` have are trained
+    on in one of them. The other options are :class:`Loader`'s.
     """
     rows = list(rows)
     ids = {row.request_id for row in rows}
@@ -221,6 +227,13 @@ def build(
             choice.leave_out(side, row)
         if side == "train":
             data.counts.update(choice.tokens[row.request_id][row.output_start :].tolist())
+    if not repeat_prefixes:
+        loader.train_from = own_rows(
+            {
+                row.request_id: (choice.tokens[row.request_id], row.output_start)
+                for row, _ in data.train.items
+            }
+        )
     return data
 
 

@@ -56,6 +56,7 @@ class Sequence:
     sampling: TargetSampling | None = None  # None: greedy, or not known
     proposals: tuple[LoggedProposal, ...] = ()  # what servers drafted, where the store knows it
     weights: torch.Tensor | None = None  # [rows] float32: how much a base row counts; None: 1
+    train_from: int = 0  # first base row that is trained on here, see ``shared_prefixes``
 
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 1 and self.features.ndim == 2

@@ -76,7 +76,7 @@ class BatchLoss:
         """Base rows to train: row b needs the log's token and the target at position b + 1."""
         last = min(sequence.rows, len(sequence.last) - 1, len(sequence.tokens) - 2)
         first = 0 if self.settings.train_on_prompt else max(0, sequence.output_start - 1)
-        return max(first, last - self.settings.max_rows), last
+        return max(first, sequence.train_from, last - self.settings.max_rows), last
 
     def _parts(self, batch: List[tuple[int, Sequence]]) -> Iterator[RequestPart]:
         for index, sequence in batch:

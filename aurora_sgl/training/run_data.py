@@ -39,6 +39,7 @@ class RunData:
             steps_of=_Steps(self.engine) if settings.needs_log else None,
             weights=by_recency(selection.window, settings.recency_half_life),
             after_rejection_weight=settings.after_rejection_weight,
+            repeat_prefixes=settings.repeat_prefixes,
         )
 
     def newest_held_out(self, learnt: list[int]) -> tuple[dataset.Dataset, Selection]:

@@ -70,6 +70,10 @@ class TrainSettings(ObjectiveSettings):
     prompt_weight: float = Field(default=1.0, ge=0)
     """Weight of a prompt position against an answer position."""
 
+    repeat_prefixes: bool = False
+    """Whether rows that several prompts begin with (a system prompt, the earlier turns of a chat)
+    are trained on in each of them, and not once."""
+
     after_rejection_weight: float = Field(default=1.0, gt=0)
     """Weight of rows from which the serving drafter drafted right after a rejection and failed
     again, against other answer rows; in between where it partly failed."""

@@ -273,6 +273,20 @@ def test_the_gate_judges_on_what_was_served_while_the_run_trained(house: House) 
     assert sum(prompt[n] in trained for n in late) > 10, "many of them repeat one"
 
 
+def test_rows_that_several_prompts_begin_with_are_trained_on_once(house: House) -> None:
+    house.serve(60)  # of so small a vocabulary: many have one prompt
+    tokens = {}
+    for repeat in (True, False):
+        settings = BRIEF.model_copy(update={"repeat_prefixes": repeat})
+        outcome = train_once(house.engine, house.artifacts, "default", settings, trigger="test")
+        assert outcome.status == "succeeded"
+        run = house.runs()[-1]
+        tokens[repeat] = run.tokens
+        rows = 22 * run.requests  # each has 24 tokens, 6 of them a prompt
+        assert tokens[repeat] == rows if repeat else rows * 17 / 22 < tokens[repeat] < rows
+    assert tokens[False] < tokens[True]
+
+
 def rollout_group(house: House) -> Any:
     with store.session(house.engine, write=False) as s:
         return queries.groups.group_by_name(s, "default")
