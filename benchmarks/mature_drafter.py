@@ -8,10 +8,10 @@ gate and promotion are those of the product. Cases:
 *stationary*: 100 requests of the drafter's own three domains in turns and one training run; each
 seed has other requests. A version that the gate lets through is replayed on later traffic of its
 domains.
-*turn*: 120 of the old domains' requests, then 400 of a form that it has never seen, with a run
-after 100, 200 and 400 of them; *turn-sampled* has 200 at temperature 0.7, *turn-chats* 50 sampled
-chats of four turns (see ``corpus.new_traffic``). After each run the live version is replayed on 60
-held-out requests of the new form and on 120 of the old domains.
+*turn*: 120 of the old domains' requests, then 320 of a form that it has never seen, with a run
+after 100, 200 and 320 of them; *turn-sampled* has 140 at temperature 0.7, *turn-chats* 30 sampled
+chats of four turns (see ``corpus.new_traffic``). After each run the live version is replayed on
+40 to 60 held-out requests of the new form and on 120 of the old domains.
 
 Accept lengths are exact replays, served dtype, tree (depth 4, top-k 4, 16 nodes) and chain of 4.
 
@@ -51,11 +51,12 @@ STATIC = Path(__file__).with_name("static-drafter")
 STATIONARY = "stationary"
 #: By case: the new form, and after how many of its requests a run begins.
 TURNS = {
-    "turn": (TICKET, (100, 200, 400)),
-    "turn-sampled": (SAMPLED, (100, 200)),
-    "turn-chats": (CHATS, (100, 200)),
+    "turn": (TICKET, (100, 200, 320)),
+    "turn-sampled": (SAMPLED, (70, 140)),
+    "turn-chats": (CHATS, (60, 120)),
 }
-WINDOW, OLD, HELD_OUT_NEW, HELD_OUT_OLD = 100, 120, 60, 40
+WINDOW, OLD, HELD_OUT_OLD = 100, 120, 40
+HELD_OUT_NEW = {TICKET: 60, SAMPLED: 50, CHATS: 40}
 SHIPPED = TrainSettings(depth=4, topk=4, nodes=16)
 
 
@@ -77,7 +78,8 @@ def new_form(name: str, seed: int) -> tuple[CorpusSet, CorpusSet]:
         by_chat.setdefault(place.answered.key, []).append(place)
     chats = list(by_chat.values())
     turns = max(map(len, chats))
-    first, rest = chats[: HELD_OUT_NEW // turns], chats[HELD_OUT_NEW // turns :]
+    held = HELD_OUT_NEW[name] // turns
+    first, rest = chats[:held], chats[held:]
     random.Random(seed).shuffle(rest)
     return _set(first), _set(rest)
 

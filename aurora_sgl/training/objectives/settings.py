@@ -10,9 +10,10 @@ from aurora_sgl.evaluation.settings import EvaluationSettings
 class ObjectiveSettings(EvaluationSettings):
     """A knob of an objective is one field here; its ``from_settings`` reads it."""
 
-    objective: str = "forward_kl"
-    """Training loss: forward_kl, reach_kl, tree_reward, lk, expected_accept_length,
-    policy_gradient or distil_then_rl."""
+    objective: str = "reach_kl"
+    """Training loss: reach_kl, forward_kl, tree_reward, lk, expected_accept_length,
+    policy_gradient or distil_then_rl. Against forward_kl, 64 requests, tree: from scratch +0.030,
+    from a well-trained drafter +0.019, +0.007 and +0.003, in a fifth less time (one seed each)."""
 
     step_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of step k is step_decay ** k (EAGLE-3)."""
