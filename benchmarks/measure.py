@@ -5,18 +5,18 @@ Sums are kept for each request, so that intervals can be drawn from a file of re
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from aurora_sgl import intervals
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.evaluation.device import as_served
 from aurora_sgl.evaluation.replay import replay_one
+from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.sequences.sequence import Sequences
 
 SHAPES = {"chain": DraftShape(4), "tree": DraftShape(4, 4, 16)}
@@ -26,8 +26,8 @@ Measured = dict[str, dict[str, list[int]]]
 
 
 def measure(drafter: Drafter, sequences: Sequences, head: TargetHead) -> Measured:
-    """Replay of every request in every shape, in bfloat16 as a server runs it."""
-    served = copy.deepcopy(drafter).to(head.embedding.device, torch.bfloat16).eval()
+    """Replay of every request in every shape, with bfloat16 weights as a server has them."""
+    served = as_served(drafter, EvaluationSettings())
     found: Measured = {name: {"accepted": [], "steps": []} for name in SHAPES}
     for index in range(len(sequences)):
         sequence = sequences[index]

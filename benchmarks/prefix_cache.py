@@ -35,7 +35,7 @@ from aurora_sgl.demo.prompts import sample_prompts
 from aurora_sgl.drafter.beam import beams
 from aurora_sgl.drafter.target import TargetHead, read_target
 from aurora_sgl.evaluation.compare import load_version, replayable
-from aurora_sgl.evaluation.device import served_dtype
+from aurora_sgl.evaluation.device import as_served
 from aurora_sgl.evaluation.replay import RequestReplay, replay_one
 from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.intervals import Difference, paired_difference
@@ -202,9 +202,8 @@ def stale_replayed(home: Path, model: Path) -> Iterator[dict[str, Any]]:
     with store.session(engine, write=False) as s:
         group = queries.groups.groups(s)[0]
         settings = EvaluationSettings.model_validate(recipe_as_served(s, group.id, {}))
-    dtype = served_dtype(settings)
     loaded = [load_version(engine, artifacts, number, info) for number, _ in drafters_of(home)]
-    loaded = [drafter.to(dtype) for drafter in loaded]
+    loaded = [as_served(drafter, settings) for drafter in loaded]
     sequences = replayable(
         engine, artifacts, group, loaded[0], settings, 60, None, only_held_out=False
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
+from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.settings import EvaluationSettings
+from aurora_sgl.machine import native_bfloat16
 
 
 def device_of(settings: EvaluationSettings) -> torch.device:
@@ -27,3 +31,16 @@ def served_dtype(settings: EvaluationSettings) -> torch.dtype:
     if settings.served_dtype not in dtypes:
         raise AuroraError(f"unknown dtype {settings.served_dtype}: use one of {', '.join(dtypes)}")
     return dtypes[settings.served_dtype]
+
+
+def as_served(drafter: Drafter, settings: EvaluationSettings) -> Drafter:
+    """A copy where replays run, with weights in the served precision.
+
+    A CPU that has no bfloat16 products computes with these weights in float32: a server's kernels
+    add products up in float32 too, and PyTorch's bfloat16 takes five times as long there. Raises
+    ``AuroraError`` as :func:`served_dtype` and :func:`device_of` do.
+    """
+    dtype, device = served_dtype(settings), device_of(settings)
+    served = copy.deepcopy(drafter).to(device, dtype).eval()
+    slow = dtype == torch.bfloat16 and device.type == "cpu" and not native_bfloat16()
+    return served.float() if slow else served

@@ -19,7 +19,6 @@ leaves it out of a server's records, so that both sides count the same steps.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ import torch
 from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.evaluation.device import device_of, served_dtype
+from aurora_sgl.evaluation.device import as_served, device_of
 from aurora_sgl.evaluation.expected import expected_counts
 from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.intervals import accept_length
@@ -118,8 +117,7 @@ def replay_both(
     settings: EvaluationSettings,
 ) -> tuple[list[RequestReplay], list[RequestReplay]]:
     """Both over the same requests, in the served dtype and draft shape."""
-    dtype = served_dtype(settings)
-    old, new = (copy.deepcopy(d).to(device_of(settings), dtype).eval() for d in (base, candidate))
+    old, new = as_served(base, settings), as_served(candidate, settings)
     head = head.to(device_of(settings))
     before: list[RequestReplay] = []
     after: list[RequestReplay] = []

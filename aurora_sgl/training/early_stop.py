@@ -7,7 +7,7 @@ from typing import Any
 
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.evaluation.device import served_dtype
+from aurora_sgl.evaluation.device import as_served
 from aurora_sgl.evaluation.replay import replay
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequences, readable
@@ -25,7 +25,7 @@ class EarlyStop:
 
     def replayed(self, drafter: Drafter) -> float:
         """Accept length on the dev split; nan without a request there that can be read."""
-        served = copy.deepcopy(drafter).to(served_dtype(self.settings))
+        served = as_served(drafter, self.settings)
         return AcceptCounts.of(
             replay(served, readable(self.dev), self.settings.shape, self.head)
         ).accept_length

@@ -19,7 +19,7 @@ import torch
 
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
-from aurora_sgl.evaluation.device import device_of, served_dtype
+from aurora_sgl.evaluation.device import as_served, device_of
 from aurora_sgl.evaluation.replay import RequestReplay, replay_one
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequences, readable
@@ -101,11 +101,10 @@ def search(
     sequences = list(readable(dev))
     if len(sequences) < FEWEST:
         return LineSearchResult(1.0, trained, len(sequences))
-    dtype, device = served_dtype(settings), device_of(settings)
-    head = head.to(device)
+    head = head.to(device_of(settings))
 
     def replayed(drafter: Drafter) -> list[RequestReplay]:
-        served = copy.deepcopy(drafter).to(device, dtype).eval()
+        served = as_served(drafter, settings)
         return [replay_one(served, each, settings.shape, head) for each in sequences]
 
     before = replayed(live)

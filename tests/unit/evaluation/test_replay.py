@@ -14,11 +14,13 @@ from aurora_sgl.drafter.config import DrafterConfig
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.drafter.vocabulary import maps
+from aurora_sgl.evaluation import device
 from aurora_sgl.evaluation.replay import is_determined, replay, replay_one
 from aurora_sgl.evaluation.settings import EvaluationSettings
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.sequences.sequence import Sequence
 from aurora_sgl.training.settings import TrainSettings
+from tests.support.drafter_cases import good_drafter
 from tests.support.drafter_twin import PlainDrafter, served
 
 VOCAB, HIDDEN = 23, 16
@@ -152,3 +154,18 @@ def test_replay_in_bfloat16_differs_from_float32_only_a_little() -> None:
         replay(drafter.bfloat16(), sequences, DraftShape(3, 4, 8), head)
     ).accept_length
     assert abs(wide - narrow) < 0.1 * wide
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_without_bfloat16_products_replays_the_served_weights_in_float32(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "native_bfloat16", lambda: native)
+    drafter = good_drafter()
+    served = device.as_served(drafter, EvaluationSettings())
+    assert served.dtype == (torch.bfloat16 if native else torch.float32)
+    assert drafter.dtype == torch.float32 and not served.training
+    for own, original in zip(served.parameters(), drafter.parameters(), strict=True):
+        assert torch.equal(own.float(), original.bfloat16().float())
+    whole = device.as_served(drafter, EvaluationSettings(served_dtype="float32"))
+    assert all(map(torch.equal, whole.parameters(), drafter.parameters()))
