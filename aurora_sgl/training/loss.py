@@ -84,7 +84,7 @@ class BatchLoss:
             if last <= first:
                 continue
             if index not in self.best:
-                self.best[index] = self.target.best_tokens(sequence)
+                self.best[index] = self.target.best_tokens(sequence, first)
             for begin in range(first, last, self.rows_at_once):
                 end = min(begin + self.rows_at_once, last)
                 yield RequestPart(index, sequence, self.best[index], first, last, begin, end)

@@ -55,14 +55,17 @@ class TargetRows:
         self.draft_of_on_host = self.draft_of.cpu()  # read token by token
         self.rows_of_head = head.lm_head[ids].to(dtype)  # [draft_vocab, H]
 
-    def best_tokens(self, sequence: Sequence) -> torch.Tensor:  # [n] int64 target ids
-        """The target's best token after each position; read from the log where it is greedy and
-        nothing but the target chose (under a grammar or a bias the log has what was allowed)."""
+    def best_tokens(
+        self, sequence: Sequence, first: int = 0
+    ) -> torch.Tensor:  # [n] int64 target ids
+        """The target's best token after each position from ``first`` on; read from the log where it
+        is greedy and nothing but the target chose (under a grammar or a bias the log has what was
+        allowed). Before ``first`` the log's own."""
         count = min(len(sequence.last), len(sequence.tokens) - 1)
         is_own = sequence.greedy and not sequence.constrained
         known_from = sequence.output_start - 1 if is_own else count
         best = sequence.tokens[1 : count + 1].clone()
-        for begin in range(0, known_from, 256):
+        for begin in range(first, known_from, 256):
             end = min(begin + 256, known_from)
             best[begin:end] = (sequence.last[begin:end].float() @ self.head.wide_lm_head.T).argmax(
                 -1

@@ -192,3 +192,5 @@ def test_sampled_and_constrained_requests_take_the_targets_best_token_and_not_th
     for other in ({"greedy": False}, {"constrained": True}):  # by a grammar: what was allowed
         best = TargetRows(drafter, head).best_tokens(replace(sequence, **other))
         assert best.tolist() == wanted, other
+        later = TargetRows(drafter, head).best_tokens(replace(sequence, **other), 7)
+        assert later.tolist() == sequence.tokens[1:8].tolist() + wanted[7:]
