@@ -2,8 +2,9 @@
 
 A rate that teaches an untrained drafter quickly undoes a well-trained one. The peak is
 ``learning_rate`` up to ``YOUNG_TOKENS`` trained tokens, then falls as a power of them and is
-``mature_learning_rate`` from ``MATURE_TOKENS`` on. A drafter that came from elsewhere counts as
-mature: what it was trained on is not known, and nobody brings an untrained one.
+``mature_learning_rate`` from ``MATURE_TOKENS`` on. Up to ``YOUNG_TOKENS`` a run makes
+``young_updates`` at least. A drafter that came from elsewhere counts as mature: what it was trained
+on is not known, and nobody brings an untrained one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ def trained_tokens(s: Session, version_id: int) -> float:
         return math.inf
     runs = [version.training_run_id for version in lineage if version.training_run_id is not None]
     return float(queries.runs.tokens_of_runs(s, runs))
+
+
+def by_maturity(settings: TrainSettings, trained: float) -> TrainSettings:
+    """The recipe for a base that was trained on so many tokens."""
+    change: dict[str, float] = {"learning_rate": peak_rate(settings, trained)}
+    if trained <= YOUNG_TOKENS:
+        change["least_updates"] = max(settings.least_updates, settings.young_updates)
+    return settings.model_copy(update=change)
 
 
 def peak_rate(settings: TrainSettings, trained: float) -> float:

@@ -35,7 +35,7 @@ from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
 from aurora_sgl.training import line_search, reservoir
 from aurora_sgl.training.bases import BaseIds, Bases, base_ids, base_ratio, load
-from aurora_sgl.training.maturity import peak_rate, trained_tokens
+from aurora_sgl.training.maturity import by_maturity, trained_tokens
 from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
 from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
 from aurora_sgl.training.run_data import RunData
@@ -287,15 +287,15 @@ class _Run:
         return fresh.drafter
 
     def _by_maturity(self, base_version_id: int) -> TrainSettings:
-        """The recipe with the peak rate that suits the base."""
+        """The recipe with what suits the base."""
         with store.session(self.engine, write=False) as s:
             trained = trained_tokens(s, base_version_id)
-        rate = peak_rate(self.settings, trained)
+        recipe = by_maturity(self.settings, trained)
         self.columns["metrics"] |= {
-            "peak_rate": rate,
+            "peak_rate": recipe.learning_rate,
             "base_trained_tokens": trained if math.isfinite(trained) else None,
         }
-        return self.settings.model_copy(update={"learning_rate": rate})
+        return recipe
 
     def _search(
         self,

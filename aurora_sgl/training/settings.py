@@ -26,6 +26,10 @@ class TrainSettings(ObjectiveSettings):
     (benchmarks/recipes.py; one seed). At 400 requests 400 updates can't be told from two passes.
     Left at 0 for the sake of that time; on a GPU (13 s) 400 is worth it."""
 
+    young_updates: int = Field(default=200, ge=0)
+    """``least_updates`` of a run whose base was trained on next to nothing (training/maturity.py):
+    a first run has few requests, and most to learn from each."""
+
     optimizer: str = Field(default="adamw", pattern="^(adamw|muon)$")
     """What turns a gradient into a step: adamw, or muon for the layer's matrices with AdamW for the
     head and the vectors. From scratch over 90 narrow requests muon gave a tree of 16 the accept

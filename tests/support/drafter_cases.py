@@ -24,6 +24,7 @@ HIDDEN, VOCAB, LAYERS = 16, 40, 8
 #: Settings of training that learn :func:`requests` in seconds.
 RECIPE: dict[str, Any] = {
     "passes": 8,
+    "young_updates": 0,
     "learning_rate": 5e-3,
     "autocast": False,
     "depth": 3,

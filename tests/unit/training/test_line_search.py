@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aurora_sgl.training.line_search import ALPHAS, FLOOR, Way, choose, interpolate, search
-from aurora_sgl.training.maturity import MATURE_TOKENS, YOUNG_TOKENS, peak_rate
+from aurora_sgl.training.maturity import MATURE_TOKENS, YOUNG_TOKENS, by_maturity, peak_rate
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
 from tests.support.drafter_cases import RECIPE, good_drafter, requests
@@ -120,3 +120,14 @@ def test_the_peak_rate_goes_from_young_to_mature_and_never_up() -> None:
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == 4
     one_rate = TrainSettings(learning_rate=1e-4)
     assert {peak_rate(one_rate, each) for each in tokens} == {1e-4}
+
+
+def test_a_run_from_a_young_base_has_a_least_number_of_updates_of_its_own() -> None:
+    settings = TrainSettings()
+    young = [by_maturity(settings, each) for each in (0, YOUNG_TOKENS)]
+    assert [one.least_updates for one in young] == 2 * [settings.young_updates] == [200, 200]
+    old = by_maturity(settings, YOUNG_TOKENS + 1)
+    assert (old.least_updates, old.learning_rate) == (0, peak_rate(settings, YOUNG_TOKENS + 1))
+    more = TrainSettings(least_updates=300)
+    assert by_maturity(more, 0).least_updates == 300 == by_maturity(more, 1e9).least_updates
+    assert by_maturity(TrainSettings(young_updates=0), 0).least_updates == 0
