@@ -165,7 +165,9 @@ class Bench:
 
 def _key(case: str, seed: int) -> dict[str, Any]:
     stops = TURNS.get(case, (case, (WINDOW,)))
-    plain = settings_hash(SHIPPED.model_copy(update={"seed": 0}), list(stops), OLD)
+    # A stationary run has no older traffic to draw from.
+    share = [SHIPPED.mature_replay_share] if case in TURNS else []
+    plain = settings_hash(SHIPPED.model_copy(update={"seed": 0}), list(stops), OLD, *share)
     return {"case": case, "seed": seed, "settings": plain}
 
 

@@ -26,6 +26,7 @@ _OF_A_RUN: dict[str, Any] = {"dev_share": 0.0}
 _OF_A_RUN_LATER = {
     "mature_learning_rate", "dev_requests", "explore", "line_search", "training_cost",
     "reservoir", "repeat_prefixes", "young_updates",
+    "mature_replay_share",
 }  # fmt: skip
 #: Knobs that cells are older than: named only where they are not at their default.
 _NEWER = {

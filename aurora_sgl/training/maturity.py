@@ -1,9 +1,10 @@
-"""How fast a drafter may still be changed: the peak rate by how much it was trained already.
+"""How far a drafter may still be changed, by how much it was trained already.
 
 A rate that teaches an untrained drafter quickly undoes a well-trained one. The peak is
 ``learning_rate`` up to ``YOUNG_TOKENS`` trained tokens, then falls as a power of them and is
 ``mature_learning_rate`` from ``MATURE_TOKENS`` on. Up to ``YOUNG_TOKENS`` a run makes
-``young_updates`` at least. A drafter that came from elsewhere counts as mature: what it was trained
+``young_updates`` at least; for a mature base more of what it trains on is older traffic
+(``mature_replay_share``). A drafter that came from elsewhere counts as mature: what it was trained
 on is not known, and nobody brings an untrained one.
 """
 
@@ -32,17 +33,25 @@ def trained_tokens(s: Session, version_id: int) -> float:
 def by_maturity(settings: TrainSettings, trained: float) -> TrainSettings:
     """The recipe for a base that was trained on so many tokens."""
     change: dict[str, float] = {"learning_rate": peak_rate(settings, trained)}
+    least, most = settings.replay_share, settings.mature_replay_share
+    if 0 < least < most:
+        change["replay_share"] = least + maturity(trained) * (most - least)
     if trained <= YOUNG_TOKENS:
         change["least_updates"] = max(settings.least_updates, settings.young_updates)
     return settings.model_copy(update=change)
 
 
+def maturity(trained: float) -> float:
+    """0 up to ``YOUNG_TOKENS`` trained tokens, 1 from ``MATURE_TOKENS`` on, in between by their
+    logarithm."""
+    bounded = min(max(trained, YOUNG_TOKENS), MATURE_TOKENS)
+    return math.log(bounded / YOUNG_TOKENS) / math.log(MATURE_TOKENS / YOUNG_TOKENS)
+
+
 def peak_rate(settings: TrainSettings, trained: float) -> float:
     """Peak rate of a run whose base was trained on so many tokens."""
     young, mature = settings.learning_rate, settings.mature_learning_rate
-    if mature >= young or trained <= YOUNG_TOKENS:
+    if mature >= young:
         return young
-    if trained >= MATURE_TOKENS:
-        return mature
-    age = math.log(trained / YOUNG_TOKENS) / math.log(MATURE_TOKENS / YOUNG_TOKENS)
-    return float(young * (mature / young) ** age)
+    age = maturity(trained)
+    return mature if age == 1 else float(young * (mature / young) ** age)

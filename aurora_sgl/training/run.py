@@ -160,13 +160,13 @@ class _Run:
         with _work_folder() as work:
             bases = _waiting(lambda: self._bases(ids, target, work))
             base, live = bases.base, bases.baseline
-            selection = _waiting(lambda: self._selection(checkpoints, bases.base_sha256))
+            recipe = _waiting(lambda: self._by_maturity(bases.ids.base))
+            selection = _waiting(lambda: self._selection(checkpoints, bases.base_sha256, recipe))
             _waiting(lambda: self._keep_reservoir(selection))
             data = _waiting(lambda: self._data(base, selection))
             examples = _examples(data)
             _waiting(lambda: self._note_examples(examples))
             start = self._with_vocabulary(base, data, target)
-            recipe = _waiting(lambda: self._by_maturity(bases.ids.base))
             checkpoints.begin(_plan(self.settings, bases.base_sha256, selection))
             head = TargetHead.load(target)
             try:
@@ -201,13 +201,15 @@ class _Run:
             self._say({"event": "base_left", "reason": bases.ids.left})
         return bases
 
-    def _selection(self, checkpoints: Checkpoints, base_sha256: str) -> Selection:
+    def _selection(
+        self, checkpoints: Checkpoints, base_sha256: str, recipe: TrainSettings
+    ) -> Selection:
         """The requests of this run: those of a killed run with the same settings and base, or new
         ones."""
         settings = self.settings
         left = checkpoints.left_behind(settings, base_sha256) if settings.resume else None
         with store.session(self.engine, write=False) as s:
-            selection = select(s, self.group_id, settings)
+            selection = select(s, self.group_id, recipe)
         if left is None:
             return selection
         recent = {row.request_id: row for row in selection.recent}
@@ -291,8 +293,9 @@ class _Run:
         with store.session(self.engine, write=False) as s:
             trained = trained_tokens(s, base_version_id)
         recipe = by_maturity(self.settings, trained)
-        self.columns["metrics"] |= {
+        self.columns["metrics"] = self.columns.get("metrics", {}) | {
             "peak_rate": recipe.learning_rate,
+            "replay_share": round(recipe.replay_share, 4),
             "base_trained_tokens": trained if math.isfinite(trained) else None,
         }
         return recipe

@@ -131,3 +131,13 @@ def test_a_run_from_a_young_base_has_a_least_number_of_updates_of_its_own() -> N
     more = TrainSettings(least_updates=300)
     assert by_maturity(more, 0).least_updates == 300 == by_maturity(more, 1e9).least_updates
     assert by_maturity(TrainSettings(young_updates=0), 0).least_updates == 0
+
+
+def test_a_mature_base_is_reminded_of_older_traffic_by_a_larger_share() -> None:
+    settings = TrainSettings()
+    tokens = [0, YOUNG_TOKENS, (YOUNG_TOKENS * MATURE_TOKENS) ** 0.5, MATURE_TOKENS, math.inf]
+    shares = [by_maturity(settings, each).replay_share for each in tokens]
+    assert shares == pytest.approx([0.25, 0.25, 0.375, 0.5, 0.5])
+    for share in (0.0, 0.7):  # none is none, and what is more stays
+        given = TrainSettings(replay_share=share)
+        assert by_maturity(given, math.inf).replay_share == share
