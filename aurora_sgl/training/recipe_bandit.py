@@ -60,14 +60,16 @@ ARMS: Mapping[tuple[str, str], Change] = {
     ("rate", "double"): _rate_times(2.0),
     ("passes", "half"): lambda r: {"passes": max(1, r.passes // 2)},
     ("passes", "double"): lambda r: {"passes": 2 * r.passes},
-    ("replay", "half of all"): lambda _: {"replay_share": 0.5},
+    ("replay", "a quarter more"): lambda r: {
+        name: min(0.75, getattr(r, name) + 0.25) for name in FIELDS["replay"]
+    },
     ("alpha", "whole"): lambda _: {"line_search": False},
     ("vocabulary", "renew"): lambda _: {"vocabulary_threshold": 0.97},
 }
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "rate": ("learning_rate", "mature_learning_rate"),
     "passes": ("passes",),
-    "replay": ("replay_share",),
+    "replay": ("replay_share", "mature_replay_share"),
     "alpha": ("line_search",),
     "vocabulary": ("vocabulary_threshold",),
 }
