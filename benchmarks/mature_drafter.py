@@ -58,6 +58,8 @@ TURNS = {
 WINDOW, OLD, HELD_OUT_OLD = 100, 120, 40
 HELD_OUT_NEW = {TICKET: 60, SAMPLED: 50, CHATS: 40}
 SHIPPED = TrainSettings(depth=4, topk=4, nodes=16)
+#: What cells depend on beside the recipe: named anew when the loop changes.
+LOOP = "line search: domains judged together"
 
 
 @lru_cache(maxsize=1)
@@ -165,9 +167,8 @@ class Bench:
 
 def _key(case: str, seed: int) -> dict[str, Any]:
     stops = TURNS.get(case, (case, (WINDOW,)))
-    # A stationary run has no older traffic to draw from.
-    share = [SHIPPED.mature_replay_share] if case in TURNS else []
-    plain = settings_hash(SHIPPED.model_copy(update={"seed": 0}), list(stops), OLD, *share)
+    share = SHIPPED.mature_replay_share
+    plain = settings_hash(SHIPPED.model_copy(update={"seed": 0}), list(stops), OLD, share, LOOP)
     return {"case": case, "seed": seed, "settings": plain}
 
 

@@ -8,10 +8,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from aurora_sgl.evaluation.replay import RequestReplay
+from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.training.line_search import ALPHAS, FLOOR, Way, choose, interpolate, search
+from aurora_sgl.training.line_search import _worst as worst_of
 from aurora_sgl.training.maturity import MATURE_TOKENS, YOUNG_TOKENS, by_maturity, peak_rate
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train
@@ -38,6 +42,42 @@ def test_the_longest_accept_length_that_keeps_the_floor_of_every_domain(
     tried: list[Way], alpha: float
 ) -> None:
     assert choose(tried).alpha == alpha
+
+
+DOMAINS = {"old a": 0.0, "old b": 0.0, "old c": 0.0, "new": 0.12}
+
+
+def chosen(gains: dict[str, float], random: np.random.Generator, each: int = 8) -> float:
+    """What is chosen on ``each`` dev requests a domain whose accept lengths change so at the whole
+    way, and by part of it on a part. A request's own change has a spread of 6%."""
+    before = [
+        RequestReplay(n, 40, 40, domain, conversation=f"{n}")
+        for n, domain in enumerate(each * list(gains))
+    ]
+    own = random.normal(0, 0.06, len(before))
+    tried = [Way(0.0, 2.0, 1.0)]
+    for alpha in ALPHAS:
+        after = []
+        for row, deviation in zip(before, own, strict=True):
+            steps = 40 / (1 + alpha * (gains[row.domain] + deviation))
+            after.append(replace(row, verify_steps=steps, accepted=80 - steps))
+        length = AcceptCounts.of(after).accept_length
+        tried.append(Way(alpha, length, worst_of(before, after)))
+    return choose(tried[1:]).alpha
+
+
+def test_chance_in_small_domains_does_not_stop_what_harms_none() -> None:
+    random = np.random.default_rng(0)
+    alphas = [chosen(DOMAINS, random) for _ in range(60)]
+    assert np.mean(np.array(alphas) == 1.0) > 0.6, np.unique(alphas, return_counts=True)
+
+
+@pytest.mark.parametrize(("loss", "most"), [(0.06, 0.15), (0.10, 0.05), (0.20, 0.0)])
+def test_a_small_domain_that_loses_much_stops_it(loss: float, most: float) -> None:
+    random = np.random.default_rng(1)
+    gains = {**DOMAINS, "old b": -loss}
+    alphas = np.array([chosen(gains, random) for _ in range(60)])
+    assert np.mean(alphas == 1.0) <= most, np.unique(alphas, return_counts=True)
 
 
 def test_the_way_begins_at_the_live_drafter_and_ends_at_the_trained_one(tmp_path: Path) -> None:
