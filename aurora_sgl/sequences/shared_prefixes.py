@@ -25,16 +25,16 @@ def own_rows(
     own: what is served often is to be trained on often. A later turn of a chat has the answers of
     earlier ones in its prompt.
     """
-    earlier: set[bytes] = set()
+    prefixes: set[bytes] = set()
     first = {}
     for number in sorted(prompts, key=lambda one: (len(prompts[one][0]), one)):
         tokens, prompt = prompts[number]
         names = _prefixes(tokens)
-        shared = next((k for k, name in enumerate(names) if name not in earlier), len(names))
+        shared = next((k for k, name in enumerate(names) if name not in prefixes), len(names))
         row = min(shared * _BLOCK - _BEHIND, prompt - 1)
         if row > 0:
             first[number] = row
-        earlier.update(names[shared:])
+        prefixes.update(names[shared:])
     return first
 
 
