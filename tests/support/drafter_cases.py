@@ -91,7 +91,7 @@ def requests(head: TargetHead, count: int, seed: int = 0) -> list[Sequence]:
 
 def good_drafter() -> Drafter:
     """An untrained drafter of :func:`target_folder` (seed 1) after thirty :func:`requests` with
-    :data:`RECIPE`: a copy of the one that a test process makes once."""
+    :data:`RECIPE` and forward KL: a copy of the one that a test process makes once."""
     return copy.deepcopy(_good_drafter())
 
 
@@ -101,4 +101,6 @@ def _good_drafter() -> Drafter:
         target = target_folder(Path(folder))
         drafter = scratch.make(target, draft_vocab_size=VOCAB, seed=1)
         head = TargetHead.load(target)
-        return train(drafter, requests(head, 30), head, TrainSettings(**RECIPE)).drafter
+        return train(
+            drafter, requests(head, 30), head, TrainSettings(**RECIPE, objective="forward_kl")
+        ).drafter
