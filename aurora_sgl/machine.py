@@ -24,3 +24,8 @@ def native_bfloat16() -> bool:
     they take 3 to 4 times as long as float32 (Intel Ice Lake, PyTorch 2.13).
     """
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def computes_bfloat16(device_type: str) -> bool:
+    """Whether a device (as ``torch.device.type`` names it) multiplies bfloat16 itself."""
+    return device_type != "cpu" or native_bfloat16()

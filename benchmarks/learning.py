@@ -26,6 +26,7 @@ from aurora_sgl.drafter import checkpoint, scratch, vocabulary
 from aurora_sgl.drafter.model import Drafter, accepted_of
 from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.evaluation.device import as_served
 from aurora_sgl.sequences import sequence as served_request
 from aurora_sgl.sequences.sample_weights import by_rejection
 from aurora_sgl.sequences.sequence import LoggedProposal
@@ -189,7 +190,7 @@ class AsServed:
 
     def __init__(self, rows: CorpusSet, live: Drafter, settings: TrainSettings) -> None:
         self.rows, self.settings = rows, settings
-        self.live = copy.deepcopy(live).to(DEVICE, torch.bfloat16).eval()
+        self.live = as_served(live, settings)
         self.seconds = 0.0  # spent on finding out what a server would have known
         self.known: dict[int, dict[str, Any]] = {}
 

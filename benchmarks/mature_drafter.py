@@ -43,7 +43,7 @@ from benchmarks.corpus.new_traffic import CHATS, SAMPLED, TICKET
 from benchmarks.learning import head
 from benchmarks.measure import SHAPES, Measured, accept_length, measure, paired, pooled_by_request
 from benchmarks.offline_loop import OfflineLoop
-from benchmarks.results import Cells, settings_hash
+from benchmarks.results import Cells, loop_hash
 from benchmarks.servers import report
 from benchmarks.traffic import held_out, stream
 
@@ -58,8 +58,6 @@ TURNS = {
 WINDOW, OLD, HELD_OUT_OLD = 100, 120, 40
 HELD_OUT_NEW = {TICKET: 60, SAMPLED: 50, CHATS: 40}
 SHIPPED = TrainSettings(depth=4, topk=4, nodes=16)
-#: What cells depend on beside the recipe: named anew when the loop changes.
-LOOP = "line search: domains judged together"
 
 
 @lru_cache(maxsize=1)
@@ -167,9 +165,7 @@ class Bench:
 
 def _key(case: str, seed: int) -> dict[str, Any]:
     stops = TURNS.get(case, (case, (WINDOW,)))
-    share = SHIPPED.mature_replay_share
-    plain = settings_hash(SHIPPED.model_copy(update={"seed": 0}), list(stops), OLD, share, LOOP)
-    return {"case": case, "seed": seed, "settings": plain}
+    return {"case": case, "seed": seed, "settings": loop_hash(SHIPPED, list(stops), OLD)}
 
 
 def _say(what: Any) -> None:
@@ -227,10 +223,15 @@ def main() -> None:
             for case in given.cases:
                 _say(f"{case}, seed {seed}")
                 bench.run(case, seed)
-    if rows := turns(bench, given.seeds):
-        report("the live version against the static drafter", rows, as_json=given.json)
-    if rows := stationary(bench):
-        report("one run on traffic that the drafter knows", rows, as_json=given.json)
+    tables = {
+        "the live version against the static drafter": turns(bench, given.seeds),
+        "one run on traffic that the drafter knows": stationary(bench),
+    }
+    if not any(tables.values()):
+        sys.exit("nothing was measured with this recipe yet: leave --show out")
+    for title, rows in tables.items():
+        if rows:
+            report(title, rows, as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from benchmarks.learning import (
 )
 from benchmarks.measure import SHAPES, Measured, accept_length, mean, measure, paired, spread
 from benchmarks.ratio import Cell, pooled
-from benchmarks.results import Cells, settings_hash
+from benchmarks.results import Cells, loop_hash, settings_hash
 from benchmarks.servers import report
 from benchmarks.traffic import HELD_OUT, NAMES, held_out, stream
 
@@ -126,9 +126,9 @@ class Bench:
         until: int,
         *,
         rival: TrainSettings | None = None,  # whose time ours may take
+        timed: bool | str = False,  # see ``timed_of``
     ) -> None:
         """All checkpoints of one recipe on one domain and seed, those that are missing."""
-        timed = _timed(rival)
         settings = settings.model_copy(update={"seed": seed})
         stops = [n for n in CHECKPOINTS if n <= until]
         if all(self.get(settings, domain, seed, n, timed=timed) for n in stops):
@@ -137,7 +137,7 @@ class Bench:
         requests = stream(domain, seed).part(0, until).prepare()
         learned: Iterator[Learned]
         budget = self._budget(rival, domain, seed) if rival is not None else None
-        if is_shipped(settings):
+        if settings == SHIPPED.model_copy(update={"seed": seed}):
             learned = as_shipped(untrained(seed), requests, settings, stops, budget=budget)
         elif settings.schedule == "constant" and settings.warmup == 0:
             learned = one_stream(untrained(seed), requests, settings, stops)
@@ -196,25 +196,15 @@ def _key(
 ) -> dict[str, Any]:
     """``timed`` cells also depend on the machine: their limit is another recipe's time; a text
     says whose, where it is not that of batches of 8."""
-    how = ("shipped",) if is_shipped(settings) else ()
     plain = settings.model_copy(update={"seed": 0})
+    named = loop_hash if plain == SHIPPED else settings_hash
     return {
-        "recipe": settings_hash(plain, ROUNDS, HELD_OUT, *how),
+        "recipe": named(plain, ROUNDS, HELD_OUT),
         "timed": timed,
         "domain": domain,
         "seed": seed,
         "served": served,
     }
-
-
-def is_shipped(settings: TrainSettings) -> bool:
-    return settings.model_copy(update={"seed": 0}) == SHIPPED
-
-
-def _timed(rival: TrainSettings | None) -> bool | str:
-    if rival is None:
-        return False
-    return "batch 1" if rival.batch_requests == 1 else True
 
 
 def _say(text: str) -> None:
@@ -239,11 +229,18 @@ def rivals(bench: Bench) -> dict[str, Any]:
     }
 
 
+#: By recipe of :func:`rivals` the one whose processor's time it may take.
+IN_THE_TIME_OF = {
+    "ours equal time": "aurora",
+    "shipped equal time": "aurora",
+    "shipped equal time 1": "aurora batch 1",
+}
+
+
 def timed_of(name: str) -> bool | str:
-    """As a part of the key of the cells of a recipe of :func:`rivals`."""
-    if name.endswith("time 1"):
-        return "batch 1"
-    return "equal" in name
+    """As a part of the key of the cells of a recipe."""
+    rival = IN_THE_TIME_OF.get(name)
+    return rival if rival == "aurora batch 1" else rival is not None
 
 
 def compared(bench: Bench, mine: str, rival: str = "aurora") -> list[Cell]:
@@ -381,13 +378,6 @@ def main() -> None:
     show(bench, as_json=given.json)
 
 
-def _rival(bench: Bench, name: str, domain: str) -> TrainSettings | None:
-    """Whose time a recipe may take."""
-    if "equal" not in name:
-        return None
-    return rivals(bench)["aurora batch 1" if name.endswith("time 1") else "aurora"](domain)
-
-
 def run(bench: Bench, given: argparse.Namespace) -> None:
     settings = rivals(bench)
     for seed in given.seeds:
@@ -399,9 +389,10 @@ def run(bench: Bench, given: argparse.Namespace) -> None:
                     recipe = bench.search(aurora, domain, given.search)
                 else:
                     recipe = settings[name](domain)
-                rival = _rival(bench, name, domain)
+                whose = IN_THE_TIME_OF.get(name)
+                rival = settings[whose](domain) if whose else None
                 _say(f"{name}, {domain}, seed {seed}")
-                bench.run(recipe, domain, seed, given.until, rival=rival)
+                bench.run(recipe, domain, seed, given.until, rival=rival, timed=timed_of(name))
     if given.parts is not None:
         for domain in given.domains:
             for part in given.parts or PARTS:

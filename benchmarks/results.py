@@ -82,6 +82,16 @@ def settings_hash(settings: TrainSettings, *more: Any) -> str:
     return sha256_bytes(json.dumps([plain, *more], sort_keys=True).encode())[:12]
 
 
+#: What cells of the whole loop depend on beside the recipe: named anew when the loop changes.
+_LOOP = "line search: domains judged together"
+
+
+def loop_hash(settings: TrainSettings, *more: Any) -> str:
+    """The same where the whole loop ran (``offline_loop``): of every field, and of its rules."""
+    plain = {k: v for k, v in settings.as_json().items() if k not in _OF_THE_MACHINE}
+    return sha256_bytes(json.dumps([_LOOP, plain, *more], sort_keys=True).encode())[:12]
+
+
 def as_measured(settings: TrainSettings) -> dict[str, Any]:
     """The settings under which cells are kept: those that the trainer itself reads."""
     defaults = {name: TrainSettings.model_fields[name].default for name in _NEWER}

@@ -16,7 +16,7 @@ from aurora_sgl.drafter import checkpoint
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead, TargetInfo, read_target
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.evaluation.device import as_served, device_of
+from aurora_sgl.evaluation.device import as_served
 from aurora_sgl.evaluation.gate import difference_of, pairs_of
 from aurora_sgl.evaluation.replay import RequestReplay, replay_one
 from aurora_sgl.evaluation.settings import EvaluationSettings
@@ -68,10 +68,10 @@ def replay_versions(
     folder = Path(target or group.target_model)
     info = read_target(folder)
     head = TargetHead.load(folder)
+    on_cpu = settings.model_copy(update={"device": "cpu"})  # a GPU belongs to the servers
     drafters = [
-        as_served(load_version(engine, artifacts, each, info), settings) for each in version_ids
+        as_served(load_version(engine, artifacts, each, info), on_cpu) for each in version_ids
     ]
-    head = head.to(device_of(settings))
     sequences = replayable(engine, artifacts, group, drafters[0], settings, limit, domains,
                            only_held_out)  # fmt: skip
     results: list[list[RequestReplay]] = [[] for _ in drafters]

@@ -9,7 +9,7 @@ import torch
 from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.settings import EvaluationSettings
-from aurora_sgl.machine import native_bfloat16
+from aurora_sgl.machine import computes_bfloat16
 
 
 def device_of(settings: EvaluationSettings) -> torch.device:
@@ -42,5 +42,5 @@ def as_served(drafter: Drafter, settings: EvaluationSettings) -> Drafter:
     """
     dtype, device = served_dtype(settings), device_of(settings)
     served = copy.deepcopy(drafter).to(device, dtype).eval()
-    slow = dtype == torch.bfloat16 and device.type == "cpu" and not native_bfloat16()
+    slow = dtype == torch.bfloat16 and not computes_bfloat16(device.type)
     return served.float() if slow else served

@@ -230,7 +230,7 @@ def build(
     if not repeat_prefixes:
         loader.train_from = own_rows(
             {
-                row.request_id: (choice.tokens[row.request_id], row.output_start)
+                row.request_id: (choice.tokens[row.request_id][: row.end + 1], row.output_start)
                 for row, _ in data.train.items
             }
         )

@@ -17,7 +17,8 @@ _BEHIND = 10
 
 
 def own_rows(
-    prompts: Mapping[int, tuple[NDArray[np.int32], int]],  # tokens [T], and how many are the prompt
+    #: By request the tokens that its rows reach [T], and how many of them are the prompt.
+    prompts: Mapping[int, tuple[NDArray[np.int32], int]],
 ) -> dict[int, int]:
     """By request the first row that no shorter one has, where that is not row 0.
 

@@ -114,7 +114,7 @@ def search(
         if progress is not None:
             progress(done, 1 + len(ALPHAS))
         after = replayed(interpolate(start, trained, alpha))
-        tried.append(Way(alpha, AcceptCounts.of(after).accept_length, _worst(before, after)))
+        tried.append(Way(alpha, AcceptCounts.of(after).accept_length, worst_of(before, after)))
         if alpha == 1.0 and _is_plenty(tried[0], tried[1]):
             break
     best = choose(tried[1:])
@@ -134,7 +134,7 @@ def _is_plenty(live: Way, whole: Way) -> bool:
     return whole.accept_length >= (1 + PLENTY) * live.accept_length and whole.worst >= 1.0
 
 
-def _worst(before: Sequence[RequestReplay], after: Sequence[RequestReplay]) -> float:
+def worst_of(before: Sequence[RequestReplay], after: Sequence[RequestReplay]) -> float:
     """Of what is believed of each domain (and of its accept rules, where there is enough of both):
     of eight requests alone, chance takes 2% from the worst of four domains more often than not."""
     believed = [

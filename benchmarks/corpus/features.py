@@ -29,7 +29,7 @@ from aurora_sgl.demo.model import demo_model
 from aurora_sgl.drafter.architectures.eagle3 import aux_layers_of
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.device import device_of
-from aurora_sgl.machine import native_bfloat16
+from aurora_sgl.machine import computes_bfloat16
 from aurora_sgl.sequences.sequence import Sequence, TargetSampling
 from aurora_sgl.training.settings import TrainSettings
 from benchmarks.corpus.shards import DATA, Answered, read_shard, shards
@@ -166,8 +166,7 @@ def _model() -> Any:
 
 def quick_dtype() -> torch.dtype:
     """bfloat16, as it is served, but where a CPU would take bfloat16 products apart."""
-    slow = DEVICE.type == "cpu" and not native_bfloat16()
-    return torch.float32 if slow else torch.bfloat16
+    return torch.bfloat16 if computes_bfloat16(DEVICE.type) else torch.float32
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def test_replay_in_bfloat16_differs_from_float32_only_a_little() -> None:
 def test_a_cpu_without_bfloat16_products_replays_the_served_weights_in_float32(
     native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "native_bfloat16", lambda: native)
+    monkeypatch.setattr("aurora_sgl.machine.native_bfloat16", lambda: native)
     drafter = good_drafter()
     served = device.as_served(drafter, EvaluationSettings())
     assert served.dtype == (torch.bfloat16 if native else torch.float32)

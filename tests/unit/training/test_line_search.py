@@ -14,8 +14,15 @@ import torch
 
 from aurora_sgl.evaluation.replay import RequestReplay
 from aurora_sgl.intervals import AcceptCounts
-from aurora_sgl.training.line_search import ALPHAS, FLOOR, Way, choose, interpolate, search
-from aurora_sgl.training.line_search import _worst as worst_of
+from aurora_sgl.training.line_search import (
+    ALPHAS,
+    FLOOR,
+    Way,
+    choose,
+    interpolate,
+    search,
+    worst_of,
+)
 from aurora_sgl.training.maturity import MATURE_TOKENS, YOUNG_TOKENS, by_maturity, peak_rate
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import train

@@ -17,7 +17,7 @@ from tests.support.drafter_cases import target_folder
 def test_muon_steps_the_layers_matrices_and_adamw_head_and_vectors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aurora_sgl.training.precision.native_bfloat16", lambda: True)
+    monkeypatch.setattr("aurora_sgl.machine.native_bfloat16", lambda: True)
     drafter = scratch.make(target_folder(tmp_path / "t"), draft_vocab_size=24, seed=1).float()
     optimizer = Optimizer(drafter, TrainSettings(optimizer="muon", learning_rate=0.1))
     before = {name: p.detach().clone() for name, p in drafter.named_parameters()}
@@ -41,7 +41,7 @@ def test_muon_steps_the_layers_matrices_and_adamw_head_and_vectors(
 def test_muon_is_refused_in_one_line_where_it_would_take_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aurora_sgl.training.precision.native_bfloat16", lambda: False)
+    monkeypatch.setattr("aurora_sgl.machine.native_bfloat16", lambda: False)
     drafter = scratch.make(target_folder(tmp_path / "t"), draft_vocab_size=24, seed=1)
     with pytest.raises(AuroraError, match="use adamw"):
         Optimizer(drafter, TrainSettings(optimizer="muon"))
