@@ -18,6 +18,9 @@ from aurora_sgl.store import queries
 LEARNING, AUTO_PROMOTE = "learning", "auto_promote"
 NAMES = (LEARNING, AUTO_PROMOTE)
 
+#: Why a run that the switch ended failed, whether its scheduler or the run itself saw it first.
+LEARNING_WENT_OFF = "learning was switched off"
+
 
 @dataclass(frozen=True)
 class SwitchState:

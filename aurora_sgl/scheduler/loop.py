@@ -18,6 +18,7 @@ from aurora_sgl import store
 from aurora_sgl.config import SchedulerSettings, TrialSettings, WatchSettings
 from aurora_sgl.processes.training import TrainingProcess
 from aurora_sgl.rollout import trial, watch
+from aurora_sgl.rollout.switches import LEARNING_WENT_OFF
 from aurora_sgl.scheduler import candidate, load, policy
 from aurora_sgl.scheduler.drift import DriftDetector, was_told
 from aurora_sgl.scheduler.elapsed import Elapsed
@@ -167,7 +168,7 @@ class Scheduler:
         if child is None:
             return
         if not now.learning:
-            child.stop("learning was switched off")
+            child.stop(LEARNING_WENT_OFF)
         elif now.live_id != self._base_id and child.progress.get("event") != "gate":
             child.stop(f"version {now.live_id} went live meanwhile; the next run starts from it")
         elif self._must_pause():

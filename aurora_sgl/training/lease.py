@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from aurora_sgl import store
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.rollout.switches import LEARNING
+from aurora_sgl.rollout.switches import LEARNING, LEARNING_WENT_OFF
 from aurora_sgl.store import queries
 from aurora_sgl.store.faults import in_words, is_away
 from aurora_sgl.store.liveness import (
@@ -66,7 +66,7 @@ def training_lease(
         try:
             with store.session(engine, write=due) as s:
                 if not queries.switches.is_on(s, group_id, LEARNING):
-                    raise AuroraError("learning was switched off; this run stops")
+                    raise AuroraError(LEARNING_WENT_OFF)
                 if due and not queries.leases.renew_lease(s, name, holder, token, seconds):
                     raise AuroraError(
                         "the training lease was lost to another trainer; this run stops"

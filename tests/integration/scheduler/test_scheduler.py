@@ -342,7 +342,7 @@ def test_a_run_ends_within_five_seconds_of_the_switch_and_starts_when_it_is_on_a
     said = status.scheduler(house.engine, "default")
     assert (said.state, said.reason) == ("off", "learning is switched off")
     with store.session(house.engine, write=False) as s:
-        assert queries.runs.runs(s, 1)[0].error == "learning was switched off"
+        assert queries.runs.runs(s, 1)[0].error == switches.LEARNING_WENT_OFF
     switches.turn(house.engine, "default", "learning", True, actor="ada", reason="cooler")
     rounds(one, lambda: one.child)
 

@@ -12,6 +12,8 @@ from sqlalchemy import Engine, text
 from aurora_sgl import store
 from aurora_sgl.cli import _one_line
 from aurora_sgl.clock import utc_now
+from aurora_sgl.errors import AuroraError
+from aurora_sgl.rollout import switches
 from aurora_sgl.store import locks, queries
 from aurora_sgl.store.liveness import (
     LOST_SECONDS,
@@ -84,3 +86,15 @@ def test_training_goes_on_while_the_store_is_away_and_stops_for_a_defect(
     with store.session(engine, write=False) as s:
         held = queries.leases.lease(s, training_lease_name(group_id))
     assert held is not None and held.expires_at <= utc_now(), "given back"
+
+
+def test_a_run_that_sees_the_switch_first_gives_the_same_reason_as_its_scheduler(
+    engine: Engine, group_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.0)
+    with lease.training_lease(engine, group_id) as renew:
+        renew({})
+        switches.turn(engine, "default", switches.LEARNING, False, actor="ada", reason="too warm")
+        with pytest.raises(AuroraError) as raised:
+            renew({})
+    assert str(raised.value) == switches.LEARNING_WENT_OFF
