@@ -9,7 +9,7 @@ gate and promotion are those of the product. Cases:
 seed has other requests. A version that the gate lets through is replayed on later traffic of its
 domains.
 *turn*: 120 of the old domains' requests, then 320 of a form that it has never seen, with a run
-after 100, 200 and 320 of them; *turn-sampled* has 140 at temperature 0.7, *turn-chats* 30 sampled
+after 100, 200 and 320 of them; *turn-sampled* has 320 at temperature 0.7, *turn-chats* 70 sampled
 chats of four turns (see ``corpus.new_traffic``). After each run the live version is replayed on
 40 to 60 held-out requests of the new form and on 120 of the old domains.
 
@@ -52,8 +52,8 @@ STATIONARY = "stationary"
 #: By case: the new form, and after how many of its requests a run begins.
 TURNS = {
     "turn": (TICKET, (100, 200, 320)),
-    "turn-sampled": (SAMPLED, (70, 140)),
-    "turn-chats": (CHATS, (60, 120)),
+    "turn-sampled": (SAMPLED, (100, 200, 320)),
+    "turn-chats": (CHATS, (100, 200, 280)),
 }
 WINDOW, OLD, HELD_OUT_OLD = 100, 120, 40
 HELD_OUT_NEW = {TICKET: 60, SAMPLED: 50, CHATS: 40}
@@ -133,11 +133,14 @@ class Bench:
 
     def _after(self, loop: OfflineLoop, count: int, new: dict[str, CorpusSet]) -> dict[str, Any]:
         """One run, and the live version's replays by domain where it changed."""
+        loop.second_looks.clear()
         outcome, live = loop.train(), loop.live_id()
         row: dict[str, Any] = {
             "served": count, "status": outcome.status, "verdict": outcome.verdict,
             "reason": outcome.reason or outcome.error, "promoted": live == outcome.version_id,
-            "alpha": outcome.metrics.get("alpha"), "replays": {},
+            "second_look": "".join(look.reason for look in loop.second_looks),
+            "alpha": outcome.metrics.get("alpha"),
+            "line_search": outcome.metrics.get("line_search"), "replays": {},
         }  # fmt: skip
         _say({name: value for name, value in row.items() if name != "replays"})
         sets = {**old_held_out(), **new}
@@ -185,7 +188,8 @@ def turns(bench: Bench, seeds: Sequence[int]) -> list[dict[str, Any]]:
                     line[f"new, {shape}"] = f"{new.baseline:.3f} to {new.candidate:.3f}"
                     line[f"ratio, {shape}"] = new.candidate / new.baseline
                     line[f"old, {shape}"] = f"{100 * old.difference / old.baseline:+.1f}%"
-                table.append(line | {"gate": row["verdict"], "why": row["reason"]})
+                why = "; ".join(filter(None, (row["second_look"], row["reason"])))
+                table.append(line | {"gate": row["verdict"], "why": why})
     return table
 
 

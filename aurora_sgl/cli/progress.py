@@ -27,6 +27,9 @@ def training_progress(*, quiet: bool) -> Iterator[Callable[[dict[str, Any]], Non
             elif event["event"] == "line_search":
                 text = "choosing how far to go by replay of the dev split"
                 bar.update(task, description=text, completed=event["done"], total=event["of"])
+            elif event["event"] == "second_look":
+                text = f"judging the last candidate by {event['requests']} requests since"
+                bar.update(task, description=text)
             elif event["event"] == "gate":
                 text = f"replaying {event['requests']} held-out requests"
                 bar.update(task, description=text, total=None)

@@ -62,7 +62,11 @@ def to_continue(s: Session, live_id: int) -> tuple[int, str]:
     """What the next run starts from, and why it is not the newest candidate of the line (empty: it
     is, or there is none): the newest that did not fail and lies at most one standard error below
     the live version, else the live version."""
+    judged = set()
     for row in reversed(tries(s, live_id)[1]):
+        if row.candidate_id in judged:
+            continue  # judged again since, perhaps otherwise
+        judged.add(row.candidate_id)
         if row.verdict == FAIL or not row.details["line"].get("continues"):
             continue
         candidate = queries.versions.version(s, row.candidate_id)

@@ -185,11 +185,13 @@ def _evidence(
     }
 
 
+def key_of_conversation(conversation: str) -> str:
+    """What an evaluation keeps of a conversation's name: enough to tell some thousands apart."""
+    return sha256_bytes(conversation.encode())[:16] if conversation else ""
+
+
 def _shortened(replayed: RequestReplay) -> RequestReplay:
-    """With a key of its conversation that tells some thousands apart, as an evaluation keeps it."""
-    if not replayed.conversation:
-        return replayed
-    return replace(replayed, conversation=sha256_bytes(replayed.conversation.encode())[:16])
+    return replace(replayed, conversation=key_of_conversation(replayed.conversation))
 
 
 def _clean(value: Any) -> Any:

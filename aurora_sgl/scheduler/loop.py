@@ -40,10 +40,11 @@ REBUILD_REQUESTS = 3000
 #: Seconds between renewals of the lease of a paused run.
 HOLD_SECONDS = 30.0
 
-#: What a run does after its updates, by the event that it tells.
+#: What a run does before and after its updates, by the event that it tells.
 _DOING = {
     "line_search": "replaying the dev split to choose how far to go",
     "gate": "replaying held-out requests",
+    "second_look": "judging the last candidate by what was served since",
 }
 
 log = logging.getLogger(__name__)
@@ -361,7 +362,7 @@ class Scheduler:
         decision, waiting = self._decision, self._candidate
         if self.child is not None:
             event = self.child.progress.get("event")
-            gate = event == "gate"
+            gate = event in ("gate", "second_look")
             doing = _DOING.get(str(event), f"training ({self.trigger})")
             if self._load.pace != load.FULL:
                 how = "paused" if self._load.pace == load.NONE else "at half pace"

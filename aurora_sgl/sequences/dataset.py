@@ -176,6 +176,7 @@ def build(
     after_rejection_weight: float = 1.0,
     most_gate: int | None = None,
     trained: Collection[int] = (),
+    unlearnt: Collection[int] = (),
     repeat_prefixes: bool = True,
 ) -> Dataset:
     """Choose and split requests. Only tokens are read here; features when a request is used.
@@ -186,7 +187,8 @@ def build(
     (``broken``), and those that nearly repeat a prompt on another side (``duplicate``); from dev
     and gate also those whose accept rule replay does not cover. The gate gets the first
     ``most_gate`` usable ones, as they come; files of later ones are not looked at. ``trained``:
-    requests that were learnt from already, so that the gate gets nothing that nearly repeats them.
+    requests that were learnt from already, so that the gate gets nothing that nearly repeats them;
+    ``unlearnt``: such as are the gate's whatever their conversation's side.
     Without ``repeat_prefixes`` rows of a prompt that several requests of ``train`` have are trained
     on in one of them. The other options are :class:`Loader`'s.
     """
@@ -203,7 +205,7 @@ def build(
     )
     data = Dataset(SequenceSet(loader), SequenceSet(loader), SequenceSet(loader), Counter())
     shares = partial(split_of, dev_share=dev_share, gate_share=gate_share)
-    choice = _Choice(prefixes, shares, trained)
+    choice = _Choice(prefixes, shares, trained, unlearnt)
     held_out = deque(row for row in rows if choice.own_side(row) == "gate")
     for row in rows:
         if choice.own_side(row) != "gate":
@@ -241,16 +243,21 @@ class _Choice:
     """Requests that were looked at: those that can be used, and why the others can't."""
 
     def __init__(
-        self, prefixes: Prefixes, split: Callable[[str], str], trained: Collection[int]
+        self,
+        prefixes: Prefixes,
+        split: Callable[[str], str],
+        trained: Collection[int],
+        unlearnt: Collection[int],
     ) -> None:
-        self.prefixes, self.split, self.trained = prefixes, split, trained
+        self.prefixes, self.split = prefixes, split
+        self.trained, self.unlearnt = trained, unlearnt
         self.usable: list[tuple[RecentRequest, tuple[Piece, ...]]] = []
         self.tokens: dict[int, NDArray[np.int32]] = {}
         self.left_out: Counter[str] = Counter()
         self.held_out_left: Counter[str] = Counter()
 
     def own_side(self, row: RecentRequest) -> str:
-        return self.split(split_key(row))
+        return "gate" if row.request_id in self.unlearnt else self.split(split_key(row))
 
     def look_at(self, row: RecentRequest) -> None:
         reason, pieces = self._check(row)
@@ -272,7 +279,10 @@ class _Choice:
             ids = ((row.request_id, row.output_start) for row, _ in self.usable)
             shared = near_duplicates({one: self.tokens[one][:start] for one, start in ids})
         rows = (row for row, _ in self.usable)
-        return sides(rows, shared, dev_share=dev_share, gate_share=gate_share, trained=self.trained)
+        return sides(
+            rows, shared, dev_share=dev_share, gate_share=gate_share,
+            trained=self.trained, unlearnt=self.unlearnt,
+        )  # fmt: skip
 
     def _check(self, row: RecentRequest) -> tuple[str, tuple[Piece, ...] | None]:
         judged = self.own_side(row) != "train"

@@ -128,6 +128,7 @@ def sides(
     dev_share: float,
     gate_share: float,
     trained: Collection[int] = (),
+    unlearnt: Collection[int] = (),
 ) -> dict[int, str]:
     """``train``, ``dev``, ``gate`` or ``duplicate`` (on no side) for each request id.
 
@@ -135,7 +136,8 @@ def sides(
     side of their own, and members whose conversation is on another side are left out: no prompt
     is trained on that a held-out one nearly repeats, and a held-out conversation stays so in
     every run, whatever else is looked at. What nearly repeats a request that was ``trained`` on
-    already is on its side.
+    already is on its side. ``unlearnt`` requests are the gate's, whatever their conversation's
+    side, and change no other's, unless they nearly repeat one that was trained on.
     """
 
     def of(key: str) -> str:
@@ -144,13 +146,16 @@ def sides(
     rows = list(rows)
     keys: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        if row.request_id in alike:
+        if row.request_id in alike and row.request_id not in unlearnt:
             keys[alike[row.request_id]].add(split_key(row))
     learnt = {alike[request_id] for request_id in trained if request_id in alike}
     side_of = {}
     for row in rows:
-        own = of(split_key(row))
         group = alike.get(row.request_id, "")
+        if row.request_id in unlearnt:
+            side_of[row.request_id] = "duplicate" if group in learnt else "gate"
+            continue
+        own = of(split_key(row))
         shared = own if len(keys[group]) < 2 else "train" if group in learnt else of(group)
         side_of[row.request_id] = own if own == shared else "duplicate"
     return side_of

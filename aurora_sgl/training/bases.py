@@ -7,7 +7,7 @@ add up, while the gate compares with the live version, so that they are proven a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import Engine
@@ -50,12 +50,13 @@ def base_ids(s: Session, group_id: int, base_id: int | None, *, carry_on: bool) 
 
 @dataclass(frozen=True)
 class Bases:
-    """Both drafters in float32, the base's hash, and what target they fit."""
+    """Both drafters in float32, the hashes of their weights, and what target they fit."""
 
     ids: BaseIds
     base: Drafter
     base_sha256: str
     baseline: Drafter
+    baseline_sha256: str
     target: TargetInfo
 
 
@@ -63,16 +64,17 @@ def load(engine: Engine, artifacts: ArtifactRoot, ids: BaseIds, target: Path, in
     """Both from the store; the baseline for both where the base is missing, damaged or does not
     fit. Raises ``AuroraError`` when the baseline is."""
     baseline, sha256, info = _version(engine, artifacts, ids.baseline, target, into / "baseline")
-    same = Bases(BaseIds(ids.baseline, ids.baseline, ids.left), baseline, sha256, baseline, info)
+    same = Bases(
+        BaseIds(ids.baseline, ids.baseline, ids.left), baseline, sha256, baseline, sha256, info
+    )
     if ids.base == ids.baseline:
         return same
     try:
         base, sha256, info = _version(engine, artifacts, ids.base, target, into / "base")
     except AuroraError as error:
         left = f"training starts from the live version {ids.baseline}: {error}"
-        return Bases(BaseIds(ids.baseline, ids.baseline, left), baseline, same.base_sha256,
-                     baseline, same.target)  # fmt: skip
-    return Bases(ids, base, sha256, baseline, info)
+        return replace(same, ids=replace(same.ids, left=left))
+    return Bases(ids, base, sha256, baseline, same.baseline_sha256, info)
 
 
 def _version(

@@ -23,7 +23,7 @@ from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.refresh import refresh
 from aurora_sgl.drafter.target import TargetHead, TargetInfo
 from aurora_sgl.errors import AuroraError
-from aurora_sgl.evaluation.gate import difference_of, pairs_of
+from aurora_sgl.evaluation.gate import PASS, difference_of, pairs_of
 from aurora_sgl.evaluation.record import record
 from aurora_sgl.evaluation.replay import RequestReplay, replay_both
 from aurora_sgl.intervals import or_none
@@ -33,12 +33,14 @@ from aurora_sgl.sequences import dataset
 from aurora_sgl.sequences.held_out import HeldOut, held_out_of
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import patiently
+from aurora_sgl.store.models import Evaluation
 from aurora_sgl.training import line_search, reservoir
 from aurora_sgl.training.bases import BaseIds, Bases, base_ids, base_ratio, load
 from aurora_sgl.training.maturity import by_maturity, trained_tokens
 from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
 from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
 from aurora_sgl.training.run_data import RunData
+from aurora_sgl.training.second_look import base_after, judge_again
 from aurora_sgl.training.selection import Selection, select
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import Progress, TrainResult, train
@@ -57,7 +59,8 @@ class Skipped(AuroraError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. ``version_id`` and ``evaluation_id`` are set when it succeeded."""
+    """What a run came to. ``version_id`` and ``evaluation_id`` are set when it succeeded, and when
+    it was skipped because the candidate that it would have gone on from passes the gate by now."""
 
     run_id: int
     status: str  # succeeded | skipped | failed
@@ -159,6 +162,11 @@ class _Run:
                                   self.settings.checkpoint_seconds)  # fmt: skip
         with _work_folder() as work:
             bases = _waiting(lambda: self._bases(ids, target, work))
+            head = TargetHead.load(target)
+            judged = _waiting(lambda: self._judge_again(bases, head))
+            if judged is not None and judged.verdict == PASS:
+                return self._passed_now(judged)
+            bases = self._go_on_from(base_after(bases, judged) if judged else bases)
             base, live = bases.base, bases.baseline
             recipe = _waiting(lambda: self._by_maturity(bases.ids.base))
             selection = _waiting(lambda: self._selection(checkpoints, bases.base_sha256, recipe))
@@ -168,7 +176,6 @@ class _Run:
             _waiting(lambda: self._note_examples(examples))
             start = self._with_vocabulary(base, data, target)
             checkpoints.begin(_plan(self.settings, bases.base_sha256, selection))
-            head = TargetHead.load(target)
             try:
                 result = self._train(start, data, head, recipe, checkpoints)
                 chosen = self._search(live, start, result, data, head)
@@ -193,6 +200,21 @@ class _Run:
     def _bases(self, ids: BaseIds, target: Path, work: Path) -> Bases:
         bases = load(self.engine, self.artifacts, ids, target, work)
         self.info = bases.target
+        return bases
+
+    def _judge_again(self, bases: Bases, head: TargetHead) -> Evaluation | None:
+        sources = self._sources(bases.base)
+        return judge_again(sources, bases, head, self.settings, self.run_id, self._say)
+
+    def _passed_now(self, judged: Evaluation) -> Outcome:
+        """The candidate that this run would have gone on from may go live: that comes first."""
+        reason = judged.details["reason"]
+        sentence = f"version {judged.candidate_id}, judged again by what was served since: {reason}"
+        ended = self.end("skipped", error=f"{sentence}; nothing was trained")
+        return replace(ended, version_id=judged.candidate_id, evaluation_id=judged.id,
+                       verdict=judged.verdict, reason=reason)  # fmt: skip
+
+    def _go_on_from(self, bases: Bases) -> Bases:
         self.columns["base_version_id"] = bases.ids.base
         if bases.ids.left:
             self.columns["metrics"] = {
@@ -245,7 +267,7 @@ class _Run:
         return data
 
     def _gate(self, base: Drafter, examples: list[int]) -> dataset.SequenceSet:
-        data, newest = self._sources(base).newest_held_out(examples)
+        data, newest = self._sources(base).newest_unlearnt(examples)
         self._note_held_out(data, newest)
         return data.gate
 

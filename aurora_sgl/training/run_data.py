@@ -42,14 +42,20 @@ class RunData:
             repeat_prefixes=settings.repeat_prefixes,
         )
 
-    def newest_held_out(self, learnt: list[int]) -> tuple[dataset.Dataset, Selection]:
-        """The gate's split as it is now, and what it was chosen from: a run may take as long as it
-        took to serve all that it began with. Nothing in it nearly repeats a request that was
-        ``learnt`` from (by id)."""
+    def newest_unlearnt(self, learnt: list[int]) -> tuple[dataset.Dataset, Selection]:
+        """The gate's split as it is now, and what it was chosen from: held-out requests, then those
+        of the other sides that no run has learnt from, since a run may take as long as it took to
+        serve all that it began with. Nothing in it nearly repeats a request that was ``learnt``
+        from (by id)."""
         with store.session(self.engine, write=False) as s:
             newest = select(s, self.group_id, self.settings)
             rows = queries.requests.with_traces(s, learnt)
-        return self._build([*rows, *newest.held_out], newest, trained=learnt), newest
+        judging = [*newest.held_out, *newest.unlearnt]
+        data = self._build(
+            [*rows, *judging], newest, trained=learnt,
+            unlearnt={row.request_id for row in newest.unlearnt},
+        )  # fmt: skip
+        return data, newest
 
     def _build(
         self, rows: list[RecentRequest], selection: Selection, **more: Any

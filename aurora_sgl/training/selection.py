@@ -1,11 +1,12 @@
-"""Which of the store's requests a run looks at: its window, older traffic, a dev split, and
-held-out ones."""
+"""Which of the store's requests a run looks at: its window, older traffic, a dev split, held-out
+ones, and those that none has learnt from yet."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import islice
 
 from sqlalchemy.orm import Session
 
@@ -24,7 +25,7 @@ HELD_OUT = 200  # newest held-out requests that a run replays, of those that can
 @dataclass(frozen=True)
 class Selection:
     """Requests of a run, newest first in each list; no request is in two of them
-    but for ``reservoir`` and ``recent``."""
+    but for ``reservoir``, ``recent`` and ``unlearnt``."""
 
     window: list[RecentRequest]  # to learn from
     replay: list[RecentRequest]  # older, or of other domains, against forgetting
@@ -33,6 +34,9 @@ class Selection:
     held_out: list[RecentRequest]  # that can be judged, of conversations that no run trains on
     recent: list[RecentRequest]  # all that may fill a cached prefix, the others among them
     not_judged: Counter[str] = field(default_factory=Counter)  # held-out ones left out, by reason
+    #: The newest of those that came after all that any run has learnt from, if they can be judged:
+    #: until one learns from them they judge as held-out ones do ("first test, then train").
+    unlearnt: list[RecentRequest] = field(default_factory=list)
 
     @property
     def span(self) -> tuple[datetime, datetime] | None:
@@ -74,6 +78,9 @@ def select(
     members = reservoir.sample(
         (row for row in recent if side[row.request_id] == "train"), settings.reservoir
     )
+    open_to_all = (
+        row for row in wanted if side[row.request_id] != "gate" and not why_not_judged(row)
+    )
     return Selection(
         window,
         _draw(rest, len(window), settings),
@@ -82,6 +89,7 @@ def select(
         held_out,
         [*recent, *queries.requests.donors(s, recent)],
         not_judged,
+        queries.training_requests.never_learnt(s, group_id, [*islice(open_to_all, HELD_OUT)]),
     )
 
 

