@@ -83,7 +83,7 @@ def settings_hash(settings: TrainSettings, *more: Any) -> str:
 
 
 #: What cells of the whole loop depend on beside the recipe: named anew when the loop changes.
-_LOOP = "judged again by what was served since"
+_LOOP = "judged again by what was served since; as far as traffic of now gains"
 
 
 def loop_hash(settings: TrainSettings, *more: Any) -> str:

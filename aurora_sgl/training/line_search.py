@@ -3,15 +3,17 @@
 Training pulls a drafter towards the requests of its window, and away from what it served before.
 Part of the way often keeps most of the gain for little of the loss: from a well-trained drafter at
 a turn to a new domain the whole way gave the new one 27% for 7.2% of the old, half the way 19% for
-2.2% (linear interpolation of weights: Wortsman et al. 2022, arXiv 2109.01903). The gate's requests
-take no part in the choice.
+2.2% (linear interpolation of weights: Wortsman et al. 2022, arXiv 2109.01903). What counts is the
+gain on traffic as it is now: after a turn the dev split has as much of what was as of what is. The
+gate's requests take no part in the choice.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +40,14 @@ FEWEST = 4
 
 @dataclass(frozen=True)
 class Way:
-    """One share of the way, on the dev split: accept length, and what is believed of it by domain
-    as a share of the live drafter's (``worst``: the smallest; 1.0 without a domain to look at).
-    Small domains are judged together, as the gate does (:mod:`aurora_sgl.evaluation.pooling`)."""
+    """One share of the way, on the dev split: accept length, and what is believed of it as a share
+    of the live drafter's, of traffic as it is now (``ratio``) and of the domain that loses most
+    (``worst``); both 1.0 without a domain to look at. Small domains are judged together, as the
+    gate does (:mod:`aurora_sgl.evaluation.pooling`)."""
 
     alpha: float
     accept_length: float
+    ratio: float
     worst: float
 
 
@@ -62,7 +66,8 @@ class LineSearchResult:
             "alpha": self.alpha,
             "dev_requests": self.requests,
             "line_search": [
-                [way.alpha, _rounded(way.accept_length), _rounded(way.worst)] for way in self.tried
+                [way.alpha, *map(_rounded, (way.accept_length, way.ratio, way.worst))]
+                for way in self.tried
             ],
         }
 
@@ -91,8 +96,9 @@ def search(
     head: TargetHead,
     settings: TrainSettings,
     progress: Callable[[int, int], None] | None = None,
+    traffic: Mapping[str, float] | None = None,
 ) -> LineSearchResult:
-    """The best of ``ALPHAS`` by the accept length over the dev requests.
+    """The best of ``ALPHAS`` for ``traffic``, requests by domain (default: the dev split's).
 
     Among those with which no domain loses more than ``FLOOR``; where there is none, the one whose
     worst domain loses least. ``start`` is what training began from: ``live``, or ``live`` with a
@@ -109,12 +115,13 @@ def search(
         return [replay_one(served, each, settings.shape, head) for each in sequences]
 
     before = replayed(live)
-    tried = [Way(0.0, AcceptCounts.of(before).accept_length, 1.0)]
+    tried = [Way(0.0, AcceptCounts.of(before).accept_length, 1.0, 1.0)]
     for done, alpha in enumerate(ALPHAS, start=1):
         if progress is not None:
             progress(done, 1 + len(ALPHAS))
         after = replayed(interpolate(start, trained, alpha))
-        tried.append(Way(alpha, AcceptCounts.of(after).accept_length, worst_of(before, after)))
+        length = AcceptCounts.of(after).accept_length
+        tried.append(Way(alpha, length, *believed_ratios(before, after, traffic)))
         if alpha == 1.0 and _is_plenty(tried[0], tried[1]):
             break
     best = choose(tried[1:])
@@ -123,23 +130,35 @@ def search(
 
 
 def choose(ways: Sequence[Way]) -> Way:
-    """The longest accept length that keeps the floor; else the least loss."""
+    """The largest gain that keeps the floor, of equal ones the longest way; else the least loss."""
     kept = [way for way in ways if way.worst >= 1 - FLOOR]
     if kept:
-        return max(kept, key=lambda way: way.accept_length)
+        return max(kept, key=lambda way: (way.ratio, way.alpha))
     return max(ways, key=lambda way: way.worst)
 
 
 def _is_plenty(live: Way, whole: Way) -> bool:
-    return whole.accept_length >= (1 + PLENTY) * live.accept_length and whole.worst >= 1.0
+    return whole.ratio >= (1 + PLENTY) * live.ratio and whole.worst >= 1.0
 
 
-def worst_of(before: Sequence[RequestReplay], after: Sequence[RequestReplay]) -> float:
-    """Of what is believed of each domain (and of its accept rules, where there is enough of both):
-    of eight requests alone, chance takes 2% from the worst of four domains more often than not."""
-    believed = [
-        stratum.mean
-        for part in partitions(list(zip(before, after, strict=True)))
-        for stratum in pool(changes(part), FLOOR)[1].values()
-    ]
-    return math.exp(min(believed, default=0.0))
+def believed_ratios(
+    before: Sequence[RequestReplay],
+    after: Sequence[RequestReplay],
+    traffic: Mapping[str, float] | None = None,
+) -> tuple[float, float]:
+    """(of all traffic, of the worst domain), see :class:`Way`: the first is the weighted geometric
+    mean over domains; a domain without dev requests changes as all do. Accept rules of a domain
+    count as domains for the worst, where there is enough of both: of eight requests alone, chance
+    takes 2% from the worst of four domains more often than not."""
+    pairs = list(zip(before, after, strict=True))
+    pooled = [pool(changes(part), FLOOR) for part in partitions(pairs)]
+    if not pooled:
+        return 1.0, 1.0
+    mean, by_domain = pooled[0]
+    requests = traffic or Counter(old.domain for old, _ in pairs)
+    of_traffic = sum(
+        count * (by_domain[f"all/{domain}"].mean if f"all/{domain}" in by_domain else mean)
+        for domain, count in requests.items()
+    ) / sum(requests.values())
+    worst = min(stratum.mean for _, strata in pooled for stratum in strata.values())
+    return math.exp(of_traffic), math.exp(worst)

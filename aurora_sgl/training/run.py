@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -178,7 +179,8 @@ class _Run:
             checkpoints.begin(_plan(self.settings, bases.base_sha256, selection))
             try:
                 result = self._train(start, data, head, recipe, checkpoints)
-                chosen = self._search(live, start, result, data, head)
+                traffic = Counter(row.domain for row in selection.window)
+                chosen = self._search(live, start, result, data, head, traffic)
                 gate = _waiting(lambda: self._gate(base, examples))
                 self._say({"event": "gate", "requests": len(gate)})
                 replays = replay_both(live, chosen, gate.readable(), head, self.settings)
@@ -329,6 +331,7 @@ class _Run:
         result: TrainResult,
         data: dataset.Dataset,
         head: TargetHead,
+        traffic: Counter[str],
     ) -> Drafter:
         """How much of what was learnt to take over."""
         if not self.settings.line_search:
@@ -339,7 +342,9 @@ class _Run:
             self._say({"event": "line_search", "done": done, "of": most})
 
         say(0, 1 + len(line_search.ALPHAS))
-        search = line_search.search(live, start, result.drafter, data.dev, head, self.settings, say)
+        search = line_search.search(
+            live, start, result.drafter, data.dev, head, self.settings, say, traffic
+        )
         self.columns["metrics"] |= search.metrics
         return search.drafter
 

@@ -18,10 +18,10 @@ from aurora_sgl.training.line_search import (
     ALPHAS,
     FLOOR,
     Way,
+    believed_ratios,
     choose,
     interpolate,
     search,
-    worst_of,
 )
 from aurora_sgl.training.maturity import MATURE_TOKENS, YOUNG_TOKENS, by_maturity, peak_rate
 from aurora_sgl.training.settings import TrainSettings
@@ -33,7 +33,7 @@ SETTINGS = TrainSettings(**RECIPE)
 
 
 def ways(*found: tuple[float, float, float]) -> list[Way]:
-    return [Way(*each) for each in found]
+    return [Way(alpha, math.nan, *believed) for alpha, *believed in found]
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,12 @@ def ways(*found: tuple[float, float, float]) -> list[Way]:
     [
         (ways((1.0, 2.0, 1.0), (0.75, 1.9, 1.0), (0.5, 1.8, 1.0), (0.25, 1.7, 1.0)), 1.0),
         (ways((1.0, 2.0, 0.92), (0.75, 1.9, 0.96), (0.5, 1.8, 0.985), (0.25, 1.7, 0.99)), 0.5),
+        (ways((0.5, 1.8, 1.0), (0.75, 1.9, 1.0), (1.0, 1.9, 1.0)), 1.0),
         (ways((1.0, 1.7, 1 - FLOOR), (0.75, 1.9, 0.99), (0.5, 1.8, 1.0)), 0.75),
         (ways((1.0, 2.0, 0.90), (0.75, 1.9, 0.92), (0.5, 1.8, 0.94), (0.25, 1.7, 0.97)), 0.25),
     ],
 )
-def test_the_longest_accept_length_that_keeps_the_floor_of_every_domain(
+def test_the_largest_gain_that_keeps_the_floor_of_every_domain(
     tried: list[Way], alpha: float
 ) -> None:
     assert choose(tried).alpha == alpha
@@ -54,7 +55,12 @@ def test_the_longest_accept_length_that_keeps_the_floor_of_every_domain(
 DOMAINS = {"old a": 0.0, "old b": 0.0, "old c": 0.0, "new": 0.12}
 
 
-def chosen(gains: dict[str, float], random: np.random.Generator, each: int = 8) -> float:
+def chosen(
+    gains: dict[str, float],
+    random: np.random.Generator,
+    each: int = 8,
+    traffic: dict[str, float] | None = None,
+) -> float:
     """What is chosen on ``each`` dev requests a domain whose accept lengths change so at the whole
     way, and by part of it on a part. A request's own change has a spread of 6%."""
     before = [
@@ -62,15 +68,15 @@ def chosen(gains: dict[str, float], random: np.random.Generator, each: int = 8) 
         for n, domain in enumerate(each * list(gains))
     ]
     own = random.normal(0, 0.06, len(before))
-    tried = [Way(0.0, 2.0, 1.0)]
+    tried = []
     for alpha in ALPHAS:
         after = []
         for row, deviation in zip(before, own, strict=True):
             steps = 40 / (1 + alpha * (gains[row.domain] + deviation))
             after.append(replace(row, verify_steps=steps, accepted=80 - steps))
         length = AcceptCounts.of(after).accept_length
-        tried.append(Way(alpha, length, worst_of(before, after)))
-    return choose(tried[1:]).alpha
+        tried.append(Way(alpha, length, *believed_ratios(before, after, traffic)))
+    return choose(tried).alpha
 
 
 def test_chance_in_small_domains_does_not_stop_what_harms_none() -> None:
@@ -85,6 +91,21 @@ def test_a_small_domain_that_loses_much_stops_it(loss: float, most: float) -> No
     gains = {**DOMAINS, "old b": -loss}
     alphas = np.array([chosen(gains, random) for _ in range(60)])
     assert np.mean(alphas == 1.0) <= most, np.unique(alphas, return_counts=True)
+
+
+def test_what_traffic_has_turned_to_decides_how_far_to_go() -> None:
+    """Not what the dev split still has most of, as long as that keeps its floor."""
+    gains = {"old a": -0.012, "old b": -0.012, "old c": -0.012, "new": 0.08}
+    far = {
+        name: np.mean([chosen(gains, np.random.default_rng(n), traffic=traffic) for n in range(40)])
+        for name, traffic in (
+            ("turned", {"new": 190.0, "old a": 10.0}),
+            ("not turned", {"old a": 50.0, "old b": 50.0, "old c": 50.0}),
+            ("unknown", {"another": 200.0}),
+        )
+    }
+    assert far["turned"] > 0.65 and far["not turned"] < 0.45, far
+    assert far["not turned"] < far["unknown"] < far["turned"], "as all domains do on the mean"
 
 
 def test_the_way_begins_at_the_live_drafter_and_ends_at_the_trained_one(tmp_path: Path) -> None:
@@ -109,6 +130,7 @@ def test_a_run_that_learnt_goes_the_whole_way_and_one_that_broke_its_drafter_har
     found = search(untrained, untrained, good, dev, head, SETTINGS)
     assert found.alpha == 1.0 and found.drafter is good
     assert found.tried[1].accept_length > 1.05 * found.tried[0].accept_length
+    assert found.tried[1].ratio > 1.05 > found.tried[0].ratio == 1.0
     broken = search(good, good, noisy(good, 1.0), dev, head, SETTINGS)
     assert broken.alpha < 1.0
     assert [way.alpha for way in broken.tried] == [0.0, *ALPHAS]
