@@ -64,8 +64,8 @@ def to_continue(s: Session, live_id: int) -> tuple[int, str]:
     the live version, else the live version."""
     judged = set()
     for row in reversed(tries(s, live_id)[1]):
-        if row.candidate_id in judged:
-            continue  # judged again since, perhaps otherwise
+        if row.attempt is None or row.candidate_id in judged:
+            continue  # it said nothing, or the candidate was judged again since
         judged.add(row.candidate_id)
         if row.verdict == FAIL or not row.details["line"].get("continues"):
             continue

@@ -70,7 +70,8 @@ def judge_again(
 def base_after(bases: Bases, judged: Evaluation) -> Bases:
     """What training starts from after that: the live version where the candidate failed or lies
     below it."""
-    if judged.verdict != FAIL and judged.details["line"]["continues"]:
+    continues = judged.verdict != FAIL and judged.details["line"]["continues"]
+    if continues or judged.attempt is None:
         return bases
     ids = bases.ids
     left = (

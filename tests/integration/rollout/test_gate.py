@@ -96,6 +96,15 @@ def test_the_next_run_goes_on_from_what_was_not_failed(engine: Engine) -> None:
     assert base() == (house.a, "")
     assert put(house.b, 0).details["line"]["continues"] and base() == (house.b, "")
     assert put(house.c, -20).verdict == FAIL and base() == (house.b, "")
+    few = record(engine, before[:3], more(before[:3], -20), candidate_id=house.b,
+                 baseline_id=house.a, recipe=RECIPE)  # fmt: skip
+    assert few.attempt is None and base() == (house.b, ""), "three requests say nothing"
+    later = replayed(20, 30, first=50)
+    again = record(engine, later, more(later, -20), candidate_id=house.b, baseline_id=house.a,
+                   recipe=RECIPE)  # fmt: skip
+    assert again.verdict == FAIL and base() == (house.a, ""), "the newest judgement counts"
+    with store.session(engine) as s:
+        s.delete(s.get_one(Evaluation, again.id))
     with store.session(engine) as s:
         queries.versions.version(s, house.b).pruned_at = utc_now()
     number, why = base()

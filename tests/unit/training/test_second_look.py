@@ -68,7 +68,7 @@ def test_a_candidate_passes_by_what_came_since_before_anything_is_trained(
     assert f"version {first.version_id}, judged again by what was served since" in last.error
 
     # A pass that waits for a person does not keep the loop from learning.
-    house.serve(80, first=70)
+    house.serve(110, first=70)
     assert run(house, carry_on=True).status == "succeeded"
     assert house.runs()[-1].base_version_id == first.version_id
 
@@ -107,8 +107,10 @@ def test_without_enough_that_is_new_no_second_look_is_taken(
     house.serve(40)
     first = on_few(house, monkeypatch)
     monkeypatch.setattr(run_data, "HELD_OUT", 4)  # the same four, and nothing came since
-    outcome = run(house, carry_on=True)
+    events: list[dict[str, Any]] = []
+    outcome = run(house, carry_on=True, progress=events.append)
     assert outcome.status == "succeeded"
+    assert "second_look" not in {event["event"] for event in events}, "nothing is replayed for it"
     with store.session(house.engine, write=False) as s:
         rows = queries.evaluations.evaluations(s, int(first.version_id or 0))
     assert [row.attempt for row in rows if not row.domain] == [1]
@@ -150,7 +152,7 @@ def test_an_unlearnt_request_changes_no_others_side(house: House) -> None:
     with store.session(house.engine, write=False) as s:
         rows = queries.requests.recent_requests(s, 1)
     shares = {"dev_share": 0.1, "gate_share": 0.3}
-    alike = {row.request_id: f"prompt {row.request_id % 7}" for row in rows[:40]}
+    alike = {row.request_id: f"prompt {n % 20}" for n, row in enumerate(rows[:40])}
     late = {row.request_id for row in rows[:20]}
     trained = [rows[30].request_id]
     alone = sides(rows[20:], alike, **shares, trained=trained)
