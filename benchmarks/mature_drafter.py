@@ -8,15 +8,15 @@ gate and promotion are those of the product. Cases:
 *stationary*: 100 requests of the drafter's own three domains in turns and one training run; each
 seed has other requests. A version that the gate lets through is replayed on later traffic of its
 domains.
-*turn*: 120 of the old domains' requests, then 320 of a form that it has never seen, with a run
+*turn*: 120 (``--old``) of the old domains' requests, then 320 of a form that it has never seen, with a run
 after 100, 200 and 320 of them; *turn-sampled* has 320 at temperature 0.7, *turn-chats* 70 sampled
 chats of four turns (see ``corpus.new_traffic``). After each run the live version is replayed on
 40 to 60 held-out requests of the new form and on 120 of the old domains.
 
 Accept lengths are exact replays, served dtype, tree (depth 4, top-k 4, 16 nodes) and chain of 4.
 
-    python -m benchmarks.mature_drafter [--cases turn stationary ...] [--seeds 0 1 2] [--show]
-        [--json]
+    python -m benchmarks.mature_drafter [--cases turn stationary ...] [--seeds 0 1 2] [--old 120]
+        [--show] [--json]
 
 Cells are kept in ``benchmarks/results/mature_drafter.jsonl`` as they finish: stop it at any time
 and call it again; one process a case and core.
@@ -91,11 +91,11 @@ def _set(chats: Sequence[Sequence[Any]]) -> CorpusSet:
 class Bench:
     """Runs cells that are missing, and reads those that are there."""
 
-    def __init__(self) -> None:
-        self.cells = Cells("mature_drafter")
+    def __init__(self, old: int = OLD) -> None:
+        self.cells, self.old = Cells("mature_drafter"), old
 
     def run(self, case: str, seed: int) -> None:
-        if self.cells.get(**_key(case, seed)):
+        if self.cells.get(**self.key(case, seed)):
             return
         settings = SHIPPED.model_copy(update={"seed": seed})
         began = time.process_time()
@@ -103,7 +103,12 @@ class Bench:
             loop = OfflineLoop(Path(home), STATIC, target_folder(), settings)
             rows = self._stationary(loop, seed) if case == STATIONARY else self._turn(loop, case)
         seconds = round(time.process_time() - began)
-        self.cells.put({"rows": rows, "seconds": seconds}, **_key(case, seed))
+        self.cells.put({"rows": rows, "seconds": seconds}, **self.key(case, seed))
+
+    def key(self, case: str, seed: int) -> dict[str, Any]:
+        stops = TURNS.get(case, (case, (WINDOW,)))
+        settings = loop_hash(SHIPPED, list(stops), self.old)
+        return {"case": case, "seed": seed, "settings": settings}
 
     def start(self, name: str, rows: CorpusSet) -> Measured:
         """The static drafter's replay of some held-out requests."""
@@ -123,7 +128,7 @@ class Bench:
     def _turn(self, loop: OfflineLoop, case: str) -> list[dict[str, Any]]:
         name, stops = TURNS[case]
         judged, served = new_form(name, loop.settings.seed)
-        loop.serve(stream("mixed", loop.settings.seed).part(0, OLD))
+        loop.serve(stream("mixed", loop.settings.seed).part(0, self.old))
         rows, begin = [], 0
         for stop in stops:
             loop.serve(served.part(begin, stop))
@@ -166,11 +171,6 @@ class Bench:
         return old_held_out()[name] if name in DOMAINS else new_form(name, 0)[0]
 
 
-def _key(case: str, seed: int) -> dict[str, Any]:
-    stops = TURNS.get(case, (case, (WINDOW,)))
-    return {"case": case, "seed": seed, "settings": loop_hash(SHIPPED, list(stops), OLD)}
-
-
 def _say(what: Any) -> None:
     print(what, file=sys.stderr, flush=True)
 
@@ -179,7 +179,7 @@ def turns(bench: Bench, seeds: Sequence[int]) -> list[dict[str, Any]]:
     table = []
     for case, (name, _) in TURNS.items():
         for seed in seeds:
-            cell = bench.cells.get(**_key(case, seed))
+            cell = bench.cells.get(**bench.key(case, seed))
             for row in cell["rows"] if cell else ():
                 line: dict[str, Any] = {"case": case, "seed": seed, "requests": row["served"]}
                 for shape in SHAPES:
@@ -196,7 +196,7 @@ def turns(bench: Bench, seeds: Sequence[int]) -> list[dict[str, Any]]:
 def stationary(bench: Bench) -> list[dict[str, Any]]:
     table = []
     for key, cell in bench.cells:
-        if key != _key(STATIONARY, key.get("seed", -1)):
+        if key != bench.key(STATIONARY, key.get("seed", -1)):
             continue
         row = cell["rows"][0]
         later = bench.against_static(row, DOMAINS, "tree")
@@ -216,11 +216,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--old", type=int, default=OLD, help="older requests before a turn")
     parser.add_argument("--cases", nargs="+", choices=[*TURNS, STATIONARY], default=list(TURNS))
     parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    bench = Bench()
+    bench = Bench(given.old)
     if not given.show:
         head()
         for seed in given.seeds:
