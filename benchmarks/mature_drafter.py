@@ -8,7 +8,7 @@ gate and promotion are those of the product. Cases:
 *stationary*: 100 requests of the drafter's own three domains in turns and one training run; each
 seed has other requests. A version that the gate lets through is replayed on later traffic of its
 domains.
-*turn*: 120 (``--old``) requests of the old domains, then 320 of a form never seen before, with a run
+*turn*: 120 (``--old``) requests of the old domains, then 320 of a form never seen, with a run
 after 100, 200 and 320 of them; *turn-sampled* has 320 at temperature 0.7, *turn-chats* 70 sampled
 chats of four turns (see ``corpus.new_traffic``). After each run the live version is replayed on
 40 to 60 held-out requests of the new form and on 120 of the old domains.
