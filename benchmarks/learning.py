@@ -90,6 +90,10 @@ def one_stream(
         began = time.process_time()
 
 
+#: Of a bounded time: what the replays after it take of so short a run.
+TRAINING_SHARE = 0.7
+
+
 def as_shipped(
     start: Drafter,
     requests: CorpusSet,
@@ -100,7 +104,8 @@ def as_shipped(
 ) -> Iterator[Learned]:
     """The loop itself (``offline_loop``): a run after each of ``stops`` requests, and what is live
     then. All of a run counts as its time: set-up, training, line search and gate. ``budget`` bounds
-    the processor's time of all runs so far; a run that would have none of it left is not made.
+    the processor's time of all runs so far, of which training gets ``TRAINING_SHARE`` and the
+    replays of line search and gate the rest; a run that would have none of it left is not made.
     """
     seconds, served = 0.0, 0
     with tempfile.TemporaryDirectory(prefix="aurora-loop-") as folder:
@@ -113,7 +118,7 @@ def as_shipped(
             left = budget(stop) - seconds if budget is not None else 0.0
             if budget is None or left >= 1:
                 began = time.process_time()
-                loop.train(max_seconds=left)
+                loop.train(max_seconds=TRAINING_SHARE * left)
                 seconds += time.process_time() - began
             yield Learned(stop, loop.load(loop.live_id()), seconds, loop.trained_tokens())
 

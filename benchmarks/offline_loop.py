@@ -9,6 +9,7 @@ promotion. Only the bandit's exploration is off, so that a run repeats.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,9 +81,9 @@ class OfflineLoop:
                 self._store(s, rows[index])
 
     def train(self, *, max_seconds: float = 0.0) -> Outcome:
-        """One run of the scheduler; a candidate that passes the gate goes live. Where the last
-        run's passes by what was served since, it goes live, which ``second_looks`` keeps, and a run
-        from it follows."""
+        """One run of the scheduler, whose training may take ``max_seconds`` of the processor's time
+        (0: any); a candidate that passes the gate goes live. Where the last run's passes by what
+        was served since, it goes live, which ``second_looks`` keeps, and a run from it follows."""
         outcome = self._run(max_seconds)
         if outcome.status == "skipped" and outcome.verdict == PASS:
             self.second_looks.append(outcome)
@@ -94,7 +95,7 @@ class OfflineLoop:
         with _at_home(self.home):
             outcome = train_once(
                 self.engine, self.artifacts, GROUP, settings, trigger="benchmark",
-                carry_on=True,
+                carry_on=True, clock=time.process_time,
             )  # fmt: skip
         if outcome.verdict == PASS and outcome.version_id is not None:
             promote(

@@ -87,14 +87,16 @@ def train_once(
     target: Path | None = None,
     base_version_id: int | None = None,
     carry_on: bool = False,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
     """Train on the requests of a group (by name) and import the result as a version.
 
     ``target`` is the folder of the target model (default: the group's ``target_model``).
     ``base_version_id`` is what training starts from and its result is compared with (default: the
     live version); ``carry_on``, where none is named: start from the newest candidate against the
-    live version that may be gone on with. The caller sees to it that one run of a group exists at a
-    time; a run that a killed trainer left behind is ended as failed first.
+    live version that may be gone on with. ``clock``: what ``max_seconds`` is counted by, as in
+    :func:`~aurora_sgl.training.trainer.train`. The caller sees to it that one run of a group exists
+    at a time; a run that a killed trainer left behind is ended as failed first.
 
     Every end is written into ``training_run``: ``succeeded`` with a version and an evaluation
     against the baseline, ``skipped`` or ``failed`` with one line in ``error``. Promotes nothing.
@@ -114,7 +116,7 @@ def train_once(
             objective=settings.objective,
             config=settings.as_json(),
         ).id
-    run = _Run(engine, artifacts, owner.id, group, settings, run_id, progress)
+    run = _Run(engine, artifacts, owner.id, group, settings, run_id, progress, clock)
     run.columns["metrics"] = choice.metrics if settings.explore else {}
     try:
         return run.go(ids, Path(target or owner.target_model))
@@ -147,7 +149,9 @@ class _Run:
         settings: TrainSettings,
         run_id: int,
         progress: Progress | None,
+        clock: Callable[[], float],
     ) -> None:
+        self.clock = clock
         self.engine, self.artifacts = engine, artifacts
         self.group_id, self.group = group_id, group
         self.settings, self.run_id, self.progress = settings, run_id, progress
@@ -366,7 +370,7 @@ class _Run:
             )  # fmt: skip
         return train(
             start, data.train, head, settings,
-            dev=dev, progress=self.progress, checkpoints=checkpoints,
+            dev=dev, progress=self.progress, checkpoints=checkpoints, clock=self.clock,
         )  # fmt: skip
 
     def _keep(
