@@ -41,7 +41,7 @@ from aurora_sgl.training.maturity import by_maturity, trained_tokens
 from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
 from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
 from aurora_sgl.training.run_data import RunData
-from aurora_sgl.training.second_look import base_after, judge_again
+from aurora_sgl.training.second_look import RequestsSince, base_after, requests_since
 from aurora_sgl.training.selection import Selection, select
 from aurora_sgl.training.settings import TrainSettings
 from aurora_sgl.training.trainer import Progress, TrainResult, train
@@ -168,10 +168,15 @@ class _Run:
         with _work_folder() as work:
             bases = _waiting(lambda: self._bases(ids, target, work))
             head = TargetHead.load(target)
-            judged = _waiting(lambda: self._judge_again(bases, head))
-            if judged is not None and judged.verdict == PASS:
-                return self._passed_now(judged)
-            bases = self._go_on_from(base_after(bases, judged) if judged else bases)
+            since = _waiting(
+                lambda: requests_since(self._sources(bases.base), bases.ids, self.settings)
+            )
+            if since is not None:
+                judged = self._judge_again(bases, head, since)
+                if judged.verdict == PASS:
+                    return self._passed_now(judged)
+                bases = base_after(bases, judged)
+            self._go_on_from(bases)
             base, live = bases.base, bases.baseline
             recipe = _waiting(lambda: self._by_maturity(bases.ids.base))
             selection = _waiting(lambda: self._selection(checkpoints, bases.base_sha256, recipe))
@@ -208,9 +213,24 @@ class _Run:
         self.info = bases.target
         return bases
 
-    def _judge_again(self, bases: Bases, head: TargetHead) -> Evaluation | None:
-        sources = self._sources(bases.base)
-        return judge_again(sources, bases, head, self.settings, self.run_id, self._say)
+    def _judge_again(self, bases: Bases, head: TargetHead, since: RequestsSince) -> Evaluation:
+        """The base against the live version, as one more try of its line."""
+        self._say({"event": "second_look", "requests": len(since.judging)})
+        before, after = replay_both(
+            bases.baseline, bases.base, since.judging.readable(), head, self.settings
+        )
+        return _waiting(
+            lambda: record(
+                self.engine,
+                before,
+                after,
+                candidate_id=bases.ids.base,
+                baseline_id=bases.ids.baseline,
+                recipe=self.settings,
+                details={"run_id": self.run_id, "again": True},
+                left_out=since.left_out,
+            )
+        )
 
     def _passed_now(self, judged: Evaluation) -> Outcome:
         """The candidate that this run would have gone on from may go live: that comes first."""
@@ -220,14 +240,13 @@ class _Run:
         return replace(ended, version_id=judged.candidate_id, evaluation_id=judged.id,
                        verdict=judged.verdict, reason=reason)  # fmt: skip
 
-    def _go_on_from(self, bases: Bases) -> Bases:
+    def _go_on_from(self, bases: Bases) -> None:
         self.columns["base_version_id"] = bases.ids.base
         if bases.ids.left:
             self.columns["metrics"] = {
                 **self.columns.get("metrics", {}), "base_left": bases.ids.left
             }  # fmt: skip
             self._say({"event": "base_left", "reason": bases.ids.left})
-        return bases
 
     def _selection(
         self, checkpoints: Checkpoints, base_sha256: str, recipe: TrainSettings

@@ -50,10 +50,10 @@ class RunData:
         with store.session(self.engine, write=False) as s:
             newest = select(s, self.group_id, self.settings)
             rows = queries.requests.with_traces(s, learnt)
-        judging = [*newest.held_out, *newest.unlearnt]
+            unlearnt = queries.training_requests.never_learnt(s, self.group_id, newest.open_to_all)
         data = self._build(
-            [*rows, *judging], newest, trained=learnt,
-            unlearnt={row.request_id for row in newest.unlearnt},
+            [*rows, *newest.held_out, *unlearnt], newest, trained=learnt,
+            unlearnt={row.request_id for row in unlearnt},
         )  # fmt: skip
         return data, newest
 

@@ -8,16 +8,14 @@ is six times as much of it as of them (each conversation first tests and then tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from aurora_sgl import store
-from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.evaluation.gate import FAIL, PASS, CandidateLine
 from aurora_sgl.evaluation.line import line_of, tries
-from aurora_sgl.evaluation.record import key_of_conversation, record
-from aurora_sgl.evaluation.replay import replay_both
+from aurora_sgl.evaluation.record import key_of_conversation
+from aurora_sgl.sequences.dataset import SequenceSet
 from aurora_sgl.sequences.held_out import held_out_of
 from aurora_sgl.sequences.splits import conversation_of
 from aurora_sgl.store import queries
@@ -27,21 +25,21 @@ from aurora_sgl.training.run_data import RunData
 from aurora_sgl.training.settings import TrainSettings
 
 
-def judge_again(
-    sources: RunData,
-    bases: Bases,
-    head: TargetHead,
-    settings: TrainSettings,
-    run_id: int,
-    say: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> Evaluation | None:
-    """Judge the base against the live version, as one more try of its line. ``None``: the base is
-    the live version, it has passed already and waits for a person, or fewer than
-    ``min_gate_requests`` conversations came since that can judge."""
-    ids, engine = bases.ids, sources.engine
+@dataclass(frozen=True)
+class RequestsSince:
+    """What judges a candidate again, and how many requests can't, by reason."""
+
+    judging: SequenceSet
+    left_out: Mapping[str, int]
+
+
+def requests_since(sources: RunData, ids: BaseIds, settings: TrainSettings) -> RequestsSince | None:
+    """What was served since the base was trained. ``None``: the base is the live version, it has
+    passed already and waits for a person, or fewer than ``min_gate_requests`` conversations came
+    that no try of its line was made on."""
     if ids.base == ids.baseline:
         return None
-    with store.session(engine, write=False) as s:
+    with store.session(sources.engine, write=False) as s:
         line = tries(s, ids.baseline)[1]
         verdicts = [row.verdict for row in line if row.candidate_id == ids.base]
         if verdicts[-1:] == [PASS]:
@@ -53,18 +51,8 @@ def judge_again(
     conversations = {row.request_id: conversation_of(row) for row in rows}
     if _fresh(line_of(line), conversations) < max(2, settings.min_gate_requests):
         return None
-    say({"event": "second_look", "requests": len(rows)})
-    before, after = replay_both(bases.baseline, bases.base, data.gate.readable(), head, settings)
-    return record(
-        engine,
-        before,
-        after,
-        candidate_id=ids.base,
-        baseline_id=ids.baseline,
-        recipe=settings,
-        details={"run_id": run_id, "again": True},
-        left_out=held_out_of(rows, newest.not_judged + data.held_out_left).left_out,
-    )
+    left_out = held_out_of(rows, newest.not_judged + data.held_out_left).left_out
+    return RequestsSince(data.gate, left_out)
 
 
 def base_after(bases: Bases, judged: Evaluation) -> Bases:

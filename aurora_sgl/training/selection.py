@@ -1,5 +1,5 @@
-"""Which of the store's requests a run looks at: its window, older traffic, a dev split, held-out
-ones, and those that none has learnt from yet."""
+"""Which of the store's requests a run looks at: its window, older traffic, a dev split, and
+held-out ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HELD_OUT = 200  # newest held-out requests that a run replays, of those that can
 @dataclass(frozen=True)
 class Selection:
     """Requests of a run, newest first in each list; no request is in two of them
-    but for ``reservoir``, ``recent`` and ``unlearnt``."""
+    but for ``reservoir``, ``recent`` and ``open_to_all``."""
 
     window: list[RecentRequest]  # to learn from
     replay: list[RecentRequest]  # older, or of other domains, against forgetting
@@ -34,9 +34,9 @@ class Selection:
     held_out: list[RecentRequest]  # that can be judged, of conversations that no run trains on
     recent: list[RecentRequest]  # all that may fill a cached prefix, the others among them
     not_judged: Counter[str] = field(default_factory=Counter)  # held-out ones left out, by reason
-    #: The newest of those that came after all that any run has learnt from, if they can be judged:
-    #: until one learns from them they judge as held-out ones do ("first test, then train").
-    unlearnt: list[RecentRequest] = field(default_factory=list)
+    #: The newest of the other sides that can be judged. Those that came after all that any run has
+    #: learnt from do judge, as held-out ones, until one learns from them.
+    open_to_all: list[RecentRequest] = field(default_factory=list)
 
     @property
     def span(self) -> tuple[datetime, datetime] | None:
@@ -89,7 +89,7 @@ def select(
         held_out,
         [*recent, *queries.requests.donors(s, recent)],
         not_judged,
-        queries.training_requests.never_learnt(s, group_id, [*islice(open_to_all, HELD_OUT)]),
+        [*islice(open_to_all, HELD_OUT)],
     )
 
 

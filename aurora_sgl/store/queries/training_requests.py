@@ -13,6 +13,9 @@ from aurora_sgl.store.models import Request, TrainingRequest, TrainingRun
 from aurora_sgl.store.queries.requests import RecentRequest
 from aurora_sgl.store.upsert import insert_missing
 
+#: Runs whose requests are looked up: two days of hourly ones.
+REMEMBERED_RUNS = 50
+
 
 def add_training_requests(s: Session, run_id: int, request_ids: Iterable[int]) -> None:
     """Note them; twice is once."""
@@ -27,23 +30,31 @@ def learnt_by(s: Session, run_id: int) -> list[int]:
 
 
 def never_learnt(s: Session, group_id: int, rows: Sequence[RecentRequest]) -> list[RecentRequest]:
-    """Those of these requests that finished after all that the group's runs learnt from, of
-    conversations that none learnt from; in their order."""
-    of_group = (
-        select(TrainingRequest.request_id)
-        .join(TrainingRun, TrainingRun.id == TrainingRequest.run_id)
+    """Those of these requests that finished after all that the group's newest ``REMEMBERED_RUNS``
+    runs learnt from, of conversations that none of them learnt from; in their order.
+
+    Looked up from the runs, by primary keys: stores hold many more requests than these runs read.
+    """
+    newest_runs = (
+        select(TrainingRun.id)
         .where(TrainingRun.group_id == group_id)
+        .order_by(TrainingRun.id.desc())
+        .limit(REMEMBERED_RUNS)
     )
-    newest = s.scalar(select(func.max(Request.finished_at)).where(Request.id.in_(of_group)))
-    rows = [row for row in rows if newest is None or row.finished_at > newest]
-    begun: set[str] = set()
-    names = sorted({row.conversation_hash for row in rows} - {""})
-    for begin in range(0, len(names), 400):
-        query = select(Request.conversation_hash).where(
-            Request.conversation_hash.in_(names[begin : begin + 400]), Request.id.in_(of_group)
-        )
-        begun.update(s.scalars(query))
-    return [row for row in rows if row.conversation_hash not in begun]
+    runs = s.scalars(newest_runs).all()
+    learnt = (
+        select(Request.conversation_hash, func.max(Request.finished_at))
+        .join(TrainingRequest, TrainingRequest.request_id == Request.id)
+        .where(TrainingRequest.run_id.in_(runs))
+        .group_by(Request.conversation_hash)
+    )
+    last = dict(s.execute(learnt).tuples().all())
+    newest = max(filter(None, last.values()), default=None)
+    return [
+        row for row in rows
+        if (newest is None or row.finished_at > newest)
+        and (not row.conversation_hash or row.conversation_hash not in last)
+    ]  # fmt: skip
 
 
 def require_not_purged(s: Session, request_ids: Iterable[int]) -> None:

@@ -36,6 +36,12 @@ def on_few(house: House, monkeypatch: pytest.MonkeyPatch) -> Outcome:
     return outcome
 
 
+def unlearnt(s: Any) -> list[Any]:
+    return queries.training_requests.never_learnt(
+        s, 1, selection.select(s, 1, SETTINGS).open_to_all
+    )
+
+
 def judged(house: House, outcome: Outcome) -> Evaluation:
     with store.session(house.engine, write=False) as s:
         return s.get_one(Evaluation, outcome.evaluation_id)
@@ -122,7 +128,7 @@ def test_a_conversation_that_was_learnt_from_judges_nothing_later(house: House) 
     run(house)
     house.serve(70, first=40)
     with store.session(house.engine) as s:
-        rows = selection.select(s, 1, SETTINGS).unlearnt
+        rows = unlearnt(s)
         learnt = s.scalars(
             select(Request.conversation_hash)
             .join(TrainingRequest, TrainingRequest.request_id == Request.id)
@@ -131,7 +137,7 @@ def test_a_conversation_that_was_learnt_from_judges_nothing_later(house: House) 
         late = rows[0].request_id
         s.execute(update(Request).where(Request.id == late).values(conversation_hash=learnt[0]))
         s.flush()
-        left = selection.select(s, 1, SETTINGS).unlearnt
+        left = unlearnt(s)
     newest = [wire.request_id(7, n + 1) for n in range(40, 70)]
     assert {row.request_id for row in rows} <= set(newest) and len(rows) > 10
     assert {row.request_id for row in rows} - {row.request_id for row in left} == {late}
@@ -144,7 +150,7 @@ def test_what_replay_does_not_cover_judges_nothing_either(house: House, rule: st
     house.rule_of = lambda number: rule
     house.serve(60, first=30)
     with store.session(house.engine, write=False) as s:
-        assert selection.select(s, 1, SETTINGS).unlearnt == []
+        assert unlearnt(s) == []
 
 
 def test_an_unlearnt_request_changes_no_others_side(house: House) -> None:
