@@ -12,20 +12,47 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+)
 
-from aurora_sgl.environment import ENABLED, INTERNAL
+from aurora_sgl import environment
+from aurora_sgl.environment import ENABLED, INTERNAL, LOG_FORMAT, SECRETS
 from aurora_sgl.limits import Limits
 
 #: What has no field: see ``environment``.
-NOT_FIELDS = (ENABLED, *INTERNAL)
+NOT_FIELDS = (ENABLED, LOG_FORMAT, SECRETS, *INTERNAL)
+
+
+def secret_folders() -> list[str]:
+    """Folders in which a file named after a setting, such as ``aurora_database_url``, holds its
+    value: the one that ``AURORA_SECRETS`` names, and systemd's of a unit's credentials."""
+    names = (environment.value(SECRETS), environment.value("CREDENTIALS_DIRECTORY"))
+    return [name for name in names if name and os.path.isdir(name)]
 
 
 class TextSettings(BaseSettings):
     """Settings whose values are text, at any depth: bytes of an environment that are none can't be
     stored, logged or shown."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, the environment, the ``.env`` file, then files named after settings."""
+        files = [SecretsSettingsSource(settings_cls, secrets_dir=one) for one in secret_folders()]
+        return (init_settings, env_settings, dotenv_settings, *files)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -362,6 +389,51 @@ class SchedulerSettings(TextSettings):
 
     port: int = Field(default=8510, ge=-1, le=65535)
     """Their port; the default falls to a free one where it is taken. 0: a free one; -1: none."""
+
+    api_port: int = Field(default=8511, ge=0, le=65535)
+    """Port of the read-only API, on the same address. 0: a free one."""
+
+    api_token: SecretStr = SecretStr("")
+    """Token of the read-only API, of at least 16 letters; empty: there is no API."""
+
+
+class NotifySettings(TextSettings):
+    """Who is told what people must know. Read from ``AURORA_NOTIFY_*``."""
+
+    model_config = SettingsConfigDict(env_prefix="AURORA_NOTIFY_", env_file=".env", extra="ignore")
+
+    webhook: SecretStr = SecretStr("")
+    """Address that each notification is sent to as JSON; empty: none."""
+
+    secret: SecretStr = SecretStr("")
+    """Secret by which the webhook's receiver knows that it is us: a signature of HMAC-SHA256, after
+    standardwebhooks.com, in base64 behind ``whsec_``, or any text; empty: unsigned."""
+
+    slack: SecretStr = SecretStr("")
+    """Address of an incoming webhook of Slack, or of what takes Slack's format; empty: none."""
+
+    kinds: str = ""
+    """Kinds of notifications that are sent, with commas; empty: all."""
+
+    link: str = ""
+    """Address of the dashboard, for a link in each notification."""
+
+    seconds: float = Field(default=10.0, gt=0, le=300)
+    """Seconds that a receiver may take to answer."""
+
+    give_up_hours: float = Field(default=72.0, gt=0)
+    """Hours after which a notification that its receiver does not take is given up."""
+
+    keep_days: int = Field(default=90, ge=1, le=36_500)
+    """Days that notifications, and alerts that are over, are kept."""
+
+    @field_validator("webhook", "slack", "link")
+    @classmethod
+    def _is_address(cls, value: SecretStr | str) -> SecretStr | str:
+        address = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if address and urlsplit(address).scheme not in ("http", "https"):
+            raise ValueError("it is no address that begins with http:// or https://")
+        return value
 
 
 def in_words(error: ValidationError) -> list[tuple[str, str]]:

@@ -13,6 +13,12 @@ import os
 #: where neither a data folder nor a store was named.
 ENABLED = "AURORA_ENABLED"
 
+#: ``json``: each record of a log of ours is one JSON object; else a line for people.
+LOG_FORMAT = "AURORA_LOG_FORMAT"
+#: A folder of files named after settings, such as ``aurora_database_url``, that hold their values:
+#: where a container has its secrets.
+SECRETS = "AURORA_SECRETS"
+
 #: From ``aurora-sgl serve`` to the server: our CPU kernels stand in before sglang is imported.
 CPU = "AURORA_CPU"
 #: From ``aurora-sgl serve`` to the server: ``scratch`` when the drafter is untrained.
@@ -38,6 +44,11 @@ _OFF = ("0", "false", "no", "off")
 def is_enabled() -> bool:
     """Whether the plugin may do anything."""
     return os.environ.get(ENABLED, "1").strip().lower() not in _OFF
+
+
+def logs_as_json() -> bool:
+    """Whether a record of a log is an object for machines."""
+    return value(LOG_FORMAT).strip().lower() == "json"
 
 
 def is_set(name: str) -> bool:

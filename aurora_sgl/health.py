@@ -1,4 +1,4 @@
-"""``/health`` and ``/metrics`` of a process of ours."""
+"""``/health``, ``/livez``, ``/readyz`` and ``/metrics`` of a process of ours."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 #: Seconds for which a connection may say nothing.
 PATIENCE = 5.0
 METHODS = ("GET", "HEAD")
+READY_PATHS = ("/health", "/healthz", "/readyz")
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,10 @@ class _Tells:
         host: str,
         health: Callable[[], dict[str, Any]],
         samples: Callable[[], Iterable[Sample]],
+        stuck: Callable[[], str],
     ) -> None:
         self.host = host  # as it was chosen
-        self.health = health
+        self.health, self.stuck = health, stuck
         self.registry = CollectorRegistry()
         self.registry.register(_Collector(samples))
 
@@ -160,12 +162,16 @@ class _Handler(BaseHTTPRequestHandler):
         path, tells = urlsplit(self.path).path, self.server.tells
         if path == "/metrics":
             self._answer(200, CONTENT_TYPE_LATEST, generate_latest(tells.registry))
-        elif path in ("/health", "/healthz"):
+        elif path in READY_PATHS:
             now = tells.health()
             code = 200 if now["ready"] else 503
             self._answer(code, "application/json", json.dumps(now).encode())
+        elif path == "/livez":
+            stuck = tells.stuck()
+            body = json.dumps({"live": not stuck, "reason": stuck}).encode()
+            self._answer(503 if stuck else 200, "application/json", body)
         else:
-            self._answer(404, "text/plain", b"see /health and /metrics\n")
+            self._answer(404, "text/plain", b"see /health, /livez and /metrics\n")
 
     do_HEAD = do_GET
 
@@ -184,7 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class HealthServer:
-    """Answers ``/health`` (and ``/healthz``): 200 when ready, else 503 with the reason."""
+    """Answers ``/health`` (also ``/healthz`` and ``/readyz``): 200 when ready, else 503 with the
+    reason; and ``/livez``: 503 only when nothing but a new process will help."""
 
     def __init__(
         self,
@@ -193,12 +200,15 @@ class HealthServer:
         health: Callable[[], dict[str, Any]],
         samples: Callable[[], Iterable[Sample]],
         *,
+        stuck: Callable[[], str] = str,
         or_free: bool = False,
     ) -> None:
-        """``health`` has ``ready`` and ``reason``. Port 0 takes a free one, and so does one that is
-        in use with ``or_free``. Otherwise a port in use is logged, and the process goes on
-        without: ``url`` is empty, and ``error`` says why. On loopback only names of loopback are
-        answered; on an address that somebody chose, every name that leads there."""
+        """``health`` has ``ready`` and ``reason``; ``stuck`` says why the process should be started
+        anew, "" while it does its work or waits for others. Port 0 takes a free one, and so does
+        one that is in use with ``or_free``. Otherwise a port in use is logged, and the process
+        goes on without: ``url`` is empty, and ``error`` says why. On loopback only names of
+        loopback are answered; on an address that somebody chose, every name that leads
+        there."""
         self._server: _Listener | None = None
         self.url = self.error = ""
         try:
@@ -208,7 +218,7 @@ class HealthServer:
             self.error = f"There is no health endpoint on {host}, port {port}: {why}"
             log.error("%s", self.error)
             return
-        self._server.tells = _Tells(host, health, samples)
+        self._server.tells = _Tells(host, health, samples, stuck)
         shown = str(self._server.server_address[0]) if host == "::" else host
         shown = f"[{shown}]" if ":" in shown else shown
         self.url = f"http://{shown}:{self._server.server_address[1]}"

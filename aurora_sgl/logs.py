@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from datetime import UTC, datetime
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def begin() -> None:
-    """Log to stderr from now on."""
+def begin(as_json: bool = False) -> None:
+    """Log to stderr from now on, for people or for machines."""
     handler = logging.StreamHandler()
-    handler.setFormatter(OneLine(FORMAT))
+    handler.setFormatter(JsonLines() if as_json else OneLine(FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
@@ -21,6 +23,23 @@ class OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = one_line(record.message)
         return super().formatMessage(record)
+
+
+class JsonLines(logging.Formatter):
+    """One object a record: ``time`` (UTC), ``level``, ``logger``, ``message``, ``process``, and of
+    a failure its traceback in ``exception``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "process": record.process,
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
 
 
 def one_line(text: str) -> str:

@@ -15,7 +15,6 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.rollout import status
 from aurora_sgl.step_cost import StepCost, TreeShare
 from aurora_sgl.store import queries
-from aurora_sgl.store.domains import day_of, limit_reached
 from aurora_sgl.store.models import Deployment, DrafterVersion, Evaluation, Request, TrainingRun
 from aurora_sgl.store.queries import explorer, trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
@@ -116,12 +115,6 @@ def domains(url: str, group_id: int, since: datetime | None) -> list[str]:
         return trends.domains(s, group_id, since)
 
 
-def most_domains(group: Group) -> int | None:
-    """How many domains are told apart today, where clients named more; else ``None``."""
-    with store.session(group.engine, write=False) as s:
-        return limit_reached(s, group.id, day_of(utc_now()))
-
-
 @st.cache_data(ttl=FRESH, max_entries=20, show_spinner=False)
 def last_minute(url: str, group_id: int) -> datetime | None:
     with store.session(engine_of(url), write=False) as s:
@@ -180,12 +173,6 @@ def servers(group: Group) -> dict[int, str]:
     with store.session(group.engine, write=False) as s:
         every = queries.servers.servers(s, group.id, states=("running", "stopped", "gone"))
         return {row.id: row.name for row in every}
-
-
-def drops(group: Group, since: datetime) -> dict[str, int]:
-    """What was lost, by place, at boots that lost something there after this moment."""
-    with store.session(group.engine, write=False) as s:
-        return queries.drops.drops(s, group.id, since=since)
 
 
 def event_days(group: Group) -> int:

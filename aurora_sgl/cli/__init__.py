@@ -17,6 +17,7 @@ from aurora_sgl.cli import (
     db,
     erase,
     learning,
+    notify,
     operating,
     refused,
     rollout,
@@ -57,6 +58,8 @@ db.db_app.command("restore")(erase.db_restore)
 app.add_typer(versions.versions_app, name="versions", no_args_is_help=True)
 app.add_typer(operating.switch_app, name="switch", no_args_is_help=True)
 app.add_typer(operating.trial_app, name="trial", no_args_is_help=True)
+app.add_typer(notify.alerts_app, name="alerts", no_args_is_help=True)
+app.add_typer(notify.notify_app, name="notify", no_args_is_help=True)
 db.db_app.command("refused")(refused.db_refused)
 app.add_typer(db.db_app, name="db", no_args_is_help=True)
 app.add_typer(dashboard.dashboard_app, name="dashboard")

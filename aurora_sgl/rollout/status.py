@@ -131,6 +131,14 @@ def _notices(row: Server, reason: str) -> tuple[str, ...]:
     return tuple(notices)
 
 
+def weights_sha256(engine: Engine, version_id: int | None) -> str:
+    """The hash of a version's weights; "" for none."""
+    if version_id is None:
+        return ""
+    with store.session(engine, write=False) as s:
+        return queries.versions.version(s, version_id).weights_sha256
+
+
 def scheduler(engine: Engine, group: str) -> SchedulerStatus:
     """What the scheduler last said; not ``alive`` when there is none, or it went silent."""
     with store.session(engine, write=False) as s:

@@ -13,23 +13,30 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from aurora_sgl import environment as variables
 from aurora_sgl import logs, store
 from aurora_sgl.artifacts import ArtifactRoot
-from aurora_sgl.config import SchedulerSettings, Settings
+from aurora_sgl.config import NotifySettings, SchedulerSettings, Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.health import HealthServer, Sample
 from aurora_sgl.private import settle
 from aurora_sgl.scheduler import metrics
 from aurora_sgl.scheduler.loop import Scheduler
+from aurora_sgl.scheduler.teller import Teller
 from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import STALE_SECONDS
 
+if TYPE_CHECKING:
+    from aurora_sgl.scheduler.api import ApiServer
+
 TICK_SECONDS = 1.0
+#: Seconds after which a round will not end by itself: longer than all that it may wait for.
+STUCK_SECONDS = 300.0
 #: Seconds between two readings of what the store knows of the group, for the metrics.
 METRICS_SECONDS = 10.0
 
@@ -39,10 +46,19 @@ log = logging.getLogger(__name__)
 class SchedulerService:
     """One scheduler with its clock and its endpoint."""
 
-    def __init__(self, scheduler: Scheduler, rules: SchedulerSettings) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        rules: SchedulerSettings,
+        notify: NotifySettings | None = None,
+    ) -> None:
+        """Raises ``AuroraError`` for ``notify`` that names what there is not, and for an API whose
+        token would be guessed or whose port is taken."""
         self.scheduler = scheduler
+        self._teller = Teller(scheduler, notify or NotifySettings())
         self._rules = rules
         self._done_at = 0.0
+        self._begun_at = time.monotonic()  # of the round that goes on, or of the last one
         self._reason = "it has just started"
         self._samples: list[Sample] = []
         self._complained = ""
@@ -51,6 +67,7 @@ class SchedulerService:
         # One thread for everything: rounds never overlap, and a training run lives as long as it.
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
         self.health: HealthServer | None = None
+        self._api = _api(scheduler, rules)
 
     def start(self) -> None:
         if self._rules.port >= 0:
@@ -59,15 +76,22 @@ class SchedulerService:
                 self._rules.port,
                 self.status,
                 self._all_samples,
+                stuck=self.stuck,
                 or_free="port" not in self._rules.model_fields_set,
             )
             if self.health.url:
                 log.info("health and metrics at %s", self.health.url)
+        if self._api is not None:
+            self._api.start()
         self._thread.start()
+        self._teller.start()
 
     def stop(self) -> None:
         """End the run that goes on, give the lease back, stop answering."""
         self._ending.set()
+        self._teller.stop()
+        if self._api is not None:
+            self._api.stop()
         self._thread.join(20.0)
         if self.health is not None:
             self.health.close()
@@ -75,7 +99,7 @@ class SchedulerService:
     def _run(self) -> None:
         measure_at = 0.0
         while not self._ending.is_set():
-            begun = time.monotonic()
+            self._begun_at = begun = time.monotonic()
             self._round()
             if begun >= measure_at:
                 self._measure()
@@ -130,9 +154,26 @@ class SchedulerService:
             "state": self.scheduler.state,
         }
 
+    def stuck(self) -> str:
+        """Why another process should take its place; "" while rounds come, or wait for the store,
+        which ends by itself."""
+        if self._thread.ident is not None and not self._thread.is_alive():
+            return "" if self._ending.is_set() else "its rounds have ended"
+        age = time.monotonic() - self._begun_at
+        return f"a round goes on for {age:.0f} s" if age > STUCK_SECONDS else ""
+
     def _all_samples(self) -> list[Sample]:
         age = time.monotonic() - self._done_at
         return [*metrics.of_itself(self.scheduler, self.scheduler.state, age), *self._samples]
+
+
+def _api(scheduler: Scheduler, rules: SchedulerSettings) -> ApiServer | None:
+    """The read-only API, where a token is set."""
+    if not rules.api_token.get_secret_value():
+        return None
+    from aurora_sgl.scheduler.api import ApiServer  # FastAPI takes half a second
+
+    return ApiServer(scheduler.link, scheduler.group, rules)
 
 
 def run(
@@ -146,7 +187,7 @@ def run(
 
     Raises ``AuroraError`` for one in which this user or role may not write.
     """
-    logs.begin()
+    logs.begin(variables.logs_as_json())
     store.require_writable(settings.store_url)
     if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
         log.warning("%s", line)

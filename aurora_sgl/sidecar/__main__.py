@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from aurora_sgl import logs
+from aurora_sgl import environment, logs
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.private import keep_to_owner, settle
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--replica", type=int, default=0, help="which of a server's sidecars it is")
     chosen = parser.parse_args(arguments)
     keep_to_owner()
-    logs.begin()
+    logs.begin(environment.logs_as_json())
     logging.getLogger("alembic").setLevel(logging.WARNING)  # two lines a look at the revision
     step_back(NICENESS)
     try:

@@ -96,11 +96,22 @@ def _trees(shares: Sequence[TreeShare]) -> Iterator[Sample]:
 
 
 def open_health(
-    host: str, port: int, folder: Path, status: Callable[[], Status], *, or_free: bool = False
+    host: str,
+    port: int,
+    folder: Path,
+    status: Callable[[], Status],
+    *,
+    stuck: Callable[[], str] = str,
+    or_free: bool = False,
 ) -> HealthServer:
     """The endpoint; its address is in the log, and in ``health.json`` in the folder."""
     server = HealthServer(
-        host, port, lambda: health(status()), lambda: samples(status()), or_free=or_free
+        host,
+        port,
+        lambda: health(status()),
+        lambda: samples(status()),
+        stuck=stuck,
+        or_free=or_free,
     )
     if server.url:
         log.info("health and metrics at %s", server.url)

@@ -53,6 +53,8 @@ ROUND_RECORDS, ROUND_TRACES = 1000, 8
 #: Seconds that a leaving sidecar spends on what the engine sent last, and on the store.
 DRAIN_SECONDS = 5.0
 QUIET_SECONDS = 0.3
+#: Seconds after which the main loop, which waits for nobody, will not go on.
+STUCK_SECONDS = 60.0
 #: Seconds after which a record that the store doesn't take makes the sidecar unready, when the
 #: reason is known; else after ``STALE_SECONDS``, like a silent store or engine.
 LATE_SECONDS = 3.0
@@ -147,6 +149,7 @@ class SidecarService:
         ]
         #: By boot: lost at the spool before this sidecar's time.
         self._lost_before = {b: boot.spool_full for b, boot in self._cursor.boots.items()}
+        self._looked_at = time.monotonic()
         self._health = self._open_health(settings, endpoint, replica)
         self._stop_read, self._stop_write = os.pipe()
         self._parent_fd = _watch(parent_pid)
@@ -159,6 +162,7 @@ class SidecarService:
             settings.health_port and settings.health_port + replica,
             endpoint,
             self.status,
+            stuck=self.stuck,
             or_free="health_port" not in settings.model_fields_set,
         )
         if server.error:
@@ -184,6 +188,7 @@ class SidecarService:
         log.info("ready: spool %s, %d bytes", self._spool.folder, self._spool.size)
         second = time.monotonic()
         while True:
+            self._looked_at = time.monotonic()
             events = dict(poller.poll(POLL_MS))
             if self._stop_read in events:
                 log.info("asked to stop")
@@ -290,6 +295,14 @@ class SidecarService:
             self._batcher.drain()
             self._batcher.save()
             self._reconciler.farewell(engine_is_gone)
+
+    def stuck(self) -> str:
+        """Why only a new process will help; "" while messages are taken."""
+        age = time.monotonic() - self._looked_at
+        if age > STUCK_SECONDS:
+            return f"no message was taken for {age:.0f} s"
+        ended = [one.name for one in self._threads if one.ident and not one.is_alive()]
+        return f"the thread {ended[0]} has ended" if ended else ""
 
     def status(self) -> Status:
         """What ``/health`` and ``/metrics`` show."""

@@ -7,14 +7,14 @@ from datetime import UTC, datetime, timedelta
 
 import streamlit as st
 
-from aurora_sgl.rollout import status
+from aurora_sgl.rollout import alerts, status
+from aurora_sgl.rollout.alerts import Alert
 from aurora_sgl.step_cost import StepCost
 from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts
 from aurora_sgl.trace_room import TraceRoom
 
 from .. import buckets, charts, data, words
-from ..alerts import Alert, alerts
 from ..context import Group, group, local, now
 from ..parts import refreshing
 
@@ -69,7 +69,7 @@ def _page() -> None:
     _headline(look, moment)
     if moment is not None:
         _numbers(look, moment, here)
-    _alerts(alerts(here, look))
+    _alerts(alerts.alerts(here.engine, look))
     left, right = st.columns([3, 2], gap="large")
     with left:
         if moment is not None:
@@ -221,12 +221,17 @@ def _numbers(look: status.GroupStatus, moment: Moment, here: Group) -> None:
         )  # fmt: skip
 
 
+def _in_words(alert: Alert) -> str:
+    """The sentence, with how long ago it was."""
+    return f"{alert.head}{words.ago(alert.when) if alert.when is not None else ''}{alert.tail}"
+
+
 def _alerts(problems: list[Alert]) -> None:
     st.subheader("Alerts")
     if not problems:
         st.caption("None: servers run what they should, nothing was lost, nothing drifted.")
     for severe, draw, icon in ((True, st.error, "error"), (False, st.warning, "warning")):
-        texts = [words.literal(alert.text) for alert in problems if alert.severe is severe]
+        texts = [words.literal(_in_words(alert)) for alert in problems if alert.severe is severe]
         if texts:
             listed = texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)
             draw(listed, icon=f":material/{icon}:")

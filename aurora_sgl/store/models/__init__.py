@@ -11,6 +11,12 @@ from aurora_sgl.store.models.learning import (
     Trial,
     TrialWindow,
 )
+from aurora_sgl.store.models.notifications import (
+    AlertRecord,
+    Delivery,
+    Notification,
+    NotificationStart,
+)
 from aurora_sgl.store.models.operations import (
     DropCount,
     Lease,
@@ -38,10 +44,12 @@ __all__ = [
     "AcceptanceEvent",
     "AcceptanceHour",
     "AcceptanceMinute",
+    "AlertRecord",
     "Alias",
     "Audit",
     "Base",
     "BigInt",
+    "Delivery",
     "Deployment",
     "DeploymentGroup",
     "DrafterVersion",
@@ -52,6 +60,8 @@ __all__ = [
     "Evaluation",
     "Json",
     "Lease",
+    "Notification",
+    "NotificationStart",
     "PruneRun",
     "Request",
     "RequestTally",

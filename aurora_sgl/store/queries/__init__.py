@@ -6,6 +6,7 @@ connections.
 
 from aurora_sgl.store.queries import (
     accept_lengths,
+    alerts,
     aliases,
     audit,
     deployments,
@@ -17,6 +18,7 @@ from aurora_sgl.store.queries import (
     groups,
     leases,
     limits,
+    notifications,
     prune_runs,
     request_counts,
     requests,
@@ -39,6 +41,7 @@ from aurora_sgl.store.queries import (
 
 __all__ = [
     "accept_lengths",
+    "alerts",
     "aliases",
     "audit",
     "deployments",
@@ -50,6 +53,7 @@ __all__ = [
     "groups",
     "leases",
     "limits",
+    "notifications",
     "prune_runs",
     "request_counts",
     "requests",

@@ -95,6 +95,17 @@ def last_replay(s: Session, group_id: int) -> Evaluation | None:
     ).one_or_none()
 
 
+def verdicts(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[Evaluation]:
+    """Evaluations over all domains of a group's versions, newest first."""
+    return s.scalars(
+        select(Evaluation)
+        .join(DrafterVersion, DrafterVersion.id == Evaluation.candidate_id)
+        .where(DrafterVersion.group_id == group_id, Evaluation.domain == "")
+        .order_by(Evaluation.id.desc())
+        .limit(limit)
+    ).all()
+
+
 def count_verdicts(s: Session, group_id: int) -> dict[tuple[str, str], int]:
     """Evaluations over all domains by (kind, verdict)."""
     rows = s.execute(

@@ -22,7 +22,7 @@ from sqlalchemy import Engine, select
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.clock import utc_now
-from aurora_sgl.config import SchedulerSettings, TrialSettings, WatchSettings, get_settings
+from aurora_sgl.config import SchedulerSettings, TrialSettings, WatchSettings
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.rollout import promote, status, switches
 from aurora_sgl.rollout.versions import import_version
@@ -52,16 +52,6 @@ RULES = SchedulerSettings(
 
 def url_of(engine: Engine) -> str:
     return engine.url.render_as_string(hide_password=False)
-
-
-@pytest.fixture
-def home(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The data folder of a store on each database; children find both in the environment."""
-    monkeypatch.setenv("AURORA_HOME", str(tmp_path))
-    monkeypatch.setenv("AURORA_DATABASE_URL", url_of(engine))
-    get_settings.cache_clear()
-    yield tmp_path
-    get_settings.cache_clear()
 
 
 @pytest.fixture
