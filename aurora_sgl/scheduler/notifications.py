@@ -37,6 +37,8 @@ EVENTS = {
 KINDS = {**alerts.KINDS, **EVENTS, "test": "somebody tries whether notifications arrive"}
 #: How far back rows are looked at again: longer than a store or a scheduler is away.
 LOOK_BACK = timedelta(days=2)
+#: Letters of a text that are sent.
+LONGEST = 2000
 WEBHOOK, SLACK = "webhook", "slack"
 
 _VERDICTS = {"pass": "passed", "fail": "failed", "inconclusive": "is not told apart"}
@@ -86,6 +88,7 @@ def look(engine: Engine, group: str, settings: NotifySettings, now: datetime | N
 
 def _write(s: Session, group_id: int, events: Sequence[Event], settings: NotifySettings) -> int:
     receivers, wanted = targets(settings), kinds(settings)
+    queries.notifications.give_up_unnamed(s, group_id, receivers)
     written = 0
     for event in sorted(events, key=lambda one: one.happened_at):
         written += queries.notifications.add_notification(
@@ -95,12 +98,17 @@ def _write(s: Session, group_id: int, events: Sequence[Event], settings: NotifyS
             kind=event.kind,
             severity=event.severity,
             title=event.title,
-            text=event.text,
+            text=_short(event.text),
             happened_at=event.happened_at,
             details=event.details,
             targets=receivers if event.kind in wanted else (),
         )
     return written
+
+
+def _short(text: str) -> str:
+    """At most so much of a text as a chat shows: an error of a training run may be pages."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def forget(engine: Engine, group: str, settings: NotifySettings) -> int:

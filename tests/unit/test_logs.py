@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import sys
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -24,3 +28,17 @@ def test_hostile_text_in_a_log_is_one_line_of_it(texts: list[str]) -> None:
 def test_what_is_printable_stays_as_it_is() -> None:
     for text in ("chat", "\u5ba2\u670d", "a b", "é\\n"):
         assert logs.one_line(text) == text
+
+
+def test_a_record_is_one_json_object_whatever_stands_in_it() -> None:
+    record = logging.LogRecord("a.b", logging.ERROR, __file__, 1, "x %s", ('"\n\x1b\ud800',), None)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    line = logs.JsonLines().format(record)
+    assert "\n" not in line and line.isascii()
+    read = json.loads(line)
+    assert (read["level"], read["logger"], read["process"]) == ("error", "a.b", os.getpid())
+    assert read["message"] == 'x "\n\x1b\ud800' and "ValueError: two" in read["exception"]
+    assert datetime.fromisoformat(read["time"]).utcoffset() == timedelta(0)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, exists, func, select
+from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
@@ -125,6 +125,22 @@ def end_attempt(
     row.next_try_at = next_try_at
     row.delivered_at = utc_now() if state == "delivered" else None
     s.flush()
+
+
+def give_up_unnamed(s: Session, group_id: int, targets: Sequence[str]) -> int:
+    """Give up what waits for receivers that nobody names any more; how many."""
+    mine = select(Notification.id).where(Notification.group_id == group_id)
+    gone = s.execute(
+        update(Delivery)
+        .where(
+            Delivery.state == "waiting",
+            Delivery.target.not_in(targets),
+            Delivery.notification_id.in_(mine),
+        )
+        .values(state="given_up", error="no setting names its receiver any more")
+        .execution_options(synchronize_session=False)
+    )
+    return int(gone.rowcount)  # type: ignore[attr-defined]
 
 
 def count_deliveries(s: Session, group_id: int) -> dict[tuple[str, str], int]:

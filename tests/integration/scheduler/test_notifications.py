@@ -299,6 +299,28 @@ def test_notifications_that_do_not_arrive_are_an_alert_and_slack_still_gets_it(
     slack.close()
 
 
+def test_what_waits_for_a_receiver_that_was_taken_out_of_the_settings_is_given_up(
+    engine: Engine, receiver: WebhookReceiver, link: StoreLink
+) -> None:
+    house = RolloutHouse(engine)
+    chosen = settings(webhook=receiver.url, slack=receiver.url)
+    notifications.look(engine, "default", chosen)
+    everything_happens(house)
+    with store.session(engine) as s:
+        run = queries.runs.start_run(
+            s, house.group_id, trigger="requests", base_version_id=house.a, objective="forward_kl",
+            config={},
+        )  # fmt: skip
+        queries.runs.finish_run(s, run.id, "failed", error="x" * 100_000)
+    notifications.look(engine, "default", chosen)
+    notifications.look(engine, "default", settings(slack=receiver.url))
+    with store.session(engine, write=False) as s:
+        counts = queries.notifications.count_deliveries(s, house.group_id)
+        rows = queries.notifications.notifications(s, house.group_id)
+    assert set(counts) == {("webhook", "given_up"), ("slack", "waiting")}
+    assert max(len(row.text) for row, _ in rows) == 2000
+
+
 def test_text_of_clients_mentions_nobody_in_slack_and_is_json_for_the_webhook(
     engine: Engine, receiver: WebhookReceiver, link: StoreLink
 ) -> None:
