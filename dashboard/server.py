@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from types import FrameType
 from urllib.parse import urlsplit
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from aurora_sgl import environment, logs
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.private import settle
@@ -29,6 +34,11 @@ from .reach import Site, read, shown
 
 #: Slow to import; better before the first page is asked for than while somebody waits.
 HEAVY = ("pandas", "pyarrow", "plotly.graph_objects", "plotly.io", "sqlalchemy.dialects.sqlite")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: Seconds that a dashboard that was asked to end spends on what it was asked before.
+GRACE_SECONDS = 15.0
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -39,34 +49,28 @@ def serve(
     base: str | None = None,
     proxies: list[str] | None = None,
 ) -> None:
-    """Serve until interrupted; what is not given, the settings say. Prints the address, and a
-    one-time link while nobody has an account.
+    """Serve until SIGTERM or Ctrl-C; what is not given, the settings say. Says the address, and, to
+    people, a one-time link while nobody has an account: a log for machines is read by many.
 
     Raises ``AuroraError`` when the accounts can't be opened, the port is taken, or a name, path or
     address of a proxy is none.
     """
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))
     import streamlit
     from streamlit import logger
 
+    for_machines = _begin_log()
     logger.set_log_level("error")  # caches warn that no page runs yet
     settings = get_settings()
     site = read(host, port, settings, names=names, base=base, proxies=proxies)
     site = replace(site, port=_free(host, port))
     if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
-        print(f"aurora-sgl: {line}", file=sys.stderr, flush=True)
+        log.warning("%s", line)
     accounts = Accounts(accounts_path())
     for module in (*HEAVY, f"{__package__}.shell"):
         importlib.import_module(module)
-    token = accounts.offer_setup()
-    print(f"dashboard: {site.address}", flush=True)
-    if site.public != site.address:
-        print(f"dashboard: for a proxy that shows it as {site.public}", flush=True)
-    if token is not None:
-        print(
-            f"dashboard: nobody has an account yet; make the first operator, once, at "
-            f"{site.public}/?setup={token}",
-            flush=True,
-        )
+    _say_address(site, accounts, for_machines)
     Thread(target=_warm, name="warm", daemon=True).start()
     # Uvicorn believes X-Forwarded-* of these; without the variable, of anybody on this machine.
     os.environ["FORWARDED_ALLOW_IPS"] = site.proxies
@@ -80,6 +84,38 @@ def serve(
         lifespan=_life,
     )
     app.run(config=options(site))
+
+
+def _begin_log() -> bool:
+    """Facts of ours, and what others warn of. Whether they are written for machines."""
+    for_machines = environment.logs_as_json()
+    logs.begin(for_machines)
+    logging.getLogger().setLevel(logging.WARNING)
+    log.setLevel(logging.INFO)
+    logging.captureWarnings(for_machines)
+    return for_machines
+
+
+def _say_address(site: Site, accounts: Accounts, for_machines: bool) -> None:
+    lines = [site.address]
+    if site.public != site.address:
+        lines.append(f"for a proxy that shows it as {site.public}")
+    if for_machines:
+        if not accounts.all():
+            lines.append(
+                "nobody has an account yet; make the first with "
+                "`aurora-sgl dashboard add-user NAME --role operator`"
+            )
+    elif (token := accounts.offer_setup()) is not None:
+        lines.append(
+            "nobody has an account yet; make the first operator, once, at "
+            f"{site.public}/?setup={token}"
+        )
+    for line in lines:
+        if for_machines:
+            log.info("dashboard: %s", line)
+        else:
+            print(f"dashboard: {line}", flush=True)
 
 
 def _guard(site: Site) -> Middleware:
@@ -100,9 +136,41 @@ def _warm() -> None:
 
 @asynccontextmanager
 async def _life(_: object) -> AsyncIterator[None]:
-    """Training that was started from the page ends with it."""
+    """Training that was started from the page ends with it. By now Uvicorn and Streamlit have their
+    loggers, and Uvicorn takes the signals."""
+    if environment.logs_as_json():
+        _write_json()
+    for number in SIGNALS:
+        _end_in_time(number)
     yield
     importlib.import_module(f"{__package__}.trainings").stop_all()
+
+
+def _write_json() -> None:
+    """Loggers of others that have handlers of their own write as ours does."""
+    for name in list(logging.root.manager.loggerDict):
+        for handler in logging.getLogger(name).handlers:
+            handler.setFormatter(logs.JsonLines())
+
+
+def _end_in_time(number: signal.Signals) -> None:
+    """Uvicorn ends when all was answered, however slowly its reader takes it: not later than
+    ``GRACE_SECONDS`` from now on."""
+    taken = signal.getsignal(number)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        Thread(target=_cut_off, name="end", daemon=True).start()
+        if callable(taken):
+            taken(number, frame)
+
+    signal.signal(number, end)
+
+
+def _cut_off() -> None:
+    time.sleep(GRACE_SECONDS)
+    importlib.import_module(f"{__package__}.trainings").stop_all()
+    log.warning("what is not answered %.0f s after the end was asked for is cut off", GRACE_SECONDS)
+    os._exit(0)
 
 
 def _free(host: str, port: int) -> int:
@@ -123,6 +191,7 @@ def _free(host: str, port: int) -> int:
 def options(site: Site) -> dict[str, object]:
     """Streamlit's settings: nothing is asked of other machines, other names are refused."""
     return {
+        "global.developmentMode": False,  # it thinks so where packages lie in an unusual folder
         "server.address": site.host,
         "server.port": site.port,
         "server.baseUrlPath": site.base.strip("/"),
