@@ -31,7 +31,8 @@ _YES = frozenset(("yes", "true", "1", "on"))
 _NO = frozenset(("no", "false", "0", "off"))
 _WHOLE = "whole"
 _NO_LIMIT = 2**31 - 1
-_PREFIX = b"x-aurora-"
+#: The second is for gateways that pass on no header but a few and these: SGLang's from 0.3.1 on.
+_PREFIXES = (b"x-aurora-", b"x-request-id-aurora-")
 
 _header_labels: ContextVar[dict[str, Any] | None] = ContextVar("aurora_said", default=None)
 
@@ -81,9 +82,10 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
     """What a request's headers say, as JSON values."""
     ours: dict[str, list[bytes]] = {}
     for header, value in headers:
-        if header.lower().startswith(_PREFIX):
-            name = header.lower().removeprefix(_PREFIX).decode("latin-1")
-            ours.setdefault(name, []).append(value)
+        for prefix in _PREFIXES:
+            if header.lower().startswith(prefix):
+                name = header.lower().removeprefix(prefix).decode("latin-1")
+                ours.setdefault(name, []).append(value)
     labels: dict[str, Any] = {}
     for name in ("domain", "conversation"):
         if text := next(filter(None, map(of_header, ours.get(name, ()))), ""):

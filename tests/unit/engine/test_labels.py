@@ -169,6 +169,24 @@ def test_a_clients_own_words_are_not_taken_beside_headers(params: Any) -> None:
     assert found == labels.Labels(may_train=False)
 
 
+def test_a_gateway_that_passes_few_headers_takes_ours_under_names_that_it_passes() -> None:
+    """Also where both names stand beside each other: one no among them is a no."""
+    plain: Headers = [
+        (b"X-Aurora-Domain", b"code"),
+        (b"x-aurora-train", b"yes"),
+        (b"x-aurora-speculate", b"no"),
+        (b"x-aurora-conversation", b"c7"),
+    ]
+    other = [(name.lower().replace(b"x-", b"X-Request-Id-", 1), value) for name, value in plain]
+    assert labels.parse(other) == labels.parse(plain) == labels.parse(plain + other)
+    assert labels.parse(plain)["train"] is True and labels.parse(plain)["domain"] == "code"
+    for half in (plain, other):
+        mixed = [*half, (b"x-request-id-aurora-train", b"no"), (b"x-aurora-train", b"yes")]
+        assert labels.parse(mixed)["train"] is False
+    odd = [(b"x-request-id-train", b"no"), (b"x-request-id", b"aurora-train")]
+    assert labels.parse(odd) == labels.parse([])
+
+
 def test_headers_become_labels() -> None:
     headers = [
         (b"X-Aurora-Domain", b" code "),
