@@ -436,6 +436,13 @@ class NotifySettings(TextSettings):
         return value
 
 
+def variable_of(error: ValidationError) -> str:
+    """The variable that holds the first value that is not usable."""
+    prefix = globals()[error.title].model_config["env_prefix"] if error.title in globals() else ""
+    name = "_".join(str(part) for part in error.errors()[0]["loc"])
+    return f"{prefix}{name}".upper()
+
+
 def in_words(error: ValidationError) -> list[tuple[str, str]]:
     """(field, what is wrong with its value) of each setting that is not usable."""
     return [

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from aurora_sgl import environment, logs
 from aurora_sgl.clock import utc_now
 
 
@@ -92,8 +93,9 @@ def text_of(value: Any) -> str:
 
 
 def print_error(message: str) -> None:
-    """One line on stderr."""
-    print(f"aurora-sgl: {' '.join(message.split())}", file=sys.stderr)
+    """One line on stderr; an object where logs are for machines."""
+    line = f"aurora-sgl: {' '.join(message.split())}"
+    print(logs.as_record(line) if environment.logs_as_json() else line, file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:

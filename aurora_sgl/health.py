@@ -6,16 +6,23 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
+from itertools import accumulate
 from socketserver import TCPServer
 from typing import Any
 from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 log = logging.getLogger(__name__)
@@ -28,24 +35,67 @@ READY_PATHS = ("/health", "/healthz", "/readyz")
 
 @dataclass(frozen=True)
 class Sample:
-    """One value of one metric. ``kind`` is gauge or counter; a name of a counter says no _total."""
+    """One value of one metric. ``kind`` is gauge, counter or histogram; a name of a counter says no
+    _total. Of a histogram ``value`` is the sum of what was observed."""
 
     name: str
     kind: str
     help: str
     value: float
     labels: tuple[tuple[str, str], ...] = ()
+    buckets: tuple[tuple[str, float], ...] = ()  # of a histogram: how many up to each bound, +Inf
+
+
+def histogram(
+    name: str,
+    help: str,
+    bounds: Sequence[float],
+    counts: Sequence[float],
+    total: float,
+    labels: tuple[tuple[str, str], ...] = (),
+) -> Sample:
+    """``counts``: how many values lay up to each bound and above the one before it, and, one more,
+    above the last; ``total``: the sum of all values."""
+    names = (*(str(float(bound)) for bound in bounds), "+Inf")
+    buckets = tuple(zip(names, accumulate(map(float, counts)), strict=True))
+    return Sample(name, "histogram", help, total, labels, buckets)
+
+
+class Observations:
+    """How often values lay between bounds. One thread observes, others may read meanwhile."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._total = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1  # a bound belongs to its bucket
+        self._total += value
+
+    def sample(self, name: str, help: str) -> Sample:
+        return histogram(name, help, self._bounds, tuple(self._counts), self._total)
+
+
+_FAMILIES: dict[str, type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
 
 
 def families(samples: Iterable[Sample]) -> list[Metric]:
     """Samples as Prometheus takes them: those of one name together."""
-    by_name: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+    by_name: dict[str, CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily] = {}
     for sample in samples:
         if sample.name not in by_name:
-            kind = GaugeMetricFamily if sample.kind == "gauge" else CounterMetricFamily
             names = [name for name, _ in sample.labels]
-            by_name[sample.name] = kind(sample.name, sample.help, labels=names)
-        by_name[sample.name].add_metric([value for _, value in sample.labels], sample.value)
+            by_name[sample.name] = _FAMILIES[sample.kind](sample.name, sample.help, labels=names)
+        family, labels = by_name[sample.name], [value for _, value in sample.labels]
+        if isinstance(family, HistogramMetricFamily):
+            family.add_metric(labels, sample.buckets, sample.value)
+        else:
+            family.add_metric(labels, sample.value)
     return list(by_name.values())
 
 

@@ -42,6 +42,13 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def as_record(line: str) -> str:
+    """Why a process ends, as a record for machines."""
+    return JsonLines().format(
+        logging.LogRecord("aurora_sgl", logging.ERROR, "", 0, line, None, None)
+    )
+
+
 def one_line(text: str) -> str:
     if text.isprintable():
         return text

@@ -87,11 +87,12 @@ def _one_line(error: Exception) -> str | None:
     from pydantic_settings import SettingsError
 
     if isinstance(error, SettingsError):
-        return f"a setting can't be read: {' '.join(str(error).split())}"
+        why = f" ({denied(cause)})" if isinstance(cause := error.__cause__, OSError) else ""
+        return f"a setting can't be read: {' '.join(str(error).split())}{why}"
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        name = "_".join(str(part) for part in first["loc"]).upper()
-        return f"setting AURORA_{name}: {first['msg']}"
+        from aurora_sgl.config import variable_of
+
+        return f"setting {variable_of(error)}: {error.errors()[0]['msg']}"
     if isinstance(error, UnicodeDecodeError):
         return f"a file that should be UTF-8 text is not, perhaps .env ({error.reason})"
     if isinstance(error, OSError):

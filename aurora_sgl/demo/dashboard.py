@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from aurora_sgl.environment import EXIT_WITH_PARENT
+from aurora_sgl.environment import EXIT_WITH_PARENT, LOG_FORMAT
 from aurora_sgl.private import make_folder, opener
 from aurora_sgl.processes.server import port_is_free
 
@@ -37,7 +37,12 @@ class DashboardProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, EXIT_WITH_PARENT: "1", "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    EXIT_WITH_PARENT: "1",
+                    LOG_FORMAT: "text",  # its address is read from a line for people
+                    "OMP_NUM_THREADS": "1",
+                },
                 start_new_session=True,
             )
         threading.Thread(target=self._pass_on, name="aurora-dashboard", daemon=True).start()

@@ -35,6 +35,7 @@ MAIN_HOOKS = (
     "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
     f"{_MANAGERS}tokenizer_manager.TokenizerManager._create_tokenized_object",
     f"{_MANAGERS}io_struct.GenerateReqInput.normalize_batch_and_arguments",
+    "sglang.srt.utils.common.kill_process_tree",
 )
 
 #: Hooked in every scheduler process.
@@ -176,9 +177,14 @@ def first_missing(names: Iterable[str]) -> str:
 
 def main_hooks() -> dict[str, Callable[..., Any]]:
     """Around what of the process that takes HTTP requests: ``hook(original, *arguments of it)``."""
-    from aurora_sgl.engine import front, workers
+    from aurora_sgl.engine import front, sidecars, workers
 
-    hooks = (_launch_subprocesses, front.create_tokenized_object, front.normalize)
+    hooks = (
+        _launch_subprocesses,
+        front.create_tokenized_object,
+        front.normalize,
+        sidecars.stop_first,
+    )
     return {**dict(zip(MAIN_HOOKS, hooks, strict=True)), "uvicorn.run": workers.run_uvicorn}
 
 

@@ -7,6 +7,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def socket_folder(dp_size: int) -> Path:
             continue
         return folder
     raise AuroraError(wrong)
+
+
+def stop_first(original: Callable[..., Any], parent_pid: Any, *args: Any, **kw: Any) -> Any:
+    """Around that with which SGLang ends its processes, after SIGTERM or when one of them failed:
+    it kills every child of this process, and the sidecars are some."""
+    if parent_pid == os.getpid():
+        stop()
+    return original(parent_pid, *args, **kw)
 
 
 def stop() -> None:

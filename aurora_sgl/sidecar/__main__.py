@@ -7,12 +7,13 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from pydantic import ValidationError
+
 from aurora_sgl import environment, logs
-from aurora_sgl.config import get_settings
+from aurora_sgl.config import get_settings, variable_of
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.private import keep_to_owner, settle
 from aurora_sgl.processes.priority import step_back
@@ -47,11 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
             replica=chosen.replica,
         )
     except Exception as error:
-        line = str(error)
-        if not isinstance(error, AuroraError):
-            traceback.print_exc()
-            line = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"{LAST_WORDS}{line}", file=sys.stderr)  # which the supervisor reads
+        line = f"{LAST_WORDS}{_why(error)}"  # which the supervisor reads
+        print(logs.as_record(line) if environment.logs_as_json() else line, file=sys.stderr)
         return 1
     if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
         logging.getLogger(__name__).warning("%s", line)
@@ -59,6 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: service.request_stop())
     service.run()
     return 0
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, AuroraError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        return f"setting {variable_of(error)}: {error.errors()[0]['msg']}"
+    logging.getLogger(__name__).exception("the sidecar can't start")
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _end(code: int) -> NoReturn:

@@ -152,6 +152,8 @@ class SidecarSupervisor:
                 last = log_file.read().decode(errors="replace").rstrip().splitlines()[-1]
         except (OSError, IndexError):
             return ""
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line for people
+            last = str(json.loads(last)["message"])
         return (
             f" ({last.removeprefix(LAST_WORDS)})"
             if code == 1 and last.startswith(LAST_WORDS)
