@@ -61,6 +61,7 @@ class SchedulerService:
         self._begun_at = time.monotonic()  # of the round that goes on, or of the last one
         self._reason = "it has just started"
         self._samples: list[Sample] = []
+        self._took = metrics.rounds()
         self._complained = ""
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self._ending = threading.Event()
@@ -101,6 +102,7 @@ class SchedulerService:
         while not self._ending.is_set():
             self._begun_at = begun = time.monotonic()
             self._round()
+            self._took.observe(time.monotonic() - begun)
             if begun >= measure_at:
                 self._measure()
                 measure_at = begun + METRICS_SECONDS
@@ -164,7 +166,8 @@ class SchedulerService:
 
     def _all_samples(self) -> list[Sample]:
         age = time.monotonic() - self._done_at
-        return [*metrics.of_itself(self.scheduler, self.scheduler.state, age), *self._samples]
+        mine = metrics.of_itself(self.scheduler, self.scheduler.state, age, self._took)
+        return [*mine, *self._samples]
 
 
 def _api(scheduler: Scheduler, rules: SchedulerSettings) -> ApiServer | None:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Collection
@@ -31,7 +32,7 @@ from aurora_sgl.sidecar.frames import TRACE
 from aurora_sgl.sidecar.health import Status, open_health
 from aurora_sgl.sidecar.ledger import losses
 from aurora_sgl.sidecar.reconcile import Reconciler
-from aurora_sgl.sidecar.served import LiveCounts, Sums
+from aurora_sgl.sidecar.served import LiveCounts
 from aurora_sgl.sidecar.servers import NOT_IDENTIFIED, Registry, ReportedLive
 from aurora_sgl.sidecar.spool.bypass import Bypass
 from aurora_sgl.sidecar.spool.cursor import Boot, Cursor
@@ -42,7 +43,6 @@ from aurora_sgl.sidecar.traces.assembler import AssembledTrace, TraceAssembler
 from aurora_sgl.sidecar.traces.budget import TraceStore
 from aurora_sgl.sidecar.traces.intake import TraceIntake
 from aurora_sgl.sidecar.traces.writer import TraceWriter
-from aurora_sgl.step_cost import tree_shares
 from aurora_sgl.store.ingest import IngestRules
 from aurora_sgl.store.link import StoreAway, StoreLink
 from aurora_sgl.store.liveness import STALE_SECONDS
@@ -60,13 +60,6 @@ STUCK_SECONDS = 60.0
 LATE_SECONDS = 3.0
 #: Traces that wait for the disk; more stay with the assembler, whose memory is bounded.
 TRACE_QUEUE, TRACE_QUEUE_BYTES = 64, 64 << 20
-#: Counters of the engine's heartbeat that the metrics show.
-_ENGINE = (
-    *("queue", "running_requests", "step_ms", "failures", "parts_down", "dropped_odd"),
-    *("unstamped", "unreadable_consent"),
-    *("traces_admitted", "traces_refused", "dropped_traces", "trace_bytes_reserved"),
-    *("trace_bytes_held", "capture_scale"),
-)
 
 log = logging.getLogger(__name__)
 
@@ -334,24 +327,30 @@ class SidecarService:
             gauges={
                 "spool_bytes": self._spool.size,
                 "spool_kept_bytes": self._spool.kept_bytes,
+                "spool_limit_bytes": self._spool.limit_bytes,
                 "spool_memory_bytes": self._bypass.bytes,
+                **self._disk(),
                 "traces_open": len(self._assembler),
                 "trace_memory_bytes": self._assembler.bytes,
-                "swap_apply_milliseconds": swaps.last_apply_ms,
-                "swap_stage_milliseconds": swaps.last_staged_ms,
-                "swap_stall_milliseconds": self._served.stall_ms,
-                "swap_longest_stall_milliseconds": self._served.longest_stall_ms,
-                **{
-                    f"engine_{name}": float((hello.counters if hello else {}).get(name, 0.0))
-                    for name in _ENGINE
-                },
+                "wanted_version": self._reconciler.desired,
+                "last_swap_stall_seconds": self._served.stall_ms / 1000,
+                "longest_swap_stall_seconds": self._served.longest_stall_ms / 1000,
             },
             lost=self._lost(hello),
-            served=self._by_version(),
+            served=self._served.sums(self._reconciler.boot_version_id),
+            positions=self._served.positions(self._reconciler.boot_version_id),
+            swaps=self._served.times,
             notices={**(hello.notices if hello else {}), **self._notices()},
-            trees=tree_shares(hello.counters) if hello else (),
+            engine=hello.counters if hello else {},
             oldest_unstored_seconds=age,
         )
+
+    def _disk(self) -> dict[str, float]:
+        """Of the file system that the spool is on."""
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(self._spool.folder)
+            return {"disk_bytes": usage.total, "disk_free_bytes": usage.free}
+        return {}
 
     def _lost(self, hello: wire.Hello | None) -> dict[str, float]:
         """What the server's present start has lost, as it happens: also what the store has not
@@ -393,17 +392,6 @@ class SidecarService:
         if not self._reconciler.desired:
             return NOT_IDENTIFIED
         return f"version {self._reconciler.desired} should be live"
-
-    def _by_version(self) -> dict[tuple[int, str], Sums]:
-        """What was served, with the version that the server was started with by its name."""
-        sums = self._served.sums()
-        boot = self._reconciler.boot_version_id
-        for version, domain in [key for key in sums if not key[0] and boot]:
-            mine = sums.pop((version, domain))
-            total = sums.setdefault((boot, domain), Sums())
-            total.verify_steps += mine.verify_steps
-            total.accepted += mine.accepted
-        return sums
 
 
 def _watch(pid: int) -> int:

@@ -35,6 +35,10 @@ _RESULT = "result.pt"
 _MISSING = 'more than one worker needs Ray: pip install "aurora-sgl[scale]"'
 #: Progress that waits to be passed on; the run never waits for who reads it.
 _QUEUED = 64
+#: Ray gives its own processes 30 seconds to start, which at a run's low priority beside a busy
+#: server may be too few; a later start finds the programs in memory.
+STARTS = 4
+_SLOW = "timed out during startup"
 
 
 def train_on_workers(
@@ -116,7 +120,14 @@ def _start(ray: Any, workers: int) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # As many slots as workers, also where there are fewer cores; nothing listens outside.
         options |= {"num_cpus": workers + 1, "include_dashboard": False}
-    ray.init(**options)
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # a bare one, when its 30 seconds are over
+            ray.shutdown()
+            if not left or _SLOW not in str(error):
+                raise AuroraError(f"Ray does not start: {_cause(error)}") from None
 
 
 def _work(job: dict[str, Any]) -> None:

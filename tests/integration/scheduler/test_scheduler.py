@@ -625,7 +625,7 @@ def test_health_is_ready_only_when_rounds_are_done_and_metrics_say_what_is_serve
 
     text = wait_until(lambda: found if "verdicts" in (found := metrics()) else "", 20, "metrics")
     assert f'aurora_accept_length{{domain="chat",version="{house.a}"}}' in text
-    assert 'aurora_verdicts{kind="replay",verdict="fail"} 1.0' in text
+    assert 'aurora_verdicts_total{kind="replay",verdict="fail"} 1.0' in text
     assert "aurora_scheduler_leads 1.0" in text
     switches.turn(engine, "default", "learning", False, actor="ada", reason="x")
     wait_until(lambda: one.health()["state"] == "off", 5, "the switch")

@@ -307,8 +307,8 @@ def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_sw
 
     def text() -> str:
         found = world.sidecar.get("/metrics")[1]
-        done = f'version="{new}"' in found and "swap_apply_milliseconds 1.0" in found
-        return found if done and "engine_failures 3.0" in found else ""
+        done = f'version="{new}"' in found and 'swap_apply_seconds_bucket{le="0.001"} 1.0' in found
+        return found if done and "engine_failures_total 3.0" in found else ""
 
     told = wait_until(text)
     assert f'aurora_sidecar_accept_length{{domain="code",version="{boot}"}} 2.5' in told
@@ -318,7 +318,8 @@ def test_the_metrics_tell_accept_lengths_by_version_and_domain_and_how_long_a_sw
     assert f"aurora_sidecar_tree_share{{{tree}}} 0.75" in told
     assert f"aurora_sidecar_tree_accept_length{{{tree}}} 1.9" in told
     assert 'aurora_sidecar_tree_explored_total{requests_at_once="4"} 5.0' in told
-    assert "aurora_sidecar_swap_longest_stall_milliseconds 70.0" in told
+    assert "aurora_sidecar_longest_swap_stall_seconds 0.07" in told
+    assert 'aurora_sidecar_swap_stall_seconds_bucket{le="0.1"} 1.0' in told
     assert world.sidecar.get("/health")[0] == world.sidecar.get("/healthz")[0]
     (swap,) = wait_until(lambda: world.rows("SELECT * FROM swap WHERE longest_stall_ms > 0"))
     assert (swap["version_id"], swap["ok"], swap["apply_ms"]) == (new, 1, 1.0)
