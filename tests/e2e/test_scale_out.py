@@ -28,6 +28,8 @@ from aurora_sgl.rollout import status
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
 from tests.e2e.conftest import TREE, until
+from tests.integration.deploy.test_monitoring import panels
+from tests.support.prometheus import expressions, filled_in
 from tests.support.units import Service, exec_start
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
@@ -139,6 +141,16 @@ class Prometheus:
         """By target: 1 while it was scraped."""
         rows = self._get("query", query="up")["result"]
         return {row["metric"]["instance"]: int(row["value"][1]) for row in rows}
+
+    def empty(self) -> set[str]:
+        """Panels of SGLang's own series, some of them joined with ours, that show nothing."""
+        theirs = [one for one in expressions(panels()) if "aurora_" not in one[1]]
+        assert len(theirs) > 8
+        return {
+            title
+            for title, expression in theirs
+            if not self._get("query", query=filled_in(expression))["result"]
+        }
 
     def firing(self) -> set[str]:
         alerts = self._get("alerts")["alerts"]
@@ -257,6 +269,8 @@ def test_everything_that_is_killed_comes_back_and_the_fleet_converges(
     traffic.go_on()
     one.aurora("rollback", "--reason", "as before")
     until(lambda: one.converged(live(one)), 180, "both servers to come back")
+    # With no alert on there is nothing to list.
+    until(lambda: prometheus.empty() <= {"Alerts of Prometheus"}, 60, "the board's panels")
     traffic.ending.set()
     traffic.join(120)
     assert live(one) != other
