@@ -66,7 +66,7 @@ class Process:
 
 
 def everything_happens(house: RolloutHouse) -> dict[str, int]:
-    """One event of each kind that rows are, and an alert that begins; what is to be told of it."""
+    """Of each kind that people must know one event, and all verdicts; what is to be told of it."""
     with store.session(house.engine) as s:
         add = queries.evaluations.add_evaluation
         for verdict in ("pass", "fail", "inconclusive"):
@@ -92,9 +92,16 @@ def everything_happens(house: RolloutHouse) -> dict[str, int]:
         queries.watches.end_watch(s, watch, "failed", "accept length 1.2 where 2.1 was expected")
     rollout.rollback(house.engine, "default", actor="watch", reason="the watch failed")
     turn(house.engine, "default", "auto_promote", False, actor="eve", reason="holidays")
+    with store.session(house.engine) as s:
+        for place, count in (("spool", 5), ("engine", 7), ("trace", 3)):
+            queries.drops.set_drops(s, house.server_id, place, count)
+        queries.servers.touch_server(
+            s, house.server_id, last_seen_at=utc_now() - timedelta(minutes=2)
+        )
     return {
         "verdict": 3, "training_failed": 1, "drift": 1, "promotion": 1, "watch_failed": 1,
-        "rollback": 1, "switch_off/began": 1,
+        "rollback": 1, "switch_off/began": 1, "records_lost/began": 1, "traces_lost/began": 1,
+        "server_silent/began": 1,
     }  # fmt: skip
 
 
