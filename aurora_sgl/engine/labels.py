@@ -82,9 +82,10 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
     """What a request's headers say, as JSON values."""
     ours: dict[str, list[bytes]] = {}
     for header, value in headers:
+        lower = header.lower()
         for prefix in _PREFIXES:
-            if header.lower().startswith(prefix):
-                name = header.lower().removeprefix(prefix).decode("latin-1")
+            if lower.startswith(prefix):
+                name = lower.removeprefix(prefix).decode("latin-1")
                 ours.setdefault(name, []).append(value)
     labels: dict[str, Any] = {}
     for name in ("domain", "conversation"):

@@ -10,7 +10,7 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
@@ -35,6 +35,7 @@ LEAST_TOKEN = 16
 #: Seconds that the API may take to begin listening.
 START_SECONDS = 10.0
 Answer = TypeVar("Answer")
+View = TypeVar("View", bound=BaseModel)
 Limit = Annotated[int, Query(ge=1, le=1000, description="How many, newest first.")]
 
 log = logging.getLogger(__name__)
@@ -187,6 +188,16 @@ class _Reader:
 
         return await run_in_threadpool(work)
 
+    async def views(
+        self, view: type[View], read: Callable[[Session, int], Sequence[Any]]
+    ) -> list[View]:
+        """Rows as an answer shows them."""
+        return await self.rows(
+            lambda s, group_id: [
+                view.model_validate(row, from_attributes=True) for row in read(s, group_id)
+            ]
+        )
+
     async def engine(self, read: Callable[[Engine, str], Answer]) -> Answer:
         def work() -> Answer:
             with self._link.guard() as engine:
@@ -214,33 +225,26 @@ def _add_routes(app: FastAPI, reader: _Reader, locks: list[Any]) -> None:
 
     @app.get("/api/v1/deployments", dependencies=locks, summary="Promotions and rollbacks")
     async def deployments(limit: Limit = 20) -> list[DeploymentView]:
-        return await reader.rows(
-            lambda s, group_id: [
-                DeploymentView.model_validate(row, from_attributes=True)
-                for row in queries.deployments.deployments(s, group_id, limit=limit)
-            ]
+        return await reader.views(
+            DeploymentView,
+            lambda s, group_id: queries.deployments.deployments(s, group_id, limit=limit),
         )
 
     @app.get("/api/v1/alerts", dependencies=locks, summary="What is off, or was")
     async def list_alerts(history: bool = False, limit: Limit = 100) -> list[AlertView]:
-        return await reader.rows(
-            lambda s, group_id: [
-                AlertView.model_validate(row, from_attributes=True)
-                for row in (
-                    queries.alerts.alerts(s, group_id, limit=limit)
-                    if history
-                    else queries.alerts.open_alerts(s, group_id)[-limit:][::-1]
-                )
-            ]
+        return await reader.views(
+            AlertView,
+            lambda s, group_id: (
+                queries.alerts.alerts(s, group_id, limit=limit)
+                if history
+                else queries.alerts.open_alerts(s, group_id)[-limit:][::-1]
+            ),
         )
 
     @app.get("/api/v1/runs", dependencies=locks, summary="Training runs")
     async def runs(limit: Limit = 20) -> list[RunView]:
-        return await reader.rows(
-            lambda s, group_id: [
-                RunView.model_validate(row, from_attributes=True)
-                for row in queries.runs.runs(s, group_id, limit=limit)
-            ]
+        return await reader.views(
+            RunView, lambda s, group_id: queries.runs.runs(s, group_id, limit=limit)
         )
 
 

@@ -186,11 +186,8 @@ class Courier:
     def round(self, group_id: int) -> int:
         """Send what is due; how many were delivered. Raises ``StoreAway``: then an event may be
         sent again, with the same id."""
-        delivered, closed = 0, set[str]()
-        for target in self._targets:
-            if self._closed_until.get(target, self._now()) > self._now():
-                closed.add(target)
-        open_ = [target for target in self._targets if target not in closed]
+        delivered, closed, now = 0, set[str](), self._now()
+        open_ = [one for one in self._targets if self._closed_until.get(one, now) <= now]
         if not open_:
             return 0
         with self._link.session(write=False) as s:

@@ -82,8 +82,10 @@ def look(engine: Engine, group: str, settings: NotifySettings, now: datetime | N
         back = min(LOOK_BACK, timedelta(days=settings.keep_days) / 2)  # never what was forgotten
         since = max(queries.notifications.begins_at(s, group_id), moment - back)
         changes = alerts.record(s, group_id, problems, moment)
+        written = queries.notifications.written_since(s, group_id, since)
         events = [*_events(s, group_id, since), *_of_alerts(changes)]
-        return _write(s, group_id, events, settings)
+        new = [event for event in events if event.key not in written]
+        return _write(s, group_id, new, settings)
 
 
 def _write(s: Session, group_id: int, events: Sequence[Event], settings: NotifySettings) -> int:
@@ -121,12 +123,11 @@ def forget(engine: Engine, group: str, settings: NotifySettings) -> int:
 
 
 def _events(s: Session, group_id: int, since: datetime) -> Iterator[Event]:
-    rows = queries.notifications
-    yield from map(_of_deployment, rows.deployments_since(s, group_id, since))
-    yield from map(_of_verdict, rows.verdicts_since(s, group_id, since))
-    yield from map(_of_watch, rows.failed_watches_since(s, group_id, since))
-    yield from map(_of_run, rows.failed_runs_since(s, group_id, since))
-    yield from map(_of_drift, rows.drifts_since(s, group_id, since))
+    yield from map(_of_deployment, queries.deployments.deployments(s, group_id, since=since))
+    yield from map(_of_verdict, queries.evaluations.verdicts(s, group_id, since=since))
+    yield from map(_of_watch, queries.watches.failed_watches(s, group_id, since))
+    yield from map(_of_run, queries.runs.failed_runs(s, group_id, since))
+    yield from map(_of_drift, queries.drifts.drifts(s, group_id, since=since))
 
 
 def _of_deployment(row: Deployment) -> Event:

@@ -35,8 +35,7 @@ class Teller:
         self._thread.start()
 
     def stop(self) -> None:
-        """Tell what happened last, as far as receivers take it at once; what they don't waits in
-        the store."""
+        """Let the round that goes on end; what was not told yet waits in the store."""
         self._ending.set()
         self._thread.join(self._settings.seconds + 5.0)
         self._courier.close()

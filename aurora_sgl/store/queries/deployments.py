@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
@@ -47,14 +48,14 @@ def add_deployment(
     return row
 
 
-def deployments(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[Deployment]:
+def deployments(
+    s: Session, group_id: int, *, since: datetime | None = None, limit: int | None = None
+) -> Sequence[Deployment]:
     """Newest first."""
-    return s.scalars(
-        select(Deployment)
-        .where(Deployment.group_id == group_id)
-        .order_by(Deployment.generation.desc())
-        .limit(limit)
-    ).all()
+    query = select(Deployment).where(Deployment.group_id == group_id)
+    if since is not None:
+        query = query.where(Deployment.created_at >= since)
+    return s.scalars(query.order_by(Deployment.generation.desc()).limit(limit)).all()
 
 
 def last_to(s: Session, group_id: int, version_id: int) -> Deployment | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
@@ -95,15 +96,18 @@ def last_replay(s: Session, group_id: int) -> Evaluation | None:
     ).one_or_none()
 
 
-def verdicts(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[Evaluation]:
+def verdicts(
+    s: Session, group_id: int, *, since: datetime | None = None, limit: int | None = None
+) -> Sequence[Evaluation]:
     """Evaluations over all domains of a group's versions, newest first."""
-    return s.scalars(
+    query = (
         select(Evaluation)
         .join(DrafterVersion, DrafterVersion.id == Evaluation.candidate_id)
         .where(DrafterVersion.group_id == group_id, Evaluation.domain == "")
-        .order_by(Evaluation.id.desc())
-        .limit(limit)
-    ).all()
+    )
+    if since is not None:
+        query = query.where(Evaluation.created_at >= since)
+    return s.scalars(query.order_by(Evaluation.id.desc()).limit(limit)).all()
 
 
 def count_verdicts(s: Session, group_id: int) -> dict[tuple[str, str], int]:

@@ -13,14 +13,8 @@ from sqlalchemy.orm import Session
 from aurora_sgl.clock import utc_now
 from aurora_sgl.store.models import (
     Delivery,
-    Deployment,
-    DrafterVersion,
-    Drift,
-    Evaluation,
     Notification,
     NotificationStart,
-    TrainingRun,
-    Watch,
 )
 from aurora_sgl.store.upsert import insert_missing, storable
 
@@ -32,6 +26,17 @@ def begins_at(s: Session, group_id: int) -> datetime:
     return s.scalars(
         select(NotificationStart.since).where(NotificationStart.group_id == group_id)
     ).one()
+
+
+def written_since(s: Session, group_id: int, since: datetime) -> set[str]:
+    """Keys of the events that were written since then."""
+    return set(
+        s.scalars(
+            select(Notification.event_key).where(
+                Notification.group_id == group_id, Notification.created_at >= since
+            )
+        )
+    )
 
 
 def add_notification(
@@ -180,53 +185,3 @@ def forget_notifications(s: Session, group_id: int, before: datetime) -> int:
         )
     )
     return int(gone.rowcount)  # type: ignore[attr-defined]
-
-
-def deployments_since(s: Session, group_id: int, since: datetime) -> Sequence[Deployment]:
-    return s.scalars(
-        select(Deployment)
-        .where(Deployment.group_id == group_id, Deployment.created_at >= since)
-        .order_by(Deployment.generation)
-    ).all()
-
-
-def verdicts_since(s: Session, group_id: int, since: datetime) -> Sequence[Evaluation]:
-    """Over all domains."""
-    return s.scalars(
-        select(Evaluation)
-        .join(DrafterVersion, DrafterVersion.id == Evaluation.candidate_id)
-        .where(
-            DrafterVersion.group_id == group_id,
-            Evaluation.domain == "",
-            Evaluation.created_at >= since,
-        )
-        .order_by(Evaluation.id)
-    ).all()
-
-
-def failed_watches_since(s: Session, group_id: int, since: datetime) -> Sequence[Watch]:
-    return s.scalars(
-        select(Watch)
-        .where(Watch.group_id == group_id, Watch.status == "failed", Watch.finished_at >= since)
-        .order_by(Watch.id)
-    ).all()
-
-
-def failed_runs_since(s: Session, group_id: int, since: datetime) -> Sequence[TrainingRun]:
-    return s.scalars(
-        select(TrainingRun)
-        .where(
-            TrainingRun.group_id == group_id,
-            TrainingRun.status == "failed",
-            TrainingRun.finished_at >= since,
-        )
-        .order_by(TrainingRun.id)
-    ).all()
-
-
-def drifts_since(s: Session, group_id: int, since: datetime) -> Sequence[Drift]:
-    return s.scalars(
-        select(Drift)
-        .where(Drift.group_id == group_id, Drift.detected_at >= since)
-        .order_by(Drift.id)
-    ).all()

@@ -68,6 +68,17 @@ def runs(
     return s.scalars(query.order_by(TrainingRun.id.desc()).limit(limit)).all()
 
 
+def failed_runs(s: Session, group_id: int, since: datetime) -> Sequence[TrainingRun]:
+    """Those that failed since then."""
+    return s.scalars(
+        select(TrainingRun).where(
+            TrainingRun.group_id == group_id,
+            TrainingRun.status == "failed",
+            TrainingRun.finished_at >= since,
+        )
+    ).all()
+
+
 def tokens_of_runs(s: Session, run_ids: Sequence[int]) -> int:
     """Positions that these runs trained on, together."""
     tokens = s.scalar(

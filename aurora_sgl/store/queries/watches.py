@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
@@ -43,6 +44,15 @@ def watches(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[
     """Newest first."""
     return s.scalars(
         select(Watch).where(Watch.group_id == group_id).order_by(Watch.id.desc()).limit(limit)
+    ).all()
+
+
+def failed_watches(s: Session, group_id: int, since: datetime) -> Sequence[Watch]:
+    """Those that failed since then."""
+    return s.scalars(
+        select(Watch).where(
+            Watch.group_id == group_id, Watch.status == "failed", Watch.finished_at >= since
+        )
     ).all()
 
 
