@@ -13,12 +13,15 @@ from aurora_sgl.store.connection import session
 from aurora_sgl.store.domains import forget_name
 from aurora_sgl.store.erased import erased_ids
 from aurora_sgl.store.models import (
+    AlertRecord,
     Base,
+    Delivery,
     Deployment,
     DrafterVersion,
     Drift,
     ErasedRequest,
     Evaluation,
+    Notification,
     PruneRun,
     SchedulerState,
     Server,
@@ -41,6 +44,9 @@ NAMED_IN: tuple[tuple[type[Base], tuple[str, ...]], ...] = (
     (SchedulerState, ("reason", "next_action", "details")),
     (PruneRun, ("report", "error")),
     (Server, ("phase_reason", "last_error", "counters", "notices")),
+    (AlertRecord, ("text", "acknowledgement")),
+    (Notification, ("title", "text", "details")),
+    (Delivery, ("error",)),
 )
 #: What stands where a name stood.
 GONE = "(purged)"
@@ -85,6 +91,10 @@ def forget_domain(engine: Engine, domain: str) -> None:
         if domain:
             forget_name(s.connection(), domain)
         clean = cleaner(domain)
+        for alert in s.scalars(select(AlertRecord)):
+            if clean(alert.key) != alert.key:  # named so, it would be another alert
+                s.delete(alert)
+        s.flush()
         for model, columns in NAMED_IN:
             for row in s.scalars(select(model)):
                 for column in columns:

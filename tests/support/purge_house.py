@@ -15,6 +15,8 @@ from aurora_sgl import store, wire
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.clock import utc_now
 from aurora_sgl.hashing import sha256_ints
+from aurora_sgl.rollout import alerts
+from aurora_sgl.rollout.alerts import Alert
 from aurora_sgl.sidecar.batcher import Batcher, Intake
 from aurora_sgl.sidecar.frames import TRACE
 from aurora_sgl.sidecar.refused import RefusedFile, RefusedRecord
@@ -224,6 +226,14 @@ class PurgeHouse:
             )  # fmt: skip
             run = queries.prune_runs.start(s, group, "ada")
             queries.prune_runs.finish(s, run.id, {})
+            fell = Alert("drift", "1", "warning", f"The accept length in {DOMAIN} fell.")
+            notice = Alert("server_notice", f"h/odd {DOMAIN}", "warning", f"odd {DOMAIN}")
+            alerts.record(s, group, [fell, notice])
+            queries.notifications.add_notification(
+                s, group, event_key="drift/1", kind="drift", severity="warning",
+                title=f"The accept length in {DOMAIN} fell", text=fell.text,
+                happened_at=utc_now(), details={"domain": DOMAIN}, targets=["webhook"],
+            )  # fmt: skip
 
     def _evidence(self) -> dict[str, Any]:
         rows = [[number(n), DOMAIN if n in OURS else "chat", 1, 2, 1, 2] for n in (*OURS, *OTHERS)]

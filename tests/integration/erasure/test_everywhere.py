@@ -46,8 +46,10 @@ one_database = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
 #: Text of rows that stay and that no client has a word in: names that people or this program give,
 #: kinds, hashes of weights, who did it. Reasons and evidence of people are kept, as the docs say.
 OURS_ALONE = {
+    "alert": {"key", "kind", "severity", "acknowledged_by"},
     "alias": {"name"},
     "audit": {"actor", "action", "subject", "reason", "before", "after"},
+    "delivery": {"target", "state"},
     "deployment": {"action", "actor", "reason", "before", "after", "evidence"},
     "deployment_group": {"name", "target_model", "target_revision", "draft_architecture"},
     "drafter_version": {
@@ -57,6 +59,7 @@ OURS_ALONE = {
     "drop_count": {"place"},
     "erasure": {"kind", "salt", "key_hash", "actor", "reason", "details"},
     "evaluation": {"kind", "verdict"},
+    "notification": {"event_key", "uid", "kind", "severity"},
     "prune_run": {"actor"},
     "retention_limit": {"name", "actor"},
     "scheduler_state": {"holder", "state"},

@@ -59,8 +59,13 @@ def test_the_first_names_of_a_day_are_kept_and_the_rest_is_one(engine: Engine) -
         group_id = queries.servers.server(s, server_id).group_id
         assert limit_reached(s, group_id, DAY) == 5
         assert limit_reached(s, group_id, DAY - timedelta(days=1)) is None
-        served = [sample for sample in metrics.of_group(s, group_id) if sample.labels]
-        assert len(served) < 40
+    new = [f"user-{n}" for n in range(20, 32)]
+    send(engine, server_id, new, first=50, at_us=wire.now_us())  # of today, which is another day
+    with store.session(engine, write=False) as s:
+        series = [dict(sample.labels) for sample in metrics.of_group(s, group_id)]
+    names = [labels["domain"] for labels in series if "domain" in labels]
+    assert set(names) == {f"user-{n}" for n in range(20, 25)} | {OTHER}
+    assert max(Counter(names).values()) <= 2, "a gauge of each kind for a name"
 
 
 def test_names_that_came_stay_and_those_of_every_request_count_for_nothing(engine: Engine) -> None:
