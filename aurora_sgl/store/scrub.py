@@ -23,6 +23,8 @@ from aurora_sgl.store.models import (
     Evaluation,
     Notification,
     PruneRun,
+    RolloutStage,
+    SavedView,
     SchedulerState,
     Server,
     TrainingRun,
@@ -35,7 +37,7 @@ from aurora_sgl.store.models import (
 #: Text and JSON of rows that stay, in which a domain may be named.
 NAMED_IN: tuple[tuple[type[Base], tuple[str, ...]], ...] = (
     (Evaluation, ("details",)),
-    (TrainingRun, ("error", "config", "metrics")),
+    (TrainingRun, ("error", "config", "metrics", "progress")),
     (DrafterVersion, ("note", "metrics")),
     (Watch, ("reason", "baseline")),
     (WatchWindow, ("reason", "metrics")),
@@ -47,6 +49,8 @@ NAMED_IN: tuple[tuple[type[Base], tuple[str, ...]], ...] = (
     (AlertRecord, ("text", "acknowledgement")),
     (Notification, ("title", "text", "details")),
     (Delivery, ("error",)),
+    (RolloutStage, ("outcome", "windows")),
+    (SavedView, ("name", "query")),
 )
 #: What stands where a name stood.
 GONE = "(purged)"

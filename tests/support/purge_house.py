@@ -30,7 +30,15 @@ from aurora_sgl.sidecar.traces.writer import TraceWriter
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import IngestRules
 from aurora_sgl.store.link import StoreLink
-from aurora_sgl.store.models import SchedulerState, Trial, TrialWindow, Watch, WatchWindow
+from aurora_sgl.store.models import (
+    RolloutStage,
+    SavedView,
+    SchedulerState,
+    Trial,
+    TrialWindow,
+    Watch,
+    WatchWindow,
+)
 from aurora_sgl.store.salt import forms, known_key
 from tests.support import leftovers
 from tests.support import store_samples as samples
@@ -226,6 +234,19 @@ class PurgeHouse:
             )  # fmt: skip
             run = queries.prune_runs.start(s, group, "ada")
             queries.prune_runs.finish(s, run.id, {})
+            s.add(
+                RolloutStage(
+                    group_id=group, version_id=two, baseline_id=one, generation=1, servers=["h"],
+                    actor="ada", reason="a server first", started_at=utc_now(),
+                    outcome=f"worse in {DOMAIN}", windows=[{"reason": f"worse in {DOMAIN}"}],
+                )
+            )  # fmt: skip
+            s.add(
+                SavedView(
+                    group_id=group, name=f"mine: {DOMAIN}", page="requests",
+                    query=f"domain={DOMAIN}", actor="ada", created_at=utc_now(),
+                )
+            )  # fmt: skip
             fell = Alert("drift", "1", "warning", f"The accept length in {DOMAIN} fell.")
             notice = Alert("server_notice", f"h/odd {DOMAIN}", "warning", f"odd {DOMAIN}")
             alerts.record(s, group, [fell, notice])

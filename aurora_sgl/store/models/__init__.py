@@ -27,6 +27,12 @@ from aurora_sgl.store.models.operations import (
     Switch,
     TreeMemory,
 )
+from aurora_sgl.store.models.operators import (
+    FreezeWindow,
+    RolloutStage,
+    SavedView,
+    VersionNote,
+)
 from aurora_sgl.store.models.rollout import Audit, Drift, SchedulerState, Watch, WatchWindow
 from aurora_sgl.store.models.serving import (
     AcceptanceEvent,
@@ -58,6 +64,7 @@ __all__ = [
     "ErasedRequest",
     "Erasure",
     "Evaluation",
+    "FreezeWindow",
     "Json",
     "Lease",
     "Notification",
@@ -66,6 +73,8 @@ __all__ = [
     "Request",
     "RequestTally",
     "RetentionLimit",
+    "RolloutStage",
+    "SavedView",
     "SchedulerState",
     "Server",
     "SpoolWatermark",
@@ -79,6 +88,7 @@ __all__ = [
     "Trial",
     "TrialWindow",
     "UtcDateTime",
+    "VersionNote",
     "Watch",
     "WatchWindow",
 ]

@@ -52,5 +52,7 @@ class Base(DeclarativeBase):
         datetime: UtcDateTime(),
         dict[str, Any]: Json,
         list[int]: Json,
+        list[str]: Json,
+        list[Any]: Json,
         int: BigInt,
     }

@@ -81,6 +81,7 @@ class TrainingRun(Base):
     config: Mapped[dict[str, Any]] = mapped_column(default=dict)
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
     error: Mapped[str] = mapped_column(default="")
+    progress: Mapped[dict[str, Any]] = mapped_column(default=dict)  # while it goes on
 
 
 class Evaluation(Base):
