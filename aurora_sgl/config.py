@@ -381,6 +381,10 @@ class SchedulerSettings(TextSettings):
     """Share of the runs that try one knob of the recipe another way; what past runs earned then
     decides. 0: the recipe as given."""
 
+    stage: str = ""
+    """Servers that a version goes to first: a number, or a share such as ``25%``. It goes on to the
+    rest by itself once it passed there; empty: all at once. A group of one server has no stage."""
+
     wait_for_watch: bool = True
     """Promote nothing while the watch over the promotion before is running."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import OPERATOR, Account
 from aurora_sgl.store.liveness import training_lease_name
+from aurora_sgl.store.models import FreezeWindow
 
 from . import login, trainings
 from .context import Group, now
@@ -54,6 +56,46 @@ def promote(
         force=force,
         dry_run=dry_run,
     )
+
+
+def stage(
+    here: Group,
+    version_id: int,
+    seen_live: int,
+    servers: str,
+    *,
+    reason: str,
+    goes_on: bool,
+    force: bool = False,
+    dry_run: bool = False,
+) -> rollout.stages.StagePlan:
+    """``servers``: as ``rollout.stages.chosen_servers`` reads them."""
+    return rollout.stages.start(
+        here.engine, version_id, servers, actor=operator().name, reason=reason, goes_on=goes_on,
+        expected_live=seen_live, force=force, dry_run=dry_run,
+    )  # fmt: skip
+
+
+def continue_stage(here: Group, *, reason: str, force: bool = False) -> rollout.Change:
+    actor = operator().name
+    return rollout.stages.go_on(here.engine, here.name, actor=actor, reason=reason, force=force)
+
+
+def abort_stage(here: Group, *, reason: str) -> rollout.stages.StageStatus:
+    actor = operator().name
+    return rollout.stages.abort(here.engine, here.name, actor=actor, reason=reason)
+
+
+def freeze(here: Group, starts_at: datetime, ends_at: datetime, *, reason: str) -> FreezeWindow:
+    return rollout.freezes.add(
+        here.engine, here.name, starts_at=starts_at, ends_at=ends_at, actor=operator().name,
+        reason=reason,
+    )  # fmt: skip
+
+
+def lift(here: Group, freeze_id: int, *, reason: str) -> FreezeWindow:
+    actor = operator().name
+    return rollout.freezes.lift(here.engine, here.name, freeze_id, actor=actor, reason=reason)
 
 
 def rollback(

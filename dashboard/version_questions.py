@@ -16,7 +16,7 @@ from aurora_sgl.errors import Refused
 from aurora_sgl.rollout import status
 from aurora_sgl.store.models import Evaluation
 
-from . import actions, data, downloads, verdicts, words
+from . import actions, data, downloads, staging, verdicts, words
 from .context import Group, now
 from .dialogs import Question
 
@@ -83,6 +83,7 @@ class Questions:
                 st.warning(words.literal(warning), icon=":material/warning:")
             force = st.checkbox("Promote it all the same")
         return {
+            "where": staging.choose(self.here, self.version_id, self.live),
             "force": force,
             "must_force": bool(warnings),
             "evaluation_id": evaluation.id if evaluation is not None and passed else None,
@@ -93,6 +94,7 @@ class Questions:
         self,
         reason: str,
         *,
+        where: staging.Choice,
         force: bool,
         must_force: bool,
         evaluation_id: int | None,
@@ -100,6 +102,15 @@ class Questions:
     ) -> str:
         if must_force and not force:
             raise Refused("the evidence does not speak for it; tick the box if you are sure")
+        if where.servers:
+            plan = actions.stage(
+                self.here, self.version_id, self.live, where.servers, reason=reason,
+                goes_on=where.goes_on, force=force,
+            )  # fmt: skip
+            return (
+                f"Version {plan.version_id} goes to {', '.join(plan.servers)} first, within "
+                "seconds, and is judged there against the others."
+            )
         change = actions.promote(
             self.here, self.version_id, self.live, reason=reason, force=force,
             evaluation_id=evaluation_id, evidence=evidence,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aurora_sgl.cli.shared import AsJson, DryRun, kept, open_store, user
+from aurora_sgl.cli.shared import AsJson, DryRun, kept, moment, open_store, user
 from aurora_sgl.console import print_error, print_json, print_table
 
 if TYPE_CHECKING:
@@ -78,21 +77,10 @@ def _selector(named: dict[str, str], before: str | None) -> Selector:
             "say one of --request, --rid, --conversation, --domain, with or without --before, or "
             "--before alone"
         )
-    until = utc_now() if before is None else _moment(before)
+    until = utc_now() if before is None else moment(before, "--before")
     for kind, value in named.items():
         return Selector(kind, value, until)
     return Selector("before", "", until)
-
-
-def _moment(text: str) -> datetime:
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is no date or time such as 2026-11-24 or 2026-11-24T10:30",
-            param_hint="--before",
-        ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _confirm(reason: str, yes: bool) -> None:

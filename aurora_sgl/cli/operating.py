@@ -22,7 +22,8 @@ from aurora_sgl.cli.shared import (
 from aurora_sgl.console import print_json, print_table, text_of
 
 if TYPE_CHECKING:
-    from aurora_sgl.rollout.status import RetentionStatus
+    from aurora_sgl.rollout.stages import StageStatus
+    from aurora_sgl.rollout.status import GroupStatus, RetentionStatus
     from aurora_sgl.rollout.trial import TrialStatus
     from aurora_sgl.rollout.watch import WatchStatus
 
@@ -66,6 +67,8 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
                 "scheduler": vars(now.scheduler),
                 "watch": _watch_json(now.watch),
                 "trial": _trial_json(now.trial),
+                "stage": _stage_json(now.stage),
+                "freeze": columns_of(now.freeze) if now.freeze is not None else None,
                 "held_out": vars(held_out),
                 "last_verdict": vars(now.last_verdict) if now.last_verdict else None,
                 "not_live": vars(now.not_live) if now.not_live else None,
@@ -101,10 +104,29 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
     if now.not_live is not None:
         print(f"not live: {now.not_live.sentence}")
     print(_retention_line(now.retention))
+    _print_what_goes_on(now)
+
+
+def _print_what_goes_on(now: GroupStatus) -> None:
+    """The watch, the trial, the stage and the freeze, where there is one."""
+    from aurora_sgl.rollout import freezes
+
     if now.watch is not None:
         print(_watch_line(now.watch))
     if now.trial is not None:
         print(_trial_line(now.trial))
+    if now.stage is not None:
+        one = now.stage.stage
+        where = ", ".join(one.servers)
+        print(f"stage of version {one.version_id} on {where}: {now.stage.sentence}")
+    if now.freeze is not None:
+        print(f"group {now.group!r} is {freezes.sentence(now.freeze)}")
+
+
+def _stage_json(stage: StageStatus | None) -> dict[str, Any] | None:
+    if stage is None:
+        return None
+    return {**columns_of(stage.stage), "windows_planned": stage.planned}
 
 
 def watch(

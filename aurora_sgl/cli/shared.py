@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -115,6 +116,21 @@ def user() -> str:
     except (KeyError, OSError):  # the latter from Python 3.13 on
         name = f"uid {os.getuid()}"
     return f"{name}@{socket.gethostname()}"
+
+
+def moment(text: str, option: str, since: datetime | None = None) -> datetime:
+    """Of a date or time as people write it, without a zone in UTC; with ``since`` also ``90m``,
+    ``6h`` or ``2d`` from there."""
+    if since is not None and text[:-1].isdecimal() and text[-1] in "mhd" and len(text) < 8:
+        return since + int(text[:-1]) * timedelta(hours={"m": 1 / 60, "h": 1, "d": 24}[text[-1]])
+    try:
+        read = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no date or time such as 2026-11-24 or 2026-11-24T10:30",
+            param_hint=option,
+        ) from None
+    return read if read.tzinfo else read.replace(tzinfo=UTC)
 
 
 def columns_of(row: Any) -> dict[str, Any]:

@@ -34,6 +34,8 @@ KINDS = {
     "server_notice": "a server says that something of it is wrong or switched off",
     "watch_failed": "a promoted version was rolled back by its watch in the last day",
     "watch_doubt": "windows of a running watch were not good",
+    "stage_failed": "a version was taken back from the servers that ran it first in the last day",
+    "stage_waiting": "a version passed on the servers that ran it first, and waits to go on",
     "drift": "the accept length of the live version fell in the last day",
     "records_lost": "records were lost in the last day",
     "traces_lost": "traces were lost in the last day",
@@ -101,8 +103,13 @@ def alerts(engine: Engine, look: status.GroupStatus) -> list[Alert]:
     """The worst first."""
     with store.session(engine, write=False) as s:
         group_id = queries.groups.group_by_name(s, look.group).id
-        problems = [*_servers(look), *_notices(look), *_watch(look), *_drift(s, group_id)]
-        problems += [*_drops(s, group_id), *_learning(s, group_id, look), *_traces(s, group_id)]
+        problems = [*_servers(look), *_notices(look), *_watch(look), *_stage(look)]
+        problems += [
+            *_drift(s, group_id),
+            *_drops(s, group_id),
+            *_learning(s, group_id, look),
+            *_traces(s, group_id),
+        ]
         problems += [*_domains(s, group_id), *_late(s, group_id)]
     return sorted(problems, key=lambda alert: not alert.severe)
 
@@ -202,6 +209,20 @@ def _watch(look: status.GroupStatus) -> Iterator[Alert]:
             f"{len(look.watch.windows)} windows were not good: {bad[-1].reason}."
         )
         yield Alert("watch_doubt", str(watch.id), WARNING, text)
+
+
+def _stage(look: status.GroupStatus) -> Iterator[Alert]:
+    if look.stage is None:
+        return
+    one = look.stage.stage
+    where = ", ".join(one.servers)
+    if one.status == "failed" and one.finished_at and utc_now() - one.finished_at < RECENT:
+        head = f"Version {one.version_id} was taken back from {where} "
+        tail = f": {one.outcome}. The other servers never ran it."
+        yield Alert("stage_failed", str(one.id), WARNING, head, one.finished_at, tail)
+    if one.status == "passed":
+        text = f"Version {one.version_id} passed on {where}: {look.stage.sentence}."
+        yield Alert("stage_waiting", str(one.id), WARNING, text)
 
 
 def _drift(s: Session, group_id: int) -> Iterator[Alert]:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.errors import AuroraError, Refused
+from aurora_sgl.rollout import freezes
 from aurora_sgl.store import queries
 from aurora_sgl.store.liveness import is_silent
 from aurora_sgl.store.models import DeploymentGroup, DrafterVersion
@@ -60,10 +61,11 @@ def promote(
     ``expected_live``: the version that the caller saw live (``NONE_LIVE``: none). Left out, it is
     what is live when the call begins, so that of two calls at once one wins. A version that is
     live already is left as it is. Raises ``Refused`` when another version is live than expected,
-    when the weights were pruned or belong to another target, or when the switch ``only_if_on`` is
-    off; without ``force`` also when the evaluation did not pass, when a watch rolled this version
-    back, while a trial runs, and while servers still follow the deployment before. Raises
-    ``AuroraError`` for an unknown version, actor or reason missing.
+    when the weights were pruned or belong to another target, or, of a version that goes live by
+    itself, when the switch ``only_if_on`` is off or the group is frozen; without ``force`` also
+    when the evaluation did not pass, when a watch or a stage turned this version down, while a
+    trial runs or a stage is not judged, and while servers still follow the deployment before.
+    Raises ``AuroraError`` for an unknown version, actor or reason missing.
     """
     _require(actor, reason)
     with store.session(engine, write=False) as s:
@@ -76,17 +78,16 @@ def promote(
         live = before.get("live")
         if live == version_id:
             return _unchanged("promote", group, version_id, before, dry_run)
-        _expect(
+        expect(
             live_at_start if expected_live is None else expected_live, live, "promote", version_id
         )
-        _require_weights(version)
-        _require_target(version, group)
-        if only_if_on and not queries.switches.is_on(s, group_id, only_if_on):
-            raise Refused(f"{only_if_on} is switched off in group {group.name!r}")
+        require_fitting(version, group)
+        if only_if_on:
+            _require_allowed(s, group, only_if_on)
         if not force:
             if evaluation_id is not None:
                 _require_pass(s, evaluation_id, version_id)
-            _require_unmarked(s, version_id)
+            require_unmarked(s, version_id)
             _require_quiet(s, group_id, version_id)
             _require_settled(s, group_id, version_id)
         after = {**before, "live": version_id}
@@ -142,7 +143,7 @@ def rollback(
                 f"version {live} is the first that was live in group {group!r}; "
                 "there is nothing to roll back to, promote another version instead"
             )
-        _expect(
+        expect(
             live_at_start if expected_live is None else expected_live, live, "roll back to", target
         )
         version = queries.versions.version(s, target)
@@ -188,7 +189,7 @@ def _deploy(
     for name in before.keys() | after.keys():
         if before.get(name) != after.get(name):
             queries.aliases.set_alias(s, group.id, name, after.get(name))
-    _end_what_ran(s, group.id, action, version_id, actor)
+    _end_what_ran(s, group.id, action, version_id, actor, reason)
     row = queries.deployments.add_deployment(
         s, group, action=action, version_id=version_id, previous_version_id=live,
         actor=actor.strip(), reason=reason.strip(), before=before, after=after,
@@ -199,9 +200,19 @@ def _deploy(
     return Change(action, group.name, version_id, live, row.generation, True, False, before, after)
 
 
-def _end_what_ran(s: Session, group_id: int, action: str, version_id: int, actor: str) -> None:
-    """A deployment ends the trial and the watch before it."""
+def _end_what_ran(
+    s: Session, group_id: int, action: str, version_id: int, actor: str, why: str
+) -> None:
+    """A deployment ends the trial, the watch and the stage before it."""
     reason = f"{action} of version {version_id} by {actor.strip()}"
+    while (stage := queries.stages.open_stage(s, group_id)) is not None:
+        goes_on = action == "promote" and stage.version_id == version_id
+        queries.stages.end_stage(s, stage, "continued" if goes_on else "aborted", reason)
+        queries.audit.add_audit(
+            s, group_id, actor=actor, action="stage_continue" if goes_on else "stage_abort",
+            subject=f"version {stage.version_id}", reason=why,
+            after={"stage": stage.id, "servers": stage.servers, "windows": len(stage.windows)},
+        )  # fmt: skip
     while (trial := queries.trials.running_trial(s, group_id)) is not None:
         queries.trials.end_trial(s, trial, "stopped", verdict="", stopped_by=reason)
     while (watch := queries.watches.running_watch(s, group_id)) is not None:
@@ -224,7 +235,8 @@ def _require(actor: str, reason: str) -> None:
         raise AuroraError("a deployment needs a reason; say it with --reason")
 
 
-def _expect(expected: int, live: int | None, action: str, version_id: int) -> None:
+def expect(expected: int, live: int | None, action: str, version_id: int) -> None:
+    """Raises ``Refused`` when another version is live than the caller saw."""
     if expected != (live or NONE_LIVE):
         raise Refused(
             f"refused to {action} version {version_id}: expected {_name(expected)} to be live, "
@@ -234,6 +246,20 @@ def _expect(expected: int, live: int | None, action: str, version_id: int) -> No
 
 def _name(version_id: int) -> str:
     return "no version" if version_id == NONE_LIVE else f"version {version_id}"
+
+
+def require_fitting(version: DrafterVersion, group: DeploymentGroup) -> None:
+    """Raises ``Refused`` for a version whose weights are gone or that drafts for another target."""
+    _require_weights(version)
+    _require_target(version, group)
+
+
+def _require_allowed(s: Session, group: DeploymentGroup, switch: str) -> None:
+    """Of what nobody decides in person."""
+    if not queries.switches.is_on(s, group.id, switch):
+        raise Refused(f"{switch} is switched off in group {group.name!r}")
+    if frozen := freezes.refusal(s, group.id):
+        raise Refused(f"group {group.name!r} is {frozen}")
 
 
 def _require_weights(version: DrafterVersion) -> None:
@@ -253,16 +279,29 @@ def _require_target(version: DrafterVersion, group: DeploymentGroup) -> None:
         )
 
 
-def _require_unmarked(s: Session, version_id: int) -> None:
+def require_unmarked(s: Session, version_id: int) -> None:
+    """Raises ``Refused`` when live traffic said of it that it is worse."""
     live = [e for e in queries.evaluations.evaluations(s, version_id) if e.kind == "live"]
     if live and live[0].verdict == "fail":
+        by = (
+            "taken back by its stage"
+            if "stage_id" in live[0].details
+            else "rolled back by the watch"
+        )
         raise Refused(
-            f"version {version_id} was rolled back by the watch on "
+            f"version {version_id} was {by} on "
             f"{live[0].created_at:%Y-%m-%d %H:%M} UTC; a person may promote it with --force"
         )
 
 
 def _require_quiet(s: Session, group_id: int, version_id: int) -> None:
+    stage = queries.stages.open_stage(s, group_id)
+    if stage is not None and (stage.version_id, stage.status) != (version_id, "passed"):
+        raise Refused(
+            f"refused to promote version {version_id}: version {stage.version_id} is staged on "
+            f"{', '.join(stage.servers)} and not judged yet; wait, abort it (promote --abort), or "
+            "add --force"
+        )
     trial = queries.trials.running_trial(s, group_id)
     if trial is not None:
         raise Refused(
@@ -281,7 +320,7 @@ def _require_settled(s: Session, group_id: int, version_id: int) -> None:
     behind = [
         server.name
         for server in queries.servers.servers(s, group_id)
-        if server.live_version_id not in (None, last[0].version_id)
+        if server.live_version_id not in (None, last[0].version_id, version_id)
         and not server.last_error
         and not is_silent(server.last_seen_at, now)
     ]

@@ -12,14 +12,14 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import SchedulerSettings
-from aurora_sgl.rollout import switches, trial, watch, why_not
+from aurora_sgl.rollout import freezes, stages, switches, trial, watch, why_not
 from aurora_sgl.rollout.why_not import NotLive, not_live
 from aurora_sgl.sequences.held_out import HeldOut, held_out_counts
 from aurora_sgl.sequences.splits import GATE_SHARE
 from aurora_sgl.step_cost import tree_shares
 from aurora_sgl.store import queries
 from aurora_sgl.store.liveness import SILENT_SECONDS, is_silent
-from aurora_sgl.store.models import Audit, Drift, Server
+from aurora_sgl.store.models import Audit, Drift, FreezeWindow, Server
 from aurora_sgl.store.store_clock import store_now
 
 
@@ -41,6 +41,7 @@ class ServerStatus:
     silent: bool  # see ``store.liveness.is_silent``
     notices: tuple[str, ...] = ()  # sentences about what is wrong or switched off in it
     trees: tuple[dict[str, Any], ...] = ()  # see ``step_cost.TreeShare``
+    stage_id: int | None = None  # it runs, or should, a version before the rest
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class GroupStatus:
     scheduler: SchedulerStatus
     watch: watch.WatchStatus | None
     trial: trial.TrialStatus | None
+    stage: stages.StageStatus | None  # the newest, open or not
+    freeze: FreezeWindow | None  # that goes on
     last_verdict: LastVerdict | None
     not_live: NotLive | None  # the newest version that was never live, and why
     retention: RetentionStatus
@@ -100,11 +103,14 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
     with store.session(engine, write=False) as s:
         now = store_now(s)
         group_id = queries.groups.group_by_name(s, group).id
-        wanted = queries.aliases.wanted_version(s, group_id)
-        sha256 = queries.versions.version(s, wanted.version_id).weights_sha256 if wanted else ""
+        hashes: dict[int, str] = {}
         statuses = []
         for row in sorted(queries.servers.servers(s, group_id), key=lambda row: row.name):
+            wanted = queries.aliases.wanted_version(s, group_id, server=row.name)
             want = wanted.version_id if wanted else None
+            if want is not None and want not in hashes:
+                hashes[want] = queries.versions.version(s, want).weights_sha256
+            sha256 = hashes.get(want or 0, "")
             same_bytes = not row.live_sha256 or row.live_sha256 == sha256
             silent = is_silent(row.last_seen_at, now)
             converged = want is None or (row.live_version_id == want and same_bytes)
@@ -118,7 +124,8 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
                              converged and not silent, reason, row.phase, row.phase_reason,
                              row.speculation_share, row.last_seen_at, silent,
                              _notices(row, reason),
-                             tuple(asdict(one) for one in tree_shares(row.counters)))
+                             tuple(asdict(one) for one in tree_shares(row.counters)),
+                             wanted.stage_id if wanted else None)
             )  # fmt: skip
     return statuses
 
@@ -227,6 +234,8 @@ def look(engine: Engine, group: str) -> GroupStatus:
         scheduler=scheduler(engine, group),
         watch=watch.status(engine, group),
         trial=trial.status(engine, group),
+        stage=stages.current(engine, group),
+        freeze=freezes.current(engine, group),
         last_verdict=last_verdict(engine, group),
         not_live=newest_candidate(engine, group),
         retention=retention(engine, group),

@@ -106,6 +106,7 @@ def _require(s: Session, group_id: int, candidate_id: int, live: int | None) -> 
         queries.trials.running_trial(s, group_id),
         queries.watches.running_watch(s, group_id),
     )
+    stage = queries.stages.open_stage(s, group_id)
     if live is None:
         raise Refused("nothing is live in this group, so nothing can be tried against it")
     if live == candidate_id:
@@ -113,6 +114,11 @@ def _require(s: Session, group_id: int, candidate_id: int, live: int | None) -> 
     if running is not None:
         raise Refused(
             f"trial {running.id} of version {running.candidate_id} is running; wait or stop it"
+        )
+    if stage is not None:
+        raise Refused(
+            f"version {stage.version_id} is staged on {', '.join(stage.servers)}; continue or "
+            "abort that first (promote --continue, promote --abort)"
         )
     if watch is not None:
         raise Refused(

@@ -30,13 +30,15 @@ class Pulse:
     servers: Sequence[Server]
     watched: int | None  # version of the running watch
     trial_id: int | None
+    staged: int | None  # version of the open stage
 
 
 def pulse(s: Session, group_id: int) -> Pulse:
     last = queries.deployments.deployments(s, group_id, limit=1)
-    watch, trial = (
+    watch, trial, stage = (
         queries.watches.running_watch(s, group_id),
         queries.trials.running_trial(s, group_id),
+        queries.stages.open_stage(s, group_id),
     )
     return Pulse(
         learning=queries.switches.is_on(s, group_id, LEARNING),
@@ -46,6 +48,7 @@ def pulse(s: Session, group_id: int) -> Pulse:
         servers=queries.servers.servers(s, group_id),
         watched=watch.version_id if watch else None,
         trial_id=trial.id if trial else None,
+        staged=stage.version_id if stage else None,
     )
 
 

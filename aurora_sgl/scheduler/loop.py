@@ -17,7 +17,7 @@ from typing import Any
 from aurora_sgl import store
 from aurora_sgl.config import SchedulerSettings, TrialSettings, WatchSettings
 from aurora_sgl.processes.training import TrainingProcess
-from aurora_sgl.rollout import trial, watch
+from aurora_sgl.rollout import stages, trial, watch
 from aurora_sgl.rollout.switches import LEARNING_WENT_OFF
 from aurora_sgl.scheduler import candidate, load, policy
 from aurora_sgl.scheduler.drift import DriftDetector, was_told
@@ -88,6 +88,7 @@ class Scheduler:
         self._cursor: Any = None
         self._decision = policy.Decision("", policy.WAITING, "starting", "look at the triggers")
         self._candidate: candidate.Waiting | None = None
+        self._stage: stages.StageStatus | None = None
         self._ghosts = GhostWatch()
         self._housekeeper = Housekeeper(link, files, "scheduler") if files is not None else None
         self._load = load.ServingLoad(load.FULL)
@@ -223,6 +224,7 @@ class Scheduler:
         assert self._others is not None
         with self.link.guard() as engine:
             watch.tick(engine, self.group_id, settings=self.watching, now=self.elapsed.now())
+            self._stage = stages.tick(engine, self.group_id, now=self.elapsed.now())
             if self.rules.drift and now.live_id is not None:
                 self._look_for_drift(now)
             with store.session(engine, write=False) as s:
@@ -257,8 +259,9 @@ class Scheduler:
             self._candidate = None
             return
         self._candidate = candidate.carry_on(
-            engine, self.group_id, evaluation, rules=self.rules, trials=self.trials, resting=resting
-        )
+            engine, self.group_id, evaluation, rules=self.rules, trials=self.trials,
+            watching=self.watching, resting=resting,
+        )  # fmt: skip
         if not self._candidate.reason:
             self.look_now()
 
@@ -372,6 +375,10 @@ class Scheduler:
             return policy.TRAINING, f"a run of {self._other} goes on", "wait until it ends", None
         if now.trial_id is not None:
             return "trial", f"trial {now.trial_id} is running", "judge by its windows", None
+        if self._stage is not None and self._stage.is_open:
+            one = self._stage.stage
+            where = f"version {one.version_id} is staged on {', '.join(one.servers)}"
+            return "watch", f"{where}: {self._stage.sentence}", "judge it there", None
         if waiting is not None and waiting.reason:
             what = f"version {waiting.version_id} passed the gate"
             return policy.WAITING, f"{what}: {waiting.reason}", "promote it", None

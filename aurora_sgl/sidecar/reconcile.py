@@ -222,7 +222,7 @@ class Reconciler:
 
     def _reconcile(self, registration: Registration, hello: wire.Hello, live: ReportedLive) -> None:
         with self._link.session(write=False) as s:
-            desired = queries.aliases.wanted_version(s, registration.group_id)
+            desired = queries.aliases.wanted_by_server(s, registration.server_id)
             if desired is None:
                 self.agrees = True
                 return

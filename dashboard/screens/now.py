@@ -326,6 +326,16 @@ def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:
             f"{words.version(trial.candidate_id)} against {words.version(trial.baseline_id)}: "
             f"window {len(look.trial.windows)} of {look.trial.planned}"
         )
+    if look.stage is not None and look.stage.is_open:
+        one = look.stage.stage
+        facts["stage"] = (
+            f"{words.version(one.version_id)} on {', '.join(one.servers)}: {look.stage.sentence}"
+        )
+    if look.freeze is not None:
+        facts["freeze"] = words.joined(
+            "nothing goes live by itself until ", look.freeze.ends_at,
+            f" ({look.freeze.actor}: {look.freeze.reason})",
+        )  # fmt: skip
     if look.watch is not None and look.watch.watch.status == "running":
         windows = look.watch.windows
         facts["watch"] = f"{words.version(look.watch.watch.version_id)}: " + (

@@ -13,7 +13,7 @@ from aurora_sgl.rollout.switches import AUTO_PROMOTE, LEARNING, SwitchState
 from aurora_sgl.rollout.switches import read as read_switches
 from aurora_sgl.store.models import TrainingRun
 
-from .. import actions, charts, data, dialogs, login, trainings, words
+from .. import actions, charts, data, dialogs, freezing, login, trainings, words
 from ..context import Group, group, now
 from ..dialogs import Question
 from ..parts import refreshing
@@ -35,6 +35,7 @@ def show() -> None:
     left, right = st.columns([2, 3], gap="large")
     with left:
         _switches(here)
+        freezing.part(here)
     with right:
         _going_on(here)
     _runs(here)

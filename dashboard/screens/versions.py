@@ -12,7 +12,17 @@ from aurora_sgl.rollout import status
 from aurora_sgl.store.models import DrafterVersion, Evaluation
 from aurora_sgl.store.queries.trends import ServedCounts
 
-from .. import charts, data, dialogs, lineage, login, verdicts, version_questions, words
+from .. import (
+    charts,
+    data,
+    dialogs,
+    lineage,
+    login,
+    staging,
+    verdicts,
+    version_questions,
+    words,
+)
 from ..context import Group, group, now
 from ..parts import refreshing
 
@@ -34,6 +44,7 @@ def show() -> None:
         return
     dialogs.open_asked()
     _where(here)
+    staging.panel(here)
     aliases = data.aliases(here)
     ids = [version.id for version in versions]
     judged = data.evaluations_of(here, ids)

@@ -9,7 +9,14 @@ from sqlalchemy.orm import aliased
 
 from aurora_sgl.store import queries
 from aurora_sgl.store.connection import session
-from aurora_sgl.store.models import Alias, DrafterVersion, Server, TrainingRun, Trial
+from aurora_sgl.store.models import (
+    Alias,
+    DrafterVersion,
+    RolloutStage,
+    Server,
+    TrainingRun,
+    Trial,
+)
 from aurora_sgl.store.pruning.pace import PrunePace
 
 
@@ -23,7 +30,7 @@ class Files(Protocol):
 
 def unused(group_id: int, keep_versions: int) -> Select[DrafterVersion]:
     """Versions that are not pinned, have no alias (live, candidate, previous), run on no server,
-    are no part of a run or trial that goes on, and are not among the newest."""
+    are no part of a run, trial or stage that goes on, and are not among the newest."""
     v, newer = DrafterVersion, aliased(DrafterVersion)
     rank = (
         select(func.count())
@@ -32,6 +39,7 @@ def unused(group_id: int, keep_versions: int) -> Select[DrafterVersion]:
         .scalar_subquery()
     )
     serves = or_(Server.live_version_id == v.id, Server.boot_version_id == v.id)
+    staged = or_(RolloutStage.baseline_id == v.id, RolloutStage.version_id == v.id)
     tried = or_(Trial.baseline_id == v.id, Trial.candidate_id == v.id)
     return (
         select(v)
@@ -44,6 +52,7 @@ def unused(group_id: int, keep_versions: int) -> Select[DrafterVersion]:
             ~exists().where(Server.state == "running", serves),
             ~exists().where(TrainingRun.status == "running", TrainingRun.base_version_id == v.id),
             ~exists().where(Trial.status == "running", tried),
+            ~exists().where(RolloutStage.status.in_(queries.stages.OPEN), staged),
         )
         .order_by(v.id)
     )

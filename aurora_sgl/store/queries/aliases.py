@@ -9,7 +9,15 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
-from aurora_sgl.store.models import Alias, DeploymentGroup, Trial, TrialWindow
+from aurora_sgl.store.models import (
+    Alias,
+    DeploymentGroup,
+    RolloutStage,
+    Server,
+    Trial,
+    TrialWindow,
+)
+from aurora_sgl.store.queries.stages import OPEN
 from aurora_sgl.store.upsert import upsert
 
 
@@ -47,15 +55,19 @@ def desired_version(s: Session, group_id: int) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class WantedVersion:
-    """What the servers of a group should run now."""
+    """What the servers of a group, or one of them, should run now."""
 
     version_id: int
     generation: int
     trial_id: int | None  # set while a trial decides, not a deployment
+    stage_id: int | None = None  # of a server that runs a version before the rest
 
 
-def wanted_version(s: Session, group_id: int, now: datetime | None = None) -> WantedVersion | None:
-    """The version of the running trial's window, else the live one; ``None``: nothing is live.
+def wanted_version(
+    s: Session, group_id: int, now: datetime | None = None, *, server: str = ""
+) -> WantedVersion | None:
+    """The version of the running trial's window, else for the server of this name that of the open
+    stage it belongs to, else the live one; ``None``: nothing is live.
 
     A window is over at its ``ends_at``, whether or not anything is left to close it.
     """
@@ -75,6 +87,21 @@ def wanted_version(s: Session, group_id: int, now: datetime | None = None) -> Wa
         .order_by(Trial.id.desc(), TrialWindow.number.desc())
         .limit(1)
     ).one_or_none()
-    if window is None:
-        return WantedVersion(live[0], live[1], None)
-    return WantedVersion(window.version_id, live[1], window.id)
+    if window is not None:
+        return WantedVersion(window.version_id, live[1], window.id)
+    if server:
+        stage = s.execute(
+            select(RolloutStage.id, RolloutStage.version_id, RolloutStage.servers)
+            .where(RolloutStage.group_id == group_id, RolloutStage.status.in_(OPEN))
+            .order_by(RolloutStage.id.desc())
+            .limit(1)
+        ).one_or_none()
+        if stage is not None and server in stage.servers:
+            return WantedVersion(stage.version_id, live[1], None, stage.id)
+    return WantedVersion(live[0], live[1], None)
+
+
+def wanted_by_server(s: Session, server_id: int) -> WantedVersion | None:
+    """What this boot should run; ``None``: nothing is live in its group."""
+    row = s.get_one(Server, server_id)
+    return wanted_version(s, row.group_id, server=row.name)
