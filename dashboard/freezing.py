@@ -1,4 +1,4 @@
-"""Freezes as operators see them: the one that goes on, those to come, how one is made and lifted."""
+"""Freezes as operators see them: which go on or are to come, how one is made and lifted."""
 
 from __future__ import annotations
 
