@@ -30,6 +30,7 @@ _numbers = itertools.count(1)
 OWN_SERVERS = (
     "tests/e2e/test_outage.py",
     "tests/e2e/test_ranks.py",
+    "tests/e2e/test_scale_out.py",
     "tests/e2e/test_two_servers.py",
     "tests/e2e/test_demo.py::test_ctrl_c_leaves_no_process_behind",
     "tests/e2e/test_identity.py::"

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from tests.support.metric_names import METRICS, asked_for, documented, is_documented
 from tests.support.metrics_house import MetricsHouse
@@ -274,6 +275,27 @@ def prometheus(
     yield running
     running.close()
     house.close()
+
+
+def test_series_of_sglang_keep_the_names_that_sglang_gives_them(tmp_path: Path) -> None:
+    """Its client library gives a Prometheus that asks for OpenMetrics others."""
+    registry = CollectorRegistry()
+    names = {"sglang:num_running_reqs", "sglang:gen_throughput"}
+    for name in names:
+        Gauge(name, "as SGLang has it", registry=registry).set(3)
+    server, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
+    nobody = "127.0.0.1:1"
+    addresses = {"aurora-sidecar": nobody, "aurora-scheduler": nobody,
+                 "sglang": f"127.0.0.1:{server.server_port}"}  # fmt: skip
+    running = Prometheus(tmp_path, addresses)
+    try:
+        theirs = '{job="sglang", __name__=~"sglang.*"}'
+        rows = wait_until(lambda: running.values(theirs), 30, "SGLang's series")
+    finally:
+        running.close()
+        server.shutdown()
+        thread.join()
+    assert {labels["__name__"] for labels, _ in rows} == names
 
 
 def of_ours(expression: str) -> bool:
