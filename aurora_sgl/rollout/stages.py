@@ -244,7 +244,7 @@ def _carry_on(s: Session, stage: RolloutStage, moment: datetime) -> None:
     if not _has_arrived(s, stage, staged, others, moment):
         return
     while (verdict := _verdict(stage, rules)) is None:
-        window = _next_window(s, stage, rules, moment, staged)
+        window = _next_window(s, stage, rules, moment, _share(staged, others))
         if window is None:
             return
         log.info("stage of version %d: %s", stage.version_id, window["reason"])
@@ -294,7 +294,7 @@ def _next_window(
     stage: RolloutStage,
     rules: WatchSettings,
     moment: datetime,
-    staged: Sequence[Server],
+    share: float,
 ) -> dict[str, Any] | None:
     """The next window, or ``None`` while it goes on: as those of the watch, but what is expected
     is what the others serve at the same time."""
@@ -313,12 +313,20 @@ def _next_window(
     first = queries.requests.first_finished(s, stage.group_id, begun)
     if first is None:
         return None  # no traffic is no evidence
-    share = max([watch.LEAST_SHARE, *(row.speculation_share or 0.0 for row in staged)])
     end = first + timedelta(seconds=rules.seconds / share)
     if moment < end:
         return None
     inside = [one for one in clusters if one.finished_at < end]
     return _close(s, stage, begun, end, inside, others, rules)
+
+
+def _share(staged: Sequence[Server], others: Sequence[Server]) -> float:
+    """Of steps with drafts on the servers of the stage, by which a window is stretched. Not where
+    they left drafts out because of the version, which the others do not: that is no lack of
+    traffic."""
+    if all(row.phase == "off" for row in staged) and any(row.phase != "off" for row in others):
+        return 1.0
+    return max([watch.LEAST_SHARE, *(row.speculation_share or 0.0 for row in staged)])
 
 
 def _by_the_others(s: Session, stage: RolloutStage) -> list[RequestCounts]:

@@ -1,6 +1,6 @@
 """A fleet on one machine, by the units' own commands: two servers, SGLang's gateway, two
 schedulers, a trainer of two processes, the page, PostgreSQL and Prometheus. Each is killed; all
-converges.
+converges. A damaged version that is staged on one server never reaches the other.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from sqlalchemy import Engine, text
 
 from aurora_sgl import store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.processes.server import free_port
-from aurora_sgl.rollout import status
+from aurora_sgl.rollout import stages, status
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
 from tests.e2e.conftest import ROOT, TREE, until
@@ -36,6 +37,9 @@ MONITORING = ROOT / "deploy" / "monitoring"
 #: Not the demo's, so that this file can run beside the tests that wait for it.
 DRAFTER = ROOT / "benchmarks" / "static-drafter"
 DOMAIN = "through the gateway"
+#: How often a server of this name reported that a version is live in it.
+RAN = """SELECT count(*) FROM swap w JOIN server s ON s.id = w.server_id
+    WHERE w.ok AND w.version_id = {} AND s.name = '{}'"""
 #: The gateway drops all names but a few, and these.
 HEADERS = {"x-request-id-aurora-domain": DOMAIN}
 DRAFTS = ("--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens")
@@ -177,8 +181,9 @@ def fleet(
             "AURORA_SCHEDULER_REQUESTS": "24", "AURORA_SCHEDULER_MINUTES": "0",
             "AURORA_SCHEDULER_LEASE_SECONDS": "5", "AURORA_SCHEDULER_EXPLORE": "0",
             "AURORA_SCHEDULER_PAUSE_QUEUE": "0", "AURORA_SCHEDULER_SLOW_QUEUE": "0",
-            "AURORA_LOG_FORMAT": "json", "OMP_NUM_THREADS": "1", "MODEL": str(model),
-            "SGLANG_PLUGINS": "aurora",
+            "AURORA_WATCH_WINDOWS": "2", "AURORA_WATCH_REQUESTS": "3", "AURORA_WATCH_STEPS": "30",
+            "AURORA_LOG_FORMAT": "json", "AURORA_SPECULATION": "on",
+            "OMP_NUM_THREADS": "1", "MODEL": str(model), "SGLANG_PLUGINS": "aurora",
         },
     )  # fmt: skip
     (tmp_path / "home").mkdir()
@@ -271,7 +276,7 @@ def test_everything_that_is_killed_comes_back_and_the_fleet_converges(
     until(lambda: set(prometheus.up().values()) == {1}, 120, "all targets up again")
     until(lambda: "AuroraTargetDown" not in prometheus.firing(), 120, "the alert's end")
 
-    other = import_version(one.engine, one.artifacts, nearly(tmp_path), group_id(one)).id
+    other = import_version(one.engine, one.artifacts, changed(tmp_path, "nearly"), group_id(one)).id
     assert other != first
     one.aurora("promote", str(other), "--reason", "by hand", "--force")
     until(lambda: one.converged(other), 180, "both servers to follow")
@@ -280,6 +285,7 @@ def test_everything_that_is_killed_comes_back_and_the_fleet_converges(
     until(lambda: one.converged(live(one)), 180, "both servers to come back")
     # With no alert on there is nothing to list.
     until(lambda: prometheus.empty() <= {"Alerts of Prometheus"}, 60, "the board's panels")
+    stage_a_damaged_version(one, traffic, tmp_path)
     traffic.ending.set()
     traffic.join(120)
     assert live(one) != other
@@ -292,6 +298,34 @@ def test_everything_that_is_killed_comes_back_and_the_fleet_converges(
     for name, service in services.items():
         log = service.text()
         assert "Traceback" not in log or name in ("gateway", "server2"), (name, log[-3000:])
+
+
+def stage_a_damaged_version(one: Fleet, traffic: Traffic, folder: Path) -> None:
+    """It is taken back from the server that ran it first, by the scheduler; the other one goes on
+    with what is live and never runs it."""
+    before = live(one)
+    damaged = import_version(
+        one.engine, one.artifacts, changed(folder, "damaged"), group_id(one)
+    ).id
+    one.aurora("promote", str(damaged), "--stage", "server1", "--goes-on", "--reason", "look first")
+
+    def look() -> stages.StageStatus:
+        found = stages.current(one.engine, "default")
+        assert found is not None
+        return found
+
+    until(lambda: one.value(RAN.format(damaged, "server1")), 180, "the first server to run it")
+    traffic.go_on()
+    ended = until(lambda: None if look().is_open else look(), 400, f"its end: {look().sentence}")
+    assert (ended.stage.status, ended.stage.servers) == ("failed", ["server1"]), ended.sentence
+    assert "worse" in ended.stage.outcome, ended.stage.outcome
+    until(lambda: one.converged(before), 180, "the first server to come back")
+    assert live(one) == before and one.value(RAN.format(damaged, "server2")) == 0
+    drafted = f"""SELECT count(DISTINCT s.name), min(s.name) FROM acceptance_event e
+        JOIN request r ON r.id = e.request_id JOIN server s ON s.id = r.server_id
+        WHERE e.drafter_version_id = {damaged} AND e.depth > 0"""
+    with one.engine.connect() as connection:
+        assert tuple(connection.execute(text(drafted)).one()) == (1, "server1")
 
 
 def live(one: Fleet) -> int:
@@ -321,14 +355,18 @@ def roles(one: Fleet) -> tuple[str, str]:
     return names["leader"], names["standby"]
 
 
-def nearly(folder: Path) -> Path:
-    """The same drafter with other bytes."""
+def changed(folder: Path, how: str) -> Path:
+    """``nearly``: the same drafter with other bytes; ``damaged``: one that drafts nonsense."""
     from safetensors.torch import load_file, save_file
 
-    made = folder / "nearly"
+    made = folder / how
     shutil.copytree(DRAFTER, made)
     tensors = load_file(made / "model.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
-    tensors[name] = tensors[name] * 1.02  # less would round to the same in bfloat16
+    if how == "nearly":
+        tensors[name] = tensors[name] * 1.02  # less would round to the same in bfloat16
+    else:
+        head = tensors["lm_head.weight"]
+        tensors["lm_head.weight"] = head[torch.randperm(len(head))].contiguous()
     save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
     return made

@@ -174,6 +174,22 @@ def test_what_the_others_do_not_serve_is_no_proof(house: StagedHouse) -> None:
     assert late.stage.status != "passed"
 
 
+def test_servers_that_leave_drafts_out_because_of_it_are_no_lack_of_traffic(
+    house: StagedHouse,
+) -> None:
+    house.stage(house.b)
+    house.runs(0, house.b)
+    with store.session(house.engine) as s:
+        queries.servers.touch_server(s, house.ids[0], phase="off", speculation_share=0.0)
+    house.at(1)
+    after = house.serve(house.a, 0.7, since=utc_now() + timedelta(seconds=1), requests=3, seed=8)
+    assert house.judge(after).stage.status == "running"
+    house.serve(house.a, 0.7, since=after + timedelta(seconds=RULES.seconds), requests=3, seed=9)
+    failed = house.judge(after + timedelta(seconds=3 * RULES.seconds))
+    assert failed.stage.status == "failed"
+    assert [one["verdict"] for one in failed.stage.windows] == ["empty"] * 2
+
+
 def test_one_that_goes_on_by_itself_waits_for_the_switch_and_the_end_of_a_freeze(
     house: StagedHouse,
 ) -> None:
