@@ -18,7 +18,11 @@ from ..context import Group, group
 from ..parts import refreshing
 
 LIMIT = 2000
-SIGNS = {"promote": "▲", "rollback": "▼", "switch": "◐", "pin": "◉", "unpin": "○"}
+SIGNS = {
+    "promote": "▲", "rollback": "▼", "switch": "◐", "pin": "◉", "unpin": "○", "freeze": "❄",
+    "lift": "○", "stage start": "△", "stage pass": "✔", "stage continue": "▲",
+    "stage abort": "▽", "stage fail": "✖",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
