@@ -14,10 +14,8 @@ from aurora_sgl.store.models import FreezeWindow
 from . import actions, dialogs, login, words
 from .context import Group, local, now, zone
 from .dialogs import Question
-from .parts import refreshing
 
 
-@refreshing(5.0)
 def part(here: Group) -> None:
     """What is frozen now or will be; a button for another one."""
     st.subheader("Freezes")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import streamlit as st
 
-from aurora_sgl.errors import AuroraError, Refused
+from aurora_sgl.errors import Refused
 from aurora_sgl.rollout import stages, status
 from aurora_sgl.rollout.stages import StageStatus
 
@@ -103,8 +104,8 @@ class StageQuestions:
     def _look(self) -> StageStatus:
         look = stages.current(self.here.engine, self.here.name)
         if look is None or look.stage.id != self.stage_id or not look.is_open:
-            said = f": {look.sentence}" if look is not None else ""
-            raise Refused(f"this stage is over{said}")
+            why = f": {look.sentence}" if look is not None else ""
+            raise Refused(f"this stage is over{why}")
         return look
 
     def _tell_go_on(self) -> dict[str, Any]:
@@ -147,36 +148,39 @@ class StageQuestions:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Where an operator wants a version first. ``servers`` empty: everywhere at once."""
+class FirstServers:
+    """Where an operator wants a version first. ``names`` empty: everywhere at once; ``doubt``: what
+    speaks against beginning there, which he may overrule."""
 
-    servers: str = ""
+    names: str = ""
     goes_on: bool = False
+    doubt: str = ""
 
 
-def choose(here: Group, version_id: int, live: int) -> Choice:
-    """Ask where; what some servers would be is said at once. Raises ``Refused`` where a stage can't
-    begin now."""
+def choose(here: Group, version_id: int, live: int) -> FirstServers:
+    """Ask where; what some servers would be is said at once. Raises ``Refused`` for what can't be,
+    whoever wants it."""
     running = [row.name for row in status.servers(here.engine, here.name) if not row.silent]
     if len(running) < 2 or not live:
-        return Choice()
+        return FirstServers()
     where = st.radio("Where", (ALL, SOME), horizontal=True)
     if where == ALL:
-        return Choice()
-    servers = st.text_input(
+        return FirstServers()
+    names = st.text_input(
         "Servers", "1", help="A number, a share such as 25%, or names with commas between them"
     )
     goes_on = st.checkbox("Then to the rest by itself, if it passes there")
-    try:
-        plan = actions.stage(
-            here, version_id, live, servers, reason="dry run", goes_on=goes_on, force=True,
-            dry_run=True,
-        )  # fmt: skip
-    except AuroraError as error:
-        st.error(words.literal(_sentence(str(error))), icon=":material/block:")
-        return Choice(servers or "0", goes_on)
+    try_it = partial(
+        actions.stage, here, version_id, live, names, reason="dry run", goes_on=goes_on,
+        dry_run=True,
+    )  # fmt: skip
+    plan = try_it(force=True)
     words.say(
         f"{', '.join(plan.servers)} first, judged by live traffic against "
         f"{', '.join(plan.others)} at the same time.", small=True,
     )  # fmt: skip
-    return Choice(servers, goes_on)
+    try:
+        try_it()
+    except Refused as doubt:
+        return FirstServers(names, goes_on, str(doubt))
+    return FirstServers(names, goes_on)

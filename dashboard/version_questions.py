@@ -12,7 +12,7 @@ from typing import Any
 import streamlit as st
 
 from aurora_sgl import rollout
-from aurora_sgl.errors import Refused
+from aurora_sgl.errors import AuroraError, Refused
 from aurora_sgl.rollout import status
 from aurora_sgl.store.models import Evaluation
 
@@ -68,11 +68,15 @@ class Questions:
             actions.promote, self.here, self.version_id, self.live, reason="dry run", dry_run=True
         )
         change, doubts = try_it(force=True), []
-        try:
-            try_it()
-        except Refused as doubt:
-            doubts.append(_without_flag(str(doubt)))
-        self._say_change(change)
+        where = self._where()
+        if where.names:
+            doubts += [_without_flag(where.doubt)] if where.doubt else []
+        else:
+            try:
+                try_it()
+            except Refused as doubt:
+                doubts.append(_without_flag(str(doubt)))
+            self._say_change(change)
         evaluation = data.newest_evaluation(self.here, self.version_id)
         warnings = doubts + self._evidence(evaluation)
         evidence = _kept(evaluation)
@@ -83,18 +87,26 @@ class Questions:
                 st.warning(words.literal(warning), icon=":material/warning:")
             force = st.checkbox("Promote it all the same")
         return {
-            "where": staging.choose(self.here, self.version_id, self.live),
+            "where": where,
             "force": force,
             "must_force": bool(warnings),
             "evaluation_id": evaluation.id if evaluation is not None and passed else None,
             "evidence": evidence,
         }
 
+    def _where(self) -> staging.FirstServers:
+        """Asked for until it can be."""
+        try:
+            return staging.choose(self.here, self.version_id, self.live)
+        except AuroraError as error:
+            st.error(words.literal(str(error)), icon=":material/block:")
+            st.stop()
+
     def _promote(
         self,
         reason: str,
         *,
-        where: staging.Choice,
+        where: staging.FirstServers,
         force: bool,
         must_force: bool,
         evaluation_id: int | None,
@@ -102,9 +114,9 @@ class Questions:
     ) -> str:
         if must_force and not force:
             raise Refused("the evidence does not speak for it; tick the box if you are sure")
-        if where.servers:
+        if where.names:
             plan = actions.stage(
-                self.here, self.version_id, self.live, where.servers, reason=reason,
+                self.here, self.version_id, self.live, where.names, reason=reason,
                 goes_on=where.goes_on, force=force,
             )  # fmt: skip
             return (

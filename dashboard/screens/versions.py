@@ -45,6 +45,7 @@ def show() -> None:
     dialogs.open_asked()
     _where(here)
     staging.panel(here)
+    staging.buttons(here)
     aliases = data.aliases(here)
     ids = [version.id for version in versions]
     judged = data.evaluations_of(here, ids)

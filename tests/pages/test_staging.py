@@ -52,6 +52,8 @@ def test_an_operator_stages_a_version_watches_it_and_continues_or_aborts(
         servers.fill("gpu-2:30000")
         servers.press("Enter")
         expect(dialog).to_contain_text("gpu-2:30000 first, judged by live traffic against gpu-1")
+        expect(dialog.get_by_text("being watched since its promotion")).to_be_visible()
+        dialog.get_by_text("Promote it all the same").click()
         agree(page, "one server first", "Promote")
         expect(page.get_by_text("Version 4 goes to gpu-2:30000 first")).to_be_visible()
         assert house.live() == 3 and wanted(house) == {"gpu-1:30000": 3, "gpu-2:30000": 4}

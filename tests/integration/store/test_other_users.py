@@ -99,7 +99,7 @@ ELSEWHERE = {"notify test": "no receiver is set"}
 #: What a role may do that only reads, but all tables.
 READS = {
     "status", "doctor", "versions list", "versions show", "versions export", "switch list",
-    "trial status", "alerts list", "notify list", "db current", *NO_STORE,
+    "freeze list", "trial status", "alerts list", "notify list", "db current", *NO_STORE,
 }  # fmt: skip
 #: What only the owner of the tables, or who may make roles, can do.
 OWNERS = {"db upgrade", "db restore", "dashboard sql-role"}
