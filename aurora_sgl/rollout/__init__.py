@@ -1,11 +1,12 @@
 """What is live, and how it gets there: versions in and out, promote, roll back, gate, trial, watch.
 
 People and programs act through these functions; each change says who did it and why:
-``promote``, ``rollback``, ``pin``, ``unpin``, ``switches.turn``, ``trial.start``, ``trial.stop``.
+``promote``, ``rollback``, ``pin``, ``unpin``, ``switches.turn``, ``trial.start``, ``trial.stop``,
+``notes.add_note``, ``notes.tag``, ``notes.untag``.
 What goes on is read with ``status.look`` (or its parts), ``watch.status``, ``trial.status``.
 """
 
-from aurora_sgl.rollout import limits, status, switches, trial, watch
+from aurora_sgl.rollout import limits, notes, status, switches, trial, watch
 from aurora_sgl.rollout.pins import PinChange, pin, unpin
 from aurora_sgl.rollout.promote import Change, promote, rollback
 
@@ -13,6 +14,7 @@ __all__ = [
     "Change",
     "PinChange",
     "limits",
+    "notes",
     "pin",
     "promote",
     "rollback",

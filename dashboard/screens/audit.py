@@ -18,7 +18,8 @@ from ..context import Group, group
 from ..parts import refreshing
 
 LIMIT = 2000
-SIGNS = {"promote": "▲", "rollback": "▼", "switch": "◐", "pin": "◉", "unpin": "○"}
+SIGNS = {"promote": "▲", "rollback": "▼", "switch": "◐", "pin": "◉", "unpin": "○",
+         "note": "✎", "tag": "✎", "untag": "✎"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,13 @@ def _on(state: Mapping[str, Any]) -> str:
 def _chosen(all_entries: list[Entry]) -> list[Entry]:
     left, middle, right = st.columns([2, 2, 3])
     actions = left.multiselect("What", sorted({entry.action for entry in all_entries}),
-                               placeholder="everything")  # fmt: skip
+                               placeholder="everything", key="what",
+                               bind="query-params")  # fmt: skip
     people = middle.multiselect("Who", sorted({entry.who for entry in all_entries}),
-                                placeholder="everybody")  # fmt: skip
-    text = right.text_input("Why, or which version", placeholder="words of the reason")
+                                placeholder="everybody", key="who",
+                                bind="query-params")  # fmt: skip
+    text = right.text_input("Why, or which version", placeholder="words of the reason", key="why",
+                            bind="query-params")  # fmt: skip
     return [
         entry
         for entry in all_entries
@@ -172,4 +176,6 @@ def _text(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
     return "" if value is None else str(value)

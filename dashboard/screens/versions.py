@@ -9,10 +9,21 @@ import pandas as pd
 import streamlit as st
 
 from aurora_sgl.rollout import status
+from aurora_sgl.rollout.notes import NotesAndTags
 from aurora_sgl.store.models import DrafterVersion, Evaluation
 from aurora_sgl.store.queries.trends import ServedCounts
 
-from .. import charts, data, dialogs, lineage, login, verdicts, version_questions, words
+from .. import (
+    charts,
+    data,
+    dialogs,
+    lineage,
+    login,
+    verdicts,
+    version_notes,
+    version_questions,
+    words,
+)
 from ..context import Group, group, now
 from ..parts import refreshing
 
@@ -32,21 +43,22 @@ def show() -> None:
             icon=":material/hourglass_empty:",
         )
         return
-    dialogs.open_asked()
     _where(here)
     aliases = data.aliases(here)
     ids = [version.id for version in versions]
     judged = data.evaluations_of(here, ids)
     served = data.served_by_version(here.url, tuple(ids))
+    written = version_notes.read(here)
+    fitting = version_notes.search(versions, written)
     # Only the open tab is drawn; what is chosen, with its buttons, stays near the top.
     table, tree = st.tabs(["All versions", "Lineage"], key="shown", on_change="rerun",
                           bind="query-params")  # fmt: skip
     if table.open:
         with table:
-            _table(versions, aliases, judged, served)
+            _table(fitting, aliases, judged, served, written)
     if tree.open:
         with tree:
-            _lineage(versions, aliases, judged, served)
+            _lineage(fitting, aliases, judged, served)
     chosen = _choose(ids, aliases)
     version = next(row for row in versions if row.id == chosen)
     _one(here, version, aliases, served.get(chosen))
@@ -94,15 +106,23 @@ def _table(
     aliases: dict[str, int],
     judged: dict[int, Evaluation],
     served: dict[int, ServedCounts],
+    written: dict[int, NotesAndTags],
 ) -> None:
+    if not versions:
+        st.caption("No version fits. Take a word away.")
+        return
     roles = {version: ROLES[name] for name, version in aliases.items()}
+    has_tags = any(one.tags for one in written.values())
     rows = []
     for version in versions[::-1]:
         evaluation, sums = judged.get(version.id), served.get(version.id, ServedCounts())
+        of_people = written.get(version.id)
+        tags = {"tags": list(of_people.tags) if of_people else []} if has_tags else {}
         rows.append(
             {
                 "version": version.id,
                 "is": f"{roles.get(version.id, '')}{' ◉ pinned' if version.pinned else ''}".strip(),
+                **tags,
                 "made": version.created_at,
                 "from": version.parent_id or version.source,
                 "replayed": evaluation.candidate_accept_length if evaluation else None,
@@ -110,7 +130,7 @@ def _table(
                 "served": sums.accept_length,
                 "95%": _interval(sums.interval),
                 "requests": sums.requests,
-                "note": version.note,
+                "note": version_notes.newest(version, of_people),
                 "why not": verdicts.why_not(evaluation),
             }
         )
@@ -129,6 +149,7 @@ def _table(
         column_config={
             "version": st.column_config.NumberColumn(width=62),
             "is": st.column_config.TextColumn(width=104),
+            "tags": st.column_config.ListColumn(width=120),
             "made": words.time_column(),
             "from": st.column_config.TextColumn(width=60, help="Parent version, or its source"),
             "replayed": st.column_config.NumberColumn(
@@ -173,6 +194,9 @@ def _lineage(
         )
         nodes.append((version.id, version.parent_id, version.created_at, length,
                       roles.get(version.id, ""), hover))  # fmt: skip
+    if not nodes:
+        st.caption("No version fits. Take a word away.")
+        return
     if not any(node[3] is not None for node in nodes):
         st.caption("Drawn once a version was replayed or has served requests.")
         return
@@ -197,6 +221,7 @@ def _one(
     left, right = st.columns([2, 3], gap="large")
     with left:
         _facts(here, version, served)
+        version_notes.show(here, version)
     with right:
         _judged(here, evaluations, live)
         _history(here, version)
@@ -234,7 +259,6 @@ def _facts(here: Group, version: DrafterVersion, served: ServedCounts | None) ->
     facts: dict[str, Any] = {
         "made": words.time(version.created_at),
         "from": words.version(version.parent_id) if version.parent_id else version.source,
-        "note": version.note,
     }
     if run is not None:
         facts["training run"] = (
