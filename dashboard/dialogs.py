@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import streamlit as st
 from sqlalchemy.exc import DBAPIError
@@ -39,12 +39,13 @@ class Question:
 
 def button(
     label: str, icon: str, make: Callable[[], Question], *, key: str, help: str = "",
-    disabled: bool = False, primary: bool = False,
+    disabled: bool = False, primary: bool = False, quiet: bool = False,
 ) -> None:  # fmt: skip
     """A button that asks; ``make`` holds what the page showed when it was drawn."""
+    type: Literal["primary", "secondary", "tertiary"] = "tertiary" if quiet else "secondary"
     st.button(
         label, icon=f":material/{icon}:", key=key, help=help or None, disabled=disabled,
-        on_click=_ask, args=(make,), type="primary" if primary else "secondary",
+        on_click=_ask, args=(make,), type="primary" if primary else type,
     )  # fmt: skip
 
 

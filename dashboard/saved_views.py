@@ -32,10 +32,10 @@ def show(here: Group, page: str, pages: Sequence[str]) -> None:
     questions = Questions(here, page, pages)
     with st.container(horizontal=True, gap="small"):
         dialogs.button("Save view", "bookmark_add", questions.save, key="save view",
-                       help="Keep this page with its filters under a name")  # fmt: skip
+                       quiet=True, help="Keep this page with its filters under a name")  # fmt: skip
         if rows:
             dialogs.button("Delete", "bookmark_remove", questions.delete, key="delete view",
-                           help="Delete a saved view")  # fmt: skip
+                           quiet=True, help="Delete a saved view")  # fmt: skip
 
 
 def read(here: Group) -> Sequence[SavedView]:
@@ -108,6 +108,6 @@ class SaveThis:
             st.caption("As it is when it is opened: nothing was chosen on it.")
         return {}
 
-    def act(self, reason: str) -> str:
-        actions.save_view(self.here, reason, self.address)
-        return f"The view {reason} is saved."
+    def act(self, name: str) -> str:
+        actions.save_view(self.here, name, self.address)
+        return f"The view {name} is saved."

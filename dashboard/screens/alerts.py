@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -65,7 +65,7 @@ def _nobody_looks(here: Group, scheduler: SchedulerStatus) -> None:
     words.table(
         "off at this moment",
         [{"severity": SEVERITIES[one.severity], "kind": _kind(one.kind),
-          "what": words.joined(one.head, one.when or "", one.tail)} for one in problems],
+          "what": words.joined(*filter(None, (one.head, one.when, one.tail)))} for one in problems],
         empty="Nothing: servers run what they should, nothing was lost, nothing drifted.",
     )  # fmt: skip
 
@@ -76,10 +76,8 @@ def _nobody_looks(here: Group, scheduler: SchedulerStatus) -> None:
 def _open(rows: Sequence[AlertRecord], scheduler: SchedulerStatus) -> None:
     st.subheader("Open")
     if not rows:
-        st.caption(
-            "None." if scheduler.alive or scheduler.updated_at else
-            "None was ever written down."
-        )  # fmt: skip
+        looked = scheduler.alive or scheduler.updated_at is not None
+        st.caption("None." if looked else "None was ever written down.")
         return
     may = login.is_operator()
     for row in sorted(rows, key=_urgency):
@@ -97,20 +95,25 @@ def _urgency(row: AlertRecord) -> tuple[bool, bool, int]:
 def _one(row: AlertRecord, may: bool, is_looked_at: bool) -> None:
     left, right = st.columns([6, 1], vertical_alignment="center")
     with left:
-        words.say(words.Html("<b>"), SEVERITIES[row.severity], words.Html("</b> "), row.text)
-        parts: list[object] = [f"{_kind(row.kind)}, since ", row.began_at, ", for ",
-                               words.lasting(row.began_at)]  # fmt: skip
-        if not is_looked_at:
-            parts += [" (last looked at ", words.since(row.seen_at), ")"]
-        if row.acknowledged_at is not None:
-            parts += [f". Taken by {row.acknowledged_by} ", words.since(row.acknowledged_at)]
-            parts += [f": {row.acknowledgement}"] if row.acknowledgement else []
-        words.say(*parts, f". Number {row.id}.", small=True)
+        head = words.joined(words.Html("<b>"), SEVERITIES[row.severity], words.Html("</b> "))
+        words.say(head, row.text, words.Html("<br><small>"), *_of(row, is_looked_at),
+                  words.Html("</small>"))  # fmt: skip
     if may and row.acknowledged_at is None:
         with right:
             st.button("Take it", icon=":material/back_hand:", key=f"take {row.id}",
                       on_click=_ask, args=(Take(group(), row.id),),
                       help="Say that you take care of it")  # fmt: skip
+
+
+def _of(row: AlertRecord, is_looked_at: bool) -> Iterator[object]:
+    yield from (f"{_kind(row.kind)}, number {row.id}, since ", row.began_at, ", for ")
+    yield words.lasting(row.began_at)
+    if not is_looked_at:
+        yield from (" (last looked at ", words.since(row.seen_at), ")")
+    if row.acknowledged_at is not None:
+        yield from (f". Taken by {row.acknowledged_by} ", words.since(row.acknowledged_at))
+        if row.acknowledgement:
+            yield f": {row.acknowledgement}"
 
 
 def _ask(take: Take) -> None:
