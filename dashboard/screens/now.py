@@ -235,7 +235,7 @@ def _alerts(problems: list[Alert]) -> None:
         if texts:
             listed = texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)
             draw(listed, icon=f":material/{icon}:")
-    links.to("alerts", "Take one, or see what was off before", "notifications")
+    links.to("alerts", "Who takes care, and what was off before", "notifications")
 
 
 def _trend(here: Group, moment: Moment) -> None:
