@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -28,8 +29,8 @@ APP = Path(__file__).parents[2] / "dashboard" / "app.py"
 Use = Callable[..., None]
 
 
-def draw(home: Path, page: str, name: str = "ada", **state: object) -> AppTest:
-    """A page as somebody who is logged in sees it."""
+def draw(home: Path, page: str, name: str = "ada", *, query: str = "", **state: object) -> AppTest:
+    """A page as somebody who is logged in sees it; ``query``: the parameters of its address."""
     accounts = Accounts(home / "dashboard" / "accounts.db")
     if accounts.get(name) is None:
         browser.add_accounts(home)
@@ -40,6 +41,8 @@ def draw(home: Path, page: str, name: str = "ada", **state: object) -> AppTest:
     app.session_state[login.OWNER] = (name, user.role)  # what follows was kept for this account
     for key, value in state.items():
         app.session_state[key] = value
+    for key, values in parse_qs(query).items():
+        app.query_params[key] = values
     app._page_hash = "" if page == "Now" else calc_hash(page.lower())
     app.run()
     assert not app.exception, app.exception
