@@ -29,7 +29,7 @@ def show(here: Group, page: str, pages: Sequence[str]) -> None:
     words.links("saved views", [link for row in rows if (link := _link(row, pages))])
     if not operator:
         return
-    questions = Questions(here, page, pages)
+    questions = ViewQuestions(here, page, pages)
     with st.container(horizontal=True, gap="small"):
         dialogs.button("Save view", "bookmark_add", questions.save, key="save view",
                        quiet=True, help="Keep this page with its filters under a name")  # fmt: skip
@@ -53,7 +53,7 @@ def _link(row: SavedView, pages: Sequence[str]) -> words.Link | None:
 
 
 @dataclass(frozen=True)
-class Questions:
+class ViewQuestions:
     here: Group
     page: str
     pages: Sequence[str]
