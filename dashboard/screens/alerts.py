@@ -13,6 +13,7 @@ import streamlit as st
 from aurora_sgl import store
 from aurora_sgl.errors import Refused
 from aurora_sgl.rollout import alerts, status
+from aurora_sgl.rollout.alerts import Alert
 from aurora_sgl.rollout.status import SchedulerStatus
 from aurora_sgl.store import queries
 from aurora_sgl.store.models import AlertRecord, Delivery, Notification
@@ -54,7 +55,8 @@ def _page() -> None:
 
 def _nobody_looks(here: Group, scheduler: SchedulerStatus) -> None:
     """The history is the work of the scheduler that leads; what is off at this moment is not."""
-    since = f", last {words.ago(scheduler.updated_at)}" if scheduler.updated_at else ""
+    last = scheduler.updated_at
+    since = f" (the last one was heard of {words.ago(last)})" if last else ""
     st.warning(
         f"No scheduler runs for this group{since}, so no alert begins or ends in this history, and "
         "nobody is notified. Start one with `aurora-sgl scheduler`; the demo has its own.",
@@ -65,9 +67,14 @@ def _nobody_looks(here: Group, scheduler: SchedulerStatus) -> None:
     words.table(
         "off at this moment",
         [{"severity": SEVERITIES[one.severity], "kind": _kind(one.kind),
-          "what": words.joined(*filter(None, (one.head, one.when, one.tail)))} for one in problems],
+          "what": _sentence(one)} for one in problems],
         empty="Nothing: servers run what they should, nothing was lost, nothing drifted.",
     )  # fmt: skip
+
+
+def _sentence(alert: Alert) -> words.Html:
+    when = words.since(alert.when) if alert.when is not None else None
+    return words.joined(*(part for part in (alert.head, when, alert.tail) if part))
 
 
 # -- those that are not over --------------------------------------------------------------------
@@ -93,13 +100,12 @@ def _urgency(row: AlertRecord) -> tuple[bool, bool, int]:
 
 
 def _one(row: AlertRecord, may: bool, is_looked_at: bool) -> None:
-    left, right = st.columns([6, 1], vertical_alignment="center")
-    with left:
-        head = words.joined(words.Html("<b>"), SEVERITIES[row.severity], words.Html("</b> "))
-        words.say(head, row.text, words.Html("<br><small>"), *_of(row, is_looked_at),
-                  words.Html("</small>"))  # fmt: skip
-    if may and row.acknowledged_at is None:
-        with right:
+    with st.container(horizontal=True, vertical_alignment="center"):
+        with st.container():
+            head = words.joined(words.Html("<b>"), SEVERITIES[row.severity], words.Html("</b> "))
+            words.say(head, row.text, words.Html("<br><small>"), *_of(row, is_looked_at),
+                      words.Html("</small>"))  # fmt: skip
+        if may and row.acknowledged_at is None:
             st.button("Take it", icon=":material/back_hand:", key=f"take {row.id}",
                       on_click=_ask, args=(Take(group(), row.id),),
                       help="Say that you take care of it")  # fmt: skip
