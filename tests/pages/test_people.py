@@ -27,7 +27,7 @@ from tests.support import hostile
 from tests.support.browser import PAGES, Viewer
 from tests.support.dashboard_house import House
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 
 Use = Callable[..., None]
 Look = Callable[..., Viewer]
