@@ -36,6 +36,7 @@ PLOT = ".js-plotly-plot .main-svg"
 #: What is on a page once it says what it is for.
 FIRST = {
     "Now": "[data-testid=stMetric]",
+    "Alerts": "h2, h3",
     "Acceptance": PLOT,
     "Versions": "[data-testid=stDataFrame] canvas",
     "Training": "[data-testid=stDataFrame] canvas",
@@ -134,7 +135,7 @@ def contents(store: Path) -> str:
 def look(clock: Clock, store: Path) -> None:
     """Every page, and everything that can be chosen on it."""
     page = clock.page
-    for name in ("Acceptance", "Versions", "Training", "Requests", "SQL", "Audit", "Now"):
+    for name in ("Alerts", "Acceptance", "Versions", "Training", "Requests", "SQL", "Audit", "Now"):
         clock.open(name)
     for name in browser.PAGES:
         clock.viewer.open(name)

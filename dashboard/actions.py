@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from aurora_sgl import rollout, store
 from aurora_sgl.artifacts import ArtifactRoot
-from aurora_sgl.errors import Refused
-from aurora_sgl.rollout import versions
+from aurora_sgl.errors import AuroraError, Refused, printable
+from aurora_sgl.rollout import alerts, versions
+from aurora_sgl.rollout.notes import TagChange
 from aurora_sgl.rollout.switches import LEARNING
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import OPERATOR, Account
@@ -20,7 +21,11 @@ from aurora_sgl.store.liveness import training_lease_name
 from aurora_sgl.store.models import FreezeWindow
 
 from . import login, trainings
+from .addresses import Address
 from .context import Group, now
+
+#: Saved views of a group, and characters of the name of one.
+MOST_VIEWS, LONGEST_NAME = 200, 80
 
 
 def operator() -> Account:
@@ -125,6 +130,56 @@ def pin(here: Group, version_id: int, pinned: bool, *, reason: str) -> rollout.P
 def turn(here: Group, switch: str, on: bool, *, reason: str) -> rollout.switches.SwitchChange:
     actor = operator().name
     return rollout.switches.turn(here.engine, here.name, switch, on, actor=actor, reason=reason)
+
+
+def add_note(here: Group, version_id: int, text: str) -> None:
+    rollout.notes.add_note(here.engine, version_id, text, actor=operator().name)
+
+
+def change_tags(here: Group, version_id: int, names: Iterable[str], give: bool) -> TagChange:
+    change = rollout.notes.tag if give else rollout.notes.untag
+    return change(here.engine, version_id, names, actor=operator().name)
+
+
+def acknowledge(here: Group, alert_id: int, *, note: str) -> None:
+    alerts.acknowledge(here.engine, here.name, alert_id, actor=operator().name, note=note)
+
+
+def save_view(here: Group, name: str, address: Address) -> None:
+    """Raises ``AuroraError`` for a name that is taken, or is none."""
+    actor, name = operator().name, printable(" ".join(name.split()))
+    if not name or len(name) > LONGEST_NAME:
+        raise AuroraError(f"a view needs a name of at most {LONGEST_NAME} characters")
+    with store.session(here.engine) as s:
+        queries.groups.lock_group(s, here.id)
+        rows = queries.saved_views.saved_views(s, here.id)
+        if any(row.name.casefold() == name.casefold() for row in rows):
+            raise AuroraError(f"there is a view {name!r} already; choose another name")
+        if len(rows) >= MOST_VIEWS:
+            raise AuroraError(f"a group has at most {MOST_VIEWS} saved views; delete one first")
+        row = queries.saved_views.add_saved_view(
+            s, here.id, name=name, page=address.page, query=address.query, actor=actor
+        )
+        # Without its name and its parameters: a purge takes names out of the view, not out of here.
+        queries.audit.add_audit(
+            s, here.id, actor=actor, action="save view", subject=f"view {row.id}",
+            reason=f"to find the page {address.page} like this again",
+            after={"page": address.page},
+        )  # fmt: skip
+
+
+def delete_view(here: Group, view_id: int, *, reason: str) -> str:
+    """Its name."""
+    actor = operator().name
+    with store.session(here.engine) as s:
+        row = queries.saved_views.saved_view(s, here.id, view_id)
+        name, before = row.name, {"page": row.page, "saved by": row.actor}
+        queries.saved_views.delete_saved_view(s, row)
+        queries.audit.add_audit(
+            s, here.id, actor=actor, action="delete view", subject=f"view {view_id}",
+            reason=reason, before=before,
+        )  # fmt: skip
+    return name
 
 
 def export(here: Group, version_id: int, *, reason: str) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import streamlit as st
 from sqlalchemy.exc import DBAPIError
@@ -32,16 +32,20 @@ class Question:
     tell: Callable[[], Mapping[str, Any]]
     act: Callable[..., str]
     example: str  # of a reason
+    label: str = "Reason"
+    help: str = "Kept with the change, for whoever asks later."
+    needed: bool = True  # else it may be left empty
 
 
 def button(
     label: str, icon: str, make: Callable[[], Question], *, key: str, help: str = "",
-    disabled: bool = False, primary: bool = False,
+    disabled: bool = False, primary: bool = False, quiet: bool = False,
 ) -> None:  # fmt: skip
     """A button that asks; ``make`` holds what the page showed when it was drawn."""
+    type: Literal["primary", "secondary", "tertiary"] = "tertiary" if quiet else "secondary"
     st.button(
         label, icon=f":material/{icon}:", key=key, help=help or None, disabled=disabled,
-        on_click=_ask, args=(make,), type="primary" if primary else "secondary",
+        on_click=_ask, args=(make,), type="primary" if primary else type,
     )  # fmt: skip
 
 
@@ -50,7 +54,7 @@ def _ask(make: Callable[[], Question]) -> None:
 
 
 def open_asked() -> None:
-    """Open the dialog that was asked for in the last click; call it once a page."""
+    """Open the dialog that was asked for in the last click; the shell does, above each page."""
     done = st.session_state.pop(DONE, None)
     if done:
         st.success(words.literal(done), icon=":material/check_circle:")
@@ -71,14 +75,16 @@ def _dialog(question: Question) -> None:
         return
     with st.form("why", border=False, enter_to_submit=True):
         reason = st.text_input(
-            "Reason", placeholder=question.example, max_chars=500,
-            help="Kept with the change, for whoever asks later.",
+            question.label, placeholder=question.example, max_chars=500, help=question.help,
         )  # fmt: skip
         agreed = st.form_submit_button(question.button, type="primary")
     if not agreed:
         return
-    if not reason.strip():
-        st.error("Say why first.", icon=":material/edit:")
+    if question.needed and not reason.strip():
+        missing = (
+            "Say why first." if question.label == "Reason" else f"{question.label} is missing."
+        )
+        st.error(missing, icon=":material/edit:")
         return
     try:
         done = question.act(reason.strip(), **extra)

@@ -10,6 +10,7 @@ import streamlit as st
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, SHORTEST_PASSWORD, Account
 
+from . import addresses
 from .asker import login_of, of_openid, verified_name
 from .context import accounts
 from .server import cookie_name
@@ -150,17 +151,11 @@ def _keep() -> None:
         return
     method = "POST" if token else "DELETE"
     st.html(
-        f"<script>fetch('{_base()}/session', {{"
+        f"<script>fetch('{addresses.base()}/session', {{"
         f"method: '{method}', body: {json.dumps(token) if token else 'undefined'}, "
         "headers: {'x-aurora-dashboard': '1'}})</script>",
         unsafe_allow_javascript=True,
     )
-
-
-def _base() -> str:
-    """Path under which a proxy shows the pages, see ``reach.read_base``."""
-    path = str(st.get_option("server.baseUrlPath") or "").strip("/")
-    return f"/{path}" if path else ""
 
 
 def _cookie() -> str | None:

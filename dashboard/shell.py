@@ -11,10 +11,10 @@ from sqlalchemy.exc import DBAPIError
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, Account
 
-from . import login, tokens, words
-from .context import find_groups, in_words
+from . import dialogs, links, login, saved_views, tokens, words
+from .context import find_groups, group, in_words
 from .parts import guarded
-from .screens import acceptance, audit, now, requests, sql, training, versions
+from .screens import acceptance, alerts, audit, now, requests, sql, training, versions
 
 ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg", "logo.svg"))
 #: Less empty space above and beside the pages than Streamlit leaves.
@@ -38,6 +38,7 @@ STYLE = """<style>
 SIDEBAR = 240
 PAGES = (
     (now, "Now", "speed"),
+    (alerts, "Alerts", "notifications"),
     (acceptance, "Acceptance", "monitoring"),
     (versions, "Versions", "account_tree"),
     (training, "Training", "model_training"),
@@ -67,10 +68,16 @@ def show() -> None:
         login.show()
         return
     login.keep_cookie()
+    st.session_state[links.PAGES] = {page.title.lower(): page for page in pages}
     with st.sidebar:
         _who(account)
-    if _choose_group():
-        chosen.run()
+    if not _choose_group():
+        return
+    names = [title.lower() for _, title, _ in PAGES]
+    with st.sidebar:
+        guarded(saved_views.show)(group(), chosen.title.lower(), names)
+    dialogs.open_asked()
+    chosen.run()
 
 
 @st.fragment(run_every=5.0)
@@ -112,10 +119,9 @@ def _choose_group() -> bool:
         _wait()
         return False
     names = [group.name for group in groups]
-    before = st.session_state.get("group")
-    name = before.name if before is not None and before.name in names else names[0]
+    name = names[0]
     if len(groups) > 1:
         with st.sidebar:
-            name = st.selectbox("Deployment group", names, index=names.index(name))
-    st.session_state["group"] = groups[names.index(name)]
+            name = st.selectbox("Deployment group", names, key="deployment", bind="query-params")
+    st.session_state["group"] = groups[names.index(name) if name in names else 0]
     return True

@@ -40,8 +40,14 @@ def panel(here: Group) -> None:
         words.table(
             "windows of the stage", rows_of(look), numbers=("requests",), empty=_empty(look)
         )
-        if login.is_operator():
-            _buttons(here, look)
+
+
+def buttons(here: Group) -> None:
+    """What an operator can do about the stage that is open. Not part of the panel, which draws
+    itself again alone: a dialog is opened by its page."""
+    look = stages.current(here.engine, here.name)
+    if look is not None and look.is_open and login.is_operator():
+        _buttons(here, look)
 
 
 def rows_of(look: StageStatus) -> list[dict[str, object]]:

@@ -196,6 +196,19 @@ STYLE = """<style>
 .aurora-facts th {white-space:nowrap; padding-right:1.2rem; width:1%}
 .aurora-scroll {overflow-x:auto}
 .aurora-small {font-size:.875rem}
+.aurora-links {max-height:16rem; overflow-y:auto}
+.stHtml .aurora-links ul, .stHtml .aurora-chips, .stHtml .aurora-remarks {list-style:none;
+  margin:0; padding:0}
+.aurora-links li {margin:0; font-size:.875rem; line-height:1.35}
+.aurora-links a {display:block; padding:.2rem 0; color:inherit; overflow-wrap:anywhere}
+.aurora-chips {display:flex; flex-wrap:wrap; gap:.3rem}
+.aurora-chips li {margin:0; padding:.05rem .55rem; border-radius:1rem; font-size:.8125rem;
+  overflow-wrap:anywhere; border:1px solid color-mix(in srgb, currentColor 35%, transparent);
+  background:color-mix(in srgb, currentColor 7%, transparent)}
+.aurora-remarks li {margin:0 0 .6rem; padding:0 0 0 .7rem;
+  border-left:3px solid color-mix(in srgb, currentColor 22%, transparent)}
+.aurora-remarks p {margin:0; white-space:pre-wrap; overflow-wrap:anywhere; font-size:.9375rem}
+.aurora-remarks span {opacity:.75}
 /* On a telephone a table of many columns stands as names and values below each other. */
 @media (max-width: 640px) {
   .aurora-wide thead {position:absolute; clip-path:inset(50%); width:1px; height:1px;
@@ -240,6 +253,40 @@ def table(
         f'aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+@dataclass(frozen=True)
+class Link:
+    """``href``: an address of ours, see ``addresses``."""
+
+    text: str
+    href: str
+    hint: str = ""
+
+
+def links(caption: str, rows: Sequence[Link]) -> None:
+    """Links below each other; a long list is scrolled."""
+    items = "".join(
+        f'<li><a href="{escape(row.href)}" title="{escape(row.hint)}">{escape(row.text)}</a></li>'
+        for row in rows
+    )
+    if items:
+        st.html(f'<nav class="aurora-links" aria-label="{escape(caption)}"><ul>{items}</ul></nav>')
+
+
+def chips(caption: str, names: Sequence[str]) -> None:
+    """Words in frames beside each other."""
+    items = "".join(f"<li>{escape(name)}</li>" for name in names)
+    st.html(f'<ul class="aurora-chips" aria-label="{escape(caption)}">{items}</ul>')
+
+
+def remarks(caption: str, rows: Sequence[tuple[Html, str]]) -> None:
+    """(who and when, what he wrote): its lines stay lines, and nothing in it is markup."""
+    items = "".join(
+        f'<li><span class="aurora-small">{head.markup}</span><p>{escape(text)}</p></li>'
+        for head, text in rows
+    )
+    st.html(f'<ul class="aurora-remarks" aria-label="{escape(caption)}">{items}</ul>')
 
 
 def facts(caption: str, rows: Mapping[str, object]) -> None:

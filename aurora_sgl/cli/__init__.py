@@ -17,6 +17,7 @@ from aurora_sgl.cli import (
     db,
     erase,
     learning,
+    notes,
     notify,
     operating,
     refused,
@@ -55,6 +56,12 @@ for command in (
 db.db_app.command("purge")(erase.db_purge)
 db.db_app.command("backup")(erase.db_backup)
 db.db_app.command("restore")(erase.db_restore)
+for name, add in (
+    ("note", notes.versions_note),
+    ("tag", notes.versions_tag),
+    ("untag", notes.versions_untag),
+):
+    versions.versions_app.command(name)(add)
 app.add_typer(versions.versions_app, name="versions", no_args_is_help=True)
 app.add_typer(operating.switch_app, name="switch", no_args_is_help=True)
 app.add_typer(operating.trial_app, name="trial", no_args_is_help=True)

@@ -1,4 +1,4 @@
-"""versions list, show, import, convert, export, pin and unpin."""
+"""versions list, show, import, convert, export, pin and unpin; see ``notes`` for the others."""
 
 from __future__ import annotations
 
@@ -24,18 +24,31 @@ from aurora_sgl.console import print_json, print_table
 from aurora_sgl.private import users_own
 
 if TYPE_CHECKING:
+    from aurora_sgl.rollout.notes import NotesAndTags
     from aurora_sgl.rollout.versions import VersionLine
 
-versions_app = typer.Typer(help="Drafter versions: list, show, import, convert, export, pin.")
+versions_app = typer.Typer(
+    help="Drafter versions: list, show, import, convert, export, pin, note, tag."
+)
 
 
 @versions_app.command("list")
-def versions_list(group: Group = "", as_json: AsJson = False) -> None:
+def versions_list(
+    group: Group = "",
+    search: Annotated[
+        str, typer.Option("--search", help='Only those that fit: tag:NAME, words, "a phrase", ID.')
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
     """List the versions of a group, oldest first."""
+    from aurora_sgl.rollout import notes
     from aurora_sgl.rollout.versions import list_versions
 
     engine, owner = open_group(group)
-    rows = [version_row(line) for line in list_versions(engine, owner.name)]
+    lines = {line.version.id: line for line in list_versions(engine, owner.name)}
+    written = notes.read(engine, owner.name)
+    fitting = notes.search(search, [line.version for line in lines.values()], written)
+    rows = [version_row(lines[one.id], written.get(one.id)) for one in fitting]
     columns = {
         "id": "id",
         "is": "aliases",
@@ -46,6 +59,8 @@ def versions_list(group: Group = "", as_json: AsJson = False) -> None:
         "from": "note",
         "not live": "not_live",
     }  # narrow enough for 80 columns; --json and `show` have the rest
+    if any(row["tags"] for row in rows):
+        columns["tags"] = "tags"
     print_rows(f"versions of group {owner.name!r}", columns, rows, as_json)
 
 
@@ -53,24 +68,31 @@ def versions_list(group: Group = "", as_json: AsJson = False) -> None:
 def versions_show(version: Version, group: Group = "", as_json: AsJson = False) -> None:
     """Show one version: where it comes from, how it was judged, when it was live."""
     from aurora_sgl.artifacts import ArtifactRoot
+    from aurora_sgl.rollout import notes
     from aurora_sgl.rollout.versions import show_version
 
     engine, owner = open_group(group)
     details = show_version(engine, ArtifactRoot(), version_id(engine, owner.name, version))
+    written = notes.read(engine, owner.name).get(details.line.version.id)
     row = {
         **columns_of(details.line.version),
-        **version_row(details.line),
+        **version_row(details.line, written),
         "lineage": details.lineage,
         "has_weights": details.has_weights,
     }
     evaluations = [columns_of(each) for each in details.evaluations]
     deployments = [columns_of(each) for each in details.deployments]
+    remarks = [columns_of(each) for each in (written.notes if written else ())]
     if as_json:
-        print_json({**row, "evaluations": evaluations, "deployments": deployments})
+        shown = {"notes": remarks, "evaluations": evaluations, "deployments": deployments}
+        print_json({**row, **shown})
         return
-    hidden = ("config", "metrics", "weights", "note" if not row.get("note") else "")
+    hidden = ["config", "metrics", "weights", *(n for n in ("note", "tags") if not row.get(n))]
     facts = [{"name": k, "value": v} for k, v in row.items() if k not in hidden]
     print_table(f"version {row['id']}", {"": "name", " ": "value"}, facts)
+    if remarks:
+        by = {"at (UTC)": "created_at", "by": "actor", "note": "text"}
+        print_table("notes", by, remarks)
     keys = ("id", "kind", "baseline_id", "requests", "difference", "ci_low", "ci_high", "verdict")
     print_table("evaluations", {key: key for key in keys}, evaluations)
     fields = ("generation", "action", "version_id", "previous_version_id", "actor", "reason")
@@ -171,7 +193,7 @@ def _pin(
         print(f"version {number} {'would be' if dry_run else 'is'} {state}")
 
 
-def version_row(line: VersionLine) -> dict[str, Any]:
+def version_row(line: VersionLine, written: NotesAndTags | None = None) -> dict[str, Any]:
     version, served = line.version, line.served
     return {
         "id": version.id,
@@ -188,6 +210,7 @@ def version_row(line: VersionLine) -> dict[str, Any]:
         "weights_sha256": version.weights_sha256,
         "pinned": version.pinned,
         "note": version.note,
+        "tags": list(written.tags) if written else [],
         "not_live": line.not_live.word if line.not_live else "",
         "why_not_live": line.not_live.reason if line.not_live else "",
     }

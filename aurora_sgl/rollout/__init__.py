@@ -2,12 +2,13 @@
 
 People and programs act through these functions; each change says who did it and why:
 ``promote``, ``rollback``, ``stages.start``, ``stages.go_on``, ``stages.abort``, ``freezes.add``,
-``freezes.lift``, ``pin``, ``unpin``, ``switches.turn``, ``trial.start``, ``trial.stop``.
+``freezes.lift``, ``pin``, ``unpin``, ``switches.turn``, ``trial.start``, ``trial.stop``,
+``notes.add_note``, ``notes.tag``, ``notes.untag``.
 What goes on is read with ``status.look`` (or its parts), ``watch.status``, ``trial.status``,
 ``stages.current``.
 """
 
-from aurora_sgl.rollout import freezes, limits, stages, status, switches, trial, watch
+from aurora_sgl.rollout import freezes, limits, notes, stages, status, switches, trial, watch
 from aurora_sgl.rollout.pins import PinChange, pin, unpin
 from aurora_sgl.rollout.promote import Change, promote, rollback
 
@@ -16,6 +17,7 @@ __all__ = [
     "PinChange",
     "freezes",
     "limits",
+    "notes",
     "pin",
     "promote",
     "rollback",

@@ -145,7 +145,8 @@ def record(
 def acknowledge(
     engine: Engine, group: str, alert_id: int, *, actor: str, note: str = ""
 ) -> AlertRecord:
-    """Say who takes care of an alert. It goes on until what it says is over.
+    """Say who takes care of an alert. It goes on until what it says is over. The audit has who and
+    when; what is off stays in the alert alone, from which a purge can take a name.
 
     Raises ``AuroraError`` where there is no such alert, it was acknowledged before, or nobody acts.
     """
@@ -153,9 +154,15 @@ def acknowledge(
         raise AuroraError(f"acknowledging alert {alert_id} needs a name: who does this?")
     with store.session(engine) as s:
         group_id = queries.groups.group_by_name(s, group).id
-        return queries.alerts.acknowledge(
+        row = queries.alerts.acknowledge(
             s, group_id, alert_id, actor=actor.strip(), note=note.strip(), now=utc_now()
         )
+        queries.audit.add_audit(
+            s, group_id, actor=actor, action="acknowledge", subject=f"alert {alert_id}",
+            reason=note.strip() or "taken without a note",
+            after={"kind": row.kind, "severity": row.severity},
+        )  # fmt: skip
+        return row
 
 
 def history(engine: Engine, group: str, *, limit: int | None = None) -> Sequence[AlertRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 from sqlalchemy import Connection, Engine, delete, select, update
 
@@ -106,6 +107,11 @@ def forget_domain(engine: Engine, domain: str) -> None:
                     cleaned = clean(value)
                     if cleaned != value:
                         setattr(row, column, cleaned)
+        for view in s.scalars(select(SavedView)):  # a name in an address is written otherwise
+            pairs = parse_qsl(view.query, keep_blank_values=True)
+            rest = [(key, clean(value)) for key, value in pairs]
+            if rest != pairs:
+                view.query = urlencode(rest)
 
 
 def cleaner(domain: str) -> Callable[[Any], Any]:

@@ -109,17 +109,19 @@ def _choose(here: Group) -> ChartChoice | None:
     columns = st.columns(3)
     named = data.servers(here)
     servers = columns[0].multiselect(
-        "Server", sorted(set(named.values())), placeholder="all", key="servers"
-    )
+        "Server", sorted(set(named.values())), placeholder="all", key="servers",
+        bind="query-params",
+    )  # fmt: skip
     chosen = tuple(id for id, name in sorted(named.items()) if name in servers)
     wanted = Filter(here.id, period.since, period.until, chosen)
     points = _read(here, wanted, period.bucket)
     domains = columns[1].multiselect(
-        "Domain", sorted({point.domain for point in points}), placeholder="all", key="domains"
-    )
+        "Domain", sorted({point.domain for point in points}), placeholder="all", key="domains",
+        bind="query-params",
+    )  # fmt: skip
     versions = columns[2].multiselect(
         "Version", sorted({point.version_id for point in points}, reverse=True),
-        placeholder="all", key="versions",
+        placeholder="all", key="versions", bind="query-params",
     )  # fmt: skip
     asked = Kept(frozenset(domains), frozenset(versions))
     kept = asked.of(points)
@@ -161,7 +163,7 @@ def _period(name: str) -> Period | None:
     today = local(now()).date()
     chosen = st.date_input(
         "From and to (in your time zone, both included)", (today - timedelta(days=7), today),
-        max_value=today, key="dates",
+        max_value=today, key="dates", bind="query-params",
     )  # fmt: skip
     if not isinstance(chosen, tuple) or len(chosen) != 2:
         st.caption("Choose the last day too.")
@@ -287,7 +289,7 @@ def _equal_shape(shown: Shown) -> None:
     live = data.aliases(here).get("live")
     baseline = st.selectbox(
         "Compare with", versions, index=versions.index(live) if live in versions else 0,
-        format_func=words.version, key="baseline", width=240,
+        format_func=words.version, key="baseline", width=240, bind="query-params",
     )  # fmt: skip
     rows = []
     for (depth, topk, nodes), of in shapes.items():

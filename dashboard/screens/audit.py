@@ -21,7 +21,7 @@ LIMIT = 2000
 SIGNS = {
     "promote": "▲", "rollback": "▼", "switch": "◐", "pin": "◉", "unpin": "○", "freeze": "❄",
     "lift": "○", "stage start": "△", "stage pass": "✔", "stage continue": "▲",
-    "stage abort": "▽", "stage fail": "✖",
+    "stage abort": "▽", "stage fail": "✖", "note": "✎", "tag": "✎", "untag": "✎",
 }  # fmt: skip
 
 
@@ -97,10 +97,13 @@ def _on(state: Mapping[str, Any]) -> str:
 def _chosen(all_entries: list[Entry]) -> list[Entry]:
     left, middle, right = st.columns([2, 2, 3])
     actions = left.multiselect("What", sorted({entry.action for entry in all_entries}),
-                               placeholder="everything")  # fmt: skip
+                               placeholder="everything", key="what",
+                               bind="query-params")  # fmt: skip
     people = middle.multiselect("Who", sorted({entry.who for entry in all_entries}),
-                                placeholder="everybody")  # fmt: skip
-    text = right.text_input("Why, or which version", placeholder="words of the reason")
+                                placeholder="everybody", key="who",
+                                bind="query-params")  # fmt: skip
+    text = right.text_input("Why, or which version", placeholder="words of the reason", key="why",
+                            bind="query-params")  # fmt: skip
     return [
         entry
         for entry in all_entries
@@ -176,4 +179,6 @@ def _text(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
     return "" if value is None else str(value)

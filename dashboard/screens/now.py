@@ -14,7 +14,7 @@ from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts
 from aurora_sgl.trace_room import TraceRoom
 
-from .. import buckets, charts, data, words
+from .. import buckets, charts, data, links, words
 from ..context import Group, group, local, now
 from ..parts import refreshing
 
@@ -235,6 +235,7 @@ def _alerts(problems: list[Alert]) -> None:
         if texts:
             listed = texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)
             draw(listed, icon=f":material/{icon}:")
+    links.to("alerts", "Who takes care, and what was off before", "notifications")
 
 
 def _trend(here: Group, moment: Moment) -> None:

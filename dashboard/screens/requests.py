@@ -77,14 +77,15 @@ def _find(here: Group, name: str) -> list[FoundRequest] | None:
     top = st.columns(3)
     domains = top[0].multiselect(
         "Domain", data.domains(here.url, here.id, now() - span if span else None),
-        placeholder="all", key="request domains",
+        placeholder="all", key="domain", bind="query-params",
     )  # fmt: skip
     version = top[1].selectbox(
         "Version", [version.id for version in data.versions(here)][::-1], index=None,
-        placeholder="any", key="request version",
+        placeholder="any", key="served_by", bind="query-params",
     )  # fmt: skip
     low, high = top[2].slider(
         "Accept length", SHORTEST, LONGEST, (SHORTEST, LONGEST), 0.1, key="lengths",
+        bind="query-params",
         help="1 + accepted proposals per verify step, over the whole request",
     )  # fmt: skip
     requests = data.find_requests(

@@ -77,7 +77,7 @@ def _page() -> None:
         # The button's shortcut submits already; the form's own Ctrl+Enter would run it twice.
         with st.form("sql", border=False, enter_to_submit=False):
             typed = st.text_area(
-                "Statement", key=STATEMENT, height=190,
+                "Statement", key=STATEMENT, height=190, bind="query-params",
                 placeholder="SELECT ... FROM v_accept_length_by_version",
             )  # fmt: skip
             asked = st.form_submit_button("Run", icon=":material/play_arrow:", type="primary",

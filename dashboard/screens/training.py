@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..dialogs import Question
 from ..parts import refreshing
 
 LIMIT = 300
+CHOSEN = "run"
 STATES = {"succeeded": "✔ succeeded", "failed": "✖ failed", "skipped": "○ skipped",
           "running": "▶ running"}  # fmt: skip
 NAMES = {LEARNING: "Learning", AUTO_PROMOTE: "Automatic promotion"}
@@ -31,7 +33,6 @@ MEANINGS = {
 def show() -> None:
     st.title("Training")
     here = group()
-    dialogs.open_asked()
     left, right = st.columns([2, 3], gap="large")
     with left:
         _switches(here)
@@ -201,10 +202,21 @@ def _runs(here: Group) -> None:
     )  # fmt: skip
     if len(runs) == LIMIT:
         st.caption(f"The newest {LIMIT}; the SQL page has all of them: training_run.")
-    picked = event.selection.rows
-    if not picked:
+    _one(_chosen(runs, event.selection.rows), versions)
+
+
+def _chosen(runs: Sequence[TrainingRun], picked: Sequence[int]) -> TrainingRun:
+    """The run that was picked in the table, else that of the page's address, else the newest."""
+    if picked and picked[0] < len(runs):
+        run = runs[picked[0]]
+        if st.query_params.get(CHOSEN) != str(run.id):
+            st.query_params[CHOSEN] = str(run.id)
+        return run
+    asked = str(st.query_params.get(CHOSEN, ""))
+    of_address = next((run for run in runs if str(run.id) == asked), None)
+    if of_address is None:
         st.caption("Below: the newest. Choose another one in the table.")
-    _one(runs[picked[0] if picked and picked[0] < len(runs) else 0], versions)
+    return of_address or runs[0]
 
 
 def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from aurora_sgl.rollout import status
+from aurora_sgl.rollout.notes import NotesAndTags
 from aurora_sgl.store.models import DrafterVersion, Evaluation
 from aurora_sgl.store.queries.trends import ServedCounts
 
@@ -20,6 +21,7 @@ from .. import (
     login,
     staging,
     verdicts,
+    version_notes,
     version_questions,
     words,
 )
@@ -42,7 +44,6 @@ def show() -> None:
             icon=":material/hourglass_empty:",
         )
         return
-    dialogs.open_asked()
     _where(here)
     staging.panel(here)
     staging.buttons(here)
@@ -50,15 +51,17 @@ def show() -> None:
     ids = [version.id for version in versions]
     judged = data.evaluations_of(here, ids)
     served = data.served_by_version(here.url, tuple(ids))
+    written = version_notes.read(here)
+    fitting = version_notes.search(versions, written)
     # Only the open tab is drawn; what is chosen, with its buttons, stays near the top.
     table, tree = st.tabs(["All versions", "Lineage"], key="shown", on_change="rerun",
                           bind="query-params")  # fmt: skip
     if table.open:
         with table:
-            _table(versions, aliases, judged, served)
+            _table(fitting, aliases, judged, served, written)
     if tree.open:
         with tree:
-            _lineage(versions, aliases, judged, served)
+            _lineage(fitting, aliases, judged, served)
     chosen = _choose(ids, aliases)
     version = next(row for row in versions if row.id == chosen)
     _one(here, version, aliases, served.get(chosen))
@@ -106,15 +109,23 @@ def _table(
     aliases: dict[str, int],
     judged: dict[int, Evaluation],
     served: dict[int, ServedCounts],
+    written: dict[int, NotesAndTags],
 ) -> None:
+    if not versions:
+        st.caption("No version fits. Take a word away.")
+        return
     roles = {version: ROLES[name] for name, version in aliases.items()}
+    has_tags = any(one.tags for one in written.values())
     rows = []
     for version in versions[::-1]:
         evaluation, sums = judged.get(version.id), served.get(version.id, ServedCounts())
+        of_people = written.get(version.id)
+        tags = {"tags": list(of_people.tags) if of_people else []} if has_tags else {}
         rows.append(
             {
                 "version": version.id,
                 "is": f"{roles.get(version.id, '')}{' ◉ pinned' if version.pinned else ''}".strip(),
+                **tags,
                 "made": version.created_at,
                 "from": version.parent_id or version.source,
                 "replayed": evaluation.candidate_accept_length if evaluation else None,
@@ -122,7 +133,7 @@ def _table(
                 "served": sums.accept_length,
                 "95%": _interval(sums.interval),
                 "requests": sums.requests,
-                "note": version.note,
+                "note": version_notes.newest(version, of_people),
                 "why not": verdicts.why_not(evaluation),
             }
         )
@@ -141,6 +152,7 @@ def _table(
         column_config={
             "version": st.column_config.NumberColumn(width=62),
             "is": st.column_config.TextColumn(width=104),
+            "tags": st.column_config.ListColumn(width=120),
             "made": words.time_column(),
             "from": st.column_config.TextColumn(width=60, help="Parent version, or its source"),
             "replayed": st.column_config.NumberColumn(
@@ -185,6 +197,9 @@ def _lineage(
         )
         nodes.append((version.id, version.parent_id, version.created_at, length,
                       roles.get(version.id, ""), hover))  # fmt: skip
+    if not nodes:
+        st.caption("No version fits. Take a word away.")
+        return
     if not any(node[3] is not None for node in nodes):
         st.caption("Drawn once a version was replayed or has served requests.")
         return
@@ -209,6 +224,7 @@ def _one(
     left, right = st.columns([2, 3], gap="large")
     with left:
         _facts(here, version, served)
+        version_notes.show(here, version)
     with right:
         _judged(here, evaluations, live)
         _history(here, version)
@@ -246,7 +262,6 @@ def _facts(here: Group, version: DrafterVersion, served: ServedCounts | None) ->
     facts: dict[str, Any] = {
         "made": words.time(version.created_at),
         "from": words.version(version.parent_id) if version.parent_id else version.source,
-        "note": version.note,
     }
     if run is not None:
         facts["training run"] = (

@@ -173,10 +173,10 @@ def dialogs(shared: House, people: People) -> dict[str, Dialog]:
             button = socket.show(page, query=query).by_key[key]
             drawn = socket.show(page, query=query, press=button)
         assert "Reason" in drawn.inputs, f"an operator is asked before: {action}"
-        (agree,) = drawn.submits.values()
-        dialogs[action] = Dialog(
-            page, query, button, drawn.fragments[agree], drawn.inputs["Reason"], agree
-        )
+        reason = drawn.inputs["Reason"]
+        fragment = drawn.fragments[reason]  # of the dialog; the page below has forms of its own
+        (agree,) = [one for one in drawn.submits.values() if drawn.fragments[one] == fragment]
+        dialogs[action] = Dialog(page, query, button, fragment, reason, agree)
     return dialogs
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -28,8 +29,8 @@ APP = Path(__file__).parents[2] / "dashboard" / "app.py"
 Use = Callable[..., None]
 
 
-def draw(home: Path, page: str, name: str = "ada", **state: object) -> AppTest:
-    """A page as somebody who is logged in sees it."""
+def draw(home: Path, page: str, name: str = "ada", *, query: str = "", **state: object) -> AppTest:
+    """A page as somebody who is logged in sees it; ``query``: the parameters of its address."""
     accounts = Accounts(home / "dashboard" / "accounts.db")
     if accounts.get(name) is None:
         browser.add_accounts(home)
@@ -40,6 +41,8 @@ def draw(home: Path, page: str, name: str = "ada", **state: object) -> AppTest:
     app.session_state[login.OWNER] = (name, user.role)  # what follows was kept for this account
     for key, value in state.items():
         app.session_state[key] = value
+    for key, values in parse_qs(query).items():
+        app.query_params[key] = values
     app._page_hash = "" if page == "Now" else calc_hash(page.lower())
     app.run()
     assert not app.exception, app.exception
@@ -49,7 +52,7 @@ def draw(home: Path, page: str, name: str = "ada", **state: object) -> AppTest:
 def agree(app: AppTest, make: object, reason: str) -> AppTest:
     """Give a reason in the open dialog and press its button. The test runner always draws the
     whole page, which would close the dialog: it is asked for again."""
-    app.text_input[0].set_value(reason)
+    next(one for one in app.text_input if one.label == "Reason").set_value(reason)
     app.session_state[dialogs.ASKED] = make
     buttons = [one for one in app.button if one.form_id]
     buttons[-1].click().run()
@@ -105,6 +108,7 @@ def test_a_group_without_versions_and_requests_says_so_on_every_page(
     settings_of(tmp_path)
     expected = {
         "Now": "No request was served yet",
+        "Alerts": "Nothing was written down",
         "Acceptance": "No verify step was recorded yet",
         "Versions": "There is no version yet",
         "Training": "No run was made yet",
@@ -298,7 +302,7 @@ def test_a_viewer_who_asks_all_the_same_is_refused_on_the_server(
             "Versions")  # fmt: skip
         app = draw(house.home, page, "vera", **{dialogs.ASKED: make})
         assert "vera is a viewer and may look only" in said(app)
-        assert not app.text_input  # nothing to agree to
+        assert "Reason" not in {one.label for one in app.text_input}  # nothing to agree to
     assert house.live() == 3
 
 

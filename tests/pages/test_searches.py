@@ -30,7 +30,7 @@ def test_requests_are_found_by_time_domain_version_and_accept_length(
     lately = rows(draw(house.home, "Requests", ended="1 hour"))
     assert 0 < len(lately) < len(everything)
     assert min(row["ended"] for row in lately) > min(row["ended"] for row in everything)
-    chosen = {"request domains": ["code"], "request version": 2, "lengths": (1.5, 2.0)}
+    chosen = {"domain": ["code"], "served_by": 2, "lengths": (1.5, 2.0)}
     found = rows(draw(house.home, "Requests", ended="ever", **chosen))
     expected = [
         row["request"] for row in everything
@@ -97,11 +97,11 @@ def test_the_audit_has_who_when_why_before_after_and_the_evidence(
     app = draw(house.home, "Audit")
     newest = rows(app)[0]
     assert (newest["who"], newest["of"], newest["why"]) == ("ada", "learning: off → on", "again")
-    app.text_input[0].set_value("192.0.2.7").run()
+    app.text_input(key="why").set_value("192.0.2.7").run()
     (only,) = rows(app)
     assert only["who"] == "eve"
     assert '<th scope="row">why</th><td>![x](http://192.0.2.7)</td>' in said(app)
-    app.text_input[0].set_value("replay on held-out").run()
+    app.text_input(key="why").set_value("replay on held-out").run()
     assert all(row["why"].startswith("replay on held-out") for row in rows(app))
     words = said(app)
     assert "version 2" in words and "version 3" in words and "evaluation" in words

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+from urllib.parse import urlencode
 
 from sqlalchemy import Engine
 
@@ -21,6 +22,7 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.drafter import checkpoint, scratch
 from aurora_sgl.engine import clean
 from aurora_sgl.hashing import sha256_ints
+from aurora_sgl.rollout import alerts
 from aurora_sgl.rollout.promote import set_candidate
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
@@ -423,8 +425,38 @@ def fill_hostile(home: Path, engine: Engine | None = None, now: datetime | None 
             house.serve(now - timedelta(minutes=40) + timedelta(seconds=index), 2, domain=name,
                         rid=name, conversation=conversation_hash(name), steps=2,
                         boot=77 + index % 2, rng=rng)  # fmt: skip
+    _people_write(house, names, everything, now)
     house.servers_follow()
     return house
+
+
+def _people_write(house: House, names: list[str], everything: str, now: datetime) -> None:
+    """Notes, alerts with who took them, notifications that were not delivered, saved views."""
+    engine, actor = house.engine, everything[:90]
+    for name in names[3::25]:
+        if name.strip():
+            rollout.notes.add_note(engine, 2, name, actor=actor)
+    rollout.notes.tag(engine, 2, ["prod"], actor=actor)
+    begun = [alerts.Alert("drift", str(n), "warning", name, now, name)
+             for n, name in enumerate(names[7::60])]  # fmt: skip
+    with store.session(engine) as s:
+        alerts.record(s, house.group_id, begun, now - timedelta(minutes=9))
+        alerts.record(s, house.group_id, begun[:3], now)
+        queries.notifications.add_notification(
+            s, house.group_id, event_key="x", kind="drift", severity="warning", title=everything,
+            text=everything, happened_at=now, details={}, targets=[names[9], "webhook"],
+        )  # fmt: skip
+        queries.notifications.end_attempt(s, 1, "webhook", state="waiting", next_try_at=now,
+                                          error=everything)  # fmt: skip
+        for name in names[::40]:
+            queries.saved_views.add_saved_view(
+                s, house.group_id, name=f"{name} ", page="requests", actor=actor,
+                query=urlencode({"domain": name, "request": everything}),
+            )  # fmt: skip
+        for page, query in hostile.ADDRESSES:
+            queries.saved_views.add_saved_view(s, house.group_id, name="elsewhere", page=page,
+                                               query=query, actor=actor)  # fmt: skip
+    alerts.acknowledge(engine, "default", 1, actor=actor, note=everything)
 
 
 def conversation_hash(name: str) -> str:

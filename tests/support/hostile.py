@@ -24,6 +24,14 @@ PAYLOADS = (
     "NULL", "nan", "1e999", "true", "", " ", "../../../etc/passwd", "/etc/passwd", "C:\\x", "a/b",
     "x" * 500,
 )  # fmt: skip
+#: (page, parameters) of saved views that lead elsewhere, or would if they were believed.
+ADDRESSES = (
+    (f"https://{HOST}/", ""), (f"//{HOST}", ""), ("javascript:alert(1)", ""), ("../audit", ""),
+    ("nowhere", ""), ("", ""), ("versions?x", "=1"), ("Versions", ""), ("versions/4", ""),
+    ("versions", f"x\"><script src=//{HOST}></script>=1"), ("versions", "a b=1"),
+    ("versions", "a=%ff"), ("versions", "a;b"), ("sql", "statement=" + "x" * 7000),
+    ("versions", "&".join(f"a{n}=1" for n in range(600))), (f"\\\\{HOST}", ""),
+)  # fmt: skip
 FRAMES = ("{}", "a {}", "{} b", "'{}", "{0}{0}")
 
 

@@ -162,6 +162,29 @@ def test_versions_go_in_are_listed_shown_and_come_out(
     assert json.loads(run("versions", "list", "--json")[1])[0]["pinned"] is True
     assert "not pinned" in run("versions", "unpin", "live", "--reason", "old")[1]
 
+    number = str(made["id"])
+    assert "tags" not in run("versions", "list")[1]
+    assert f"noted of version {number} by ada" in run(
+        "versions", "note", number, "slow on long prompts", "--actor", "ada")[1]  # fmt: skip
+    assert (
+        run("versions", "tag", number, "EU", "prod")[1] == f"tags of version {number}: eu, prod\n"
+    )
+    code, _, error = run("versions", "tag", number, "eu")
+    assert code == 1 and "has the tag eu already" in error
+    for search in ("tag:prod", "long slow", '"by hand"', number):
+        rows = json.loads(run("versions", "list", "--search", search, "--json")[1])
+        assert [(row["id"], row["tags"]) for row in rows] == [(made["id"], ["eu", "prod"])], search
+    assert "eu, prod" in run("versions", "list")[1]
+    assert (
+        run("versions", "list", "--search", "tag:none")[1] == "versions of group 'default': none\n"
+    )
+    assert run("versions", "untag", number, "prod", "--json")[0] == 0
+    shown = json.loads(run("versions", "show", number, "--json")[1])
+    assert shown["tags"] == ["eu"] and shown["note"] == "by hand"
+    assert [(one["actor"], one["text"]) for one in shown["notes"]] == [
+        ("ada", "slow on long prompts")]  # fmt: skip
+    assert "slow on long prompts" in run("versions", "show", number)[1]
+
 
 def test_a_drafter_of_another_target_is_refused(run: Run, house: House, tmp_path: Path) -> None:  # noqa: F811
     from tests.support.drafter_cases import target_folder

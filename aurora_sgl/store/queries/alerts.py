@@ -31,6 +31,16 @@ def alerts(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[A
     ).all()
 
 
+def alert(s: Session, group_id: int, alert_id: int, *, lock: bool = False) -> AlertRecord:
+    """Raises ``AuroraError`` where the group has none of this number."""
+    row = s.get(AlertRecord, alert_id, with_for_update=lock or None)
+    if row is None or row.group_id != group_id:
+        raise AuroraError(
+            f"there is no alert {alert_id} in this group; see aurora-sgl alerts list --history"
+        )
+    return row
+
+
 def begin_alert(
     s: Session, group_id: int, *, key: str, kind: str, severity: str, text: str, now: datetime
 ) -> AlertRecord:
@@ -63,11 +73,7 @@ def acknowledge(
     s: Session, group_id: int, alert_id: int, *, actor: str, note: str, now: datetime
 ) -> AlertRecord:
     """Raises ``AuroraError`` where there is none, or somebody was faster."""
-    row = s.get(AlertRecord, alert_id, with_for_update=True)
-    if row is None or row.group_id != group_id:
-        raise AuroraError(
-            f"there is no alert {alert_id} in this group; see aurora-sgl alerts list --history"
-        )
+    row = alert(s, group_id, alert_id, lock=True)
     if row.acknowledged_at is not None:
         raise AuroraError(
             f"alert {alert_id} was acknowledged by {row.acknowledged_by} at "

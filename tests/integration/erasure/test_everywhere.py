@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 import pytest
@@ -120,6 +121,30 @@ def test_every_text_in_every_table_goes_with_its_request_or_domain_or_is_ours_al
         texts -= OURS_ALONE.get(table.name, set()) | named.get(table.name, set())
         texts -= {"domain"}  # of an evaluation
         assert not texts or table.name in gone, (table.name, texts)
+
+
+@one_database
+def test_a_domain_is_forgotten_in_addresses_of_saved_views_however_it_is_written(
+    house: PurgeHouse,
+) -> None:
+    domain = "a & b/ü 100%"
+    queries_of = {
+        "requests": [("domain", domain), ("domain", "chat"), ("ended", "7 days")],
+        "sql": [("statement", f"SELECT * FROM request WHERE domain = '{domain}'")],
+    }
+    with store.session(house.engine) as s:
+        group = queries.groups.ensure_group(s, "default", "target", "r1", "LlamaForCausalLMEagle3")
+        for page, pairs in queries_of.items():
+            queries.saved_views.add_saved_view(
+                s, group.id, name=page, page=page, query=urlencode(pairs), actor="ada"
+            )
+        group_id = group.id
+    forget_domain(house.engine, domain)
+    with store.session(house.engine, write=False) as s:
+        rows = {row.page: parse_qsl(row.query) for row in
+                queries.saved_views.saved_views(s, group_id)}  # fmt: skip
+    assert rows["requests"] == [("domain", "(purged)"), ("domain", "chat"), ("ended", "7 days")]
+    assert rows["sql"] == [("statement", "SELECT * FROM request WHERE domain = '(purged)'")]
 
 
 def test_a_domain_is_forgotten_in_every_text_where_it_may_be_named(house: PurgeHouse) -> None:

@@ -367,6 +367,9 @@ def test_an_alert_has_a_history_is_taken_by_name_and_ends(engine: Engine) -> Non
     taken = alerts.history(engine, "default")[0].id
     number = next(r.id for r in alerts.history(engine, "default") if r.kind == "switch_off")
     alerts.acknowledge(engine, "default", number, actor="bob", note="the audit ends on Friday")
+    (entry,) = [row for row in status.audit(engine, "default") if row.action == "acknowledge"]
+    assert (entry.actor, entry.subject) == ("bob", f"alert {number}")
+    assert (entry.reason, entry.after["kind"]) == ("the audit ends on Friday", "switch_off")
     with pytest.raises(AuroraError, match="was acknowledged by bob"):
         alerts.acknowledge(engine, "default", number, actor="eve")
     with pytest.raises(AuroraError, match="there is no alert"):

@@ -57,6 +57,9 @@ TABLE: dict[str, tuple[str, ...]] = {
     "versions export": ("live", "{new}"),
     "versions pin": ("4", *WHY),
     "versions unpin": ("1", *WHY),
+    "versions note": ("4", "slow on long prompts"),
+    "versions tag": ("4", "prod", "eu-west"),
+    "versions untag": ("4", "never-given"),
     "switch list": (),
     "switch on": ("auto_promote", *WHY),
     "switch off": ("learning", *WHY),
@@ -370,6 +373,7 @@ NOTHING = {
     "versions convert": "there is nothing to convert",
     "-m aurora_sgl.training": "learning is switched off",
     "alerts acknowledge": "there is no alert 1",
+    "versions untag": "version 4 has no tag never-given",
     **ELSEWHERE,
 }
 
