@@ -14,7 +14,7 @@ from aurora_sgl.store.accounts import OPERATOR, Account
 from . import login, tokens, words
 from .context import find_groups, in_words
 from .parts import guarded
-from .screens import acceptance, audit, now, requests, sql, training, versions
+from .screens import acceptance, audit, compare, now, requests, sql, training, versions
 
 ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg", "logo.svg"))
 #: Less empty space above and beside the pages than Streamlit leaves.
@@ -40,6 +40,7 @@ PAGES = (
     (now, "Now", "speed"),
     (acceptance, "Acceptance", "monitoring"),
     (versions, "Versions", "account_tree"),
+    (compare, "Compare", "compare"),
     (training, "Training", "model_training"),
     (requests, "Requests", "segment"),
     (sql, "SQL", "database"),
