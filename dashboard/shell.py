@@ -62,6 +62,7 @@ def show() -> None:
         )
         for page, title, icon in PAGES
     ]  # fmt: skip
+    st.session_state["pages"] = {page.title: page for page in pages}  # for links to them
     # Before the login too, so that an address of a page leads there afterwards.
     chosen = st.navigation(pages, position="hidden" if account is None else "sidebar")
     if account is None:

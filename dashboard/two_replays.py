@@ -180,7 +180,8 @@ def _events(steps: Sequence[Sequence[Any]], version: int, shape: Sequence[int]) 
                 "proposed": len(draft), "accepted": len(nodes), "kept": len(nodes) + 1,
                 "first_rejected_at": 0 if len(nodes) == shape[0] else len(nodes) + 1,
                 "draft_tokens": draft, "draft_parents": parents, "accepted_nodes": nodes,
-                "target_tokens": [*(draft[node - 1] for node in nodes), after],
+                "target_tokens": [*(draft[node - 1] for node in nodes), *([] if after is None
+                                                                          else [after])],
             }
         )  # fmt: skip
     return rows

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SECONDS, MEMORY_BYTES = 120.0, 8 << 30
 #: Of what is free; the servers need the rest.
 MEMORY_SHARE = 0.5
-NICENESS, THREADS, _LOOKS = 15, 2, 0.2
+NICENESS, THREADS, _LOOKS = 10, 1, 0.2
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class PairTask:
 @dataclass(frozen=True)
 class SteppedRequest:
     """``steps[i]`` of version i: rows of root, draft tokens, their parents, accepted nodes and the
-    target's own token behind them. ``replayed[i]``: tokens of the answer that they cover; what
-    comes after a log's end is not known."""
+    target's own token behind them (``None``: the log ends before it). ``replayed[i]``: tokens of
+    the answer that they cover."""
 
     request_id: int
     tokens: int  # of the answer
@@ -138,7 +138,7 @@ def stepped(task: PairTask) -> SteppedRequest:
         sides.append(steps_of(drafter, sequence, settings, head))
         length = len(sequence.tokens) - sequence.output_start
         del drafter, sequence  # one at a time in memory
-    covered = [sum(len(step[3]) + 1 for step in side) for side in sides]
+    covered = [sum(len(step[3]) + (step[4] is not None) for step in side) for side in sides]
     return SteppedRequest(task.request_id, length, (sides[0], sides[1]), (covered[0], covered[1]))
 
 
@@ -201,8 +201,9 @@ def steps_of(
         ) if roots else []  # fmt: skip
     for root, draft in zip(roots, drafts, strict=True):
         nodes = accepted_nodes(draft, log[root + 1 : root + 1 + settings.depth])
-        after = log[root + 1 + len(nodes)]
-        steps.append([root, draft.tokens, draft.parents, nodes, after])
+        after = root + 1 + len(nodes)
+        target = log[after] if after < len(log) else None
+        steps.append([root, draft.tokens, draft.parents, nodes, target])
     return steps
 
 

@@ -100,6 +100,7 @@ class TrialFacts:
     finished_at: datetime | None
     verdict: str
     reason: str
+    accept_length: tuple[float | None, float | None]
     difference: float | None  # of the accept length
     ci_low: float | None
     ci_high: float | None
@@ -250,6 +251,9 @@ def _trial(s: Session, trial: Trial, first: int) -> TrialFacts:
     mine = [row for row in rows if row.kind == "trial" and row.details.get("trial_id") == trial.id]
     judged = mine[0] if mine else None
     ends = (judged.difference, judged.ci_low, judged.ci_high) if judged else (None, None, None)
+    lengths = (
+        (judged.baseline_accept_length, judged.candidate_accept_length) if judged else (None, None)
+    )
     level = dict(trial.details.get("settings") or {}).get("level")
     return TrialFacts(
         trial_id=trial.id,
@@ -258,6 +262,7 @@ def _trial(s: Session, trial: Trial, first: int) -> TrialFacts:
         finished_at=trial.finished_at,
         verdict=trial.verdict,
         reason=str(trial.details.get("why") or trial.details.get("stopped_by") or ""),
+        accept_length=lengths[::-1] if trial.candidate_id == first else lengths,
         **turned(*ends, trial.candidate_id == first),
         level=None if level is None else float(level),
         turns=[

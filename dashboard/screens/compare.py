@@ -56,7 +56,8 @@ def _choose(here: Group, ids: Sequence[int]) -> tuple[int, int] | None:
         for name, label in zip(SIDES, ("Version", "with"), strict=True):
             chosen.append(
                 st.selectbox(
-                    label, ids[::-1], index=None, key=_key(name), width=220,
+                    label, ids[::-1], key=_key(name), width=220,
+                    index=None if st.session_state[_key(name)] is None else 0,
                     placeholder="choose a version",
                     format_func=lambda id: f"{id}  {roles.get(id, '')}".strip(),
                 )
@@ -182,7 +183,8 @@ def _trial_line(pair: Pair) -> dict[str, object]:
     trial = pair.facts.trials[0]
     ends = words.difference(trial.difference, trial.ci_low, trial.ci_high)
     rests = f"{_count(len(trial.turns), 'window')}, {trial.verdict or trial.status}"
-    return _line(pair, "trial in turns", (None, None), ends, rests)
+    lengths = tuple(map(words.number, trial.accept_length))
+    return _line(pair, "trial in turns", (lengths[0], lengths[1]), ends, rests)
 
 
 def _line(
@@ -216,12 +218,12 @@ def _origin(pair: Pair) -> None:
     ancestry, (first, second) = pair.facts.ancestry, pair.names
     words.say(_kinship(ancestry, pair.ids))
     rows: list[dict[str, object]] = [
-        {"version": step.version_id, "from": words.version(step.parent_id),
+        {"version": str(step.version_id), "from": words.version(step.parent_id),
          "made": step.created_at, "how": step.origin, "note": step.note,
          "weights": "deleted" if step.pruned else "kept"}
         for way in ancestry.ways for step in way
     ]  # fmt: skip
-    words.table("lineage", rows[:MOST], numbers=("version",), empty="")
+    words.table("lineage", rows[:MOST], empty="")
     _rest(len(rows), "steps")
     st.markdown("**What they learnt from**")
     runs = [_run(run) for run in pair.facts.runs]
@@ -303,8 +305,8 @@ def _replay(pair: Pair) -> None:
     if facts.replays:
         _one_replay(pair, facts.replays[0])
         older = [
-            {"when": one.created_at, "requests": f"{one.requests:,}", pair.less: _difference(one),
-             "interval": _level(one.level), "verdict": one.verdict}
+            {"when": one.created_at, pair.less: _difference(one), "interval": _level(one.level),
+             "verdict": one.verdict, "requests": f"{one.requests:,}"}
             for one in facts.replays[1:MOST]
         ]  # fmt: skip
         if older:
@@ -339,11 +341,11 @@ def _one_replay(pair: Pair, one: Replayed) -> None:
     rows = [
         {
             "domain": domain,
-            "requests": of["requests"],
             pair.names[0]: words.number(of["accept_length"][0]),
             pair.names[1]: words.number(of["accept_length"][1]),
             f"{pair.less} (90%)": words.difference(of["difference"], of["ci_low"], of["ci_high"]),
             "verdict": of["verdict"],
+            "requests": of["requests"],
         }
         for domain, of in one.by_domain.items()
     ]
@@ -362,10 +364,10 @@ def _third(pair: Pair, against: Against) -> None:
         {
             "version": name,
             "when": one.created_at,
-            "requests": one.requests,
             f"less version {against.baseline_id}": _difference(one),
             "interval": _level(one.level),
             "verdict": one.verdict,
+            "requests": f"{one.requests:,}",
         }
         for name, one in zip(pair.names, against.replays, strict=True)
     ]
@@ -408,10 +410,10 @@ def _strata(pair: Pair, kind: str, strata: dict[str, EqualStrata]) -> None:
     rows = [
         {
             kind: name,
-            "requests": f"{one.requests[0]:,} and {one.requests[1]:,}",
             f"{pair.names[0]} (95%)": _lengths(one)[0],
             f"{pair.names[1]} (95%)": _lengths(one)[1],
             f"{pair.less} (95%)": _less(one),
+            "requests": f"{one.requests[0]:,} and {one.requests[1]:,}",
         }
         for name, one in by_size
     ]
