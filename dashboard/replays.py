@@ -4,7 +4,6 @@ priority, with limits of time and memory (``evaluation.one_request``)."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -64,8 +63,7 @@ class RequestReplays:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            )  # of our session: in one of its own a busy machine gives it next to nothing
             assert process.stdin is not None
             with suppress(BrokenPipeError), process.stdin as pipe:
                 pipe.write(json.dumps(asdict(task)).encode())
@@ -87,8 +85,7 @@ class RequestReplays:
     def stop_all(self) -> None:
         with self._lock:
             if self._running is not None:
-                with suppress(ProcessLookupError):
-                    os.killpg(self._running.process.pid, signal.SIGKILL)
+                self._running.process.kill()
                 self._running.process.wait()
 
     def _look(self) -> None:

@@ -33,43 +33,74 @@ def print_facts(
 ) -> None:
     one, other = facts.version_ids
     names = {f"version {one}": "a", f"version {other}": "b"}
-    steps = [vars(step) for way in facts.ancestry.ways for step in way]
-    print_table("lineage", {"version": "version_id", "from": "parent_id", "made": "created_at",
-                            "how": "origin"}, steps)  # fmt: skip
-    common = facts.ancestry.common
-    print(f"common ancestor: version {common}" if common else "no common ancestor")
-    rows = [{"of": v.kind, "name": v.name, "a": v.values[0], "b": v.values[1]}
-            for v in facts.differing]  # fmt: skip
-    print_table("what differs", {"of the": "of", "name": "name", **names}, rows,
-                empty="their recipes do not differ")  # fmt: skip
-    less = {**names, f"{other} less {one}": "difference", "from": "ci_low", "to": "ci_high"}
-    replays = [
-        {**vars(each), "a": each.accept_length[0], "b": each.accept_length[1]}
-        for each in facts.replays
-    ]
-    print_table("replays", {"when": "created_at", "requests": "requests", **less,
-                            "verdict": "verdict"}, replays,
-                empty="never replayed against each other; do it with: aurora-sgl replay "
-                f"--version {one} --version {other}")  # fmt: skip
-    domains = [{"domain": name, **of, "a": of["accept_length"][0], "b": of["accept_length"][1]}
-               for name, of in (facts.replays[0].by_domain if facts.replays else {}).items()]  # fmt: skip
-    if domains:
-        print_table("newest replay by domain", {"domain": "domain", "requests": "requests", **less},
-                    domains)  # fmt: skip
+    less = {f"{other} less {one}": "difference", "from": "ci_low", "to": "ci_high"}
+    _print_origin(facts, names)
+    _print_replays(facts, names, less)
     if served.overall is None:
         print("served at equal shape: nothing of one kind, often enough")
     else:
         strata = {"all": served.overall, **served.by_domain}
-        print_table("served at equal shape", {"domain": "domain", "strata": "strata", **less},
-                    [_row(name, each) for name, each in strata.items()])  # fmt: skip
+        rows = [_row(name, each) for name, each in strata.items()]
+        columns = {"domain": "domain", "strata": "strata", **names, **less}
+        print_table("served at equal shape", columns, rows)
     if shares is not None:
-        depths = [{"depth": i + 1, "a": a, "b": b} for i, (a, b) in
-                  enumerate(zip(*shares.reached, strict=True))]  # fmt: skip
-        print_table("share of steps that accepted at a depth", {"depth": "depth", **names}, depths)
+        reached = zip(*shares.reached, strict=True)
+        rows = [{"depth": i, "a": a, "b": b} for i, (a, b) in enumerate(reached, 1)]
+        print_table("share of steps that accepted at a depth", {"depth": "depth", **names}, rows)
     trials = [vars(each) for each in facts.trials]
-    print_table("trials", {"trial": "trial_id", "status": "status", "verdict": "verdict",
-                           f"{other} less {one}": "difference", "from": "ci_low", "to": "ci_high"},
-                trials, empty="no trial of these two")  # fmt: skip
+    columns = {"trial": "trial_id", "status": "status", "verdict": "verdict", **less}
+    print_table("trials", columns, trials, empty="no trial of these two")
+
+
+def _print_origin(facts: PairFacts, names: dict[str, str]) -> None:
+    steps = [vars(step) for way in facts.ancestry.ways for step in way]
+    columns = {"version": "version_id", "from": "parent_id", "made": "created_at", "how": "origin"}
+    print_table("lineage", columns, steps)
+    common = facts.ancestry.common
+    print(f"common ancestor: version {common}" if common else "no common ancestor")
+    first, second = (asdict(run) if run else {} for run in facts.runs)
+    runs = [{"name": name, "a": first.get(name), "b": second.get(name)}
+            for name in (first or second) if name != "domains"]  # fmt: skip
+    neither = "neither was made by a training run of this store"
+    print_table("what they learnt from", {"name": "name", **names}, runs, empty=neither)
+    rows = [
+        {"of": value.kind, "name": value.name, "a": value.values[0], "b": value.values[1]}
+        for value in facts.differing
+    ]
+    columns = {"of the": "of", "name": "name", **names}
+    print_table("what differs", columns, rows, empty="their recipes do not differ")
+
+
+def _print_replays(facts: PairFacts, names: dict[str, str], less: dict[str, str]) -> None:
+    one, other = facts.version_ids
+    if not facts.replays:
+        print(
+            "never replayed against each other; do it with: aurora-sgl replay "
+            f"--version {one} --version {other}"
+        )
+        if facts.against is not None:
+            rows = [
+                {"version": version, **vars(each)}
+                for version, each in zip(facts.version_ids, facts.against.replays, strict=True)
+            ]
+            columns = {"version": "version", "requests": "requests", "difference": "difference",
+                       "from": "ci_low", "to": "ci_high", "verdict": "verdict"}  # fmt: skip
+            third = facts.against.baseline_id
+            print_table(f"each against version {third}, on other requests", columns, rows)
+        return
+    replays = [
+        {**vars(each), "a": each.accept_length[0], "b": each.accept_length[1]}
+        for each in facts.replays
+    ]
+    columns = {"when": "created_at", **names, **less, "verdict": "verdict"}
+    print_table("replays", columns, replays)
+    domains = [
+        {"domain": name, **of, "a": of["accept_length"][0], "b": of["accept_length"][1]}
+        for name, of in facts.replays[0].by_domain.items()
+    ]
+    if domains:
+        columns = {"domain": "domain", "requests": "requests", **names, **less}
+        print_table("newest replay by domain", columns, domains)
 
 
 def _row(name: str, each: EqualStrata) -> dict[str, Any]:

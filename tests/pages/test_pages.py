@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,11 @@ APP = Path(__file__).parents[2] / "dashboard" / "app.py"
 Use = Callable[..., None]
 
 
-def draw(home: Path, page: str, name: str = "ada", **state: object) -> AppTest:
-    """A page as somebody who is logged in sees it."""
+def draw(
+    home: Path, page: str, name: str = "ada", address: Mapping[str, str] | None = None,
+    **state: object,
+) -> AppTest:  # fmt: skip
+    """A page as somebody who is logged in sees it; ``address``: what stands behind its "?"."""
     accounts = Accounts(home / "dashboard" / "accounts.db")
     if accounts.get(name) is None:
         browser.add_accounts(home)
@@ -40,6 +43,8 @@ def draw(home: Path, page: str, name: str = "ada", **state: object) -> AppTest:
     app.session_state[login.OWNER] = (name, user.role)  # what follows was kept for this account
     for key, value in state.items():
         app.session_state[key] = value
+    for key, text in (address or {}).items():
+        app.query_params[key] = text
     app._page_hash = "" if page == "Now" else calc_hash(page.lower())
     app.run()
     assert not app.exception, app.exception
@@ -107,6 +112,7 @@ def test_a_group_without_versions_and_requests_says_so_on_every_page(
         "Now": "No request was served yet",
         "Acceptance": "No verify step was recorded yet",
         "Versions": "There is no version yet",
+        "Compare": "There is no version yet; two can be compared",
         "Training": "No run was made yet",
         "Requests": "No request was served yet",
         "SQL": "One statement that reads",

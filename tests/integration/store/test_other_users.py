@@ -96,8 +96,8 @@ NO_STORE = {"dashboard", "dashboard add-user", "dashboard remove-user", "dashboa
 ELSEWHERE = {"notify test": "no receiver is set"}
 #: What a role may do that only reads, but all tables.
 READS = {
-    "status", "doctor", "versions list", "versions show", "versions compare", "versions export", "switch list",
-    "trial status", "alerts list", "notify list", "db current", *NO_STORE,
+    "status", "doctor", "versions list", "versions show", "versions compare", "versions export",
+    "switch list", "trial status", "alerts list", "notify list", "db current", *NO_STORE,
 }  # fmt: skip
 #: What only the owner of the tables, or who may make roles, can do.
 OWNERS = {"db upgrade", "db restore", "dashboard sql-role"}
