@@ -24,13 +24,13 @@ KEPT_SECONDS, MOST_KEPT = 600.0, 20
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReplayOutcome:
     """``answer``: as ``one_request.SteppedRequest`` in JSON; else ``error`` says why there is
     none."""
 
     answer: Mapping[str, Any] | None
     error: str = ""
-    at: float = field(default_factory=time.monotonic)
+    moment: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class RequestReplays:
     def __init__(self) -> None:
         self._lock = Lock()
         self._running: _Running | None = None
-        self._outcomes: OrderedDict[PairTask, Outcome] = OrderedDict()
+        self._outcomes: OrderedDict[PairTask, ReplayOutcome] = OrderedDict()
 
     def start(self, task: PairTask) -> bool:
         """False: another one still goes on."""
@@ -77,7 +77,7 @@ class RequestReplays:
             running = self._running
             return time.monotonic() - running.started if running and running.task == task else None
 
-    def outcome(self, task: PairTask) -> Outcome | None:
+    def outcome(self, task: PairTask) -> ReplayOutcome | None:
         with self._lock:
             self._look()
             return self._outcomes.get(task)
@@ -90,7 +90,7 @@ class RequestReplays:
 
     def _look(self) -> None:
         oldest = time.monotonic() - KEPT_SECONDS
-        for task in [task for task, outcome in self._outcomes.items() if outcome.at < oldest]:
+        for task in [task for task, outcome in self._outcomes.items() if outcome.moment < oldest]:
             del self._outcomes[task]
         running = self._running
         if running is None or running.process.poll() is None:
@@ -103,14 +103,16 @@ class RequestReplays:
             self._outcomes.popitem(last=False)
 
 
-def _outcome(code: int, output: bytes) -> Outcome:
+def _outcome(code: int, output: bytes) -> ReplayOutcome:
     if -code in (signal.SIGALRM, signal.SIGXCPU):
-        return Outcome(None, f"stopped: it took more than {SECONDS:.0f} s")
+        return ReplayOutcome(None, f"stopped: it took more than {SECONDS:.0f} s")
     try:
         answer = json.loads(output)
     except ValueError:
-        return Outcome(None, f"the process that replayed it ended without an answer (code {code})")
-    return Outcome(None, str(answer["error"])) if "error" in answer else Outcome(answer)
+        return ReplayOutcome(
+            None, f"the process that replayed it ended without an answer (code {code})"
+        )
+    return ReplayOutcome(None, str(answer["error"])) if "error" in answer else ReplayOutcome(answer)
 
 
 ALL = RequestReplays()

@@ -14,6 +14,7 @@ import streamlit as st
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.one_request import SECONDS, PairTask
+from aurora_sgl.intervals import accept_length, or_none
 from aurora_sgl.rollout.comparison import PairFacts
 from aurora_sgl.rollout.replayed_pair import Replayed, RequestContrast
 from aurora_sgl.sequences.held_out import RULES
@@ -215,7 +216,7 @@ def _served(
 
 
 def _head(version: int, how: str, accepted: float, steps: float) -> None:
-    length = f"{1 + accepted / steps:.2f}" if steps else words.NONE
+    length = words.number(or_none(accept_length(accepted, steps)))
     st.markdown(f"**Version {version}**, {how}: accept length {length} over {steps:,.4g} steps")
 
 
