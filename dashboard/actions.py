@@ -12,6 +12,7 @@ from typing import Any
 from aurora_sgl import rollout, store
 from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.errors import AuroraError, Refused, printable
+from aurora_sgl.evaluation.one_request import PairTask
 from aurora_sgl.rollout import alerts, versions
 from aurora_sgl.rollout.notes import TagChange
 from aurora_sgl.rollout.switches import LEARNING
@@ -20,7 +21,7 @@ from aurora_sgl.store.accounts import OPERATOR, Account
 from aurora_sgl.store.liveness import training_lease_name
 from aurora_sgl.store.models import FreezeWindow
 
-from . import login, trainings
+from . import login, replays, trainings
 from .addresses import Address
 from .context import Group, now
 
@@ -212,6 +213,14 @@ def train(here: Group, *, reason: str) -> None:
         raise Refused("a training run that was started here is going on; wait until it ends")
     _write_down(here, actor, "train", "a training run", reason, {"trigger": "dashboard"})
     trainings.ALL.start(here.name)
+
+
+def replay_request(task: PairTask) -> None:
+    """Replay a request step by step; it changes nothing. Raises ``Refused`` while another one is
+    replayed."""
+    operator()
+    if not replays.ALL.start(task):
+        raise Refused("another request is being replayed just now; try again when that is over")
 
 
 def _write_down(

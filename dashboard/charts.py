@@ -251,7 +251,7 @@ def _wrapped(text: str) -> str:
     return "<br>".join(literal(line) for line in wrap(text, 60, max_lines=4, placeholder=" ..."))
 
 
-def positions(reached: Mapping[str, Sequence[int]], steps: Mapping[str, int]) -> go.Figure:
+def positions(reached: Mapping[str, Sequence[float]], steps: Mapping[str, int]) -> go.Figure:
     """Share of steps that accepted a proposal at depth 1, 2, ...; sums to accept length - 1."""
     figure = go.Figure()
     for index, (name, counts) in enumerate(reached.items()):

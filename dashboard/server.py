@@ -136,14 +136,19 @@ def _warm() -> None:
 
 @asynccontextmanager
 async def _life(_: object) -> AsyncIterator[None]:
-    """Training that was started from the page ends with it. By now Uvicorn and Streamlit have their
+    """What was started from the page ends with it. By now Uvicorn and Streamlit have their
     loggers, and Uvicorn takes the signals."""
     if environment.logs_as_json():
         _write_json()
     for number in SIGNALS:
         _end_in_time(number)
     yield
-    importlib.import_module(f"{__package__}.trainings").stop_all()
+    _stop_processes()
+
+
+def _stop_processes() -> None:
+    for name in ("trainings", "replays"):
+        importlib.import_module(f"{__package__}.{name}").stop_all()
 
 
 def _write_json() -> None:
@@ -168,7 +173,7 @@ def _end_in_time(number: signal.Signals) -> None:
 
 def _cut_off() -> None:
     time.sleep(GRACE_SECONDS)
-    importlib.import_module(f"{__package__}.trainings").stop_all()
+    _stop_processes()
     log.warning("what is not answered %.0f s after the end was asked for is cut off", GRACE_SECONDS)
     os._exit(0)
 

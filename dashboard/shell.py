@@ -14,7 +14,7 @@ from aurora_sgl.store.accounts import OPERATOR, Account
 from . import dialogs, links, login, saved_views, tokens, words
 from .context import find_groups, group, in_words
 from .parts import guarded
-from .screens import acceptance, alerts, audit, now, requests, sql, training, versions
+from .screens import acceptance, alerts, audit, compare, now, requests, sql, training, versions
 
 ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg", "logo.svg"))
 #: Less empty space above and beside the pages than Streamlit leaves.
@@ -41,6 +41,7 @@ PAGES = (
     (alerts, "Alerts", "notifications"),
     (acceptance, "Acceptance", "monitoring"),
     (versions, "Versions", "account_tree"),
+    (compare, "Compare", "compare"),
     (training, "Training", "model_training"),
     (requests, "Requests", "segment"),
     (sql, "SQL", "database"),
@@ -62,6 +63,7 @@ def show() -> None:
         )
         for page, title, icon in PAGES
     ]  # fmt: skip
+    st.session_state["pages"] = {page.title: page for page in pages}  # for links to them
     # Before the login too, so that an address of a page leads there afterwards.
     chosen = st.navigation(pages, position="hidden" if account is None else "sidebar")
     if account is None:

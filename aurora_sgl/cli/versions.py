@@ -1,4 +1,5 @@
-"""versions list, show, import, convert, export, pin and unpin; see ``notes`` for the others."""
+"""versions list, show, compare, import, convert, export, pin and unpin; see ``notes`` for the
+others."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from aurora_sgl.rollout.versions import VersionLine
 
 versions_app = typer.Typer(
-    help="Drafter versions: list, show, import, convert, export, pin, note, tag."
+    help="Drafter versions: list, show, compare, import, convert, export, pin, note, tag."
 )
 
 
@@ -97,6 +98,31 @@ def versions_show(version: Version, group: Group = "", as_json: AsJson = False) 
     print_table("evaluations", {key: key for key in keys}, evaluations)
     fields = ("generation", "action", "version_id", "previous_version_id", "actor", "reason")
     print_table("deployments", {key: key for key in fields}, deployments)
+
+
+@versions_app.command("compare")
+def versions_compare(
+    version: Version,
+    other: Annotated[str, typer.Argument(help="The version that it is set against.")],
+    group: Group = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compare two versions: origin, recipe, replay, live traffic at equal shape, trial."""
+    from aurora_sgl import store
+    from aurora_sgl.cli.compared import facts_as_json, print_facts
+    from aurora_sgl.rollout.comparison import pair_facts
+    from aurora_sgl.rollout.equal_shape import positions, served_at_equal_shape
+
+    engine, owner = open_group(group)
+    ids = [version_id(engine, owner.name, each) for each in (version, other)]
+    with store.session(engine, write=False) as s:
+        facts = pair_facts(s, owner.id, *ids)
+        served = served_at_equal_shape(s, owner.id, *ids)
+        shares = positions(s, *ids)
+    if as_json:
+        print_json(facts_as_json(facts, served, shares))
+    else:
+        print_facts(facts, served, shares)
 
 
 @versions_app.command("import")

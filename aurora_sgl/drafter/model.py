@@ -192,12 +192,18 @@ class Drafter(nn.Module, ABC):
 
 
 def accepted_of(draft: Draft, continuation: list[int]) -> int:
+    """How many :func:`accepted_nodes` there are."""
+    return len(accepted_nodes(draft, continuation))
+
+
+def accepted_nodes(draft: Draft, continuation: list[int]) -> list[int]:
     """Nodes of a draft along the tokens that follow its root."""
-    node = count = 0
+    nodes: list[int] = []
     for token in continuation:
-        children = (i for i, parent in enumerate(draft.parents, 1) if parent == node)
+        above = nodes[-1] if nodes else 0
+        children = (i for i, parent in enumerate(draft.parents, 1) if parent == above)
         node = next((i for i in children if draft.tokens[i - 1] == token), 0)
         if not node:
             break
-        count += 1
-    return count
+        nodes.append(node)
+    return nodes

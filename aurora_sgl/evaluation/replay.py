@@ -83,19 +83,28 @@ def replay_one(
     sequence, head = sequence.to(drafter.device), head.to(drafter.device)
     if sequence.accept_rule == REJECTION:
         return _replayed(sequence, *expected_counts(drafter, sequence, shape.depth, head))
-    length = len(sequence.tokens)
-    first = sequence.output_start
+    steps = determined_steps(drafter, sequence, shape, head)
+    return _replayed(sequence, len(steps), sum(accepted for _, accepted in steps))
+
+
+@torch.inference_mode()
+def determined_steps(
+    drafter: Drafter, sequence: Sequence, shape: DraftShape, head: TargetHead
+) -> list[tuple[int, int]]:
+    """(root, accepted drafts) of each verify step as the server would have made them; for accept
+    rules under which a log says what is accepted. All on the drafter's device."""
+    length, first = len(sequence.tokens), sequence.output_start
     roots = torch.arange(first, min(length - 2, sequence.rows) + 1)
-    counts = drafter.accepted(sequence.tokens, sequence.features, roots, shape, head)
-    accepted = counts.tolist()
-    steps = total = 0
+    counts = drafter.accepted(sequence.tokens, sequence.features, roots, shape, head).tolist()
+    steps: list[tuple[int, int]] = []
     root = first
-    while root - first < len(accepted):
-        taken = accepted[root - first]
+    while root - first < len(counts):
+        taken = counts[root - first]
         if not is_determined(root, taken, length, shape.depth):
             break
-        steps, total, root = steps + 1, total + taken, root + taken + 1
-    return _replayed(sequence, steps, total)
+        steps.append((root, taken))
+        root += taken + 1
+    return steps
 
 
 def _replayed(sequence: Sequence, steps: float, accepted: float) -> RequestReplay:

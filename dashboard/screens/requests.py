@@ -169,7 +169,7 @@ def _one(here: Group, request_id: int | None) -> None:
         return
     words.facts("request", _facts(request))
     steps = tell(events)
-    decode, why = _decoder(here, request, have_tokens(events))
+    decode, why = decoder_of(here, request, have_tokens(events))
     st.html(tokens.legend())
     shown = _part(steps)
     st.html(tokens.text(shown, decode))
@@ -202,7 +202,7 @@ def _without_drafts(request: Request) -> dict[str, object]:
     return {"drafts": f"none: they would change what {parameters} makes of the answer"}
 
 
-def _decoder(here: Group, request: Request, has_tokens: bool) -> tuple[tokens.Decode | None, str]:
+def decoder_of(here: Group, request: Request, has_tokens: bool) -> tuple[tokens.Decode | None, str]:
     """How tokens are shown, and why so."""
     if not login.is_operator():
         return None, "Which tokens these are is shown to operators only."

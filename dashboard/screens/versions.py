@@ -221,6 +221,7 @@ def _one(
         _buttons(here, version, aliases)
     else:
         st.caption("You may look. Promote, roll back, pin and export need an operator.")
+    _compare(version, aliases)
     left, right = st.columns([2, 3], gap="large")
     with left:
         _facts(here, version, served)
@@ -228,6 +229,18 @@ def _one(
     with right:
         _judged(here, evaluations, live)
         _history(here, version)
+
+
+def _compare(version: DrafterVersion, aliases: dict[str, int]) -> None:
+    """A link to this version beside the live one; of that one beside what it came from."""
+    live = aliases.get("live")
+    other = live if live != version.id else aliases.get("previous") or version.parent_id
+    if other is None:
+        return
+    st.page_link(
+        st.session_state["pages"]["Compare"], label=f"Compare with version {other}",
+        icon=":material/compare:", query_params={"a": str(other), "b": str(version.id)},
+    )  # fmt: skip
 
 
 def _buttons(here: Group, version: DrafterVersion, aliases: dict[str, int]) -> None:

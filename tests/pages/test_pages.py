@@ -111,6 +111,7 @@ def test_a_group_without_versions_and_requests_says_so_on_every_page(
         "Alerts": "Nothing was written down",
         "Acceptance": "No verify step was recorded yet",
         "Versions": "There is no version yet",
+        "Compare": "There is no version yet; two can be compared",
         "Training": "No run was made yet",
         "Requests": "No request was served yet",
         "SQL": "One statement that reads",

@@ -332,18 +332,29 @@ def fill(
         rollout.pin(house.engine, first, actor="ada", reason="the one to fall back on")
         turn = rollout.switches.turn
         turn(house.engine, "default", "auto_promote", False, actor="ada", reason="release week")
+    replayed: list[list[Any]] = []
     with house.together():
         for index in range(requests):
             at = begin + (now - begin - timedelta(minutes=1)) * (index / requests)
             which = sum(at >= moment for moment in times) - 1
             domain = rng.choices(list(DOMAINS), [5, 3, 2])[0]
-            house.serve(
+            served = house.serve(
                 at, house.versions[which], boot=rng.choice(list(SERVERS)), domain=domain,
                 steps=rng.randrange(8, 26), quality=QUALITY[which] + DOMAINS[domain],
                 may_train=index % 7 != 3, rng=rng,
             )  # fmt: skip
+            replayed.append([served, domain, rng.randrange(4, 12), 14, rng.randrange(6, 16), 12,
+                             "greedy", ""])  # fmt: skip
+    keep_requests(house, house.versions[3], replayed[-60:])
     house.servers_follow()
     return house
+
+
+def keep_requests(house: House, candidate: int, rows: list[list[Any]]) -> None:
+    """What the gate keeps of the single requests of a candidate's newest replay."""
+    with store.session(house.engine) as s:
+        row = queries.evaluations.evaluation(s, _newest(house, candidate))
+        row.details = {**row.details, "requests": rows, "served_dtype": "float32"}
 
 
 #: How old the server of a first hour is, and when after its start versions 2 and 3 went live.

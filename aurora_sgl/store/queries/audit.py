@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
@@ -49,3 +50,11 @@ def audits(s: Session, group_id: int, *, limit: int | None = None) -> Sequence[A
     return s.scalars(
         select(Audit).where(Audit.group_id == group_id).order_by(Audit.id.desc()).limit(limit)
     ).all()
+
+
+def last_before(s: Session, group_id: int, action: str, moment: datetime) -> Audit | None:
+    """The last of these actions up to a moment."""
+    query = select(Audit).where(
+        Audit.group_id == group_id, Audit.action == action, Audit.created_at <= moment
+    )
+    return s.scalars(query.order_by(Audit.created_at.desc(), Audit.id.desc()).limit(1)).first()

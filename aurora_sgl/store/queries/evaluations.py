@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
@@ -78,6 +78,17 @@ def evaluations(s: Session, candidate_id: int) -> Sequence[Evaluation]:
         select(Evaluation)
         .where(Evaluation.candidate_id == candidate_id)
         .order_by(Evaluation.id.desc())
+    ).all()
+
+
+def between(s: Session, one: int, other: int, kind: str) -> Sequence[Evaluation]:
+    """Of two versions against each other, either way round, over all domains; newest first."""
+    ways = [(one, other), (other, one)]
+    e = Evaluation
+    return s.scalars(
+        select(e)
+        .where(tuple_(e.candidate_id, e.baseline_id).in_(ways), e.kind == kind, e.domain == "")
+        .order_by(e.id.desc())
     ).all()
 
 

@@ -79,11 +79,12 @@ def request_counts(
         query = query.order_by(r.finished_at, r.id, t.depth, t.topk, t.nodes)
     rows = [RequestCounts(**row._mapping) for row in s.execute(query.limit(limit))]
     rows = rows[::-1] if newest else rows
-    return _taken_together(rows) if _chooses_trees(s, group_id) else rows
+    return _taken_together(rows) if chooses_trees(s, group_id) else rows
 
 
-def _chooses_trees(s: Session, group_id: int) -> bool:
-    """By the servers that run; where none does, the newest one that did."""
+def chooses_trees(s: Session, group_id: int) -> bool:
+    """Whether a server of the group chooses each step's tree, so that shapes say little of the
+    drafter. By the servers that run; where none does, the newest one that did."""
     newest = select(Server.state, Server.counters).where(Server.group_id == group_id)
     boots = s.execute(newest.order_by(Server.id.desc()).limit(_BOOTS)).all()
     running = [boot for boot in boots if boot.state == "running"] or boots[:1]

@@ -29,6 +29,20 @@ def learnt_by(s: Session, run_id: int) -> list[int]:
     return list(s.scalars(query.order_by(TrainingRequest.request_id)))
 
 
+def domains_of(s: Session, run_id: int) -> dict[str, int]:
+    """How many requests of each domain a run learnt from; the most first. Of those that are still
+    stored."""
+    count = func.count()
+    query = (
+        select(Request.domain, count)
+        .join(TrainingRequest, TrainingRequest.request_id == Request.id)
+        .where(TrainingRequest.run_id == run_id)
+        .group_by(Request.domain)
+        .order_by(count.desc(), Request.domain)
+    )
+    return dict(s.execute(query).tuples().all())
+
+
 def never_learnt(s: Session, group_id: int, rows: Sequence[RecentRequest]) -> list[RecentRequest]:
     """Those of these requests that finished after all that the group's newest ``REMEMBERED_RUNS``
     runs learnt from, of conversations that none of them learnt from; in their order.

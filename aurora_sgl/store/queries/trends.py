@@ -122,7 +122,7 @@ def trend(
     deepest = -1
     if with_histogram:
         deepest = s.scalar(_where(select(func.max(m.depth)), wanted)) or -1
-    counts = [func.sum(func.coalesce(_element(s, m.histogram, i), 0)) for i in range(deepest + 1)]
+    counts = [func.sum(func.coalesce(element(s, m.histogram, i), 0)) for i in range(deepest + 1)]
     start = _bucket(s, bucket).label("start")
     keys = (start, m.drafter_version_id, m.domain, m.depth, m.topk, m.nodes)
     query = select(*keys, *_sums(), *counts)
@@ -307,7 +307,8 @@ def _time(value: str | datetime) -> datetime:
     return datetime.fromisoformat(value + _REST[len(value) :]).replace(tzinfo=UTC)
 
 
-def _element(s: Session, column: Any, index: int) -> ColumnElement[Any]:
+def element(s: Session, column: Any, index: int) -> ColumnElement[Any]:
+    """One number of a list that a column holds."""
     if is_sqlite(s.connection()):
         return func.json_extract(type_coerce(column, String), f"$[{index}]")
     return cast(func.jsonb_extract_path_text(column, str(index)), BigInteger)

@@ -52,6 +52,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "doctor": ("--json",),
     "versions list": (),
     "versions show": ("live",),
+    "versions compare": ("3", "4"),
     "versions import": ("{public}/unknown",),
     "versions convert": ("{home}/made/4", "{new}"),
     "versions export": ("live", "{new}"),
@@ -101,8 +102,9 @@ NO_STORE = {"dashboard", "dashboard add-user", "dashboard remove-user", "dashboa
 ELSEWHERE = {"notify test": "no receiver is set"}
 #: What a role may do that only reads, but all tables.
 READS = {
-    "status", "doctor", "versions list", "versions show", "versions export", "switch list",
-    "freeze list", "trial status", "alerts list", "notify list", "db current", *NO_STORE,
+    "status", "doctor", "versions list", "versions show", "versions compare", "versions export",
+    "switch list", "freeze list", "trial status", "alerts list", "notify list", "db current",
+    *NO_STORE,
 }  # fmt: skip
 #: What only the owner of the tables, or who may make roles, can do.
 OWNERS = {"db upgrade", "db restore", "dashboard sql-role"}
