@@ -14,7 +14,7 @@ from aurora_sgl.store.accounts import OPERATOR, Account
 from . import login, tokens, words
 from .context import find_groups, in_words
 from .parts import guarded
-from .screens import acceptance, audit, now, requests, sql, training, versions
+from .screens import acceptance, audit, now, requests, sql, training, versions, worth
 
 ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg", "logo.svg"))
 #: Less empty space above and beside the pages than Streamlit leaves.
@@ -41,6 +41,7 @@ PAGES = (
     (acceptance, "Acceptance", "monitoring"),
     (versions, "Versions", "account_tree"),
     (training, "Training", "model_training"),
+    (worth, "Worth", "savings"),
     (requests, "Requests", "segment"),
     (sql, "SQL", "database"),
     (audit, "Audit", "history"),

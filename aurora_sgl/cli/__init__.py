@@ -23,6 +23,7 @@ from aurora_sgl.cli import (
     rollout,
     serving,
     versions,
+    worth,
 )
 from aurora_sgl.console import print_error
 from aurora_sgl.errors import AuroraError
@@ -47,6 +48,7 @@ for command in (
     operating.scheduler,
     operating.status,
     operating.watch,
+    worth.worth,
     rollout.promote,
     rollout.rollback,
     db.doctor,

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 ROOT = Path(__file__).parents[2]
 PASSWORDS = {"ada": "correct horse 1", "vera": "battery staple 2"}
 #: Pages by name, in the order of the navigation.
-PAGES = ("Now", "Acceptance", "Versions", "Training", "Requests", "SQL", "Audit")
+PAGES = ("Now", "Acceptance", "Versions", "Training", "Worth", "Requests", "SQL", "Audit")
 #: Milliseconds that a page may take on a busy machine before a test gives up.
 PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)
