@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, Account
 
-from . import login, tokens, words
+from . import login, next_steps, tokens, words
 from .context import find_groups, in_words
 from .parts import guarded
 from .screens import acceptance, audit, now, requests, sql, training, versions, worth
@@ -62,6 +62,7 @@ def show() -> None:
         )
         for page, title, icon in PAGES
     ]  # fmt: skip
+    next_steps.keep(pages)
     # Before the login too, so that an address of a page leads there afterwards.
     chosen = st.navigation(pages, position="hidden" if account is None else "sidebar")
     if account is None:

@@ -13,7 +13,7 @@ from aurora_sgl.rollout.switches import AUTO_PROMOTE, LEARNING, SwitchState
 from aurora_sgl.rollout.switches import read as read_switches
 from aurora_sgl.store.models import TrainingRun
 
-from .. import actions, charts, data, dialogs, login, trainings, words
+from .. import actions, charts, data, dialogs, login, next_steps, trainings, words
 from ..context import Group, group, now
 from ..dialogs import Question
 from ..parts import refreshing
@@ -203,7 +203,8 @@ def _runs(here: Group) -> None:
     picked = event.selection.rows
     if not picked:
         st.caption("Below: the newest. Choose another one in the table.")
-    _one(runs[picked[0] if picked and picked[0] < len(runs) else 0], versions)
+    asked = next_steps.asked_run([run.id for run in runs])
+    _one(runs[picked[0] if picked and picked[0] < len(runs) else asked], versions)
 
 
 def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
