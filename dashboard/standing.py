@@ -111,7 +111,8 @@ def _nothing_runs(s: Standing) -> StateLine | None:
 def _silent(s: Standing) -> StateLine | None:
     if s.heard:
         return None
-    count = "The server is" if len(s.look.servers) == 1 else f"All {len(s.look.servers)} are"
+    servers = len(s.look.servers)
+    count = "The server is" if servers == 1 else f"All {servers} of them are"
     text = (
         f"**No server is heard of.** {count} down, or without a sidecar that reaches the store. "
         f"Whether requests are served, and how fast, is not known. {_past(s)}"

@@ -298,8 +298,8 @@ def _servers(look: status.GroupStatus) -> None:
             "server": server.name,
             "runs": words.version(server.live_version_id),
             "state": words.server_state(server),
-            "drafts": f"{server.phase or 'not said'}, {server.speculation_share or 0:.0%} of steps",
-            "why": server.phase_reason,
+            "drafts": _drafts(server),
+            "why": "" if server.silent else server.phase_reason,
             "heard of": words.since(server.last_seen_at),
         }
         for server in look.servers
@@ -308,6 +308,13 @@ def _servers(look: status.GroupStatus) -> None:
         "servers", rows,
         empty="No server runs. Start one with: aurora-sgl serve --model PATH, or make demo.",
     )  # fmt: skip
+
+
+def _drafts(server: status.ServerStatus) -> str:
+    if not server.phase:
+        return "not said yet"
+    last = f"{server.phase}, {server.speculation_share or 0:.0%} of steps"
+    return f"not known now; before {last}" if server.silent else last
 
 
 def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:
