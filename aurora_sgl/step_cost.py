@@ -81,7 +81,8 @@ class ShapeTimes:
     def drafts_ms(self, group: int, depth: int, nodes: int) -> float | None:
         """Of a step with drafts of this shape; ``None``: not measured at this load."""
         if self.chooses_trees:
-            times = [ms for (at, deep, _), ms in self.by_shape.items() if at == group and deep]
+            keys = [key for key in self.by_shape if key[0] == group and key[1]]
+            times = [self.by_shape[key] for key in keys]
             return times[0] if len(times) == 1 else None
         return self.by_shape.get((group, depth, nodes))
 

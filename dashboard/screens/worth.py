@@ -23,7 +23,7 @@ NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
-class Sums:
+class WorthCells:
     """Numbers of one row, as text; the money is without its currency."""
 
     steps: str
@@ -32,7 +32,7 @@ class Sums:
     money: str
 
     @classmethod
-    def of(cls, saved: Saved, trained: Trained, prices: Prices) -> Sums:
+    def of(cls, saved: Saved, trained: Trained, prices: Prices) -> WorthCells:
         return cls(
             _signed(saved.steps_saved) if saved.steps else words.NONE,
             _seconds(saved),
@@ -202,7 +202,7 @@ def _bars(
 def _by_day(worth: Worth, prices: Prices) -> None:
     st.subheader("Each day")
     rows = [
-        {"day": f"{day.day:%a %d %b}", **_row(Sums.of(saved, trained, prices), prices)}
+        {"day": f"{day.day:%a %d %b}", **_row(WorthCells.of(saved, trained, prices), prices)}
         for day, saved, trained in reversed(worth.by_day)
         if saved.steps or trained.seconds
     ]
@@ -210,7 +210,7 @@ def _by_day(worth: Worth, prices: Prices) -> None:
     st.caption(f"Days of your time zone, {zone().key}. A run over midnight is of both.")
 
 
-def _row(sums: Sums, prices: Prices) -> dict[str, object]:
+def _row(sums: WorthCells, prices: Prices) -> dict[str, object]:
     row: dict[str, object] = {
         "steps saved": sums.steps, "seconds saved": sums.seconds, "training, s": sums.training,
     }  # fmt: skip
