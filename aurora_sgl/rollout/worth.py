@@ -33,8 +33,8 @@ FORMULA = (
     "steps saved = tokens kept of steps with drafts - those steps",
     "seconds saved = sum of (tokens kept x t_plain(b) - steps x t_draft(b)) / b",
     "seconds of training = duration of a run x its processes",
-    "money = seconds saved / 3600 x AURORA_PRICE_SERVER_HOUR"
-    " - seconds of training / 3600 x AURORA_PRICE_TRAINING_HOUR",
+    "money = hours saved x AURORA_PRICE_SERVER_HOUR",
+    "      - hours of training x AURORA_PRICE_TRAINING_HOUR",
 )
 #: What the names in it mean, and what it leaves out.
 MEANING = (

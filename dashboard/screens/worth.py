@@ -67,7 +67,7 @@ def _page() -> None:
         _by_day(worth, prices)
     with right:
         _by_domain(worth, prices)
-    _formula()
+        _formula()
 
 
 def _nothing(ever: bool) -> None:

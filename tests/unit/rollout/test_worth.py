@@ -244,3 +244,19 @@ def _by_events(events: object, day: Day, domain: str, end: datetime | None = Non
             if boot == 77:  # one request at once: 20 ms against 26 ms
                 timed, seconds = timed + 1, seconds + (20 * kept - 26) / 1000
     return [steps, more, timed, seconds, seconds]
+
+
+def test_the_command_prints_losses_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    from aurora_sgl.cli import worth as command
+
+    day = worth.days(NOON.date(), 1, UTC)[0]
+    lost = Saved(100, 150, 60, -2.5, -1.0)
+    answer = worth.Worth([(day, lost, Trained(90.0, 2))], {"chat": lost})
+    command._print("default", answer, Prices(server_hour=2.0))
+    printed = capsys.readouterr().out
+    assert "50 steps saved; seconds saved: -2.5 to -1.0; 90 s of training in 2 runs" in printed
+    assert "40 of 100 steps with drafts are not in the seconds" in printed
+    assert "no money is shown: give AURORA_PRICE_TRAINING_HOUR" in printed
+    assert all(line in printed for line in worth.FORMULA)
+    whole = command._as_json("default", answer, Prices(3600.0, 3600.0))["total"]
+    assert whole["money"] == (-92.5, -91.0) and whole["steps_not_measured"] == 40
