@@ -183,7 +183,7 @@ def _days(worth: Worth, prices: Prices) -> None:
     labels = [f"{day.day:%d %b}" for day, _, _ in worth.by_day]
     _bars(figure, "saved by drafts (at least)", labels, [g and g[0] for g in gained], 0)
     _bars(figure, "spent on training", labels, [-s if s else None for s in spent], 1)
-    figure.update_xaxes(type="category", nticks=12)
+    figure.update_xaxes(type="category", nticks=5, tickangle=0)  # five fit a telephone
     figure.add_hline(y=0, line={"color": "#888", "width": 1})
     charts.laid_out(figure, 300, charts.label(up), showlegend=True, barmode="relative")
     charts.show(figure, "worth by day", "what drafts saved and training cost, by day")
