@@ -193,6 +193,16 @@ class Settings(TextSettings):
     """Addresses or networks, with commas, of proxies before the dashboard whose X-Forwarded-For and
     X-Forwarded-Proto are believed. Anybody else's are not."""
 
+    price_server_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Money that an hour of one server with its accelerators costs. None: the page and the command
+    about worth show no money."""
+
+    price_training_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Money that an hour of one process of training costs."""
+
+    price_currency: str = Field(default="", max_length=12)
+    """What stands behind sums of money, such as EUR."""
+
     artifact_access: str = Field(default="owner", pattern="^(owner|group)$")
     """Who may read and write weights and traces on a local artifact root: owner, or its group too,
     for a trainer or a server of another user. All else in the data folder is the owner's only."""

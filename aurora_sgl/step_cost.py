@@ -48,6 +48,45 @@ class StepCost:
         return self.draft_ms / self.plain_ms if self.plain_ms and self.draft_ms else None
 
 
+def step_key(group: int, depth: int, nodes: int) -> str:
+    """The counter of what a step of this draft shape takes, in milliseconds; depth 0 with 1 node: a
+    plain one. ``group``: the largest of its group of batch sizes."""
+    return f"step_ms_{group}_{depth}_{nodes}"
+
+
+@dataclass(frozen=True)
+class ShapeTimes:
+    """What steps of one boot of a server take by load and shape, as it measured them last."""
+
+    by_shape: Mapping[tuple[int, int, int], float]  # (group, depth, nodes) -> milliseconds
+    #: Each step's tree is chosen: what stands there for the whole tree is of steps of any size.
+    chooses_trees: bool = False
+
+    @classmethod
+    def of(cls, counters: Mapping[str, float]) -> ShapeTimes:
+        """From the counters of a heartbeat; what is no time is left out."""
+        start, times = "step_ms_", {}
+        for key, value in counters.items():
+            numbers = key.removeprefix(start).split("_") if key.startswith(start) else []
+            if len(numbers) == 3 and all(number.isdecimal() for number in numbers):
+                group, depth, nodes = map(int, numbers)
+                if 0 < float(value or 0) < float("inf"):
+                    times[group, depth, nodes] = float(value)
+        return cls(times, any(key.startswith("tree_explored_") for key in counters))
+
+    def plain_ms(self, group: int) -> float | None:
+        """Of a step without drafts; ``None``: not measured at this load."""
+        return self.by_shape.get((group, 0, 1))
+
+    def drafts_ms(self, group: int, depth: int, nodes: int) -> float | None:
+        """Of a step with drafts of this shape; ``None``: not measured at this load."""
+        if self.chooses_trees:
+            keys = [key for key in self.by_shape if key[0] == group and key[1]]
+            times = [self.by_shape[key] for key in keys]
+            return times[0] if len(times) == 1 else None
+        return self.by_shape.get((group, depth, nodes))
+
+
 @dataclass(frozen=True)
 class TreeShare:
     """How often a server's steps had one shape lately, where each step's tree is chosen."""

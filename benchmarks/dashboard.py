@@ -40,6 +40,7 @@ FIRST = {
     "Acceptance": PLOT,
     "Versions": "[data-testid=stDataFrame] canvas",
     "Training": "[data-testid=stDataFrame] canvas",
+    "Worth": PLOT,
     "Requests": "[data-testid=stDataFrame] canvas",
     "SQL": "textarea",
     "Audit": "[data-testid=stDataFrame] canvas",
@@ -135,7 +136,7 @@ def contents(store: Path) -> str:
 def look(clock: Clock, store: Path) -> None:
     """Every page, and everything that can be chosen on it."""
     page = clock.page
-    for name in ("Alerts", "Acceptance", "Versions", "Training", "Requests", "SQL", "Audit", "Now"):
+    for name in (*browser.PAGES[1:], browser.PAGES[0]):
         clock.open(name)
     for name in browser.PAGES:
         clock.viewer.open(name)
@@ -163,6 +164,9 @@ def look(clock: Clock, store: Path) -> None:
         page.get_by_role("dialog").get_by_role("textbox", name="Reason").wait_for,
     )
     page.keyboard.press("Escape")
+    clock.viewer.open("Worth")
+    for period in ("30 days", "90 days"):
+        clock.press("Worth", "period", period)
     clock.viewer.open("Requests")
     for period in ("15 minutes", "7 days", "ever"):
         clock.press("Requests", "period", period)

@@ -173,11 +173,14 @@ class History:
         insert(db, "alias", [
             dict(group_id=1, name=name, version_id=version, updated_at=text(self.end))
             for name, version in (("live", live), ("previous", previous)) if version])  # fmt: skip
+        counters = {"step_ms_plain": 20.0, "step_ms_spec": 26.0}
+        counters |= {f"step_ms_{group}_0_1": 20.0 for group in (1, 2, 4)}
+        counters |= {f"step_ms_{group}_{DEPTH}_{NODES}": 26.0 for group in (1, 2, 4)}
         insert(db, "server", [dict(
             id=n, group_id=1, name=f"gpu-{n}:30000", boot_id=n, sglang_version="0.5.21",
             boot_version_id=1, live_version_id=live, live_sha256=f"{live:064x}", state="running",
             dtype="bfloat16", phase="speculating", phase_reason="it is faster", speculation_share=1,
-            counters=json.dumps({"step_ms_plain": 20.0, "step_ms_spec": 26.0}), last_error="",
+            counters=json.dumps(counters), last_error="",
             started_at=text(self.begin), last_seen_at=text(self.end))
             for n in range(1, SERVERS + 1)])  # fmt: skip
 

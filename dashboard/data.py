@@ -22,6 +22,7 @@ from aurora_sgl.trace_room import TraceRoom
 
 from . import tokens
 from .context import Group, engine_of, find_groups
+from .standing import NEWEST, Speed, Standing
 
 #: Seconds for which numbers of the moment, sums over long times, and the past are kept.
 FRESH, LONG, PAST = 3.0, 60.0, 600.0
@@ -151,6 +152,21 @@ def trace_room(group: Group) -> TraceRoom | None:
 
 def look(group: Group) -> status.GroupStatus:
     return status.look(group.engine, group.name)
+
+
+def standing_of(group: Group, look: status.GroupStatus, speed: Speed | None) -> Standing:
+    """What the headline rests on."""
+    with store.session(group.engine, write=False) as s:
+        rows = queries.servers.servers(s, group.id)
+        may_train, newest = queries.training_requests.may_train_counts(s, group.id, NEWEST)
+        return Standing(
+            look,
+            speed,
+            {row.name: dict(row.counters or {}) for row in rows},
+            {row.name: frozenset(row.notices or {}) for row in rows},
+            may_train,
+            newest,
+        )
 
 
 def deployments(group: Group, limit: int | None = None) -> Sequence[Deployment]:

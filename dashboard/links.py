@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import streamlit as st
 
-#: Where the shell keeps the pages, by name.
+#: In the session's state: the pages by name.
 PAGES = "pages"
+
+
+def keep(pages: Iterable[st.Page]) -> None:
+    """Parts that refresh draw links without the shell around them."""
+    st.session_state[PAGES] = {page.title.lower(): page for page in pages}
 
 
 def to(page: str, label: str, icon: str, parameters: Mapping[str, str] | None = None) -> None:
@@ -15,4 +20,4 @@ def to(page: str, label: str, icon: str, parameters: Mapping[str, str] | None = 
     target = st.session_state.get(PAGES, {}).get(page)
     if target is not None:
         st.page_link(target, label=label, icon=f":material/{icon}:",
-                     query_params=dict(parameters or {}))  # fmt: skip
+                     query_params=dict(parameters or {}) or None)  # fmt: skip

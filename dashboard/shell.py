@@ -14,7 +14,18 @@ from aurora_sgl.store.accounts import OPERATOR, Account
 from . import dialogs, links, login, saved_views, tokens, words
 from .context import find_groups, group, in_words
 from .parts import guarded
-from .screens import acceptance, alerts, audit, compare, now, requests, sql, training, versions
+from .screens import (
+    acceptance,
+    alerts,
+    audit,
+    compare,
+    now,
+    requests,
+    sql,
+    training,
+    versions,
+    worth,
+)
 
 ICON, LOGO = (Path(__file__).parent / "pictures" / name for name in ("icon.svg", "logo.svg"))
 #: Less empty space above and beside the pages than Streamlit leaves.
@@ -43,6 +54,7 @@ PAGES = (
     (versions, "Versions", "account_tree"),
     (compare, "Compare", "compare"),
     (training, "Training", "model_training"),
+    (worth, "Worth", "savings"),
     (requests, "Requests", "segment"),
     (sql, "SQL", "database"),
     (audit, "Audit", "history"),
@@ -63,14 +75,13 @@ def show() -> None:
         )
         for page, title, icon in PAGES
     ]  # fmt: skip
-    st.session_state["pages"] = {page.title: page for page in pages}  # for links to them
+    links.keep(pages)
     # Before the login too, so that an address of a page leads there afterwards.
     chosen = st.navigation(pages, position="hidden" if account is None else "sidebar")
     if account is None:
         login.show()
         return
     login.keep_cookie()
-    st.session_state[links.PAGES] = {page.title.lower(): page for page in pages}
     with st.sidebar:
         _who(account)
     if not _choose_group():

@@ -24,6 +24,7 @@ from aurora_sgl.cli import (
     rollout,
     serving,
     versions,
+    worth,
 )
 from aurora_sgl.console import print_error
 from aurora_sgl.errors import AuroraError
@@ -48,6 +49,7 @@ for command in (
     operating.scheduler,
     operating.status,
     operating.watch,
+    worth.worth,
     rollout.promote,
     rollout.rollback,
     db.doctor,

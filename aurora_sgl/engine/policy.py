@@ -22,7 +22,7 @@ from aurora_sgl import intervals
 from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.engine.step_times import StepTimings
-from aurora_sgl.step_cost import MARGIN, is_worth
+from aurora_sgl.step_cost import MARGIN, is_worth, step_key
 
 _ENTRY_FEE = 4.0  # steps charged at once, so that a burst of requests is not admitted as a whole
 #: Steps; bounds what a quiet time saves up, and the debt of requests that asked for drafts.
@@ -313,7 +313,8 @@ class SpeculationPolicy:
         """Step counts, the median duration of the last steps, and of either kind at the batch size
         for which both are known best; and for each group of batch sizes at which both are known, N
         the largest of it (``batch_bucket``), ``break_even_N``, ``depth_N`` and ``nodes_N`` of the
-        best shape there, and ``gain_N``, the speed with drafts over that without.
+        best shape there, and ``gain_N``, the speed with drafts over that without; and what a step
+        of each shape takes there (``step_cost.step_key``).
 
         ``step_ms_plain``, ``step_ms_spec`` and their ``gain`` (0: not known yet) are absent until
         both were seen at least 8 times.
@@ -339,6 +340,7 @@ class SpeculationPolicy:
             result[f"nodes_{group}"] = float(best.nodes)
             if gain is not None:
                 result[f"gain_{group}"] = gain
+            result |= self._step_times(group)
             samples = min(self.times.count(one, group) for one in (NO_DRAFT, best))
             plain, drafts = self.times.plain(group), self.times.of(best, group)
             both.append((samples, group, gain or 0.0, plain or 0.0, drafts or 0.0))
@@ -346,3 +348,13 @@ class SpeculationPolicy:
             _, _, result["gain"], plain, drafts = max(both)
             result["step_ms_plain"], result["step_ms_spec"] = 1000 * plain, 1000 * drafts
         return result
+
+    def _step_times(self, group: int) -> dict[str, float]:
+        """Of each shape that was timed at this load, and of none."""
+        times = {shape: self.times.of(shape, group) for shape in self.shapes}
+        times[NO_DRAFT] = self.times.plain(group)
+        return {
+            step_key(group, shape.depth, shape.nodes): 1000 * took
+            for shape, took in times.items()
+            if took is not None
+        }

@@ -14,9 +14,10 @@ from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts
 from aurora_sgl.trace_room import TraceRoom
 
-from .. import buckets, charts, data, links, words
+from .. import buckets, charts, data, links, next_steps, standing, words
 from ..context import Group, group, local, now
 from ..parts import refreshing
+from ..standing import Standing, StateLine
 
 SECONDS = 5.0
 ALL = "all domains"
@@ -66,10 +67,10 @@ def _page() -> None:
     here = group()
     look = data.look(here)
     moment = measure(here)
-    _headline(look, moment)
+    _headline(_standing(here, look, moment))
     if moment is not None:
         _numbers(look, moment, here)
-    _alerts(alerts.alerts(here.engine, look))
+    _alerts(alerts.alerts(here.engine, look), look)
     left, right = st.columns([3, 2], gap="large")
     with left:
         if moment is not None:
@@ -110,44 +111,43 @@ def yesterday(here: datetime) -> tuple[datetime, datetime]:
     return (today - timedelta(days=1)).astimezone(UTC), today.astimezone(UTC)
 
 
-def _headline(look: status.GroupStatus, moment: Moment | None) -> None:
-    live = look.aliases.get("live")
-    if moment is None:
-        st.info(
-            "No request was served yet. Send one to a server's OpenAI endpoint, or run "
-            "`make demo`; numbers appear here within seconds.",
-            icon=":material/hourglass_empty:",
-        )
-        return
-    sentence = f"{words.version(live).capitalize()} is live. " if live else "No version is live. "
-    length = moment.served.accept_length
-    if length is None:
-        st.warning(
-            f"{sentence}No step carried drafts lately: speculation is off, or waits for a better "
-            "drafter. Requests are served without it.",
-            icon=":material/pause_circle:",
-        )
-        return
-    sentence += f"Each step yields {length:.2f} tokens"
-    up = moment.speed_up
-    if up is None:
-        st.info(
-            f"{sentence}. What that means for speed is known once a server has measured steps with "
-            "and without drafts.",
-            icon=":material/help:",
-        )
-    elif up >= 1:
-        st.success(
-            f"**Speculation is faster: {up:.2f} times the speed of decoding without it.** "
-            f"{sentence}; {_bar(moment)}.",
-            icon=":material/check_circle:",
-        )
-    else:
-        st.warning(
-            f"**Speculation is not faster yet: {up:.2f} times the speed of decoding without it.** "
-            f"{sentence}; {_bar(moment)}. {moment.draft_share:.0%} of the steps carry drafts.",
-            icon=":material/trending_down:",
-        )
+DRAW = {
+    standing.GOOD: (st.success, "check_circle"),
+    standing.INFO: (st.info, "info"),
+    standing.WARNING: (st.warning, "trending_down"),
+    standing.ERROR: (st.error, "error"),
+}
+
+
+def _headline(s: Standing) -> None:
+    """The state in a sentence, what else holds, and where to go."""
+    line = standing.headline(s)
+    _say_state(line)
+    for other in standing.beside(s):
+        _say_state(other)
+
+
+def _say_state(line: StateLine) -> None:
+    draw, icon = DRAW[line.tone]
+    quoted = f" ({words.literal(line.quoted)})" if line.quoted else ""
+    draw(f"{line.text.strip()}{quoted}", icon=f":material/{icon}:")
+    if line.step is not None:
+        next_steps.link(line.step)
+
+
+def _standing(here: Group, look: status.GroupStatus, moment: Moment | None) -> Standing:
+    return data.standing_of(here, look, _speed(moment) if moment is not None else None)
+
+
+def _speed(moment: Moment) -> standing.Speed:
+    return standing.Speed(
+        accept_length=moment.served.accept_length,
+        speed_up=moment.speed_up,
+        break_even=moment.break_even,
+        draft_share=moment.draft_share,
+        loses_at=tuple(sorted(size for size, gain in moment.cost.gains.items() if gain < 1)),
+        is_now=moment.window.is_now,
+    )
 
 
 def _bar(moment: Moment) -> str:
@@ -226,7 +226,7 @@ def _in_words(alert: Alert) -> str:
     return f"{alert.head}{words.ago(alert.when) if alert.when is not None else ''}{alert.tail}"
 
 
-def _alerts(problems: list[Alert]) -> None:
+def _alerts(problems: list[Alert], look: status.GroupStatus) -> None:
     st.subheader("Alerts")
     if not problems:
         st.caption("None: servers run what they should, nothing was lost, nothing drifted.")
@@ -235,6 +235,8 @@ def _alerts(problems: list[Alert]) -> None:
         if texts:
             listed = texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)
             draw(listed, icon=f":material/{icon}:")
+            steps = [next_steps.of_alert(one, look) for one in problems if one.severe is severe]
+            next_steps.links(step for step in steps if step is not None)
     links.to("alerts", "Who takes care, and what was off before", "notifications")
 
 
@@ -297,8 +299,8 @@ def _servers(look: status.GroupStatus) -> None:
             "server": server.name,
             "runs": words.version(server.live_version_id),
             "state": words.server_state(server),
-            "drafts": f"{server.phase or 'not said'}, {server.speculation_share or 0:.0%} of steps",
-            "why": server.phase_reason,
+            "drafts": _drafts(server),
+            "why": "" if server.silent else server.phase_reason,
             "heard of": words.since(server.last_seen_at),
         }
         for server in look.servers
@@ -307,6 +309,13 @@ def _servers(look: status.GroupStatus) -> None:
         "servers", rows,
         empty="No server runs. Start one with: aurora-sgl serve --model PATH, or make demo.",
     )  # fmt: skip
+
+
+def _drafts(server: status.ServerStatus) -> str:
+    if not server.phase:
+        return "not said yet"
+    last = f"{server.phase}, {server.speculation_share or 0:.0%} of steps"
+    return f"not known now; before {last}" if server.silent else last
 
 
 def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:

@@ -18,6 +18,7 @@ from .. import (
     data,
     dialogs,
     lineage,
+    links,
     login,
     staging,
     verdicts,
@@ -237,10 +238,8 @@ def _compare(version: DrafterVersion, aliases: dict[str, int]) -> None:
     other = live if live != version.id else aliases.get("previous") or version.parent_id
     if other is None:
         return
-    st.page_link(
-        st.session_state["pages"]["Compare"], label=f"Compare with version {other}",
-        icon=":material/compare:", query_params={"a": str(other), "b": str(version.id)},
-    )  # fmt: skip
+    pair = {"a": str(other), "b": str(version.id)}
+    links.to("compare", f"Compare with version {other}", "compare", pair)
 
 
 def _buttons(here: Group, version: DrafterVersion, aliases: dict[str, int]) -> None:

@@ -113,6 +113,7 @@ def test_a_group_without_versions_and_requests_says_so_on_every_page(
         "Versions": "There is no version yet",
         "Compare": "There is no version yet; two can be compared",
         "Training": "No run was made yet",
+        "Worth": "No request was served yet, and no run trained",
         "Requests": "No request was served yet",
         "SQL": "One statement that reads",
         "Audit": "Nothing was promoted",

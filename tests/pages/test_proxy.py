@@ -79,6 +79,10 @@ def test_the_dashboard_works_behind_a_tls_proxy_under_a_sub_path(
             viewer.open(name)
             assert page.url.split("?")[0] in (f"{url}/{name.lower()}", f"{url}/")
             assert page.evaluate(INTERPRETED) == [], name
+        viewer.open("Now")  # a link of an alert, from there and back to the page itself
+        page.get_by_test_id("stMain").get_by_role("link", name=re.compile("^Run")).click()
+        expect(page.get_by_role("heading", name="Training", level=1)).to_be_visible()
+        assert page.url == f"{url}/training?run=1"
         viewer.open("SQL")
         page.get_by_role("textbox", name="Statement").fill(
             "SELECT domain, count(*) AS n FROM request GROUP BY domain"

@@ -45,6 +45,14 @@ def test_the_keyboard_reaches_every_page_every_choice_and_every_action(
     reached = "\n".join(tabbed(page))
     for name in (*PAGES, "Log out", "All versions", "Promote", "Pin", "Export"):
         assert re.search(rf"(?m)\b{name}$", reached), f"{name} is not reached:\n{reached}"
+    page = look("ada").page
+    with store.session(house.engine, write=False) as s:
+        run = queries.runs.runs(s, house.group_id, limit=1)[0].id  # it failed
+    assert re.search(rf"(?m)\bRun {run}$", "\n".join(tabbed(page)))
+    page.get_by_test_id("stMain").get_by_role("link", name=f"Run {run}").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name=f"Run {run}: ✖ failed").wait_for()
+    assert page.url.endswith(f"/training?run={run}")
     page = look("ada", "acceptance").page
     reached = "\n".join(tabbed(page))
     for name in ("24 hours", "by version", "Domain", "Version", "By position"):

@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[2]
 PASSWORDS = {"ada": "correct horse 1", "vera": "battery staple 2"}
 #: Pages by name, in the order of the navigation.
 PAGES = (
-    "Now", "Alerts", "Acceptance", "Versions", "Compare", "Training", "Requests", "SQL", "Audit",
-)  # fmt: skip
+    *("Now", "Alerts", "Acceptance", "Versions", "Compare", "Training", "Worth"),
+    *("Requests", "SQL", "Audit"),
+)
 #: Milliseconds that a page may take on a busy machine before a test gives up.
 PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)

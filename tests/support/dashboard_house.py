@@ -229,7 +229,8 @@ def add_servers(
     with store.session(house.engine) as s:
         for boot, name in servers.items():
             said = {"name": name, "dtype": "float32", "sglang_version": "0.5.21"}
-            counters = {"queue": 0.0, "step_ms_plain": 20.0, "step_ms_spec": 26.0}
+            counters = {"queue": 0.0, "step_ms_plain": 20.0, "step_ms_spec": 26.0,
+                        "step_ms_1_0_1": 20.0, f"step_ms_1_{DEPTH}_{NODES}": 26.0}  # fmt: skip
             hello = wire.Hello(boot, 1, said, 0, 0, 0, counters, notices or {})
             house.servers[boot] = queries.servers.register_server(s, house.group_id, hello).id
 

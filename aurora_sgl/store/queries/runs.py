@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
@@ -66,6 +66,31 @@ def runs(
     if status:
         query = query.where(TrainingRun.status == status)
     return s.scalars(query.order_by(TrainingRun.id.desc()).limit(limit)).all()
+
+
+class RunSpan(NamedTuple):
+    """From when to when a run went on, however it ended."""
+
+    started_at: datetime
+    finished_at: datetime | None  # None: it goes on
+    workers: int  # processes that trained
+
+
+def run_spans(s: Session, group_id: int, since: datetime, until: datetime) -> list[RunSpan]:
+    """Of the runs that went on at any moment of a span of time, oldest first."""
+    r = TrainingRun
+    query = (
+        select(r.started_at, r.finished_at, r.config)
+        .where(r.group_id == group_id, r.started_at < until)
+        .where(or_(r.finished_at.is_(None), r.finished_at > since))
+        .order_by(r.id)
+    )
+    return [RunSpan(begin, end, _workers(config)) for begin, end, config in s.execute(query)]
+
+
+def _workers(config: Mapping[str, Any] | None) -> int:
+    count = (config or {}).get("workers")
+    return count if isinstance(count, int) and count > 0 else 1
 
 
 def failed_runs(s: Session, group_id: int, since: datetime) -> Sequence[TrainingRun]:

@@ -8,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from aurora_sgl.step_cost import StepCost, TreeShare, tree_shares
+from aurora_sgl.step_cost import ShapeTimes, StepCost, TreeShare, tree_shares
 from aurora_sgl.store.models import Server
 
 
@@ -36,3 +36,9 @@ def step_times(
         )
         for row in s.scalars(query.order_by(Server.last_seen_at.desc()))
     ]
+
+
+def shape_times(s: Session, group_id: int) -> dict[int, ShapeTimes]:
+    """What steps of every boot that there is a row of take, as it said last, by its id."""
+    query = select(Server.id, Server.counters).where(Server.group_id == group_id)
+    return {row[0]: ShapeTimes.of(row[1] or {}) for row in s.execute(query)}

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.erased import erased_ids
-from aurora_sgl.store.models import Request, TrainingRequest, TrainingRun
+from aurora_sgl.store.models import Request, Server, TrainingRequest, TrainingRun
 from aurora_sgl.store.queries.requests import RecentRequest
 from aurora_sgl.store.upsert import insert_missing
 
@@ -41,6 +41,19 @@ def domains_of(s: Session, run_id: int) -> dict[str, int]:
         .order_by(count.desc(), Request.domain)
     )
     return dict(s.execute(query).tuples().all())
+
+
+def may_train_counts(s: Session, group_id: int, newest: int) -> tuple[int, int]:
+    """(those that may be learnt from, all) of the newest requests that have ended."""
+    servers = select(Server.id).where(Server.group_id == group_id)
+    query = (
+        select(Request.may_train)
+        .where(Request.server_id.in_(servers), Request.finished_at.is_not(None))
+        .order_by(Request.finished_at.desc())
+        .limit(newest)
+    )
+    answers = s.scalars(query).all()
+    return sum(map(bool, answers)), len(answers)
 
 
 def never_learnt(s: Session, group_id: int, rows: Sequence[RecentRequest]) -> list[RecentRequest]:

@@ -47,6 +47,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "scheduler": (),
     "status": ("--json",),
     "watch": ("--carry-on",),
+    "worth": ("--json",),
     "promote": ("4", *WHY, "--force"),
     "rollback": WHY,
     "doctor": ("--json",),

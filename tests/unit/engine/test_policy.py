@@ -17,6 +17,7 @@ from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.draft_shape import NO_DRAFT, DraftShape
 from aurora_sgl.engine.policy import TRY_STEPS, Admission, SpeculationPolicy, in_shape
 from aurora_sgl.engine.step_shape import StepShape, shapes_within
+from aurora_sgl.step_cost import ShapeTimes
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
@@ -48,6 +49,9 @@ def test_step_times_are_compared_at_one_batch_size_only_when_both_kinds_are_know
         policy.account(shape=ONE, batch_size=1, seconds=0.014)
     assert policy.counters()["step_ms_plain"] == pytest.approx(10.0)
     assert policy.counters()["step_ms_spec"] == pytest.approx(14.0)
+    # By load and shape only where both kinds are known: of 8 at once no plain step was timed.
+    by_shape = ShapeTimes.of(policy.counters()).by_shape
+    assert by_shape == {(1, 0, 1): pytest.approx(10.0), (1, 1, 2): pytest.approx(14.0)}
 
 
 ONE = DraftShape(1)
