@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.store import queries
-from aurora_sgl.store.liveness import SILENT_SECONDS, is_silent, training_lease_name
+from aurora_sgl.store.liveness import is_silent, training_lease_name
 from aurora_sgl.store.models import TrainingRun
 
 READING, SECOND_LOOK, TRAINING = "reading", "second_look", "training"
@@ -107,6 +107,24 @@ class RunProgress:
             return None
         return max(0.0, seconds - max(0.0, (now - self.updated_at).total_seconds()))
 
+    def sentence(self, now: datetime) -> str:
+        """One line for those who have no page."""
+        if self.lost:
+            since = self.updated_at or self.started_at
+            return f"run {self.run_id} was not heard of since {since:%Y-%m-%d %H:%M:%S} UTC"
+        left, of_stage = self.left(now), self.stage_left(now)
+        if self.paused:
+            time_left = f"paused: {self.paused}"
+        elif self.silent:
+            time_left = "it has said nothing lately"
+        elif left is not None:
+            time_left = f"about {left:.0f} s left"
+        elif of_stage is not None:
+            time_left = f"about {of_stage:.0f} s left of this stage"
+        else:
+            time_left = f"time left: {NOT_KNOWN}"
+        return f"run {self.run_id} ({self.trigger}), {self.doing}; {time_left}"
+
     def as_json(self) -> dict[str, Any]:
         """Without the curves."""
         return {name: value for name, value in vars(self).items() if name != "curves"}
@@ -126,7 +144,10 @@ def going_on(engine: Engine, group_id: int) -> RunProgress | None:
     held = lease is not None and lease.expires_at > now
     training = (scheduler.details.get("training") if scheduler is not None else None) or {}
     paused = ""
-    if scheduler is not None and training.get("paused") and not is_silent(scheduler.updated_at, now,
-                                                                          SILENT_SECONDS):  # fmt: skip
+    if (
+        scheduler is not None
+        and training.get("paused")
+        and not is_silent(scheduler.updated_at, now)
+    ):
         paused = str((scheduler.details.get("load") or {}).get("reason") or "servers are busy")
     return RunProgress.of(run, silent=silent, lost=silent and not held, paused=paused)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 import streamlit as st
@@ -14,7 +14,7 @@ from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts
 from aurora_sgl.trace_room import TraceRoom
 
-from .. import buckets, charts, data, words
+from .. import buckets, charts, data, live, words
 from ..context import Group, group, local, now
 from ..parts import refreshing
 
@@ -66,19 +66,27 @@ def _page() -> None:
     here = group()
     look = data.look(here)
     moment = measure(here)
-    _headline(look, moment)
-    if moment is not None:
-        _numbers(look, moment, here)
+    _top(here, look, moment)
     _alerts(alerts.alerts(here.engine, look))
     left, right = st.columns([3, 2], gap="large")
     with left:
         if moment is not None:
             _trend(here, moment)
-        _servers(look)
+        _servers(here)
     with right:
         if moment is not None:
             _for_whom(moment)
         _next(look, data.trace_room(here))
+
+
+@refreshing(live.LIVE)
+def _top(here: Group, look: status.GroupStatus, moment: Moment | None) -> None:
+    """What is live is read anew each time, which costs little; the numbers are those of the page,
+    which draws itself less often."""
+    fresh = replace(look, aliases=data.aliases(here))
+    _headline(fresh, moment)
+    if moment is not None:
+        _numbers(fresh, moment, here)
 
 
 def measure(here: Group) -> Moment | None:
@@ -289,7 +297,8 @@ def verdict(today: ServedCounts, before: ServedCounts) -> str:
     return "= no clear change"
 
 
-def _servers(look: status.GroupStatus) -> None:
+@refreshing(live.LIVE)
+def _servers(here: Group) -> None:
     st.subheader("Servers")
     rows = [
         {
@@ -300,7 +309,7 @@ def _servers(look: status.GroupStatus) -> None:
             "why": server.phase_reason,
             "heard of": words.since(server.last_seen_at),
         }
-        for server in look.servers
+        for server in status.servers(here.engine, here.name)
     ]
     words.table(
         "servers", rows,
@@ -320,18 +329,13 @@ def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:
         facts["next"] = words.joined(scheduler.next_action, ", ", when)
     if look.not_live is not None:
         facts["not live"] = _sentence(look.not_live.sentence)
-    if look.trial is not None and look.trial_id is not None:
-        trial = look.trial.trial
-        facts["trial"] = (
-            f"{words.version(trial.candidate_id)} against {words.version(trial.baseline_id)}: "
-            f"window {len(look.trial.windows)} of {look.trial.planned}"
-        )
+    if look.training is not None:
+        bar = live.run_bar(look.training)
+        facts["training"] = words.joined(live.run_sentence(look.training), bar)
+    if look.trial is not None and look.trial.trial.status == "running":
+        facts["trial"] = live.trial_bar(look.trial)
     if look.watch is not None and look.watch.watch.status == "running":
-        windows = look.watch.windows
-        facts["watch"] = f"{words.version(look.watch.watch.version_id)}: " + (
-            f"{len(windows)} windows so far, the last one: {windows[-1].verdict}" if windows
-            else "its first window is open"
-        )  # fmt: skip
+        facts["watch"] = live.watch_bar(look.watch)
     if room is not None:
         facts["room for traces"] = _sentence(room.sentence())
     facts["retention"] = _sentence(look.retention.sentence)

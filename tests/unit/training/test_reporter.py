@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def test_the_last_run_tells_what_comes_after_the_stage_that_goes_on(engine: Engi
               storing=[2.0, 0])  # fmt: skip
     run.now = 1.0
     assert run.reporter.state()["seconds_left"] == pytest.approx(3 + 50 + 10 + 2), "gate: of none"
-    assert run.says("window", requests=40, gate=12)["seconds_left"] == pytest.approx(50 + 10 + 6 + 2)
+    state = run.says("window", requests=40, gate=12)
+    assert state["seconds_left"] == pytest.approx(50 + 10 + 6 + 2)
     state = run.says("gate", 1.0, requests=12, done=0)
     assert state["seconds_left"] == pytest.approx(6 + 2)
     state = run.says("gate", 4.0, requests=12, done=4)  # slower than the last one
@@ -134,7 +136,7 @@ def test_it_writes_every_so_often_and_not_more(engine: Engine) -> None:
         time.sleep(0.01)
     reporter.close()
     assert 2 <= len(writes) <= 5
-    assert all(b - a >= 0.29 for a, b in zip(writes, writes[1:], strict=False))
+    assert all(b - a >= 0.29 for a, b in pairwise(writes))
     assert going_on(engine, 1) is not None
     count_then = len(writes)
     reporter({"event": "storing"})
