@@ -144,10 +144,7 @@ def going_on(engine: Engine, group_id: int) -> RunProgress | None:
     held = lease is not None and lease.expires_at > now
     training = (scheduler.details.get("training") if scheduler is not None else None) or {}
     paused = ""
-    if (
-        scheduler is not None
-        and training.get("paused")
-        and not is_silent(scheduler.updated_at, now)
-    ):
+    alive = scheduler is not None and not is_silent(scheduler.updated_at, now)
+    if scheduler is not None and alive and training.get("paused"):
         paused = str((scheduler.details.get("load") or {}).get("reason") or "servers are busy")
     return RunProgress.of(run, silent=silent, lost=silent and not held, paused=paused)
