@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 
 import streamlit as st
 
@@ -56,37 +57,65 @@ class Moment:
         return 1000 * length / draft_ms if length and draft_ms else None
 
 
+#: Seconds for which the parts of one look share what they read, and for which the part that draws
+#: itself every second goes on with the numbers of the others.
+SHARED, KEPT = 2.0, 8.0
+_LAST = "now: last look"
+
+
 def show() -> None:
+    """Parts side by side: one inside another would be drawn ever more often, since Streamlit sets a
+    timer for it each time that the outer one is drawn."""
     st.title("Now")
-    _page()
-
-
-@refreshing(SECONDS)
-def _page() -> None:
     here = group()
-    look = data.look(here)
-    moment = measure(here)
-    _top(here, look, moment)
-    _alerts(alerts.alerts(here.engine, look))
+    _top(here)
+    _problems(here)
     left, right = st.columns([3, 2], gap="large")
     with left:
-        if moment is not None:
-            _trend(here, moment)
+        _trend_part(here)
         _servers(here)
     with right:
-        if moment is not None:
-            _for_whom(moment)
-        _next(look, data.trace_room(here))
+        _right(here)
 
 
-@refreshing(live.LIVE)
-def _top(here: Group, look: status.GroupStatus, moment: Moment | None) -> None:
-    """What is live is read anew each time, which costs little; the numbers are those of the page,
-    which draws itself less often."""
+@refreshing(2.0)
+def _top(here: Group) -> None:
+    """What is live is read anew each time, which costs little; the numbers are kept."""
+    look, moment = _look(here, KEPT)
     fresh = replace(look, aliases=data.aliases(here))
     _headline(fresh, moment)
     if moment is not None:
         _numbers(fresh, moment, here)
+
+
+@refreshing(SECONDS)
+def _problems(here: Group) -> None:
+    _alerts(alerts.alerts(here.engine, _look(here, SHARED)[0]))
+
+
+@refreshing(SECONDS)
+def _trend_part(here: Group) -> None:
+    moment = _look(here, SHARED)[1]
+    if moment is not None:
+        _trend(here, moment)
+
+
+@refreshing(SECONDS)
+def _right(here: Group) -> None:
+    look, moment = _look(here, SHARED)
+    if moment is not None:
+        _for_whom(moment)
+    _next(look, data.trace_room(here))
+
+
+def _look(here: Group, seconds: float) -> tuple[status.GroupStatus, Moment | None]:
+    """What costs something to read, at most so old."""
+    of, when, pair = st.session_state.get(_LAST, (None, 0.0, None))
+    if of != here or monotonic() - when > seconds:
+        when, pair = monotonic(), (data.look(here), measure(here))
+        st.session_state[_LAST] = (here, when, pair)
+    both: tuple[status.GroupStatus, Moment | None] = pair
+    return both
 
 
 def measure(here: Group) -> Moment | None:
