@@ -118,9 +118,7 @@ def show_trial_and_watch(here: Group) -> None:
     """Those that go on, if any do."""
     trial = trials.status(here.engine, here.name)
     if trial is not None and trial.trial.status == "running":
-        st.markdown("**Trial**")
-        show(trial_bar(trial))
+        show(words.joined(Html("<b>Trial</b>"), trial_bar(trial)))
     watch = watches.status(here.engine, here.name)
     if watch is not None and watch.watch.status == "running":
-        st.markdown("**Watch**")
-        show(watch_bar(watch))
+        show(words.joined(Html("<b>Watch</b>"), watch_bar(watch)))

@@ -113,8 +113,7 @@ def _going_on(here: Group) -> None:
     started_here = trainings.ALL.is_running(here.name)
     ended = trainings.ALL.ended(here.name)
     if run is not None:
-        words.say(live.run_sentence(run))
-        live.show(live.run_bar(run))
+        live.show(words.joined(live.run_sentence(run), live.run_bar(run)))
         _curves_so_far(run)
     elif started_here:
         st.write("A run is starting.")
@@ -139,7 +138,9 @@ def _going_on(here: Group) -> None:
 
 #: What a curve is called, by its name in the progress of a run.
 CURVES = {"loss": "objective (loss)", "reward": "reward",
-          "accept_length": "accept length on requests held out for choosing"}  # fmt: skip
+          "accept_length": "held-out accept length"}  # fmt: skip
+#: Points of a curve from which on their marks would run into each other.
+CROWDED = 40
 
 
 def _curves_so_far(run: RunProgress) -> None:
@@ -154,6 +155,8 @@ def _curves_so_far(run: RunProgress) -> None:
             pairs = [(float(x), float(y)) for x, y in points]
             short = "accept length" if name == "accept_length" else title
             figure = charts.curves({title: pairs}, "updates", short)
+            if len(pairs) > CROWDED:
+                figure.update_traces(mode="lines")
             charts.show(figure, f"so far {name} {run.run_id}", f"{title} so far")
 
 
@@ -236,7 +239,7 @@ def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
         "took": words.span(((run.finished_at or now()) - run.started_at).total_seconds()),
         "from": words.version(run.base_version_id),
         "made": words.version(version),
-        "requests": run.requests,
+        "requests": run.requests or run.progress.get("requests", 0),
         "tokens": run.tokens,
         "before": run.metrics.get("accept_length_before"),
         "after": run.metrics.get("accept_length_after"),

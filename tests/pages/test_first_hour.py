@@ -172,10 +172,12 @@ def test_a_run_that_goes_on_says_since_when_from_where_and_how_far_it_is(at_home
     assert "of the whole run: not told yet." in words
     curves = [figure(app, index)["data"][0] for index in (0, 1)]
     assert [(one["name"], len(one["x"])) for one in curves] == [
-        ("objective (loss)", 120), ("accept length on requests held out for choosing", 2),
+        ("objective (loss)", 120), ("held-out accept length", 2),
     ]  # fmt: skip
     assert "Its curves are above, as they come." in words
-    assert "Training, 120 of 400 updates" in said(draw(at_home.home, "Now"))
+    words = said(draw(at_home.home, "Now"))
+    assert "Training, 120 of 400 updates" in words
+    assert "version 3: 0 of 3 windows, the first one is open" in words, "its watch"
     samples.goes_on(at_home, 4, stage="gate", done=12, total=40, seconds_left=70.0)
     assert (
         "Gate: replaying held-out requests, 12 of 40 requests replayed. About 70 s left."

@@ -159,6 +159,8 @@ def test_a_run_is_lost_once_nobody_writes_and_nobody_holds_its_lease(engine: Eng
     assert not fresh.silent and not fresh.lost and fresh.share == pytest.approx(1 / 3)
     assert fresh.left(utc_now()) == pytest.approx(55, abs=1)
     assert fresh.doing == "training, 3 of 9 updates"
+    sentence = fresh.sentence(fresh.updated_at or utc_now())
+    assert sentence == "run 1 (requests), training, 3 of 9 updates; about 60 s left"
     assert progress(40).lost and progress(40).left(utc_now()) is None
     with store.session(engine) as s:
         name = training_lease_name(1)
