@@ -68,7 +68,7 @@ class RunProgress:
     def of(cls, run: TrainingRun, **more: Any) -> RunProgress:
         """What its row says; ``more``: what others say of it."""
         word = run.progress
-        at = word.get("updated_at")
+        moment = word.get("updated_at")
         return cls(
             run.id, run.trigger, run.status, run.started_at, run.base_version_id,
             stage=str(word.get("stage", "")),
@@ -77,7 +77,7 @@ class RunProgress:
             requests=int(word.get("requests", 0)),
             seconds_left=word.get("seconds_left"),
             stage_seconds_left=word.get("stage_seconds_left"),
-            updated_at=datetime.fromisoformat(at) if at else None,
+            updated_at=datetime.fromisoformat(moment) if moment else None,
             curves=word.get("curves") or {},
             **more,
         )  # fmt: skip
