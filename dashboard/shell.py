@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.store.accounts import OPERATOR, Account
 
-from . import dialogs, links, login, saved_views, tokens, words
+from . import dialogs, links, live, login, saved_views, tokens, words
 from .context import find_groups, group, in_words
 from .parts import guarded
 from .screens import (
@@ -65,7 +65,7 @@ def show() -> None:
     st.set_page_config(page_title="Aurora-SGL", page_icon=str(ICON), layout="wide",
                        initial_sidebar_state=SIDEBAR)  # fmt: skip
     st.logo(str(LOGO), icon_image=str(ICON), size="large")
-    st.html(STYLE + words.STYLE + tokens.STYLE)
+    st.html(STYLE + words.STYLE + tokens.STYLE + live.STYLE)
     account = login.account()
     login.settle(account)
     pages = [

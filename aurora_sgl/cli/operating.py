@@ -19,9 +19,11 @@ from aurora_sgl.cli.shared import (
     user,
     version_id,
 )
+from aurora_sgl.clock import utc_now
 from aurora_sgl.console import print_json, print_table, text_of
 
 if TYPE_CHECKING:
+    from aurora_sgl.rollout.run_progress import RunProgress
     from aurora_sgl.rollout.stages import StageStatus
     from aurora_sgl.rollout.status import GroupStatus, RetentionStatus
     from aurora_sgl.rollout.trial import TrialStatus
@@ -72,6 +74,7 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
                 "held_out": vars(held_out),
                 "last_verdict": vars(now.last_verdict) if now.last_verdict else None,
                 "not_live": vars(now.not_live) if now.not_live else None,
+                "training": now.training.as_json() if now.training else None,
                 "retention": vars(now.retention),
             }
         )
@@ -97,6 +100,7 @@ def status(group: Group = "", as_json: AsJson = False) -> None:
     if doing.next_action:
         when = f" (at the latest {text_of(doing.next_at)} UTC)" if doing.next_at else ""
         print(f"next: {doing.next_action}{when}")
+    _print_training(now.training)
     print(f"evidence: {held_out.sentence}")
     if now.last_verdict is not None:
         last = now.last_verdict
@@ -291,6 +295,11 @@ def trial_status(group: Group = "", as_json: AsJson = False) -> None:
                    "tokens/s of a stream": "stream_tokens_per_second"}  # fmt: skip
         rows = [{**columns_of(row), **row.metrics} for row in report.windows]
         print_table("windows", columns, rows)
+
+
+def _print_training(run: RunProgress | None) -> None:
+    if run is not None:
+        print(f"training: {run.sentence(utc_now())}")
 
 
 def _watch_json(report: WatchStatus | None) -> dict[str, Any] | None:

@@ -29,10 +29,14 @@ def training_progress(*, quiet: bool) -> Iterator[Callable[[dict[str, Any]], Non
                 bar.update(task, description=text, completed=event["done"], total=event["of"])
             elif event["event"] == "second_look":
                 text = f"judging the last candidate by {event['requests']} requests since"
-                bar.update(task, description=text)
+                bar.update(task, description=text, completed=event["done"], total=event["requests"])
+            elif event["event"] == "reading":
+                bar.update(task, description="reading requests", completed=0, total=None)
             elif event["event"] == "gate":
                 text = f"replaying {event['requests']} held-out requests"
-                bar.update(task, description=text, total=None)
+                bar.update(task, description=text, completed=event["done"], total=event["requests"])
+            elif event["event"] == "storing":
+                bar.update(task, description="storing the version")
 
         yield show
 

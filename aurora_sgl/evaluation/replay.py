@@ -19,7 +19,7 @@ leaves it out of a server's records, so that both sides count the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +124,10 @@ def replay_both(
     sequences: Iterable[Sequence],
     head: TargetHead,
     settings: EvaluationSettings,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[list[RequestReplay], list[RequestReplay]]:
-    """Both over the same requests, in the served dtype and draft shape."""
+    """Both over the same requests, in the served dtype and draft shape. ``progress`` gets how many
+    were replayed."""
     old, new = as_served(base, settings), as_served(candidate, settings)
     head = head.to(device_of(settings))
     before: list[RequestReplay] = []
@@ -133,4 +135,6 @@ def replay_both(
     for sequence in sequences:
         before.append(replay_one(old, sequence, settings.shape, head))
         after.append(replay_one(new, sequence, settings.shape, head))
+        if progress is not None:
+            progress(len(after))
     return before, after

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from aurora_sgl import store
 from aurora_sgl.clock import utc_now
 from aurora_sgl.config import SchedulerSettings
-from aurora_sgl.rollout import freezes, stages, switches, trial, watch, why_not
+from aurora_sgl.rollout import freezes, run_progress, stages, switches, trial, watch, why_not
 from aurora_sgl.rollout.why_not import NotLive, not_live
 from aurora_sgl.sequences.held_out import HeldOut, held_out_counts
 from aurora_sgl.sequences.splits import GATE_SHARE
@@ -95,6 +95,7 @@ class GroupStatus:
     freeze: FreezeWindow | None  # that goes on
     last_verdict: LastVerdict | None
     not_live: NotLive | None  # the newest version that was never live, and why
+    training: run_progress.RunProgress | None  # the run that goes on
     retention: RetentionStatus
 
 
@@ -238,5 +239,6 @@ def look(engine: Engine, group: str) -> GroupStatus:
         freeze=freezes.current(engine, group),
         last_verdict=last_verdict(engine, group),
         not_live=newest_candidate(engine, group),
+        training=run_progress.going_on(engine, row.id),
         retention=retention(engine, group),
     )

@@ -46,6 +46,23 @@ class TrialStatus:
     def planned(self) -> int:
         return 2 * int(self.trial.details["settings"]["pairs"])
 
+    @property
+    def finished(self) -> int:
+        """Windows that are over."""
+        return sum(window.finished_at is not None for window in self.windows)
+
+    def seconds_left(self, now: datetime) -> float | None:
+        """Until its last window is over; ``None``: nobody opens the next one."""
+        length = float(self.trial.details["settings"]["window_seconds"])
+        left = (self.planned - self.finished) * length
+        if not self.windows:
+            return left
+        last = self.windows[-1]
+        if last.finished_at is None:
+            gone = max(0.0, (now - last.started_at).total_seconds())
+            return None if gone > length + GRACE_SECONDS else left - min(length, gone)
+        return None if (now - last.finished_at).total_seconds() > GRACE_SECONDS else left
+
 
 @dataclass(frozen=True)
 class TrialPlan:

@@ -63,6 +63,11 @@ class WatchStatus:
     watch: Watch
     windows: Sequence[WatchWindow]
 
+    @property
+    def planned(self) -> int:
+        """Windows that end it well."""
+        return WatchSettings.model_validate(self.watch.settings).windows
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -27,8 +27,10 @@ from aurora_sgl import __version__
 from aurora_sgl.config import SchedulerSettings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.rollout import status
+from aurora_sgl.rollout.run_progress import RunProgress
 from aurora_sgl.store import queries
 from aurora_sgl.store.link import StoreAway, StoreLink
+from aurora_sgl.store.models import TrainingRun
 
 #: Letters below which a token is refused: it would be guessed.
 LEAST_TOKEN = 16
@@ -122,8 +124,19 @@ class AlertView(BaseModel):
     acknowledgement: str
 
 
+class ProgressView(BaseModel):
+    """How far a run is that goes on, by its last word. ``null``: not told yet."""
+
+    stage: str
+    done: int
+    total: int
+    seconds_left: float | None
+    stage_seconds_left: float | None
+    updated_at: datetime | None
+
+
 class RunView(BaseModel):
-    """One training run."""
+    """One training run. ``progress``: of one that goes on, or broke off."""
 
     id: int
     trigger: str
@@ -135,6 +148,7 @@ class RunView(BaseModel):
     tokens: int
     objective: str
     error: str
+    progress: ProgressView | None
 
 
 def make_app(link: StoreLink, group: str, token: str) -> FastAPI:
@@ -243,8 +257,8 @@ def _add_routes(app: FastAPI, reader: _Reader, locks: list[Any]) -> None:
 
     @app.get("/api/v1/runs", dependencies=locks, summary="Training runs")
     async def runs(limit: Limit = 20) -> list[RunView]:
-        return await reader.views(
-            RunView, lambda s, group_id: queries.runs.runs(s, group_id, limit=limit)
+        return await reader.rows(
+            lambda s, group_id: [_run(row) for row in queries.runs.runs(s, group_id, limit=limit)]
         )
 
 
@@ -281,6 +295,13 @@ def _scheduler(engine: Engine, group: str) -> SchedulerView:
 def _verdict(row: Any) -> VerdictView:
     columns = {name: getattr(row, name) for name in VerdictView.model_fields if name != "reason"}
     return VerdictView(**columns, reason=str(row.details.get("reason", "")))
+
+
+def _run(row: TrainingRun) -> RunView:
+    columns = {name: getattr(row, name) for name in RunView.model_fields if name != "progress"}
+    progress = RunProgress.of(row) if row.progress else None
+    view = ProgressView.model_validate(progress, from_attributes=True) if progress else None
+    return RunView(**columns, progress=view)
 
 
 class ApiServer:

@@ -45,7 +45,10 @@ _DOING = {
     "line_search": "replaying the dev split to choose how far to go",
     "gate": "replaying held-out requests",
     "second_look": "judging the last candidate by what was served since",
+    "storing": "storing the version and its verdict",
 }
+#: Events from which on a run is let come to its end: it is being judged.
+_JUDGED = ("gate", "storing")
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +174,7 @@ class Scheduler:
             return
         if not now.learning:
             child.stop(LEARNING_WENT_OFF)
-        elif now.live_id != self._base_id and child.progress.get("event") != "gate":
+        elif now.live_id != self._base_id and child.progress.get("event") not in _JUDGED:
             child.stop(f"version {now.live_id} went live meanwhile; the next run starts from it")
         elif self._must_pause():
             self._pause(child)
@@ -365,7 +368,7 @@ class Scheduler:
         decision, waiting = self._decision, self._candidate
         if self.child is not None:
             event = self.child.progress.get("event")
-            gate = event in ("gate", "second_look")
+            gate = event in (*_JUDGED, "second_look")
             doing = _DOING.get(str(event), f"training ({self.trigger})")
             if self._load.pace != load.FULL:
                 how = "paused" if self._load.pace == load.NONE else "at half pace"

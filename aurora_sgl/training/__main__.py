@@ -90,16 +90,17 @@ def _run(given: argparse.Namespace, settings: TrainSettings) -> dict[str, Any]:
 
 
 class _Printer:
-    """Progress on stderr, at most two update lines a second."""
+    """Progress on stderr, at most two lines a second of the same event."""
 
     def __init__(self) -> None:
-        self.last = 0.0
+        self.last, self.event = 0.0, ""
 
     def __call__(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
-        if event.get("event") == "update" and now - self.last < 0.5:
+        name = str(event.get("event"))
+        if name == self.event and now - self.last < 0.5:
             return
-        self.last = now
+        self.last, self.event = now, name
         print(json.dumps(event), file=sys.stderr, flush=True)
 
 

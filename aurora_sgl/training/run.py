@@ -39,6 +39,7 @@ from aurora_sgl.training import line_search, reservoir
 from aurora_sgl.training.bases import BaseIds, Bases, base_ids, base_ratio, load
 from aurora_sgl.training.maturity import by_maturity, trained_tokens
 from aurora_sgl.training.recipe_bandit import RecipeChoice, choose, past_rewards, reward_of
+from aurora_sgl.training.reporter import RunReporter
 from aurora_sgl.training.resume import Checkpoints, RunPlan, settings_of
 from aurora_sgl.training.run_data import RunData
 from aurora_sgl.training.second_look import RequestsSince, base_after, requests_since
@@ -108,6 +109,7 @@ def train_once(
         ids = base_ids(s, owner.id, base_version_id, carry_on=carry_on)
         choice = _choice(s, owner.id, settings)
         settings = choice.settings
+        past = _past_stages(s, owner.id)
         run_id = queries.runs.start_run(
             s,
             owner.id,
@@ -116,8 +118,10 @@ def train_once(
             objective=settings.objective,
             config=settings.as_json(),
         ).id
-    run = _Run(engine, artifacts, owner.id, group, settings, run_id, progress, clock)
+    reporter = RunReporter(engine, run_id, past)
+    run = _Run(engine, artifacts, owner.id, group, settings, run_id, reporter, progress, clock)
     run.columns["metrics"] = choice.metrics if settings.explore else {}
+    reporter.start()
     try:
         return run.go(ids, Path(target or owner.target_model))
     except Skipped as reason:
@@ -139,6 +143,12 @@ def _choice(s: Session, group_id: int, settings: TrainSettings) -> RecipeChoice:
     return choose(settings, rewards, seed=[settings.seed, group_id, last])
 
 
+def _past_stages(s: Session, group_id: int) -> dict[str, Any]:
+    """What the stages of the last run that succeeded took."""
+    last = queries.runs.runs(s, group_id, status="succeeded", limit=1)
+    return dict(last[0].metrics.get("stage_seconds") or {}) if last else {}
+
+
 class _Run:
     def __init__(
         self,
@@ -148,13 +158,15 @@ class _Run:
         group: str,
         settings: TrainSettings,
         run_id: int,
+        reporter: RunReporter,
         progress: Progress | None,
         clock: Callable[[], float],
     ) -> None:
         self.clock = clock
         self.engine, self.artifacts = engine, artifacts
         self.group_id, self.group = group_id, group
-        self.settings, self.run_id, self.progress = settings, run_id, progress
+        self.settings, self.run_id = settings, run_id
+        self.reporter, self.progress = reporter, progress
         self.columns: dict[str, Any] = {}
         self.began = time.monotonic()
         self.info: TargetInfo | None = None
@@ -176,6 +188,7 @@ class _Run:
                 if judged.verdict == PASS:
                     return self._passed_now(judged)
                 bases = base_after(bases, judged)
+                self._say({"event": "reading"})
             self._go_on_from(bases)
             base, live = bases.base, bases.baseline
             recipe = _waiting(lambda: self._by_maturity(bases.ids.base))
@@ -191,8 +204,9 @@ class _Run:
                 traffic = Counter(row.domain for row in selection.window)
                 chosen = self._search(live, start, result, data, head, traffic)
                 gate = _waiting(lambda: self._gate(base, examples))
-                self._say({"event": "gate", "requests": len(gate)})
-                replays = replay_both(live, chosen, gate.readable(), head, self.settings)
+                say = self._counting("gate", len(gate))
+                replays = replay_both(live, chosen, gate.readable(), head, self.settings, say)
+                self._say({"event": "storing"})
                 result = replace(result, drafter=chosen)
                 _waiting(lambda: self._require_not_purged(examples))
                 outcome = _waiting(lambda: self._keep(bases.ids, result, replays, work))
@@ -203,8 +217,11 @@ class _Run:
             return outcome
 
     def end(self, status: str, *, error: str = "", **columns: Any) -> Outcome:
+        self.reporter.close()
+        fields = {**self.columns, **columns, "error": error, "progress": self.reporter.state()}
+        if status == "succeeded":
+            fields["metrics"] |= {"stage_seconds": self.reporter.stages()}
         with store.session(self.engine) as s:
-            fields = {**self.columns, **columns, "error": error}
             queries.runs.finish_run(s, self.run_id, status, **fields)
         return Outcome(self.run_id, status, error=error, metrics=fields.get("metrics", {}))
 
@@ -215,9 +232,9 @@ class _Run:
 
     def _judge_again(self, bases: Bases, head: TargetHead, since: RequestsSince) -> Evaluation:
         """The base against the live version, as one more try of its line."""
-        self._say({"event": "second_look", "requests": len(since.judging)})
+        say = self._counting("second_look", len(since.judging))
         before, after = replay_both(
-            bases.baseline, bases.base, since.judging.readable(), head, self.settings
+            bases.baseline, bases.base, since.judging.readable(), head, self.settings, say
         )
         return _waiting(
             lambda: record(
@@ -283,7 +300,8 @@ class _Run:
             "reservoir_requests": len(selection.reservoir),
         }
         self._note_held_out(data, selection)
-        self._say({"event": "window", "requests": len(data.train), "gate": len(data.gate)})
+        counts = {"requests": len(data.train), "dev": len(data.dev), "gate": len(data.gate)}
+        self._say({"event": "window", **counts})
         if len(data.train) < settings.min_requests:
             raise Skipped(
                 f"{len(data.train)} requests to train on, at least {settings.min_requests} needed"
@@ -385,11 +403,11 @@ class _Run:
 
             return train_on_workers(
                 start, data.train, head, settings,
-                dev=dev, progress=self.progress, checkpoints=checkpoints,
+                dev=dev, progress=self._say, checkpoints=checkpoints,
             )  # fmt: skip
         return train(
             start, data.train, head, settings,
-            dev=dev, progress=self.progress, checkpoints=checkpoints, clock=self.clock,
+            dev=dev, progress=self._say, checkpoints=checkpoints, clock=self.clock,
         )  # fmt: skip
 
     def _keep(
@@ -448,7 +466,17 @@ class _Run:
         gain, reward = earned or (None, None)
         return {"gain": gain, "reward": reward}
 
+    def _counting(self, event: str, requests: int) -> Callable[[int], None]:
+        """Tells that a replay of so many requests begins, and then how many were replayed."""
+
+        def say(done: int) -> None:
+            self._say({"event": event, "requests": requests, "done": done})
+
+        say(0)
+        return say
+
     def _say(self, event: dict[str, Any]) -> None:
+        self.reporter(event)
         if self.progress is not None:
             self.progress(event)
 

@@ -15,6 +15,7 @@ from aurora_sgl.drafter.model import Drafter
 from aurora_sgl.drafter.target import TargetHead
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.evaluation.device import device_of
+from aurora_sgl.intervals import or_none
 from aurora_sgl.sequences.sequence import Sequences
 from aurora_sgl.training.batches import batches
 from aurora_sgl.training.early_stop import EarlyStop
@@ -25,6 +26,9 @@ from aurora_sgl.training.team import Team
 
 #: Of each weight a checkpoint has the weight, its average and AdamW's two moments, in float32.
 _COPIES = 4
+
+#: Points of a curve that a run which goes on from a checkpoint tells of what came before.
+_POINTS = 200
 
 #: Called after every update; may block (to give way to serving): that time does not count.
 Progress = Callable[[dict[str, Any]], None]
@@ -123,6 +127,7 @@ class _RunState:
             chief = self.team.rank == 0
             stop = self.stopping.after_pass(self.learner.average) if chief else None
             self.over = bool(self.team.share(stop))
+            self._tell("pass", dev_accept_length=self._lengths())
             self._save(always=True)
 
     def take_up(self) -> None:
@@ -142,6 +147,12 @@ class _RunState:
         self.before, self.resumed_at = self.seconds, self.learner.updates
         if self.stopping is not None and state["stopping"] is not None:
             self.stopping.load(state["stopping"], self.learner.average)
+        self._tell(
+            "resumed",
+            loss=_curve(self.losses, _POINTS),
+            reward=_curve(self.statistics.get("reward_mean", []), _POINTS),
+            dev_accept_length=self._lengths(),
+        )
 
     def _save(self, *, always: bool) -> None:
         kept = self.checkpoints
@@ -216,22 +227,35 @@ class _RunState:
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * self._done()))
 
     def _report(self) -> None:
+        rewards, limit = self.statistics.get("reward_mean"), self.settings.max_seconds
+        self._tell(
+            "update",
+            loss=self.losses[-1],
+            tokens=self.tokens,
+            seconds=self.seconds,
+            **({"reward": rewards[-1]} if rewards else {}),
+            **({"seconds_allowed": max(0.0, limit - self.seconds)} if limit else {}),
+        )
+
+    def _tell(self, event: str, **more: Any) -> None:
         if self.progress is None or self.team.rank:
             return
         called = self.now()
         self.progress(
             {
-                "event": "update",
-                "pass": self.number + 1,
+                "event": event,
+                "pass": min(self.number + 1, len(self.plan)),
                 "passes": len(self.plan),
                 "update": self.updates_done,
                 "updates": self.total,
-                "loss": self.losses[-1],
-                "tokens": self.tokens,
-                "seconds": self.seconds,
+                **more,
             }
         )
         self.started += self.now() - called
+
+    def _lengths(self) -> list[float | None]:
+        """The accept lengths of the dev split so far, one a pass."""
+        return [or_none(x) for x in self.stopping.history] if self.stopping is not None else []
 
     def metrics(self) -> dict[str, Any]:
         seconds = max(1e-9, self._clock())

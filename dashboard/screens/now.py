@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 
 import streamlit as st
 
@@ -14,7 +15,7 @@ from aurora_sgl.store.queries import trends
 from aurora_sgl.store.queries.trends import Filter, ServedCounts
 from aurora_sgl.trace_room import TraceRoom
 
-from .. import buckets, charts, data, links, next_steps, standing, words
+from .. import buckets, charts, data, links, live, next_steps, standing, words
 from ..context import Group, group, local, now
 from ..parts import refreshing
 from ..standing import Standing, StateLine
@@ -57,29 +58,66 @@ class Moment:
         return 1000 * length / draft_ms if length and draft_ms else None
 
 
+#: Seconds for which the parts of one look share what they read, and for which the part that draws
+#: itself every second goes on with the numbers of the others.
+SHARED, KEPT = 2.0, 8.0
+_LAST = "now: last look"
+
+
 def show() -> None:
+    """Parts side by side: one inside another would be drawn ever more often, since Streamlit sets a
+    timer for it each time that the outer one is drawn."""
     st.title("Now")
-    _page()
+    here = group()
+    _top(here)
+    _problems(here)
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        _trend_part(here)
+        _servers(here)
+    with right:
+        _right(here)
+
+
+@refreshing(2.0)
+def _top(here: Group) -> None:
+    """What is live is read anew each time, which costs little; the numbers are kept."""
+    look, moment = _look(here, KEPT)
+    fresh = replace(look, aliases=data.aliases(here))
+    _headline(_standing(here, fresh, moment))
+    if moment is not None:
+        _numbers(fresh, moment, here)
 
 
 @refreshing(SECONDS)
-def _page() -> None:
-    here = group()
-    look = data.look(here)
-    moment = measure(here)
-    _headline(_standing(here, look, moment))
-    if moment is not None:
-        _numbers(look, moment, here)
+def _problems(here: Group) -> None:
+    look = _look(here, SHARED)[0]
     _alerts(alerts.alerts(here.engine, look), look)
-    left, right = st.columns([3, 2], gap="large")
-    with left:
-        if moment is not None:
-            _trend(here, moment)
-        _servers(look)
-    with right:
-        if moment is not None:
-            _for_whom(moment)
-        _next(look, data.trace_room(here))
+
+
+@refreshing(SECONDS)
+def _trend_part(here: Group) -> None:
+    moment = _look(here, SHARED)[1]
+    if moment is not None:
+        _trend(here, moment)
+
+
+@refreshing(SECONDS)
+def _right(here: Group) -> None:
+    look, moment = _look(here, SHARED)
+    if moment is not None:
+        _for_whom(moment)
+    _next(look, data.trace_room(here))
+
+
+def _look(here: Group, seconds: float) -> tuple[status.GroupStatus, Moment | None]:
+    """What costs something to read, at most so old."""
+    of, when, pair = st.session_state.get(_LAST, (None, 0.0, None))
+    if of != here or monotonic() - when > seconds:
+        when, pair = monotonic(), (data.look(here), measure(here))
+        st.session_state[_LAST] = (here, when, pair)
+    both: tuple[status.GroupStatus, Moment | None] = pair
+    return both
 
 
 def measure(here: Group) -> Moment | None:
@@ -292,7 +330,8 @@ def verdict(today: ServedCounts, before: ServedCounts) -> str:
     return "= no clear change"
 
 
-def _servers(look: status.GroupStatus) -> None:
+@refreshing(live.LIVE)
+def _servers(here: Group) -> None:
     st.subheader("Servers")
     rows = [
         {
@@ -303,7 +342,7 @@ def _servers(look: status.GroupStatus) -> None:
             "why": "" if server.silent else server.phase_reason,
             "heard of": words.since(server.last_seen_at),
         }
-        for server in look.servers
+        for server in status.servers(here.engine, here.name)
     ]
     words.table(
         "servers", rows,
@@ -330,12 +369,11 @@ def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:
         facts["next"] = words.joined(scheduler.next_action, ", ", when)
     if look.not_live is not None:
         facts["not live"] = _sentence(look.not_live.sentence)
-    if look.trial is not None and look.trial_id is not None:
-        trial = look.trial.trial
-        facts["trial"] = (
-            f"{words.version(trial.candidate_id)} against {words.version(trial.baseline_id)}: "
-            f"window {len(look.trial.windows)} of {look.trial.planned}"
-        )
+    if look.training is not None:
+        bar = live.run_bar(look.training)
+        facts["training"] = words.joined(live.run_sentence(look.training), bar)
+    if look.trial is not None and look.trial.trial.status == "running":
+        facts["trial"] = live.trial_bar(look.trial)
     if look.stage is not None and look.stage.is_open:
         one = look.stage.stage
         facts["stage"] = (
@@ -347,11 +385,7 @@ def _next(look: status.GroupStatus, room: TraceRoom | None) -> None:
             f" ({look.freeze.actor}: {look.freeze.reason})",
         )  # fmt: skip
     if look.watch is not None and look.watch.watch.status == "running":
-        windows = look.watch.windows
-        facts["watch"] = f"{words.version(look.watch.watch.version_id)}: " + (
-            f"{len(windows)} windows so far, the last one: {windows[-1].verdict}" if windows
-            else "its first window is open"
-        )  # fmt: skip
+        facts["watch"] = live.watch_bar(look.watch)
     if room is not None:
         facts["room for traces"] = _sentence(room.sentence())
     facts["retention"] = _sentence(look.retention.sentence)

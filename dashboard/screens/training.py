@@ -10,11 +10,13 @@ import pandas as pd
 import streamlit as st
 
 from aurora_sgl.errors import Refused
+from aurora_sgl.rollout import run_progress
+from aurora_sgl.rollout.run_progress import RunProgress
 from aurora_sgl.rollout.switches import AUTO_PROMOTE, LEARNING, SwitchState
 from aurora_sgl.rollout.switches import read as read_switches
 from aurora_sgl.store.models import TrainingRun
 
-from .. import actions, charts, data, dialogs, freezing, login, trainings, words
+from .. import actions, charts, data, dialogs, freezing, live, login, trainings, words
 from ..context import Group, group, now
 from ..dialogs import Question
 from ..parts import refreshing
@@ -108,15 +110,13 @@ class Turn:
 @refreshing(2.0)
 def _going_on(here: Group) -> None:
     st.subheader("Now")
-    running = [run for run in data.runs(here, 1) if run.status == "running"]
+    run = run_progress.going_on(here.engine, here.id)
+    running = run is not None and not run.lost
     started_here = trainings.ALL.is_running(here.name)
     ended = trainings.ALL.ended(here.name)
-    if running:
-        run = running[0]
-        words.say(
-            f"Run {run.id} ({run.trigger}) goes on for ", words.lasting(run.started_at),
-            f", from {words.version(run.base_version_id)}.",
-        )  # fmt: skip
+    if run is not None:
+        live.show(words.joined(live.run_sentence(run), live.run_bar(run)))
+        _curves_so_far(run)
     elif started_here:
         st.write("A run is starting.")
     else:
@@ -129,13 +129,37 @@ def _going_on(here: Group) -> None:
     if login.is_operator():
         st.button(
             "Train now", icon=":material/play_arrow:", key="train now",
-            disabled=bool(running) or started_here,
+            disabled=running or started_here,
             help="A run is going on" if running or started_here
             else "On the newest requests, at low priority; nothing goes live by it",
             on_click=_ask_to_train, args=(here,),
         )  # fmt: skip
         if st.session_state.get("open train"):
             st.rerun()
+
+
+#: What a curve is called, by its name in the progress of a run.
+CURVES = {"loss": "objective (loss)", "reward": "reward",
+          "accept_length": "held-out accept length"}  # fmt: skip
+#: Points of a curve from which on their marks would run into each other.
+CROWDED = 40
+
+
+def _curves_so_far(run: RunProgress) -> None:
+    """As far as there are any: of a run that goes on, or one that broke off."""
+    shown = [(name, points) for name, points in run.curves.items() if name in CURVES and points]
+    if not shown:
+        return
+    columns = st.columns(len(shown))
+    for column, (name, points) in zip(columns, shown, strict=True):
+        with column:
+            title = CURVES[name]
+            pairs = [(float(x), float(y)) for x, y in points]
+            short = "accept length" if name == "accept_length" else title
+            figure = charts.curves({title: pairs}, "updates", short)
+            if len(pairs) > CROWDED:
+                figure.update_traces(mode="lines")
+            charts.show(figure, f"so far {name} {run.run_id}", f"{title} so far")
 
 
 def _ask_to_train(here: Group) -> None:
@@ -228,7 +252,7 @@ def _row(run: TrainingRun, version: int | None) -> dict[str, Any]:
         "took": words.span(((run.finished_at or now()) - run.started_at).total_seconds()),
         "from": words.version(run.base_version_id),
         "made": words.version(version),
-        "requests": run.requests,
+        "requests": run.requests or run.progress.get("requests", 0),
         "tokens": run.tokens,
         "before": run.metrics.get("accept_length_before"),
         "after": run.metrics.get("accept_length_after"),
@@ -259,7 +283,17 @@ def _one(run: TrainingRun, versions: dict[int, int]) -> None:
             },
         )
     with right:
-        _curves(run)
+        if run.status == "running":
+            st.caption("Its curves are above, as they come.")
+        elif run.progress:
+            _broke_off(RunProgress.of(run))
+        else:
+            _curves(run)
+
+
+def _broke_off(run: RunProgress) -> None:
+    words.say(f"It broke off in this stage: {run.doing}.")
+    _curves_so_far(run)
 
 
 def _numbers(run: TrainingRun) -> dict[str, object]:
@@ -289,7 +323,4 @@ def _curves(run: TrainingRun) -> None:
             figure = charts.curves({title: points}, "% of the run", title)
             charts.show(figure, f"{name} {run.id}", f"{title} over the run")
     if not lengths and not run.metrics.get("loss_curve"):
-        st.caption(
-            "No curves: the run still goes on." if run.status == "running"
-            else "The run left no curves."
-        )  # fmt: skip
+        st.caption("The run left no curves.")

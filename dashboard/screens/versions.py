@@ -19,6 +19,7 @@ from .. import (
     dialogs,
     lineage,
     links,
+    live,
     login,
     staging,
     verdicts,
@@ -68,13 +69,18 @@ def show() -> None:
     _one(here, version, aliases, served.get(chosen))
 
 
-@refreshing(2.0)
+@refreshing(live.LIVE)
 def _where(here: Group) -> None:
-    """What each server runs, by its own word."""
+    """What each server runs, by its own word, and the trial or watch that goes on."""
     servers = status.servers(here.engine, here.name)
     if not servers:
         st.caption("No server runs; a promotion reaches servers when they start.")
-        return
+    else:
+        _what_servers_run(servers)
+    live.show_trial_and_watch(here)
+
+
+def _what_servers_run(servers: Sequence[status.ServerStatus]) -> None:
     rows = [
         {
             "server": server.name,
@@ -225,6 +231,7 @@ def _one(
     _compare(version, aliases)
     left, right = st.columns([2, 3], gap="large")
     with left:
+        _live_on(here, version.id)
         _facts(here, version, served)
         version_notes.show(here, version)
     with right:
@@ -269,6 +276,13 @@ def _buttons(here: Group, version: DrafterVersion, aliases: dict[str, int]) -> N
                        help="Its folder, as any SGLang loads it")  # fmt: skip
 
 
+@refreshing(live.LIVE)
+def _live_on(here: Group, version_id: int) -> None:
+    servers = [row.name for row in status.servers(here.engine, here.name)
+               if row.live_version_id == version_id]  # fmt: skip
+    words.facts("where it is live", {"live on": ", ".join(servers) or "no server"})
+
+
 def _facts(here: Group, version: DrafterVersion, served: ServedCounts | None) -> None:
     run = data.run_of(here, version.training_run_id)
     facts: dict[str, Any] = {
@@ -285,9 +299,6 @@ def _facts(here: Group, version: DrafterVersion, served: ServedCounts | None) ->
             f"{words.length(served.accept_length, served.interval)} over "
             f"{served.requests:,} requests"
         )
-    servers = [row.name for row in status.servers(here.engine, here.name)
-               if row.live_version_id == version.id]  # fmt: skip
-    facts["live on"] = ", ".join(servers) or "no server"
     facts["target"] = f"{version.target_model} {version.target_revision}".strip()
     facts["weights"] = version.weights_sha256[:32]
     facts["kept"] = (

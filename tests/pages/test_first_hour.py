@@ -13,7 +13,9 @@ from playwright.sync_api import Browser, expect
 from streamlit.testing.v1 import AppTest
 
 from aurora_sgl import store
+from aurora_sgl.clock import utc_now
 from aurora_sgl.store import queries
+from aurora_sgl.store.liveness import training_lease_name
 from aurora_sgl.store.models import Deployment
 from dashboard.screens import acceptance
 from tests.pages.test_pages import draw, said
@@ -157,10 +159,46 @@ def test_no_markup_is_cut_or_shown_as_text(at_home: House, page: str) -> None:
             assert sign not in text
 
 
-def test_a_run_that_goes_on_says_since_when_and_from_where(at_home: House) -> None:
-    words = said(draw(at_home.home, "Training"))
+def test_a_run_that_goes_on_says_since_when_from_where_and_how_far_it_is(at_home: House) -> None:
+    samples.goes_on(at_home, 4)
+    app = draw(at_home.home, "Training")
+    words = said(app)
     told = words.partition("Run 4 (requests) goes on for ")[2]
-    assert told.startswith("<time ") and "</time>, from version 3.</p>" in told[:200]
+    assert told.startswith("<time ") and "</time>, from version 3, on 43 requests." in told[:220]
+    assert 'role="progressbar"' in words and 'aria-valuenow="30"' in words
+    assert "Training, 120 of 400 updates. About 2 min left of this stage; " in words
+    assert "of the whole run: not told yet." in words
+    curves = [figure(app, index)["data"][0] for index in (0, 1)]
+    assert [(one["name"], len(one["x"])) for one in curves] == [
+        ("objective (loss)", 120), ("held-out accept length", 2),
+    ]  # fmt: skip
+    assert "Its curves are above, as they come." in words
+    words = said(draw(at_home.home, "Now"))
+    assert "Training, 120 of 400 updates" in words
+    assert "version 3: 0 of 3 windows, the first one is open" in words, "its watch"
+    samples.goes_on(at_home, 4, stage="gate", done=12, total=40, seconds_left=240.0)
+    assert (
+        "Gate: replaying held-out requests, 12 of 40 requests replayed. About 4 min left."
+        in said(draw(at_home.home, "Training"))
+    )
+
+
+def test_a_run_whose_trainer_is_gone_does_not_look_as_if_it_went_on(at_home: House) -> None:
+    old = (utc_now() - timedelta(seconds=50)).isoformat()
+    samples.goes_on(at_home, 4, updated_at=old)
+    words = said(draw(at_home.home, "Training"))
+    assert "It has said nothing lately" in words and "min left" not in words
+    with store.session(at_home.engine) as s:
+        name = training_lease_name(at_home.group_id)
+        held = queries.leases.lease(s, name)
+        assert held is not None
+        queries.leases.release_lease(s, name, held.holder, held.token)
+    app = draw(at_home.home, "Training")
+    words = said(app)
+    assert "Run 4 (requests) was not heard of since <time" in words
+    assert "its trainer is gone" in words and 'role="progressbar"' not in words
+    assert not app.button(key="train now").disabled, "another one may begin"
+    samples.goes_on(at_home, 4)
 
 
 def test_what_a_server_says_is_wrong_is_an_alert_with_its_name(at_home: House) -> None:

@@ -44,7 +44,8 @@ def group(*servers: ServerStatus, learning: bool = True, **more: Any) -> GroupSt
     fields: dict[str, Any] = {
         "group": "default", "generation": 1, "aliases": {"live": 3}, "wanted_version_id": 3,
         "trial_id": None, "servers": list(servers), "switches": [switch], "scheduler": scheduler,
-        "watch": None, "trial": None, "stage": None, "freeze": None, "last_verdict": None, "not_live": None, "retention": None,
+        "watch": None, "trial": None, "stage": None, "freeze": None, "training": None,
+        "last_verdict": None, "not_live": None, "retention": None,
     }  # fmt: skip
     return GroupStatus(**{**fields, **more})
 

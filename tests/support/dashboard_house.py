@@ -27,6 +27,7 @@ from aurora_sgl.rollout.promote import set_candidate
 from aurora_sgl.rollout.versions import import_version
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import RULES, IngestRules, ingest
+from aurora_sgl.store.liveness import training_lease_name
 from tests.support import hostile
 from tests.support.drafter_cases import VOCAB, target_folder
 
@@ -402,9 +403,24 @@ def first_hour(home: Path, now: datetime | None = None) -> House:
         judged = {"requests": 9, "left_out": {"rejection_sampling": 3}}
         row.details = {**row.details, "reason": UNJUDGED, "judged": judged}
     with clock_at(now - timedelta(seconds=71)), store.session(house.engine) as s:
-        queries.runs.start_run(s, house.group_id, trigger="requests", base_version_id=3)
+        run = queries.runs.start_run(s, house.group_id, trigger="requests", base_version_id=3)
+    goes_on(house, run.id)
     house.servers_follow()
     return house
+
+
+def goes_on(house: House, run_id: int, done: int = 120, **more: Any) -> None:
+    """The run's trainer holds its lease and says how far it is, in the midst of training."""
+    curves = {
+        "loss": [[float(x), 1 + 3 * 0.97**x] for x in range(1, done + 1)],
+        "accept_length": [[done / 3, 1.42], [2 * done / 3, 1.61]],
+    }
+    word = {"stage": "training", "done": done, "total": 400, "requests": 43, "curves": curves,
+            "seconds_left": None, "stage_seconds_left": 130.0,
+            "updated_at": clock.utc_now().isoformat(), **more}  # fmt: skip
+    with store.session(house.engine) as s:
+        queries.leases.acquire_lease(s, training_lease_name(house.group_id), "gpu-1:7:x", 3600)
+        queries.runs.note_progress(s, run_id, word)
 
 
 def fill_hostile(home: Path, engine: Engine | None = None, now: datetime | None = None) -> House:

@@ -260,6 +260,15 @@ def test_status_watch_and_trial_say_what_goes_on_in_one_group(
     text = run("status")[1]
     assert f"live: version {number}" in text and "watch over version" in text
     assert f"watch over version {number}" in run("watch")[1]
+    assert told["training"] is None and "training: " not in text
+    with store.session(house.engine) as s:
+        row = queries.runs.start_run(s, 1, trigger="drift")
+        word = {"stage": "training", "done": 3, "total": 9, "updated_at": f"{utc_now()}"}
+        queries.runs.note_progress(s, row.id, word)
+    line = f"training: run {row.id} (drift), training, 3 of 9 updates; time left: not told yet"
+    assert line in run("status")[1]
+    told = json.loads(run("status", "--json")[1])["training"]
+    assert (told["stage"], told["done"], told["lost"]) == ("training", 3, False)
 
 
 def test_one_training_run_makes_a_version_that_replay_can_judge(run: Run, house: House) -> None:  # noqa: F811

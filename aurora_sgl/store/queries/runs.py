@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from aurora_sgl.clock import utc_now
@@ -43,19 +43,31 @@ def start_run(
 
 def finish_run(s: Session, run_id: int, status: str, **fields: Any) -> TrainingRun:
     """End a run: ``status`` is succeeded, failed or skipped; ``fields`` are columns of
-    ``training_run`` such as requests, tokens, metrics, error, window_start.
+    ``training_run`` such as requests, tokens, metrics, error, window_start. Its progress goes,
+    unless it failed: how far it came is what is asked for then.
 
     Raises ``AuroraError`` for an unknown run or one that has ended.
     """
     run = s.get(TrainingRun, run_id)
     if run is None or run.status != "running":
         raise AuroraError(f"training run {run_id} is {run.status if run else 'unknown'}")
+    if status != "failed":
+        fields["progress"] = {}
     for name, value in {"finished_at": utc_now(), **fields, "status": status}.items():
         if name not in TrainingRun.__table__.columns:
             raise AttributeError(f"training_run has no column {name}")
         setattr(run, name, value)
     s.flush()
     return run
+
+
+def note_progress(s: Session, run_id: int, progress: Mapping[str, Any]) -> None:
+    """How far a run is; one that has ended stays as it is."""
+    s.execute(
+        update(TrainingRun)
+        .where(TrainingRun.id == run_id, TrainingRun.status == "running")
+        .values(progress=dict(progress))
+    )
 
 
 def runs(

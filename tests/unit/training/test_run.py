@@ -151,8 +151,15 @@ def test_a_run_makes_a_version_and_an_evaluation_against_the_live_one(house: Hou
         house.engine, house.artifacts, "default", SETTINGS, trigger="test", progress=seen.append
     )
     assert (outcome.status, outcome.verdict, outcome.error) == ("succeeded", "pass", "")
-    assert {event["event"] for event in seen} == {"window", "update", "line_search", "gate"}
+    assert {event["event"] for event in seen} == {
+        "window", "update", "line_search", "gate", "storing",
+    }  # fmt: skip
     (run,) = house.runs()
+    assert run.progress == {}, "what it came to says more"
+    took = run.metrics["stage_seconds"]
+    assert set(took) == {"reading", "training", "choosing", "gate", "storing"}
+    gate = [event["done"] for event in seen if event["event"] == "gate"]
+    assert gate == [*range(len(gate))] and gate[-1] == run.metrics["gate_requests"]
     assert run.status == "succeeded" and run.base_version_id == house.live
     assert run.requests > 20 and run.tokens > 0 and run.window_start is not None
     assert outcome.version_id is not None
@@ -448,7 +455,7 @@ def test_the_process_prints_one_json_result_and_progress_lines(house: House) -> 
     outcome = json.loads(done.stdout)
     assert outcome["status"] == "succeeded" and outcome["version_id"] > house.live
     events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-    assert events[0]["event"] == "window" and events[-1]["event"] == "gate"
+    assert events[0]["event"] == "window" and events[-1]["event"] == "storing"
 
 
 @pytest.mark.process
@@ -528,7 +535,7 @@ def test_a_store_that_is_away_at_the_end_of_a_run_is_waited_for(
     back = threading.Timer(3.0, other.rollback)
 
     def away_at_the_gate(event: dict[str, Any]) -> None:
-        if event["event"] == "gate":
+        if event["event"] == "gate" and not event["done"]:
             other.execute("BEGIN EXCLUSIVE")
             back.start()
 
@@ -540,6 +547,8 @@ def test_a_store_that_is_away_at_the_end_of_a_run_is_waited_for(
     engine.dispose()
     assert (outcome.status, outcome.verdict) == ("succeeded", "pass")
     assert "the store is away, waiting: the database is busy (database is locked)" in caplog.text
+    away = "the progress of run 1 can't be stored, the run goes on: the database is busy"
+    assert caplog.text.count(away) == 1
     (run,) = house.runs()
     assert run.status == "succeeded"
     with store.session(house.engine, write=False) as s:
