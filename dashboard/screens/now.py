@@ -69,6 +69,7 @@ def show() -> None:
     timer for it each time that the outer one is drawn."""
     st.title("Now")
     here = group()
+    st.session_state.pop(_LAST, None)  # who opens the page, or turns to it again, sees it as it is
     _top(here)
     _problems(here)
     left, right = st.columns([3, 2], gap="large")
