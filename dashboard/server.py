@@ -210,7 +210,7 @@ def options(site: Site) -> dict[str, object]:
         "client.toolbarMode": "viewer",
         "client.showErrorDetails": "none",
         "theme.primaryColor": "#0072B2",
-        "theme.dark.primaryColor": "#2A86C2",
+        "theme.dark.primaryColor": "#3B96D1",
         "logger.level": "error",
         "logger.hideWelcomeMessage": True,
     }

@@ -37,6 +37,11 @@ STYLE = """<style>
 /* Streamlit's own button writes cells that a spreadsheet would run, see exports. */
 [data-testid=stElementToolbar] button[aria-label^="Download as CSV"] {display:none}
 [data-testid=stAlertContainer] ul {margin:0 0 1rem; padding-left:.3rem}
+/* Small print, keys and buttons have the contrast that WCAG 2.1 AA asks for, in both themes. */
+[data-testid=stCaptionContainer] {opacity:.9}
+[data-testid=stCaptionContainer] code {color:inherit}
+[data-testid^=stBaseButton] kbd {opacity:1}
+button[kind^=primary]:not(:disabled) {background-color:#0072B2; border-color:#0072B2}
 /* On a tablet numbers stand in two rows, and tables below charts. */
 @media (min-width: 641px) and (max-width: 1000px) {
   [data-testid=stHorizontalBlock]:has(> [data-testid=stColumn] [data-testid=stMetric]),

@@ -93,11 +93,8 @@ class SidecarSupervisor:
             raise AuroraError(f"can't start the sidecar: {error}") from error
 
     def _environment(self) -> dict[str, str]:
-        """The settings of this process, whatever they came from, as variables."""
-        environment = dict(os.environ)
-        for name, value in self._settings.model_dump(mode="json").items():
-            if name != "health_port" or name in self._settings.model_fields_set:
-                environment[f"AURORA_{name.upper()}"] = str(value)
+        """Of the process that is started."""
+        environment = {**os.environ, **as_variables(self._settings)}
         environment["AURORA_HOME"] = str(self._settings.home.resolve())
         environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
@@ -173,3 +170,13 @@ class SidecarSupervisor:
                 process.wait()
         if self._thread is not None:
             self._thread.join(STOP_SECONDS)
+
+
+def as_variables(settings: Settings) -> dict[str, str]:
+    """The settings of this process, whatever they came from, so that another one reads the same.
+    What is nothing has no variable; the port of health is the sidecar's own to choose."""
+    return {
+        f"AURORA_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
+        for name, value in settings.model_dump(mode="json").items()
+        if value is not None and (name != "health_port" or name in settings.model_fields_set)
+    }

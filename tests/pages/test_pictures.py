@@ -1,4 +1,5 @@
-"""Every page, drawn in light and dark: nothing is cut, and nothing is empty without a word.
+"""Every page, drawn in light and dark: nothing is cut, nothing is empty without a word, and
+axe-core finds nothing serious.
 
 The pictures lie in the folder ``AURORA_PICTURES`` afterwards (default: pytest's own).
 """
@@ -14,6 +15,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.support import page_labels as labels
+from tests.support.accessibility import serious
 from tests.support.browser import PAGES, Viewer
 from tests.support.dashboard_house import House
 
@@ -57,6 +59,7 @@ def shoot(viewer: Viewer, folder: Path, name: str) -> None:
         page.wait_for_function(THEME, arg=theme)
         viewer.settled()
         page.screenshot(path=folder / f"{name}-{theme}.png")
+        assert (theme, serious(page)) == (theme, [])
     page.set_viewport_size({"width": 1400, "height": 900})
 
 
