@@ -43,8 +43,17 @@ def test_the_keyboard_reaches_every_page_every_choice_and_every_action(
 ) -> None:
     page = look("ada", "versions?version=4").page
     reached = "\n".join(tabbed(page))
-    for name in (*PAGES, "Log out", "All versions", "Promote", "Pin", "Export"):
+    own = ("Promote", "Pin", "Export", "Add note", "Add tags", "Take off", "Compare with version 3")
+    for name in (*PAGES, "Log out", "Save view", "All versions", *own):
         assert re.search(rf"(?m)\b{name}$", reached), f"{name} is not reached:\n{reached}"
+    for address, names in (
+        ("training", ("Freeze", "Train now", "Switch off")),
+        ("compare?a=3&b=4", ("Swap", "Origin and recipe")),
+        ("worth", ("7 days",)),
+    ):
+        reached = "\n".join(tabbed(look("ada", address).page, 50))
+        for name in names:
+            assert re.search(rf"(?m)\b{name}$", reached), f"{name} is not reached:\n{reached}"
     page = look("ada").page
     with store.session(house.engine, write=False) as s:
         run = queries.runs.runs(s, house.group_id, limit=1)[0].id  # it failed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from playwright.sync_api import Page
 
 #: A telephone, a tablet, a desk.
-WIDTHS = (390, 768, 1400)
+WIDTHS = (390, 768, 1400, 2560)
 #: Names of labels that reach out of their picture or what it shows of them, or into another one.
 CUT = """() => {
   const found = [];
