@@ -39,6 +39,7 @@ FIRST = {
     "Alerts": "h2, h3",
     "Acceptance": PLOT,
     "Versions": "[data-testid=stDataFrame] canvas",
+    "Compare": ".aurora-table",
     "Training": "[data-testid=stDataFrame] canvas",
     "Worth": PLOT,
     "Requests": "[data-testid=stDataFrame] canvas",
@@ -164,6 +165,10 @@ def look(clock: Clock, store: Path) -> None:
         page.get_by_role("dialog").get_by_role("textbox", name="Reason").wait_for,
     )
     page.keyboard.press("Escape")
+    clock.viewer.open("Compare")
+    for tab in ("Replay", "Served", "By position", "Requests"):
+        link = page.get_by_role("tab", name=tab, exact=True)
+        clock.time(f"Compare: {tab}", link.click, clock.viewer.ready)
     clock.viewer.open("Worth")
     for period in ("30 days", "90 days"):
         clock.press("Worth", "period", period)
