@@ -249,7 +249,6 @@ def _carry_on(s: Session, stage: RolloutStage, moment: datetime) -> None:
             return
         log.info("stage of version %d: %s", stage.version_id, window["reason"])
         stage.windows = [*stage.windows, window]
-        stage.outcome = ""
         s.flush()
     last = stage.windows[-1]["reason"]
     if verdict == "failed":
@@ -286,6 +285,7 @@ def _has_arrived(
         names = ", ".join(row.name for row in behind)
         stage.outcome = errors[0] if errors else f"it is on its way to {names}"
         return False
+    stage.outcome = ""
     return True
 
 

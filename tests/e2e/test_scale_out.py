@@ -82,7 +82,8 @@ class Fleet:
 
 
 class Traffic(threading.Thread):
-    """Requests through the gateway, streamed, one after another. A failed one is tried no more."""
+    """Requests through the gateway, streamed, one after another; no two begin alike, so that none
+    has KV of another version in its cached prefix. A failed one is tried no more."""
 
     def __init__(self, url: str, prompts: list[list[int]]) -> None:
         super().__init__(daemon=True)
@@ -95,8 +96,9 @@ class Traffic(threading.Thread):
         with httpx.Client(base_url=self._url, timeout=120) as client:
             while not self.ending.is_set():
                 self.going.wait()
-                prompt = self._prompts[(self.answers + self.failures) % len(self._prompts)]
-                body = {"input_ids": prompt, "stream": True,
+                count = self.answers + self.failures
+                prompt = self._prompts[count % len(self._prompts)]
+                body = {"input_ids": [1000 + count, *prompt], "stream": True,
                         "sampling_params": {"temperature": 0, "max_new_tokens": 24}}  # fmt: skip
                 try:
                     with client.stream("POST", "/generate", json=body, headers=HEADERS) as answer:

@@ -110,7 +110,13 @@ def test_only_the_servers_of_a_stage_run_its_version_and_all_do_once_it_goes_on(
     looked = {one.name: one for one in status.look(house.engine, "default").servers}
     assert [looked[f"h{n}"].wanted_version_id for n in range(3)] == house.wanted()
     assert [looked[f"h{n}"].converged for n in range(3)] == [False, True, True]
+    house.hear()
+    on_its_way = stages.tick(house.engine, house.group_id)
+    assert on_its_way is not None and on_its_way.sentence == "it is on its way to h0"
     house.runs(0, house.b)
+    house.hear()
+    there = stages.tick(house.engine, house.group_id)
+    assert there is not None and there.sentence == "window 0 of 2 is over"
     after = house.traffic((0.7, 0.7, 0.7), (house.b, house.a, house.a), seed=1)
     passed = house.judge(after)
     assert (passed.stage.status, passed.is_open) == ("passed", True), passed.sentence
