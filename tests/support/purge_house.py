@@ -237,7 +237,7 @@ class PurgeHouse:
             s.add(
                 RolloutStage(
                     group_id=group, version_id=two, baseline_id=one, generation=1, servers=["h"],
-                    actor="ada", reason="a server first", started_at=utc_now(),
+                    actor="ada", reason="a server first", started_at=utc_now(), status="failed",
                     outcome=f"worse in {DOMAIN}", windows=[{"reason": f"worse in {DOMAIN}"}],
                 )
             )  # fmt: skip
