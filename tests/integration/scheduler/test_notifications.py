@@ -460,7 +460,9 @@ def test_the_api_answers_what_is_live_with_its_token_only(
             assert (first["action"], first["actor"]) == ("rollback", "watch")
             (run,) = ours.get("/api/v1/runs").json()
             assert (run["error"], run["progress"]) == ("the disk is full", None)
-            with store.session(engine) as s:
+            kinds = lambda: {one["kind"] for one in ours.get("/api/v1/alerts").json()}  # noqa: E731
+            wait_until(lambda: {"switch_off", "training_failed"} <= kinds(), 30, "alerts")
+            with store.session(engine) as s:  # the newest run has not failed then
                 word = {"stage": "gate", "done": 3, "total": 9, "curves": {"loss": [[1, 2.0]]}}
                 row = queries.runs.start_run(s, house.group_id, trigger="drift")
                 queries.runs.note_progress(s, row.id, word)
@@ -468,8 +470,6 @@ def test_the_api_answers_what_is_live_with_its_token_only(
                 "stage": "gate", "done": 3, "total": 9, "seconds_left": None,
                 "stage_seconds_left": None, "updated_at": None,
             }  # fmt: skip
-            kinds = lambda: {one["kind"] for one in ours.get("/api/v1/alerts").json()}  # noqa: E731
-            wait_until(lambda: {"switch_off", "training_failed"} <= kinds(), 30, "alerts")
             assert ours.get("/api/v1/scheduler").json()["auto_promote"] is False
     finally:
         assert process.end() == 0
