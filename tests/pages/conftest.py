@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, expect
 
 from aurora_sgl import rollout, store
 from aurora_sgl.config import get_settings
+from aurora_sgl.rollout.promote import set_candidate
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
 from aurora_sgl.store.queries import sql_console
@@ -37,7 +38,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 @pytest.fixture
 def house(shared: House) -> Iterator[House]:
-    """The store that all share, with version 3 live and 2 before it, and servers that follow and
+    """The store that all share, with version 3 live, 2 before it and 4 the candidate, and servers that follow and
     are heard of, however long a test takes."""
     with store.session(shared.engine, write=False) as s:
         names = queries.aliases.aliases(s, shared.group_id)
@@ -45,6 +46,8 @@ def house(shared: House) -> Iterator[House]:
         for version in (2, 3):
             shared.servers_follow()
             rollout.promote(shared.engine, version, actor="test", reason="as before", force=True)
+    if "candidate" not in names:  # it was promoted
+        set_candidate(shared.engine, 4, shared.group_id)
     shared.servers_follow()
     with shared.heard_of():
         yield shared
