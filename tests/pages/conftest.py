@@ -38,8 +38,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 @pytest.fixture
 def house(shared: House) -> Iterator[House]:
-    """The store that all share, with version 3 live, 2 before it and 4 the candidate, and servers that follow and
-    are heard of, however long a test takes."""
+    """The store that all share, with version 3 live, 2 before it and 4 the candidate, and servers
+    that follow and are heard of, however long a test takes."""
     with store.session(shared.engine, write=False) as s:
         names = queries.aliases.aliases(s, shared.group_id)
     if (names.get("live"), names.get("previous")) != (3, 2):

@@ -104,8 +104,8 @@ ELSEWHERE = {"notify test": "no receiver is set"}
 #: What a role may do that only reads, but all tables.
 READS = {
     "status", "doctor", "versions list", "versions show", "versions compare", "versions export",
-    "switch list", "freeze list", "worth", "trial status", "alerts list", "notify list", "db current",
-    *NO_STORE,
+    "switch list", "freeze list", "worth", "trial status", "alerts list", "notify list",
+    "db current", *NO_STORE,
 }  # fmt: skip
 #: What only the owner of the tables, or who may make roles, can do.
 OWNERS = {"db upgrade", "db restore", "dashboard sql-role"}
