@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -13,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 from aurora_sgl import rollout, store
+from aurora_sgl.clock import utc_now
 from aurora_sgl.store import queries
 from aurora_sgl.store.accounts import Accounts
 from aurora_sgl.store.liveness import training_lease_name
@@ -179,6 +181,8 @@ def test_versions_are_compared_in_one_draft_shape(house: House, settings_of: Use
 
 def test_the_pages_show_the_numbers_of_the_store(house: House, settings_of: Use) -> None:
     settings_of(house.home)
+    # Of now: a headline about traffic that is over says so.
+    house.serve(utc_now() - timedelta(seconds=30), 3, steps=25, rng=random.Random(1))
     app = draw(house.home, "Acceptance", lines=acceptance.ALL, period="30 days")
     app_table = draw(house.home, "Acceptance", period="30 days", tab="The same numbers")
     frame = app_table.dataframe[0].value
