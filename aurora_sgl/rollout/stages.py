@@ -243,7 +243,7 @@ def _carry_on(s: Session, stage: RolloutStage, moment: datetime) -> None:
     staged, others = _servers(s, stage)
     if not _has_arrived(s, stage, staged, others, moment):
         return
-    while (verdict := _verdict(stage, rules)) is None:
+    while (verdict := watch.outcome([one["verdict"] for one in stage.windows], rules)) is None:
         window = _next_window(s, stage, rules, moment, _share(staged, others))
         if window is None:
             return
@@ -406,14 +406,6 @@ def _speed(
     return speeds(paces(here), paces(there), compared.accept_length / compared.expected)
 
 
-def _verdict(stage: RolloutStage, rules: WatchSettings) -> str | None:
-    """passed, failed, or ``None`` while it goes on."""
-    wrong = [one for one in stage.windows if one["verdict"] != "pass"]
-    if any(one["verdict"] == "fail" for one in wrong) or len(wrong) >= rules.failures:
-        return "failed"
-    return "passed" if len(stage.windows) >= rules.windows else None
-
-
 def _fail(s: Session, stage: RolloutStage, why: str) -> None:
     queries.stages.end_stage(s, stage, "failed", why)
     _mark(s, stage, "fail")
@@ -434,13 +426,7 @@ def _go_on_by_itself(engine: Engine, stage: RolloutStage, evidence: dict[str, An
 
 def _mark(s: Session, stage: RolloutStage, verdict: str) -> None:
     """The version's evaluation by live traffic."""
-    weighed = [one for one in stage.windows if one["expected_accept_length"]]
-    total = sum(one["verify_steps"] for one in weighed)
-
-    def mean(name: str) -> float | None:
-        return sum(one["verify_steps"] * one[name] for one in weighed) / total if total else None
-
-    length, expected = mean("accept_length"), mean("expected_accept_length")
+    length, expected = watch.mean_lengths(stage.windows)
     queries.evaluations.add_evaluation(
         s,
         candidate_id=stage.version_id,

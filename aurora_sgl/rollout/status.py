@@ -104,10 +104,11 @@ def servers(engine: Engine, group: str) -> list[ServerStatus]:
     with store.session(engine, write=False) as s:
         now = store_now(s)
         group_id = queries.groups.group_by_name(s, group).id
+        versions = queries.aliases.wanted_versions(s, group_id)
         hashes: dict[int, str] = {}
         statuses = []
         for row in sorted(queries.servers.servers(s, group_id), key=lambda row: row.name):
-            wanted = queries.aliases.wanted_version(s, group_id, server=row.name)
+            wanted = versions.of(row.name) if versions else None
             want = wanted.version_id if wanted else None
             if want is not None and want not in hashes:
                 hashes[want] = queries.versions.version(s, want).weights_sha256

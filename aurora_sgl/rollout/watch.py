@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -114,7 +114,7 @@ def tick(
             watch.baseline = _baseline(s, watch, rules)
             s.flush()
         windows = list(queries.watches.watch_windows(s, watch.id))
-        while _outcome(windows, rules) is None:
+        while outcome([row.verdict for row in windows], rules) is None:
             row = _next_window(s, watch, windows, rules, moment)
             if row is None:
                 return WatchStatus(watch, windows)
@@ -358,24 +358,35 @@ def _write(
     )
 
 
-def _outcome(windows: Sequence[WatchWindow], rules: WatchSettings) -> str | None:
-    """passed, failed, or ``None`` while it goes on."""
-    wrong = [w for w in windows if w.verdict != "pass"]
-    if any(w.verdict == "fail" for w in wrong) or len(wrong) >= rules.failures:
+def outcome(verdicts: Sequence[str], rules: WatchSettings) -> str | None:
+    """Of windows with these verdicts: passed, failed, or ``None`` while it goes on."""
+    wrong = [verdict for verdict in verdicts if verdict != "pass"]
+    if "fail" in wrong or len(wrong) >= rules.failures:
         return "failed"
-    return "passed" if len(windows) >= rules.windows else None
+    return "passed" if len(verdicts) >= rules.windows else None
+
+
+def mean_lengths(windows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
+    """(accept length, the expected one) over the windows that could be compared, by steps."""
+    weighed = [w for w in windows if w["expected_accept_length"] and w["accept_length"]]
+    total = sum(w["verify_steps"] for w in weighed)
+
+    def mean(name: str) -> float | None:
+        return sum(w["verify_steps"] * w[name] for w in weighed) / total if total else None
+
+    return mean("accept_length"), mean("expected_accept_length")
 
 
 def _conclude(
     engine: Engine, watch: Watch, windows: Sequence[WatchWindow], rules: WatchSettings
 ) -> WatchStatus:
-    outcome = _outcome(windows, rules)
+    ended = outcome([row.verdict for row in windows], rules)
     last = windows[-1].reason
     with store.session(engine) as s:
         name = queries.groups.group(s, watch.group_id).name
-        _mark(s, watch, windows, "pass" if outcome == "passed" else "fail")
+        _mark(s, watch, windows, "pass" if ended == "passed" else "fail")
     reason = f"{len(windows)} windows, the last: {last}"
-    if outcome == "failed":
+    if ended == "failed":
         evidence = {"watch_id": watch.id, "windows": [_plain(window) for window in windows]}
         try:
             change = rollback(
@@ -395,7 +406,7 @@ def _conclude(
     with store.session(engine) as s:
         watches = queries.watches.watches(s, watch.group_id)
         row = next(each for each in watches if each.id == watch.id)
-        queries.watches.end_watch(s, row, str(outcome), reason)
+        queries.watches.end_watch(s, row, str(ended), reason)
         return WatchStatus(row, queries.watches.watch_windows(s, row.id))
 
 
@@ -404,13 +415,7 @@ def _mark(s: Session, watch: Watch, windows: Sequence[WatchWindow], verdict: str
     evaluations = queries.evaluations.evaluations(s, watch.version_id)
     if any(e.kind == "live" and e.details.get("watch_id") == watch.id for e in evaluations):
         return
-    weighed = [w for w in windows if w.expected_accept_length and w.accept_length]
-    total = sum(w.verify_steps for w in weighed)
-
-    def mean(name: str) -> float | None:
-        return sum(w.verify_steps * getattr(w, name) for w in weighed) / total if total else None
-
-    length, expected = mean("accept_length"), mean("expected_accept_length")
+    length, expected = mean_lengths([_plain(window) for window in windows])
     queries.evaluations.add_evaluation(
         s,
         candidate_id=watch.version_id,

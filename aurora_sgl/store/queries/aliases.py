@@ -12,12 +12,11 @@ from aurora_sgl.clock import utc_now
 from aurora_sgl.store.models import (
     Alias,
     DeploymentGroup,
-    RolloutStage,
     Server,
     Trial,
     TrialWindow,
 )
-from aurora_sgl.store.queries.stages import OPEN
+from aurora_sgl.store.queries.stages import open_stage
 from aurora_sgl.store.upsert import upsert
 
 
@@ -63,17 +62,31 @@ class WantedVersion:
     stage_id: int | None = None  # of a server that runs a version before the rest
 
 
-def wanted_version(
-    s: Session, group_id: int, now: datetime | None = None, *, server: str = ""
-) -> WantedVersion | None:
-    """The version of the running trial's window, else for the server of this name that of the open
-    stage it belongs to, else the live one; ``None``: nothing is live.
+@dataclass(frozen=True)
+class WantedVersions:
+    """What each server of a group should run: what ``staged`` has before the rest, the others what
+    is wanted everywhere."""
+
+    everywhere: WantedVersion
+    staged: WantedVersion | None = None
+    servers: frozenset[str] = frozenset()  # names of those of the open stage
+
+    def of(self, server: str) -> WantedVersion:
+        return self.staged if self.staged and server in self.servers else self.everywhere
+
+
+def wanted_versions(
+    s: Session, group_id: int, now: datetime | None = None
+) -> WantedVersions | None:
+    """The version of the running trial's window; else the live one, and for the servers of the open
+    stage its version; ``None``: nothing is live.
 
     A window is over at its ``ends_at``, whether or not anything is left to close it.
     """
     live = desired_version(s, group_id)
     if live is None:
         return None
+    moment = now or utc_now()
     window = s.execute(
         select(TrialWindow.version_id, Trial.id)
         .join(Trial, Trial.id == TrialWindow.trial_id)
@@ -81,27 +94,30 @@ def wanted_version(
             Trial.group_id == group_id,
             Trial.status == "running",
             TrialWindow.finished_at.is_(None),
-            TrialWindow.started_at <= (now or utc_now()),
-            TrialWindow.ends_at > (now or utc_now()),
+            TrialWindow.started_at <= moment,
+            TrialWindow.ends_at > moment,
         )
         .order_by(Trial.id.desc(), TrialWindow.number.desc())
         .limit(1)
     ).one_or_none()
     if window is not None:
-        return WantedVersion(window.version_id, live[1], window.id)
-    if server:
-        stage = s.execute(
-            select(RolloutStage.id, RolloutStage.version_id, RolloutStage.servers)
-            .where(RolloutStage.group_id == group_id, RolloutStage.status.in_(OPEN))
-            .order_by(RolloutStage.id.desc())
-            .limit(1)
-        ).one_or_none()
-        if stage is not None and server in stage.servers:
-            return WantedVersion(stage.version_id, live[1], None, stage.id)
-    return WantedVersion(live[0], live[1], None)
+        return WantedVersions(WantedVersion(window.version_id, live[1], window.id))
+    everywhere = WantedVersion(live[0], live[1], None)
+    stage = open_stage(s, group_id)
+    if stage is None:
+        return WantedVersions(everywhere)
+    staged = WantedVersion(stage.version_id, live[1], None, stage.id)
+    return WantedVersions(everywhere, staged, frozenset(stage.servers))
+
+
+def wanted_version(s: Session, group_id: int, now: datetime | None = None) -> WantedVersion | None:
+    """What all servers but those of a stage should run; ``None``: nothing is live."""
+    wanted = wanted_versions(s, group_id, now)
+    return wanted.everywhere if wanted is not None else None
 
 
 def wanted_by_server(s: Session, server_id: int) -> WantedVersion | None:
     """What this boot should run; ``None``: nothing is live in its group."""
     row = s.get_one(Server, server_id)
-    return wanted_version(s, row.group_id, server=row.name)
+    wanted = wanted_versions(s, row.group_id)
+    return wanted.of(row.name) if wanted is not None else None
