@@ -37,6 +37,9 @@ STYLE = """<style>
 /* Streamlit's own button writes cells that a spreadsheet would run, see exports. */
 [data-testid=stElementToolbar] button[aria-label^="Download as CSV"] {display:none}
 [data-testid=stAlertContainer] ul {margin:0 0 1rem; padding-left:.3rem}
+/* Streamlit greys out what it is about to draw again. Parts that refresh by themselves would come
+   and go all the time, and too pale to be read; its sign in the corner says that it is at work. */
+[data-stale=true] {opacity:1 !important; transition:none !important}
 /* Small print, keys and buttons have the contrast that WCAG 2.1 AA asks for, in both themes. */
 [data-testid=stCaptionContainer] {opacity:.9}
 [data-testid=stCaptionContainer] code {color:inherit}

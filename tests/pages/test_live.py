@@ -80,6 +80,34 @@ def test_a_swap_is_on_the_page_within_two_seconds(
     raise AssertionError(slow)
 
 
+#: Watches every picture that the browser draws for a while; what Streamlit was about to draw
+#: again, and how pale the palest of it was, or would have become.
+PALE = """seconds => new Promise(done => {
+  const until = performance.now() + 1000 * seconds, result = {drawn_again: 0, opacity: 1, fades: 0};
+  const look = () => {
+    for (const part of document.querySelectorAll('[data-stale=true]')) {
+      if (!part.offsetParent) continue;
+      const css = getComputedStyle(part);
+      result.drawn_again += 1;
+      result.opacity = Math.min(result.opacity, Number(css.opacity));
+      result.fades = Math.max(result.fades, parseFloat(css.transitionDuration));
+    }
+    performance.now() < until ? requestAnimationFrame(look) : done(result);
+  };
+  look();
+})"""
+
+
+@pytest.mark.parametrize("where", ["", "versions?version=3", "training", "alerts"])
+def test_what_is_drawn_again_can_be_read_meanwhile(look: Look, where: str) -> None:
+    """Parts that refresh by themselves do so all the time; on a busy machine it takes a while."""
+    viewer = look("vera", where)
+    viewer.settled()
+    seen = viewer.page.evaluate(PALE, 8)
+    assert seen["drawn_again"] > 0
+    assert (seen["opacity"], seen["fades"]) == (1, 0)
+
+
 @pytest.fixture
 def run_id(house: House) -> Iterator[int]:
     """A run that goes on in the shared store; none of it is left there."""
