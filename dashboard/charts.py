@@ -54,16 +54,18 @@ FIXED = {"l": 48, "r": 20, "t": 36, "b": 48}
 def laid_out(
     figure: go.Figure, height: int, y: str, *, fixed: bool = False, **more: Any
 ) -> go.Figure:
-    """``fixed``: the labels of both axes are short, see ``FIXED``."""
+    """``fixed``: the labels of both axes are short, see ``FIXED``. ``more``: of the layout."""
+    across, up = dict(more.pop("xaxis", {})), {"title": {"text": y}, **more.pop("yaxis", {})}
     if fixed:
-        figure.update_xaxes(automargin=False, tickangle=0)
-        figure.update_yaxes(automargin=False)
+        across |= {"automargin": False, "tickangle": 0}
+        up["automargin"] = False
     names = [trace.name for trace in figure.data if trace.name and trace.showlegend is not False]
     figure.update_layout(
         height=max(height, 2 * _legend_height(names) if more.get("showlegend") else 0),
         margin=FIXED if fixed else {"l": 8, "r": 24, "t": 36, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        yaxis_title=y,
+        xaxis=across,
+        yaxis=up,
         hovermode="closest",
         **more,
     )
@@ -118,14 +120,25 @@ def trend(
     bottom, marks, top = _up(values, bool(rows))
     _mark_deployments(figure, rows, bottom, marks, (end - begin) / NARROWEST)
     if break_even is not None:
-        figure.add_hline(
-            y=break_even, line={"dash": "dot", "width": 1, "color": "#7F7F7F"},
-            annotation={"text": f"break-even {break_even:.2f}", "font": {"size": 11}},
-            annotation_position="top right" if break_even == min(values) else "bottom right",
-        )  # fmt: skip
-    figure.update_xaxes(range=[local(begin), local(end)], tickformatstops=DATES)
-    figure.update_yaxes(range=[bottom, top])
-    return laid_out(figure, height, "", fixed=True, showlegend=True)
+        _mark_break_even(figure, break_even, above=break_even == min(values))
+    return laid_out(
+        figure, height, "", fixed=True, showlegend=True,
+        xaxis={"range": [local(begin), local(end)], "tickformatstops": DATES},
+        yaxis={"range": [bottom, top]},
+    )  # fmt: skip
+
+
+def _mark_break_even(figure: go.Figure, value: float, *, above: bool) -> None:
+    """A line with its name at the right, above or below it. (Plotly's own ``add_hline`` takes as
+    long as all the rest.)"""
+    figure.add_shape(
+        type="line", xref="paper", x0=0, x1=1, y0=value, y1=value,
+        line={"dash": "dot", "width": 1, "color": "#7F7F7F"},
+    )  # fmt: skip
+    figure.add_annotation(
+        text=f"break-even {value:.2f}", font={"size": 11}, showarrow=False, xref="paper", x=1,
+        y=value, xanchor="right", yanchor="bottom" if above else "top",
+    )  # fmt: skip
 
 
 #: Labels of times: as short as they can be, the day below the hour and the year below the day
@@ -208,6 +221,7 @@ def _mark_deployments(
 ) -> None:
     """A line from ``bottom`` to a sign at ``y`` for each. A label closer than ``apart`` to the one
     after it is left to the pointer."""
+    here = zone()
     moments = sorted(row.created_at for row in deployments)
     crowded = {one for one, after in pairwise(moments) if after - one < apart}
     for action, symbol in (("promote", "triangle-up"), ("rollback", "triangle-down")):
@@ -216,7 +230,7 @@ def _mark_deployments(
             continue
         named = len(deployments) <= MOST_LABELS
         figure.add_scatter(
-            x=[local(row.created_at) for row in rows],
+            x=[row.created_at.astimezone(here) for row in rows],
             y=[y] * len(rows),
             mode="markers+text" if named else "markers",
             text=["" if row.created_at in crowded else f"v{row.version_id}" for row in rows],
@@ -225,7 +239,7 @@ def _mark_deployments(
             customdata=[
                 f"{action} of version {row.version_id} by {literal(row.actor)}<br>"
                 f"{_wrapped(row.reason)}<br>"
-                f"{local(row.created_at):%d %b %H:%M:%S} ({words.utc(row.created_at)})"
+                f"{row.created_at.astimezone(here):%d %b %H:%M:%S} ({words.utc(row.created_at)})"
                 for row in rows
             ],
             hovertemplate="%{customdata}<extra></extra>",
@@ -234,7 +248,7 @@ def _mark_deployments(
         )
     if len(deployments) <= 4 * MOST_LABELS:
         for row in deployments:
-            moment = local(row.created_at)
+            moment = row.created_at.astimezone(here)
             figure.add_shape(
                 type="line", x0=moment, x1=moment, y0=bottom, y1=y,
                 line={"width": 1, "dash": "dot", "color": "#7F7F7F"},
@@ -251,6 +265,10 @@ def _wrapped(text: str) -> str:
     return "<br>".join(literal(line) for line in wrap(text, 60, max_lines=4, placeholder=" ..."))
 
 
+#: An axis of shares.
+SHARES = {"tickformat": ".0%", "rangemode": "tozero"}
+
+
 def positions(reached: Mapping[str, Sequence[float]], steps: Mapping[str, int]) -> go.Figure:
     """Share of steps that accepted a proposal at depth 1, 2, ...; sums to accept length - 1."""
     figure = go.Figure()
@@ -263,8 +281,7 @@ def positions(reached: Mapping[str, Sequence[float]], steps: Mapping[str, int]) 
             marker={"color": COLOURS[index % 8], "pattern": {"shape": PATTERNS[index % 8]}},
             hovertemplate="%{x}: %{y:.1%} of the steps<extra>" + literal(name) + "</extra>",
         )
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
+    return laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group", yaxis=SHARES)
 
 
 def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
@@ -281,9 +298,10 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> go.Figure:
             hovertemplate="%{x}: %{customdata:,} steps, %{y:.1%}"
             f"<extra>{literal(name)}</extra>",
         )
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    figure.update_xaxes(type="category")
-    return laid_out(figure, 300, "", fixed=True, showlegend=True, barmode="group")
+    return laid_out(
+        figure, 300, "", fixed=True, showlegend=True, barmode="group",
+        xaxis={"type": "category"}, yaxis=SHARES,
+    )  # fmt: skip
 
 
 def heat(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -21,34 +21,37 @@ from aurora_sgl.store.queries.trends import Filter, ServedCounts, TrendPoint
 from aurora_sgl.trace_room import TraceRoom
 
 from . import tokens
-from .context import Group, engine_of, find_groups
+from .context import Group, engine_of
 from .standing import NEWEST, Speed, Standing
 
 #: Seconds for which numbers of the moment, sums over long times, and the past are kept.
 FRESH, LONG, PAST = 3.0, 60.0, 600.0
+#: How what is kept is found: a filter's text says all of it. Streamlit's own way, part by part,
+#: takes a tenth of a second for a month.
+BY_REPR: dict[str | type[Any], Callable[[Any], Any]] = {Filter: repr}
 #: A day is settled when records that were late have come; it is read again a day later.
 SETTLED, LATE, DAY = 86_400.0, timedelta(hours=6), timedelta(days=1)
 
 
-@st.cache_data(ttl=FRESH, max_entries=200, show_spinner=False)
+@st.cache_data(ttl=FRESH, max_entries=200, show_spinner=False, hash_funcs=BY_REPR)
 def trend(url: str, wanted: Filter, bucket: str) -> list[TrendPoint]:
     with store.session(engine_of(url), write=False) as s:
         return trends.trend(s, wanted, bucket)
 
 
-@st.cache_resource(ttl=PAST, max_entries=30, show_spinner=False)  # not copied: nobody changes it
+@st.cache_resource(ttl=PAST, max_entries=30, show_spinner=False, hash_funcs=BY_REPR)
 def _past(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
     with store.session(engine_of(url), write=False) as s:
         return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
 
 
-@st.cache_resource(ttl=FRESH, max_entries=30, show_spinner=False)
+@st.cache_resource(ttl=FRESH, max_entries=30, show_spinner=False, hash_funcs=BY_REPR)
 def _recent(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
     with store.session(engine_of(url), write=False) as s:
         return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
 
 
-@st.cache_resource(ttl=SETTLED, max_entries=400, show_spinner=False)
+@st.cache_resource(ttl=SETTLED, max_entries=400, show_spinner=False, hash_funcs=BY_REPR)
 def _day(url: str, wanted: Filter, bucket: str) -> tuple[TrendPoint, ...]:
     with store.session(engine_of(url), write=False) as s:
         return tuple(trends.trend(s, wanted, bucket, with_histogram=True))
@@ -81,30 +84,19 @@ def _parts(wanted: Filter, cut: datetime) -> Iterator[Filter]:
         yield replace(wanted, since=since, until=until)
 
 
-def warm() -> None:
-    """Read once what the pages would make the first one wait for: sums over long times."""
-    now = utc_now()
-    hour = now.replace(minute=0, second=0, microsecond=0)
-    for group in find_groups():
-        month = Filter(group.id, hour - 30 * DAY, now)
-        long_trend(group.url, month, "hour", hour - timedelta(hours=1))
-        served_by_version(group.url, tuple(version.id for version in versions(group)))
-        held_out(group.url, group.name)
-
-
 def extent(url: str, wanted: Filter) -> tuple[datetime, datetime] | None:
     """The first and the last step in a bucket; of one that is over for long they are kept."""
     over = wanted.until is not None and utc_now() - wanted.until > LATE
     return (_past_extent if over else _recent_extent)(url, wanted)
 
 
-@st.cache_data(ttl=PAST, max_entries=400, show_spinner=False)
+@st.cache_data(ttl=PAST, max_entries=400, show_spinner=False, hash_funcs=BY_REPR)
 def _past_extent(url: str, wanted: Filter) -> tuple[datetime, datetime] | None:
     with store.session(engine_of(url), write=False) as s:
         return trends.extent(s, wanted)
 
 
-@st.cache_data(ttl=FRESH, max_entries=100, show_spinner=False)
+@st.cache_data(ttl=FRESH, max_entries=100, show_spinner=False, hash_funcs=BY_REPR)
 def _recent_extent(url: str, wanted: Filter) -> tuple[datetime, datetime] | None:
     with store.session(engine_of(url), write=False) as s:
         return trends.extent(s, wanted)

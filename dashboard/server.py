@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -131,7 +132,11 @@ def _guard(site: Site) -> Middleware:
 def _warm() -> None:
     """A store that is away or empty is told of on the pages."""
     with suppress(AuroraError, SQLAlchemyError):
-        importlib.import_module(f"{__package__}.data").warm()
+        importlib.import_module(f"{__package__}.warming").warm()
+    # Streamlit collects garbage after each run of a page, parts that refresh themselves included,
+    # and looks at everything that was imported each time: a sixth of a second on a slow machine.
+    gc.collect()
+    gc.freeze()
 
 
 @asynccontextmanager

@@ -225,6 +225,8 @@ STYLE = """<style>
 
 #: Columns of a table that is too wide for a telephone.
 MANY = 5
+#: Rows of a small table; who wants more of them searches, or asks in SQL.
+MOST_ROWS = 40
 
 
 def table(
@@ -234,10 +236,14 @@ def table(
     empty: str,
     numbers: Sequence[str] = (),
 ) -> None:
-    """A small table; ``empty`` is said when there are no rows. Columns are the rows' keys."""
+    """A small table; ``empty`` is said when there are no rows. Columns are the rows' keys. Of more
+    than ``MOST_ROWS`` the first ones are shown, so what matters most stands first."""
     if not rows:
         st.caption(empty)
         return
+    if len(rows) > MOST_ROWS:
+        st.caption(f"The first {MOST_ROWS} of {len(rows):,}.")
+        rows = rows[:MOST_ROWS]
     names = list(rows[0])
     css = {name: ' class="number"' if name in numbers else "" for name in names}
     head = "".join(f'<th scope="col"{css[name]}>{escape(name)}</th>' for name in names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
 import streamlit as st
 
@@ -17,6 +17,9 @@ from aurora_sgl.store.queries.drafted_steps import DraftedSteps
 from . import data
 from .context import Group, engine_of, local
 
+#: Days of the longest period of the page.
+LONGEST = 90
+
 
 def last_days(count: int) -> list[Day]:
     """So many days of the viewer's calendar, up to today."""
@@ -24,6 +27,16 @@ def last_days(count: int) -> list[Day]:
     zone = here.tzinfo
     assert zone is not None
     return worth.days(here.date(), count, zone)
+
+
+def warm(here: Group) -> None:
+    """Reads the days that the longest period has, of UTC and of this machine's zone: viewers are
+    in one of them more often than not."""
+    now = utc_now()
+    for zone in (UTC, now.astimezone().tzinfo):
+        assert zone is not None
+        for day in worth.days(now.astimezone(zone).date(), LONGEST, zone):
+            _steps(here, day, now)
 
 
 def read(here: Group, wanted: Sequence[Day]) -> Worth:

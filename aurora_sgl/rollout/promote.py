@@ -298,9 +298,8 @@ def _require_quiet(s: Session, group_id: int, version_id: int) -> None:
     stage = queries.stages.open_stage(s, group_id)
     if stage is not None and (stage.version_id, stage.status) != (version_id, "passed"):
         raise Refused(
-            f"refused to promote version {version_id}: version {stage.version_id} is staged on "
-            f"{', '.join(stage.servers)} and not judged yet; wait, abort it (promote --abort), or "
-            "add --force"
+            f"refused to promote version {version_id}: {queries.stages.where(stage)} and not "
+            "judged yet; wait, abort it (promote --abort), or add --force"
         )
     trial = queries.trials.running_trial(s, group_id)
     if trial is not None:

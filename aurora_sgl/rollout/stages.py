@@ -76,7 +76,7 @@ class StageStatus:
         one = self.stage
         if one.status == "running":
             last = f", the last: {one.windows[-1]['verdict']}" if one.windows else ""
-            return one.outcome or f"window {len(one.windows)} of {self.planned} is over{last}"
+            return one.outcome or f"{len(one.windows)} of {self.planned} windows are over{last}"
         if one.status == "passed":
             after = "goes on by itself" if one.goes_on else "waits for somebody to continue it"
             return f"{one.outcome}; it {after}"
@@ -493,8 +493,8 @@ def _require(s: Session, group_id: int, version_id: int, live: int | None, *, fo
         raise Refused(f"version {version_id} is live already")
     if stage is not None:
         raise Refused(
-            f"version {stage.version_id} is staged on {', '.join(stage.servers)}; continue or "
-            "abort that first (promote --continue, promote --abort)"
+            f"{queries.stages.where(stage)}; continue or abort that first (promote --continue, "
+            "promote --abort)"
         )
     if trial is not None:
         raise Refused(f"trial {trial.id} of version {trial.candidate_id} is running; wait or stop")

@@ -134,8 +134,8 @@ def _require(s: Session, group_id: int, candidate_id: int, live: int | None) -> 
         )
     if stage is not None:
         raise Refused(
-            f"version {stage.version_id} is staged on {', '.join(stage.servers)}; continue or "
-            "abort that first (promote --continue, promote --abort)"
+            f"{queries.stages.where(stage)}; continue or abort that first (promote --continue, "
+            "promote --abort)"
         )
     if watch is not None:
         raise Refused(

@@ -379,8 +379,7 @@ class Scheduler:
         if now.trial_id is not None:
             return "trial", f"trial {now.trial_id} is running", "judge by its windows", None
         if self._stage is not None and self._stage.is_open:
-            one = self._stage.stage
-            where = f"version {one.version_id} is staged on {', '.join(one.servers)}"
+            where = queries.stages.where(self._stage.stage)
             return "watch", f"{where}: {self._stage.sentence}", "judge it there", None
         if waiting is not None and waiting.reason:
             what = f"version {waiting.version_id} passed the gate"

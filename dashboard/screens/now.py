@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import reduce
+from operator import add
 from time import monotonic
 
 import streamlit as st
@@ -22,6 +24,9 @@ from ..standing import Standing, StateLine
 
 SECONDS = 5.0
 ALL = "all domains"
+WORSE = "▼ worse"
+#: Rows of a table by domain; the others are one row.
+MOST_DOMAINS = 20
 
 
 @dataclass(frozen=True)
@@ -303,9 +308,7 @@ def _trend(here: Group, moment: Moment) -> None:
 def _for_whom(moment: Moment) -> None:
     st.subheader("For whom")
     rows = []
-    for domain in sorted({*moment.by_domain, *moment.yesterday_by_domain}):
-        today = moment.by_domain.get(domain, ServedCounts())
-        before = moment.yesterday_by_domain.get(domain, ServedCounts())
+    for domain, today, before in _domains(moment):
         rows.append(
             {
                 "domain": domain,
@@ -320,6 +323,26 @@ def _for_whom(moment: Moment) -> None:
     )  # fmt: skip
 
 
+def _domains(moment: Moment) -> list[tuple[str, ServedCounts, ServedCounts]]:
+    """(domain, now, yesterday), by name. Of many the worse and the busiest, and the sum of the
+    others."""
+    every = [
+        (
+            domain,
+            moment.by_domain.get(domain, ServedCounts()),
+            moment.yesterday_by_domain.get(domain, ServedCounts()),
+        )
+        for domain in sorted({*moment.by_domain, *moment.yesterday_by_domain})
+    ]
+    if len(every) <= MOST_DOMAINS:
+        return every
+    every.sort(key=lambda one: (verdict(one[1], one[2]) != WORSE, -one[1].verify_steps))
+    rest = every[MOST_DOMAINS:]
+    today = reduce(add, (one[1] for one in rest))
+    before = reduce(add, (one[2] for one in rest))
+    return [*every[:MOST_DOMAINS], (f"{len(rest):,} more together", today, before)]
+
+
 def verdict(today: ServedCounts, before: ServedCounts) -> str:
     """Better or worse only where the 95% intervals do not overlap."""
     if not today.interval or not before.interval:
@@ -327,7 +350,7 @@ def verdict(today: ServedCounts, before: ServedCounts) -> str:
     if today.interval[0] > before.interval[1]:
         return "▲ better"
     if today.interval[1] < before.interval[0]:
-        return "▼ worse"
+        return WORSE
     return "= no clear change"
 
 

@@ -16,7 +16,7 @@ from ..context import group, zone
 from ..parts import refreshing
 
 SECONDS = 30.0
-PERIODS = {"7 days": 7, "30 days": 30, "90 days": 90}
+PERIODS = {"7 days": 7, "30 days": 30, "90 days": worths.LONGEST}
 #: Rows of a table; what is beyond them is one.
 MOST_DOMAINS = 20
 NOT_MEASURED = "not measured"

@@ -45,6 +45,11 @@ def add_stage(
     return row
 
 
+def where(stage: RolloutStage) -> str:
+    """The version and its servers, as a refusal or the scheduler says it."""
+    return f"version {stage.version_id} is staged on {', '.join(stage.servers)}"
+
+
 def end_stage(s: Session, stage: RolloutStage, status: str, outcome: str) -> None:
     """``status``: continued, aborted or failed."""
     stage.status, stage.outcome, stage.finished_at = status, outcome, utc_now()

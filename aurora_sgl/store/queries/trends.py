@@ -64,6 +64,9 @@ class ServedCounts:
             self.completion_tokens, self.steps2, self.accepted2, self.product,
         )  # fmt: skip
 
+    def __add__(self, other: ServedCounts) -> ServedCounts:
+        return ServedCounts(*map(add, self.values(), other.values()))
+
     @property
     def accept_length(self) -> float | None:
         return or_none(self.counts.accept_length)

@@ -116,7 +116,7 @@ def test_only_the_servers_of_a_stage_run_its_version_and_all_do_once_it_goes_on(
     house.runs(0, house.b)
     house.hear()
     there = stages.tick(house.engine, house.group_id)
-    assert there is not None and there.sentence == "window 0 of 2 is over"
+    assert there is not None and there.sentence == "0 of 2 windows are over"
     after = house.traffic((0.7, 0.7, 0.7), (house.b, house.a, house.a), seed=1)
     passed = house.judge(after)
     assert (passed.stage.status, passed.is_open) == ("passed", True), passed.sentence
