@@ -3,8 +3,9 @@
 Makes 10 million acceptance events under 200 versions (once, see ``dashboard_data``), starts the
 dashboard on them, and looks at it with a real Chromium. Aim: a page's first paint after a reload
 (the browser's own first contentful paint), a page opened from another one until it is drawn whole,
-and every interaction until its end, each within one second. How long it takes until all of a page
-is drawn after a reload is told too: most of it is Streamlit's own start in the browser.
+and every interaction until its end, each within one second: the page ran, nothing of an earlier run
+is left, and what was asked for is there. How long it takes until all of a page is drawn after a
+reload is told too: most of it is Streamlit's own start in the browser.
 
     python -m benchmarks.dashboard --data /tmp/months
 """
@@ -68,7 +69,8 @@ DRAWN = """([runs, wanted]) => {
   return (!runs || window.auroraRuns > 0)
     && document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'
     && !all('[data-stale=true]').length && !all('[data-testid=stSkeleton]').length
-    && wanted.every(([css, text]) => all(css).some(e => !text || e.textContent.trim().startsWith(text)));
+    && wanted.every(([css, text]) => all(css).some(
+      e => !text || e.textContent.trim().startsWith(text)));
 }"""
 #: Something is there, whatever else goes on.
 THERE = """wanted => wanted.every(([css, text]) => [...document.querySelectorAll(css)].some(
