@@ -13,6 +13,7 @@ from alembic.config import Config
 from sqlalchemy import Engine, make_url, text
 
 from aurora_sgl import store
+from aurora_sgl.draft_shape import DraftShape
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store import queries
 from aurora_sgl.store.connection import is_sqlite
@@ -104,7 +105,29 @@ def served_by_version(engine: Engine, group_id: int, events: list[Event]) -> Non
     assert {key: one.counts for key, one in served.items()} == expected
 
 
-READERS = [view_by_domain_hour, view_by_version, by_version, per_request, trend, served_by_version]
+def strata(engine: Engine, group_id: int, events: list[Event]) -> None:
+    """Of one shape a request counts in each of its shapes, over all shapes once."""
+    shaped: dict[Hashable, AcceptCounts] = {}
+    together: dict[Hashable, AcceptCounts] = {}
+    with store.session(engine, write=False) as s:
+        for version in {event.version_id for event in events}:
+            for key, counts in queries.strata.served_strata(s, version).items():
+                shape = DraftShape(key.depth, key.topk, key.nodes)
+                shaped[version, key.domain, key.accept_rule, shape] = counts
+            for key, counts in queries.strata.served_strata(s, version, over_shapes=True).items():
+                together[version, key.domain, key.accept_rule] = counts
+    assert shaped == truth(events, _shaped, mixed=False)
+    assert together == truth(events, lambda e: _shaped(e)[:-1], mixed=False)
+
+
+def _shaped(event: Event) -> tuple[int, str, str, DraftShape]:
+    return event.version_id, event.domain, "greedy", event.shape
+
+
+READERS = [
+    *(view_by_domain_hour, view_by_version, by_version, per_request, trend, served_by_version),
+    strata,
+]
 Reader = Callable[[Engine, int, list[Event]], None]
 
 
