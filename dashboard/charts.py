@@ -63,7 +63,9 @@ def laid_out(
     figure.update_layout(
         height=max(height, 2 * _legend_height(names) if more.get("showlegend") else 0),
         margin=FIXED if fixed else {"l": 8, "r": 24, "t": 36, "b": 8},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        # Hung from the top: Plotly puts one that stands on the plot by its height before a window
+        # became narrower, over the plot.
+        legend={"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "x": 0},
         xaxis=across,
         yaxis=up,
         hovermode="closest",

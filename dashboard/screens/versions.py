@@ -242,7 +242,8 @@ def _one(
 def _compare(version: DrafterVersion, aliases: dict[str, int]) -> None:
     """A link to this version beside the live one; of that one beside what it came from."""
     live = aliases.get("live")
-    other = live if live != version.id else aliases.get("previous") or version.parent_id
+    others = (live, aliases.get("previous"), version.parent_id)
+    other = next((one for one in others if one not in (None, version.id)), None)
     if other is None:
         return
     pair = {"a": str(other), "b": str(version.id)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from playwright.sync_api import Page
 
-#: A telephone, a tablet, a desk.
-WIDTHS = (390, 768, 1400, 2560)
-#: Names of labels that reach out of their picture or what it shows of them, or into another one.
+#: A desk, a tablet, a telephone: a window of 1,400 that becomes wider, and then ever narrower.
+WIDTHS = (2560, 1400, 768, 390)
+#: Names of labels that reach out of their picture or what it shows of them, or into another one;
+#: and legends over what they are of.
 CUT = """() => {
   const found = [];
   const seen = e => e.offsetParent !== null;
@@ -21,6 +22,10 @@ CUT = """() => {
   for (const plot of [...document.querySelectorAll('.js-plotly-plot')].filter(seen)) {
     const all = plot.getBoundingClientRect();
     const inner = plot.querySelector('.nsewdrag')?.getBoundingClientRect() || all;
+    for (const legend of plot.querySelectorAll('.legend .bg')) {
+      if (inner !== all && meet(legend.getBoundingClientRect(), inner))
+        found.push('over the picture: its legend');
+    }
     const texts = [...plot.querySelectorAll('.main-svg text')].filter(e => e.textContent.trim()
       && getComputedStyle(e).visibility !== 'hidden' && e.closest('.hoverlayer') === null);
     for (const e of texts) {
