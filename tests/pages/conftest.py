@@ -155,6 +155,7 @@ def people(chromium: Browser, running: Dashboard) -> Iterator[dict[str, Viewer]]
     for name, viewer in logged_in.items():
         viewer.log_in(name)
         viewer.keeps_login()
+        viewer.rest()
     yield logged_in
     for viewer in logged_in.values():
         viewer.context.close()
@@ -180,6 +181,7 @@ def look(people: dict[str, Viewer]) -> Iterator[Callable[..., Viewer]]:
     yield open_
     for viewer in people.values():
         only_loopback(viewer)
+        viewer.rest()
 
 
 def only_loopback(viewer: Viewer) -> None:
