@@ -156,7 +156,7 @@ class Questions:
         )
         rows = by_domain(evaluation)
         if rows:
-            words.table("by domain", rows, numbers=("requests",), empty="")
+            words.table("by domain", rows, numbers=("requests",), empty="", whole=False)
         if evaluation.verdict != "pass":
             against.append(f"The newest comparison says {evaluation.verdict}.")
         if self.live and evaluation.baseline_id != self.live:

@@ -225,7 +225,7 @@ STYLE = """<style>
 
 #: Columns of a table that is too wide for a telephone.
 MANY = 5
-#: Rows of a small table; who wants more of them searches, or asks in SQL.
+#: Rows of a table of what clients name, of which there may be thousands.
 MOST_ROWS = 40
 
 
@@ -235,13 +235,14 @@ def table(
     *,
     empty: str,
     numbers: Sequence[str] = (),
+    whole: bool = True,
 ) -> None:
-    """A small table; ``empty`` is said when there are no rows. Columns are the rows' keys. Of more
-    than ``MOST_ROWS`` the first ones are shown, so what matters most stands first."""
+    """A small table; ``empty`` is said when there are no rows. Columns are the rows' keys. Unless
+    ``whole``, of more than ``MOST_ROWS`` the first ones are shown: what matters most is there."""
     if not rows:
         st.caption(empty)
         return
-    if len(rows) > MOST_ROWS:
+    if not whole and len(rows) > MOST_ROWS:
         st.caption(f"The first {MOST_ROWS} of {len(rows):,}.")
         rows = rows[:MOST_ROWS]
     names = list(rows[0])

@@ -334,7 +334,7 @@ def _judged(here: Group, evaluations: Sequence[Evaluation], live: int) -> None:
             words.say(line, small=True)
         domains = version_questions.by_domain(row)
         if domains:
-            words.table("by domain", domains, numbers=("requests",), empty="")
+            words.table("by domain", domains, numbers=("requests",), empty="", whole=False)
         if now() - row.created_at > version_questions.OLD:
             st.caption(f"The newest of these is {words.age(row.created_at)} old.")
     st.caption(words.literal(f"Now {data.held_out(here.url, here.name)}."))

@@ -16,6 +16,7 @@ from aurora_sgl import rollout, store
 from aurora_sgl.store import queries
 from aurora_sgl.store.ingest import IngestRules
 from aurora_sgl.store.models import Evaluation
+from dashboard import words
 from dashboard.screens import acceptance, compare
 from dashboard.version_questions import by_domain
 from tests.pages.test_pages import draw, said
@@ -99,15 +100,25 @@ def test_a_thousand_domains_and_two_hundred_versions_stay_a_page(
     settings_of(crowd.home)
     everything = ""
     for view, app in views(crowd.home, page):
-        words = said(app)
-        everything += words
-        rows = words.count("<tr") + words.count("\n- ")
+        text = said(app)
+        everything += text
+        rows = text.count("<tr") + text.count("\n- ")
         assert rows < MOST_LINES, f"{rows} rows on a page of a person: {view}"
-        named = sum(f"d/{number:04d}" in words for number in range(DOMAINS))
+        named = sum(f"d/{number:04d}" in text for number in range(DOMAINS))
         assert named < MOST_LINES, view
         for chart in app.get("plotly_chart"):
             assert len(chart.proto.spec) < MOST_BYTES, view
     assert REST.get(page, "") in everything
+
+
+def test_tables_of_what_is_not_by_domain_stay_whole(
+    house: House, settings_of: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked for some of the servers, or of the days."""
+    monkeypatch.setattr(words, "MOST_ROWS", 1)
+    settings_of(house.home)
+    for page in PAGES:
+        assert "The first 1 of" not in said(draw(house.home, page)) or page == "Versions", page
 
 
 def test_of_many_domains_those_that_speak_against_a_version_stand_first() -> None:
