@@ -63,10 +63,10 @@ COUNT_RUNS = """() => {
 }"""
 #: The page ran, nothing of an earlier run is left, and what is looked for is there. Asked with each
 #: picture that the browser draws: Playwright's own waits ask twice a second only.
-DRAWN = """([runs, wanted]) => {
+DRAWN = """wanted => {
   const seen = e => e.offsetParent !== null;
   const all = css => [...document.querySelectorAll(css)].filter(seen);
-  return (!runs || window.auroraRuns > 0)
+  return window.auroraRuns > 0
     && document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'
     && !all('[data-stale=true]').length && !all('[data-testid=stSkeleton]').length
     && wanted.every(([css, text]) => all(css).some(
@@ -88,13 +88,13 @@ class Clock:
         self.taken: dict[str, list[float]] = {}
         self.busy: dict[str, list[float]] = {}
 
-    def time(self, name: str, act: Callable[[], object], *wanted: Wanted, run: bool = True) -> None:
-        """From the act until the page is drawn and holds what it leads to. ``run``: the act makes
-        the page run."""
+    def time(self, name: str, act: Callable[[], object], *wanted: Wanted) -> None:
+        """From the act, which makes the page run, until it is drawn and holds what that leads
+        to."""
         self.viewer.ready()
         self.page.wait_for_timeout(300)
         self.page.evaluate(COUNT_RUNS)
-        self._time(name, act, DRAWN, [run, wanted])
+        self._time(name, act, DRAWN, wanted)
 
     def _time(self, name: str, act: Callable[[], object], condition: str, arg: object) -> None:
         begun, busy = time.perf_counter(), self._cpu()

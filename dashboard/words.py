@@ -227,6 +227,8 @@ STYLE = """<style>
 MANY = 5
 #: Rows of a table of what clients name, of which there may be thousands.
 MOST_ROWS = 40
+#: Rows of a table whose others are summed into one more.
+MOST_DOMAINS = 20
 
 
 def table(

@@ -25,8 +25,6 @@ from ..standing import Standing, StateLine
 SECONDS = 5.0
 ALL = "all domains"
 WORSE = "▼ worse"
-#: Rows of a table by domain; the others are one row.
-MOST_DOMAINS = 20
 
 
 @dataclass(frozen=True)
@@ -334,13 +332,13 @@ def _domains(moment: Moment) -> list[tuple[str, ServedCounts, ServedCounts]]:
         )
         for domain in sorted({*moment.by_domain, *moment.yesterday_by_domain})
     ]
-    if len(every) <= MOST_DOMAINS:
+    if len(every) <= words.MOST_DOMAINS:
         return every
     every.sort(key=lambda one: (verdict(one[1], one[2]) != WORSE, -one[1].verify_steps))
-    rest = every[MOST_DOMAINS:]
+    rest = every[words.MOST_DOMAINS :]
     today = reduce(add, (one[1] for one in rest))
     before = reduce(add, (one[2] for one in rest))
-    return [*every[:MOST_DOMAINS], (f"{len(rest):,} more together", today, before)]
+    return [*every[: words.MOST_DOMAINS], (f"{len(rest):,} more together", today, before)]
 
 
 def verdict(today: ServedCounts, before: ServedCounts) -> str:

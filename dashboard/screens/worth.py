@@ -17,8 +17,6 @@ from ..parts import refreshing
 
 SECONDS = 30.0
 PERIODS = {"7 days": 7, "30 days": 30, "90 days": worths.LONGEST}
-#: Rows of a table; what is beyond them is one.
-MOST_DOMAINS = 20
 NOT_MEASURED = "not measured"
 
 
@@ -223,8 +221,8 @@ def _row(sums: WorthCells, prices: Prices) -> dict[str, object]:
 def _by_domain(worth: Worth, prices: Prices) -> None:
     st.subheader("By domain")
     parts = list(worth.by_domain.items())
-    rest = parts[MOST_DOMAINS:]
-    shown = parts[:MOST_DOMAINS]
+    rest = parts[words.MOST_DOMAINS :]
+    shown = parts[: words.MOST_DOMAINS]
     if rest:
         together = sum((saved for _, saved in rest), Saved())
         shown.append((f"{len(rest):,} more", together))
