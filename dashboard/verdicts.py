@@ -12,6 +12,27 @@ PASS = "pass"
 HEADS = {"inconclusive": "Why it was not judged", "fail": "Why it failed"}
 
 
+#: Verdicts on single domains, in the order in which they matter to who decides.
+ORDER = ("fail", "inconclusive", "pass")
+
+
+def worst_first(
+    domains: Mapping[str, Mapping[str, Any]], most: int
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Comparisons by domain, by name; where there are more than ``most``, which are all that is
+    shown, those that speak against a version first, then those of the most requests."""
+    listed = sorted(domains.items())
+    if len(listed) > most:
+        listed.sort(key=lambda one: _weight(one[1]))
+    return listed
+
+
+def _weight(comparison: Mapping[str, Any]) -> tuple[int, int]:
+    verdict = comparison.get("verdict")
+    place = ORDER.index(verdict) if verdict in ORDER else len(ORDER)
+    return place, -int(comparison.get("requests") or 0)
+
+
 def why_not(evaluation: Evaluation | None) -> str:
     """The reason of the newest comparison; empty when it passed or there was none."""
     if evaluation is None or evaluation.verdict == PASS:

@@ -22,8 +22,6 @@ from .dialogs import Question
 
 #: Evidence older than this is said to be old.
 OLD = timedelta(hours=24)
-#: Verdicts on single domains, in the order in which they matter to who decides.
-ORDER = ("fail", "inconclusive", "pass")
 
 
 @dataclass(frozen=True)
@@ -263,14 +261,11 @@ class Questions:
 
 
 def by_domain(evaluation: Evaluation) -> list[dict[str, object]]:
-    """Rows for a table; empty when the comparison was not split. By name; where there are more
-    than a table shows, those that speak against it first, then those of the most requests."""
+    """Rows for a table; empty when the comparison was not split."""
     rows = []
     strata = dict(evaluation.details.get("by_stratum") or {})
-    domains = sorted(dict(evaluation.details.get("by_domain") or {}).items())
-    if len(domains) > words.MOST_ROWS:
-        domains.sort(key=lambda one: _weight(one[1]))
-    for domain, comparison in domains:
+    domains = dict(evaluation.details.get("by_domain") or {})
+    for domain, comparison in verdicts.worst_first(domains, words.MOST_ROWS):
         rows.append(
             {
                 "domain": domain,
@@ -287,12 +282,6 @@ def by_domain(evaluation: Evaluation) -> list[dict[str, object]]:
             }
         )
     return rows
-
-
-def _weight(comparison: Mapping[str, Any]) -> tuple[int, int]:
-    verdict = comparison.get("verdict")
-    place = ORDER.index(verdict) if verdict in ORDER else len(ORDER)
-    return place, -int(comparison.get("requests") or 0)
 
 
 def _percent(share: float | None) -> str:

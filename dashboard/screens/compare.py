@@ -12,7 +12,7 @@ from aurora_sgl.rollout.comparison import Ancestry, DifferingValue, PairFacts, R
 from aurora_sgl.rollout.equal_shape import EqualStrata, ServedAtEqualShape
 from aurora_sgl.rollout.replayed_pair import Against, Replayed
 
-from .. import charts, data, pairs, two_replays, words
+from .. import charts, data, pairs, two_replays, verdicts, words
 from ..context import Group, group
 from ..parts import refreshing
 from .versions import ROLES
@@ -347,7 +347,7 @@ def _one_replay(pair: Pair, one: Replayed) -> None:
             "verdict": of["verdict"],
             "requests": of["requests"],
         }
-        for domain, of in one.by_domain.items()
+        for domain, of in verdicts.worst_first(one.by_domain, MOST)
     ]
     words.table("replay by domain", rows[:MOST], numbers=("requests",),
                 empty="It was not split by domain.")  # fmt: skip

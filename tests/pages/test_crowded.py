@@ -111,6 +111,20 @@ def test_a_thousand_domains_and_two_hundred_versions_stay_a_page(
     assert REST.get(page, "") in everything
 
 
+def test_the_one_domain_that_failed_is_shown_wherever_a_list_is_cut(
+    crowd: House, settings_of: Use
+) -> None:
+    settings_of(crowd.home)
+    with store.session(crowd.engine) as s:
+        row = next(e for e in queries.evaluations.evaluations(s, 3) if not e.domain)
+        told = dict(row.details["by_domain"])
+        told["d/0777"] = {**told["d/0777"], "verdict": "fail"}
+        row.details = {**row.details, "by_domain": told}
+    replay = draw(crowd.home, "Compare", query="a=2&b=3", **{"compared by": "Replay"})
+    for app in (replay, draw(crowd.home, "Versions", query="version=3")):
+        assert "d/0777" in said(app)
+
+
 def test_tables_of_what_is_not_by_domain_stay_whole(
     house: House, settings_of: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
