@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from types import FrameType
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,6 +29,7 @@ from aurora_sgl import environment, logs
 from aurora_sgl.config import get_settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.private import settle
+from aurora_sgl.processes.ending import Ending
 from aurora_sgl.store.accounts import SESSION_SECONDS, Accounts
 
 from .guard import Guard
@@ -57,7 +59,7 @@ def serve(
     address of a proxy is none.
     """
     for number in SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, _leave)
     import streamlit
     from streamlit import logger
 
@@ -85,6 +87,12 @@ def serve(
         lifespan=_life,
     )
     app.run(config=options(site))
+
+
+def _leave(*_: object) -> NoReturn:
+    for number in SIGNALS:  # a second one would meet the interpreter while it clears up
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def _begin_log() -> bool:
@@ -145,8 +153,10 @@ async def _life(_: object) -> AsyncIterator[None]:
     loggers, and Uvicorn takes the signals."""
     if environment.logs_as_json():
         _write_json()
+    ending = Ending()
+    Thread(target=_cut_off, args=(ending,), name="end", daemon=True).start()
     for number in SIGNALS:
-        _end_in_time(number)
+        _end_in_time(number, ending)
     yield
     _stop_processes()
 
@@ -163,20 +173,22 @@ def _write_json() -> None:
             handler.setFormatter(logs.JsonLines())
 
 
-def _end_in_time(number: signal.Signals) -> None:
+def _end_in_time(number: signal.Signals, ending: Ending) -> None:
     """Uvicorn ends when all was answered, however slowly its reader takes it: not later than
     ``GRACE_SECONDS`` from now on."""
     taken = signal.getsignal(number)
 
     def end(number: int, frame: FrameType | None) -> None:
-        Thread(target=_cut_off, name="end", daemon=True).start()
-        if callable(taken):
+        again = ending.wait(0)  # of a second one Uvicorn would leave in the middle of everything
+        ending.ask()
+        if callable(taken) and not again:
             taken(number, frame)
 
     signal.signal(number, end)
 
 
-def _cut_off() -> None:
+def _cut_off(ending: Ending) -> None:
+    ending.wait()
     time.sleep(GRACE_SECONDS)
     _stop_processes()
     log.warning("what is not answered %.0f s after the end was asked for is cut off", GRACE_SECONDS)

@@ -24,6 +24,7 @@ from aurora_sgl.config import NotifySettings, SchedulerSettings, Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.health import HealthServer, Sample
 from aurora_sgl.private import settle
+from aurora_sgl.processes.ending import Ending
 from aurora_sgl.scheduler import metrics
 from aurora_sgl.scheduler.loop import Scheduler
 from aurora_sgl.scheduler.teller import Teller
@@ -194,9 +195,8 @@ def run(
     store.require_writable(settings.store_url)
     if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
         log.warning("%s", line)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    ending = Ending()
+    ending.on_signals(signal.SIGTERM, signal.SIGINT)
     environment = {"AURORA_HOME": str(settings.home.resolve())}
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = "1"
@@ -211,6 +211,6 @@ def run(
     service = SchedulerService(scheduler, rules)
     service.start()
     log.info("scheduler of group %s", scheduler.group)
-    stop.wait()
+    ending.wait()
     log.info("stopping")
     service.stop()

@@ -53,8 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if line := settle(settings.home, settings.artifact_root, settings.artifact_access):
         logging.getLogger(__name__).warning("%s", line)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: service.request_stop())
+    service.ending.on_signals(signal.SIGTERM, signal.SIGINT)
     service.run()
     return 0
 

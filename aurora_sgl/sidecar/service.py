@@ -25,6 +25,7 @@ from aurora_sgl.artifacts import ArtifactRoot
 from aurora_sgl.config import Settings
 from aurora_sgl.errors import AuroraError
 from aurora_sgl.health import HealthServer
+from aurora_sgl.processes.ending import Ending
 from aurora_sgl.sidecar.batcher import Batcher, Intake
 from aurora_sgl.sidecar.chores import Chores
 from aurora_sgl.sidecar.endpoint import Endpoint
@@ -144,7 +145,7 @@ class SidecarService:
         self._lost_before = {b: boot.spool_full for b, boot in self._cursor.boots.items()}
         self._looked_at = time.monotonic()
         self._health = self._open_health(settings, endpoint, replica)
-        self._stop_read, self._stop_write = os.pipe()
+        self.ending = Ending()
         self._parent_fd = _watch(parent_pid)
 
     def _open_health(self, settings: Settings, endpoint: Path, replica: int) -> HealthServer | None:
@@ -164,17 +165,14 @@ class SidecarService:
             )
         return server
 
-    def request_stop(self) -> None:
-        """From a signal handler: leave the main loop, drain and return."""
-        os.write(self._stop_write, b"x")
-
     def run(self) -> None:
         """Until a stop is asked for or the parent is gone; drains before it returns."""
         for thread in self._threads:
             thread.start()
         self._chores.start()
         poller = zmq.Poller()
-        for source in (self._endpoint.records, self._endpoint.traces, self._stop_read):
+        stop = self.ending.fileno()
+        for source in (self._endpoint.records, self._endpoint.traces, stop):
             poller.register(source, zmq.POLLIN)
         if self._parent_fd >= 0:
             poller.register(self._parent_fd, zmq.POLLIN)
@@ -183,7 +181,7 @@ class SidecarService:
         while True:
             self._looked_at = time.monotonic()
             events = dict(poller.poll(POLL_MS))
-            if self._stop_read in events:
+            if stop in events:
                 log.info("asked to stop")
                 break
             if self._parent_fd >= 0 and self._parent_fd in events:

@@ -105,6 +105,8 @@ class _Printer:
 
 
 def _stop(number: int, _: object) -> NoReturn:
+    for each in (signal.SIGTERM, signal.SIGINT):  # a second one would cut the clearing up short
+        signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 

@@ -307,7 +307,7 @@ def test_with_a_database_elsewhere_records_are_stored_without_an_artifact_root(
         house.wait_stored()
         assert "can't be imported" in house.notice("The drafter of this server is unknown")
     finally:
-        service.request_stop()
+        service.ending.ask()
         thread.join(30)
 
 
