@@ -26,13 +26,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _numbers = itertools.count(1)
 
-#: Of the end-to-end tests those that take minutes and share nothing with the others.
-OWN_SERVERS = (
-    "tests/e2e/test_outage.py",
-    "tests/e2e/test_ranks.py",
-    "tests/e2e/test_scale_out.py",
-    "tests/e2e/test_two_servers.py",
+#: Of the end-to-end tests the files that share one server; the others start their own.
+SHARED_SERVER = tuple(
+    f"tests/e2e/test_{name}.py"
+    for name in (
+        *("dashboard", "identity", "odd_requests", "parameters", "records"),
+        *("replay_served", "sampling", "swap", "watch"),
+    )
+)
+#: Of them, and of the demo's, those that need nothing of the others of their file.
+ALONE = (
     "tests/e2e/test_demo.py::test_ctrl_c_leaves_no_process_behind",
+    "tests/e2e/test_demo.py::test_a_demo_whose_server_ends_says_so_and_ends",
     "tests/e2e/test_identity.py::"
     "test_without_speculation_our_cpu_kernels_give_hugging_faces_tokens",
 )
@@ -73,6 +78,27 @@ MARKED = {
 }
 
 
+class _AtOnce:
+    """Why a test failed, as soon as it did: whoever waits an hour for the end reads it meanwhile,
+    and whoever is ended before the end has it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager  # the terminal's reporter comes after this one
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._plugins.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            took = f"{report.when}, {report.duration:.0f} s"
+            terminal.write_line(f"\nFAILED {report.nodeid} ({took})", red=True)
+            terminal.write_line("\n".join(report.longreprtext.splitlines()[-60:]))
+            terminal.flush()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_AtOnce(config))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
@@ -107,10 +133,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class SharedServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            folder = file.split("/")[1]
-            if file in OWN_SERVERS or nodeid in OWN_SERVERS:
+            if nodeid in ALONE:
                 return nodeid
-            return folder if folder in ("e2e", "pages") else file
+            if file in SHARED_SERVER:
+                return "server"
+            return "pages" if file.startswith("tests/pages/") else file
 
     config.option.loadscopereorder = False  # longest first by number of tests, not by time
     return SharedServers(config, log)

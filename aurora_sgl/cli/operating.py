@@ -15,7 +15,7 @@ from aurora_sgl.cli.shared import (
     columns_of,
     open_group,
     print_rows,
-    read_recipe,
+    read_choices,
     user,
     version_id,
 )
@@ -46,10 +46,7 @@ def scheduler(
     from aurora_sgl.config import SchedulerSettings, get_settings
     from aurora_sgl.scheduler.service import run
 
-    chosen: dict[str, Any] = {}
-    if recipe:
-        checked = read_recipe(recipe).as_json()
-        chosen = {pair.partition("=")[0]: checked[pair.partition("=")[0]] for pair in recipe}
+    chosen = read_choices(recipe or [])
     run(get_settings(), SchedulerSettings(), group=group, recipe=chosen)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_sgl.cli.shared import AsJson
+from aurora_sgl.cli.shared import AsJson, read_choices
 
 
 def serve(
@@ -57,6 +57,10 @@ def demo(
     turns: Annotated[
         int, typer.Option(min=1, max=32, help="User turns of a chat; each is a request.")
     ] = 1,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A training setting, such as passes=2."),
+    ] = None,
     port: Annotated[int, typer.Option(help="Port of the endpoint; 0: a free one.")] = 0,
     dashboard: Annotated[
         bool, typer.Option(help="Start the web page for operators too (not with --exit).")
@@ -66,6 +70,7 @@ def demo(
     """Start SGLang with an untrained drafter, send traffic, and watch the drafter improve."""
     from aurora_sgl.demo.run import run
 
+    chosen = read_choices(recipe or [])
     raise typer.Exit(
         run(
             requests=requests,
@@ -75,6 +80,7 @@ def demo(
             drafter=drafter,
             temperature=temperature,
             turns=turns,
+            recipe=chosen,
             port=port,
             dashboard=dashboard,
             as_json=as_json,

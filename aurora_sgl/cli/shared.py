@@ -83,6 +83,15 @@ def read_recipe(pairs: list[str], **given: Any) -> Any:
         raise typer.BadParameter(f"{where}: {first['msg']}", param_hint="--set") from None
 
 
+def read_choices(pairs: list[str]) -> dict[str, Any]:
+    """Those settings alone that ``pairs`` of ``NAME=VALUE`` name, checked as :func:`read_recipe`
+    does."""
+    if not pairs:
+        return {}
+    checked = read_recipe(pairs).as_json()
+    return {name: checked[name] for name in (pair.partition("=")[0] for pair in pairs)}
+
+
 def read_window(text: str) -> dict[str, Any]:
     """``400``: requests; ``90m``, ``6h``, ``2d``: time. Exit code 2 for anything else."""
     if not text:

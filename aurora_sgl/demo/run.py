@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def run(
     drafter: str | None = None,
     temperature: float | None = None,
     turns: int = 1,
+    recipe: Mapping[str, Any] | None = None,
     port: int = 0,
     dashboard: bool = True,
     as_json: bool = False,
@@ -69,7 +70,7 @@ def run(
     ``drafter``: a folder to begin with, or ``scratch`` (None: what was live in
     this data folder, else scratch). ``temperature``: of traffic that has none of its own (None:
     greedy, and 0.7 when the prompts come again). ``turns``: of the user in a chat; each is a
-    request, and no header says that they belong together.
+    request, and no header says that they belong together. ``recipe``: knobs of training.
     """
     settings = get_settings()
     chosen = load_prompts(prompts) if prompts is not None else sample_prompts()
@@ -100,7 +101,10 @@ def run(
             server.url, engine, screen, measured, DraftShape(**shape), temperature or 0.0
         )
         chats = with_turns(to_serve(chosen), turns)
-        demo = _Demo(settings, engine, server, screen, chats, held, requests, stop, shape,
+        trainer = BackgroundTrainer(
+            {**shape, **(recipe or {})}, {"AURORA_HOME": str(settings.home)}
+        )
+        demo = _Demo(settings, engine, server, screen, chats, held, requests, stop, trainer,
                      temperature)  # fmt: skip
         if dashboard and not stop:
             demo.dashboard = pages
@@ -155,13 +159,13 @@ class _Demo:
         held_out: HeldOutPrompts,
         requests: int | None,
         stop: bool,
-        shape: dict[str, int],  # depth, topk, nodes
+        trainer: BackgroundTrainer,
         temperature: float | None,
     ) -> None:
         self.settings, self.engine, self.server, self.screen = settings, engine, server, screen
         self.requests, self.stop, self.temperature = requests, stop, temperature
         self.to_serve, self.held_out = prompts, held_out
-        self.trainer = BackgroundTrainer(dict(shape), {"AURORA_HOME": str(settings.home)})
+        self.trainer = trainer
         self.dashboard: DashboardProcess | None = None
         self.sent: list[Sent] = []
         self.failed = 0

@@ -1,7 +1,5 @@
-"""One demo, one shared server, and the drafters that they need: real ones, made in the session.
-
-The demo runs first: what it serves and trains gives the other tests traces and a trained drafter
-whose proposals are really accepted and really rejected.
+"""One demo, one shared server, and the drafters that they need: real ones, whose proposals are
+really accepted and really rejected.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ PROMPTS = [
 ]
 TREE = (3, 4, 8)  # steps, top-k, nodes
 DEMO_REQUESTS = 40  # one training run; keeps the suite short
+DEMO_UPDATES = 60  # of that run: a third of what it makes otherwise
 #: Key of the demo's store, which otherwise makes its own: by it 8 of the 40 are the gate's. By
 #: chance they may be 3, of which no gate can tell that a version is better.
 DEMO_KEY = hashlib.sha256(b"demo of the tests 18").hexdigest()
@@ -230,6 +230,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory, model: Path, base_home: Path)
             str(DEMO_REQUESTS),
             "--held-out",
             str(HELD_OUT),
+            "--set",
+            f"young_updates={DEMO_UPDATES}",
             "--exit",
             "--json",
         ],
@@ -256,10 +258,10 @@ def _make_store(home: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def trained(demo: DemoRun) -> Path:
-    """The folder of the drafter that the demo ended with."""
-    live = next(v for v in demo.summary["versions"] if v["id"] == demo.summary["live_version"])
-    return demo.home / "artifacts" / "versions" / live["weights_sha256"][:16]
+def trained() -> Path:
+    """A well-trained drafter of the demo's model. Not the demo's own: that one's file can run
+    beside the files that need this one."""
+    return ROOT / "benchmarks" / "static-drafter"
 
 
 def chat_prompts(model: Path) -> list[list[int]]:
@@ -317,8 +319,14 @@ def server(
 
 
 @pytest.fixture(scope="session")
-def eagle_drafter(tmp_path_factory: pytest.TempPathFactory, model: Path, demo: DemoRun) -> Path:
-    """An EAGLE drafter (embedding and head are the target's) trained on the demo's traces."""
+def eagle_drafter(
+    tmp_path_factory: pytest.TempPathFactory,
+    model: Path,
+    server: Running,
+    prompts: list[list[int]],
+) -> Path:
+    """An EAGLE drafter (embedding and head are the target's), trained on traces of the shared
+    server."""
     import torch
 
     from aurora_sgl.artifacts import ArtifactRoot
@@ -331,13 +339,21 @@ def eagle_drafter(tmp_path_factory: pytest.TempPathFactory, model: Path, demo: D
     from aurora_sgl.training.trainer import train
 
     torch.set_num_threads(1)
-    engine = store.connect(f"sqlite:///{demo.home / 'aurora.db'}")
-    with store.session(engine, write=False) as s:
-        rows = queries.requests.recent_requests(s, queries.groups.groups(s)[0].id, limit=500)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda ids: server.generate(ids, max_new_tokens=48), prompts))
+    finished = [server.request(answer["meta_info"]["id"], 60).id for answer in answers]
+
+    def traced() -> bool:
+        with store.session(server.engine, write=False) as s:
+            return all(queries.traces.trace(s, one) is not None for one in finished)
+
+    until(traced, 60, "the traces")
+    with store.session(server.engine, write=False) as s:
+        rows = queries.requests.recent_requests(s, server.group_id, limit=500)
     drafter = scratch.make(model, architecture=EAGLE)
     built = dataset.build(
-        rows[:36],
-        TraceFiles(ArtifactRoot(str(demo.home / "artifacts")), demo.home / "cache"),
+        [row for row in rows if row.request_id in finished],
+        TraceFiles(ArtifactRoot(str(server.home / "artifacts")), server.home / "cache"),
         drafter.config,
         dev_share=0.0,
         gate_share=0.0,
