@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from playwright.sync_api import Browser, expect
+from streamlit.components.v2 import manifest_scanner
 
 from aurora_sgl import rollout, store
 from aurora_sgl.config import get_settings
@@ -26,6 +28,16 @@ from tests.support.dashboard_house import House
 
 if TYPE_CHECKING:
     from tests.support.openid import Provider
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _packages_are_looked_at_once() -> Iterator[None]:
+    """Streamlit's `AppTest` reads what every installed package says of itself, at every run, in
+    search of components: four fifths of a drawing. They stay the same while tests run."""
+    scan = cache(manifest_scanner.scan_component_manifests)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(manifest_scanner, "scan_component_manifests", scan)
+        yield
 
 
 @pytest.fixture(scope="session")

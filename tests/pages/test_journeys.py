@@ -43,6 +43,8 @@ def test_the_first_start_prints_a_link_that_makes_the_first_operator_once(
     try:
         assert dashboard.setup is not None
         _first_login(chromium, dashboard, dashboard.setup)
+        # PyTorch would be a third of the start.
+        assert "libtorch" not in Path(f"/proc/{dashboard.process.pid}/maps").read_text()
     finally:
         dashboard.stop()
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from shutil import which
+from tempfile import TemporaryDirectory
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
@@ -123,9 +126,24 @@ def wait_for_port(url: str, seconds: float = PATIENCE / 1000) -> None:
 def add_accounts(home: Path) -> None:
     from aurora_sgl.store.accounts import Accounts
 
-    accounts = Accounts(home / "dashboard" / "accounts.db")
-    accounts.add("ada", "operator", PASSWORDS["ada"])
-    accounts.add("vera", "viewer", PASSWORDS["vera"])
+    path = home / "dashboard" / "accounts.db"
+    Accounts(path)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.executemany("INSERT OR REPLACE INTO account VALUES (?, ?, ?, ?)", _accounts())
+
+
+@cache
+def _accounts() -> list[tuple[object, ...]]:
+    """Their rows as the product makes them; a hash takes long on purpose."""
+    from aurora_sgl.store.accounts import Accounts
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "accounts.db"
+        accounts = Accounts(path)
+        accounts.add("ada", "operator", PASSWORDS["ada"])
+        accounts.add("vera", "viewer", PASSWORDS["vera"])
+        with closing(sqlite3.connect(path)) as db:
+            return db.execute("SELECT * FROM account").fetchall()
 
 
 @contextmanager
