@@ -21,11 +21,13 @@ from aurora_sgl.training.trainer import train
 
 HIDDEN, VOCAB, LAYERS = 16, 40, 8
 
-#: Settings of training that learn :func:`requests` in seconds.
+#: Settings of training that learn :func:`requests` in a second or two: with five of them an update
+#: at twice the rate each objective gains what it gained one by one, in a third of the time.
 RECIPE: dict[str, Any] = {
     "passes": 8,
+    "batch_requests": 5,
     "young_updates": 0,
-    "learning_rate": 5e-3,
+    "learning_rate": 1e-2,
     "autocast": False,
     "depth": 3,
     "topk": 2,

@@ -92,10 +92,13 @@ def verify_step(
     depth: int,
     topk: int,
     nodes: int,
+    text: Rows,
 ) -> tuple[int, list[int]]:
-    """Accepted drafts and the proposed tokens of one verify step from position ``root``."""
-    text: Rows = []
-    for i in range(root):
+    """Accepted drafts and the proposed tokens of one verify step from position ``root``.
+
+    ``text`` holds the rows of the steps before, which stay as they are, and gets those of this one.
+    """
+    for i in range(len(text), root):
         probs, hidden, kv = drafter.row(tokens[i + 1], features[i], i, text)
         text.append(kv)
     first = drafter.best(probs, topk)
@@ -141,9 +144,10 @@ def served(
 ) -> list[tuple[int, int]]:
     """(root, accepted) of every verify step of a request, as a server would go through it."""
     steps = []
+    text: Rows = []
     root = output_start
     while root < len(tokens) - 1 and root <= len(features):
-        accepted, _ = verify_step(drafter, tokens, features, root, depth, topk, nodes)
+        accepted, _ = verify_step(drafter, tokens, features, root, depth, topk, nodes, text)
         steps.append((root, accepted))
         root += accepted + 1
     return steps

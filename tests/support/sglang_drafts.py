@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ class PagedAttention(torch.nn.Module):
         return torch.stack(out)
 
 
-def prepare(root: Path, shape: list[int]) -> Any:
+def prepare(root: Path, shape: list[int], algorithm: str) -> Any:
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import ServerArgs
@@ -52,7 +53,7 @@ def prepare(root: Path, shape: list[int]) -> Any:
         device="cpu",
         dtype="float32",
         skip_tokenizer_init=True,
-        speculative_algorithm=sys.argv[4],
+        speculative_algorithm=algorithm,
         speculative_draft_model_path=str(root / "drafter"),
         speculative_num_steps=depth,
         speculative_eagle_topk=topk,
@@ -192,17 +193,35 @@ def batch_of(input_ids: Any, positions: Any, places: Any, hidden: Any) -> Any:
     )
 
 
-def main() -> None:
-    root, shapes, roots = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+def drafts(root: Path, algorithm: str, shapes: list[list[int]], roots: list[int]) -> None:
     case = load_file(str(root / "case.safetensors"))
     found = []
     with torch.no_grad():
         for shape in shapes:
-            prepare(root, shape)
+            prepare(root, shape, algorithm)
             model = load_model(root)
             found.append([draft(model, case, at, shape) for at in roots])
-    print(json.dumps(found))
+    (root / "drafts.json").write_text(json.dumps(found))
+
+
+def main() -> int:
+    """Each drafter in a child of its own: SGLang's context of a process takes one, and importing
+    SGLang, which takes longest, is done once for all."""
+    import sglang.srt.models.llama_eagle
+    import sglang.srt.models.llama_eagle3
+    import sglang.srt.speculative.eagle_worker_v2  # noqa: F401
+
+    shapes, roots = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    for root, algorithm in json.loads(sys.argv[3]):
+        child = os.fork()
+        if not child:
+            drafts(Path(root), algorithm, shapes, roots)
+            sys.stdout.flush()
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

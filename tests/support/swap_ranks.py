@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -100,8 +101,7 @@ def broken(driver: swap_driver.SwapDriver, swapper: Swapper, case: str) -> Any:
     return nullcontext()
 
 
-def main() -> None:
-    root, rank = Path(sys.argv[1]), int(sys.argv[2])
+def swap(root: Path, rank: int) -> None:
     join(root, rank)
     drafter = drafter_of_sglang()
     swapper = Swapper(drafter, torch.nn.Linear(2, 2), None, 40)
@@ -136,8 +136,26 @@ def main() -> None:
         versions[case] = driver._live.version_id
     done = [one.ok for one in said if isinstance(one, wire.SwapDone)]
     right = is_shard(drafter, load_file(root / "weights.safetensors"), rank)
-    print(json.dumps({"live": versions, "ok": done[: len(versions)], "right": right}))
+    word = {"live": versions, "ok": done[: len(versions)], "right": right}
+    (root / f"said-{rank}.json").write_text(json.dumps(word))
+
+
+def main() -> int:
+    """Both ranks are children of this process, which imports SGLang for them."""
+    import sglang.srt.distributed
+    import sglang.srt.layers.linear
+    import sglang.srt.layers.vocab_parallel_embedding
+    import sglang.srt.server_args  # noqa: F401
+
+    root, ranks = Path(sys.argv[1]), []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            swap(root, rank)
+            os._exit(0)
+        ranks.append(child)
+    return int(any([os.waitpid(child, 0)[1] for child in ranks]))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -8,6 +8,7 @@ where the result does not load, :func:`library` is None and the callers stay wit
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -126,26 +127,46 @@ def build(say: Callable[[str], None] | None = None) -> Path | None:
         binary = _target(command)
         if binary.exists():
             return binary
-        say("compiling the CPU kernels for this machine (once, a few seconds) ...")
-        begun = time.monotonic()
         binary.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
-            fresh = Path(folder) / binary.name
-            subprocess.run(
-                [command, *_FLAGS, str(SOURCE), "-o", str(fresh)],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_SECONDS,
-            )
-            fresh.replace(binary)  # whole, or not there
-        say(f"compiled the CPU kernels in {time.monotonic() - begun:.0f} s: {binary}")
+        with _alone(binary.parent):
+            if not binary.exists():  # another process may have made it meanwhile
+                _compile(command, binary, say)
         return binary
     except (OSError, subprocess.SubprocessError) as error:
         message = getattr(error, "stderr", None) or str(error)
         first = next(iter(str(message).strip().splitlines()), "no message")
         logger.warning("aurora: the CPU kernels did not compile, PyTorch is used: %s", first)
         return None
+
+
+def _compile(command: str, binary: Path, say: Callable[[str], None]) -> None:
+    say("compiling the CPU kernels for this machine (once, a few seconds) ...")
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
+        fresh = Path(folder) / binary.name
+        subprocess.run(
+            [command, *_FLAGS, str(SOURCE), "-o", str(fresh)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+        )
+        fresh.replace(binary)  # whole, or not there
+    say(f"compiled the CPU kernels in {time.monotonic() - begun:.0f} s: {binary}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The ranks of a server start together: the first compiles, the others wait for it instead of
+    taking its cores for the same work. On the folder itself, so that no lock file is left; whoever
+    holds it may die, the system lets go. Where a disk knows no locks, each compiles."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -29,12 +29,24 @@ SHAPES = [DraftShape(4), DraftShape(3, 2, 5), DraftShape(3, 4, 8), DraftShape(4,
 ROOTS = [6, 9, 15, 22]
 
 
-@pytest.fixture(scope="module", params=[EAGLE3, EAGLE])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("parity")
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One an architecture, with what SGLang drafts there (one list a shape, one entry a root)."""
+    made = {one: case_of(one, tmp_path_factory.mktemp("parity")) for one in (EAGLE3, EAGLE)}
+    jobs = [(str(root), checkpoint.load(root / "drafter").algorithm) for root in made.values()]
+    shapes = [[s.depth, s.topk, s.nodes] for s in SHAPES]
+    command = [sys.executable, str(SUPPORT / "sglang_drafts.py")]
+    command += [json.dumps(shapes), json.dumps(ROOTS), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return made
+
+
+def case_of(architecture: str, root: Path) -> Path:
+    """A target, a drafter of it, and a text with features."""
     # A soft head: saturated scores tie, and then SGLang itself may pick a child without its parent.
     target = target_folder(root / "target", tied=False, head_scale=0.05)
-    drafter = scratch.make(target, draft_vocab_size=24, architecture=request.param, seed=2)
+    drafter = scratch.make(target, draft_vocab_size=24, architecture=architecture, seed=2)
     torch.manual_seed(0)
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, mean=0.05, std=0.25)
@@ -49,38 +61,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return root
 
 
-@pytest.fixture(scope="module")
-def upstream(folder: Path) -> list[list[dict[str, list[int]]]]:
-    """Drafts of SGLang, one list a shape, one entry a root."""
-    algorithm = checkpoint.load(folder / "drafter").algorithm
-    shapes = [[s.depth, s.topk, s.nodes] for s in SHAPES]
-    script = SUPPORT / "sglang_drafts.py"
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(script),
-            str(folder),
-            json.dumps(shapes),
-            json.dumps(ROOTS),
-            algorithm,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: list[list[dict[str, list[int]]]] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 @pytest.mark.process
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("architecture", [EAGLE3, EAGLE])
 @pytest.mark.parametrize("number", range(len(SHAPES)))
 def test_sglang_and_ours_draft_the_same_tokens_in_the_same_tree(
-    folder: Path, upstream: list[list[dict[str, list[int]]]], number: int
+    folders: dict[str, Path], number: int, architecture: str
 ) -> None:
     from safetensors.torch import load_file
 
+    folder = folders[architecture]
+    upstream = json.loads((folder / "drafts.json").read_text())
     case = load_file(str(folder / "case.safetensors"))
     drafter = checkpoint.load(folder / "drafter")
     head = TargetHead.load(folder / "target")

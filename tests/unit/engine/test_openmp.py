@@ -8,10 +8,16 @@ import sys
 
 import pytest
 
+#: The child loads the OpenMP that PyTorch brings, which says at once how it waits.
 SCRIPT = """
 import subprocess, sys
 import aurora_sgl.engine.launch
-subprocess.run([sys.executable, '-c', 'import torch'], check=True)
+subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)
+"""
+CHILD = """
+import ctypes, importlib.util, pathlib
+folder = pathlib.Path(importlib.util.find_spec('torch').origin).parent
+ctypes.CDLL(str(next(folder.glob('lib/libgomp*'))))
 """
 
 
@@ -34,7 +40,7 @@ def test_threads_spin_briefly_unless_the_user_says_how_they_wait(
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         environment.pop(name, None)
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", SCRIPT, CHILD],
         capture_output=True,
         text=True,
         env={**environment, **said},

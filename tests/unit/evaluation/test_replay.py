@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -52,7 +54,7 @@ def tiny(architecture: str, seed: int) -> tuple[Drafter, TargetHead]:
     return drafter, TargetHead(torch.randn(VOCAB, HIDDEN), 0.005 * torch.randn(VOCAB, HIDDEN))
 
 
-def request(drafter: Drafter, head: TargetHead, shape: DraftShape, seed: int) -> Sequence:
+def request(drafter: Drafter, head: TargetHead, seed: int) -> Sequence:
     """A request whose continuation follows the drafter now and then, so that drafts are accepted.
 
     A third of its tokens are the drafter's own best guess, the rest are random.
@@ -73,6 +75,13 @@ def request(drafter: Drafter, head: TargetHead, shape: DraftShape, seed: int) ->
     return Sequence(seed, tokens, features, features[:, :HIDDEN], start)
 
 
+@functools.cache
+def case(architecture: str, seed: int) -> tuple[Drafter, TargetHead, list[Sequence]]:
+    """Shapes of one seed share a drafter and its requests; neither is changed."""
+    drafter, head = tiny(architecture, seed)
+    return drafter, head, [request(drafter, head, number) for number in range(3)]
+
+
 SHAPES = [
     DraftShape(1),
     DraftShape(4),
@@ -90,11 +99,10 @@ SHAPES = [
 def test_fast_replay_agrees_with_a_plain_server_step_by_step(
     architecture: str, shape: DraftShape
 ) -> None:
-    drafter, head = tiny(architecture, seed=shape.depth + shape.topk)
+    drafter, head, requests = case(architecture, shape.depth + shape.topk)
     plain = PlainDrafter(drafter.config, drafter.state_dict(), head.embedding, head.lm_head)
     seen = set()
-    for seed in range(3):
-        sequence = request(drafter, head, shape, seed)
+    for sequence in requests:
         with torch.no_grad():
             steps = served(
                 plain,
@@ -123,7 +131,7 @@ def test_a_step_that_reaches_the_end_of_the_log_before_its_depth_is_undetermined
 
 def test_features_that_end_early_end_the_replay_early() -> None:
     drafter, head = tiny(EAGLE3, 0)
-    whole = request(drafter, head, DraftShape(3), 1)
+    whole = request(drafter, head, 1)
     cut = Sequence(1, whole.tokens, whole.features[:10], whole.last[:10], whole.output_start)
     short = replay_one(drafter, cut, DraftShape(3), head)
     assert 0 < short.verify_steps < replay_one(drafter, whole, DraftShape(3), head).verify_steps
@@ -148,7 +156,7 @@ def test_settings_with_a_shape_that_no_server_can_serve_are_refused_before_anyth
 
 def test_replay_in_bfloat16_differs_from_float32_only_a_little() -> None:
     drafter, head = tiny(EAGLE3, 3)
-    sequences = [request(drafter, head, DraftShape(3), seed) for seed in range(8)]
+    sequences = [request(drafter, head, seed) for seed in range(8)]
     wide = AcceptCounts.of(replay(drafter, sequences, DraftShape(3, 4, 8), head)).accept_length
     narrow = AcceptCounts.of(
         replay(drafter.bfloat16(), sequences, DraftShape(3, 4, 8), head)

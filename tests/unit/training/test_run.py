@@ -126,12 +126,13 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgraded_sqlite: Path) -> House:
     home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    shutil.copy(upgraded_sqlite, home / "aurora.db")
     monkeypatch.setenv("AURORA_HOME", str(home))
     get_settings.cache_clear()
     engine = store.connect(f"sqlite:///{home / 'aurora.db'}")
-    store.upgrade(engine)
     target = target_folder(tmp_path / "target")
     artifacts = ArtifactRoot(str(home / "artifacts"))
     drafter = scratch.make(target, draft_vocab_size=40, seed=1, model=str(target))
@@ -471,7 +472,7 @@ def test_a_run_that_was_killed_goes_on_with_its_requests_and_from_its_checkpoint
 ) -> None:
     house.serve(40)
     settings = SETTINGS.model_copy(
-        update={"nice": 0, "passes": 40, "checkpoint_seconds": 0.2, "replay_share": 0.0}
+        update={"nice": 0, "passes": 30, "checkpoint_seconds": 0.2, "replay_share": 0.0}
     )
     command = [sys.executable, "-m", "aurora_sgl.training", "--trigger", "test"]
     command += ["--settings", settings.model_dump_json()]

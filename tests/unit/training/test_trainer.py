@@ -58,7 +58,7 @@ def test_training_raises_the_replayed_accept_length_on_held_out_requests(
     assert set(verdict.by_domain) == {"d0", "d1"}
     if objective in ("forward_kl", "lk", "expected_accept_length"):  # the same loss all the time
         assert result.metrics["loss_last_pass"] < result.metrics["loss_first_pass"]
-    assert result.updates == 8 * 30 and result.tokens > 0
+    assert result.updates == 8 * 6 and result.tokens == 8 * 30 * 22
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
@@ -301,8 +301,10 @@ def test_time_in_which_progress_blocks_does_not_count(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_workers_come_to_the_weights_of_one(
-    tmp_path: Path, request: pytest.FixtureRequest
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Ray starts its workers at 15: beside another test they would wait for minutes.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     drafter, head = world(tmp_path / "t")
     data, dev = requests(head, 6), requests(head, 3, seed=5)
     settings = TrainSettings(
@@ -348,9 +350,9 @@ def test_a_small_window_is_passed_over_until_the_least_number_of_updates(tmp_pat
     data = requests(head, 6)
     given = {**RECIPE, "passes": 1}
     few = train(drafter, data, head, TrainSettings(**given, least_updates=20))
-    assert few.updates == 24  # four passes of six
-    enough = train(drafter, data, head, TrainSettings(**given, least_updates=6))
-    assert enough.updates == 6
+    assert few.updates == 20  # ten passes of two
+    enough = train(drafter, data, head, TrainSettings(**given, least_updates=2))
+    assert enough.updates == 2
 
 
 def test_the_time_limit_is_counted_by_the_given_clock(tmp_path: Path) -> None:

@@ -26,13 +26,14 @@ TOLERANCE = {
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("AURORA_CPU_COMPILED", "1")
-    get_settings.cache_clear()
-    native.library.cache_clear()
-    yield
-    monkeypatch.undo()
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """Loaded once for all: to look for the file asks the compiler for its version."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AURORA_CPU_COMPILED", "1")
+        get_settings.cache_clear()
+        native.library.cache_clear()
+        yield
     get_settings.cache_clear()
     native.library.cache_clear()
 
@@ -336,12 +337,25 @@ def test_a_source_that_does_not_compile_is_one_line_with_the_compilers_words(
 
 @pytest.mark.process
 @needs_compiler
-def test_kernels_are_compiled_once_by_however_many_start_together(elsewhere):
+def test_kernels_are_compiled_once_by_however_many_start_together(elsewhere, tmp_path, monkeypatch):
+    """Of a short source; that ours compiles is seen by all tests here."""
+    source = tmp_path / "kernels.cpp"
+    source.write_text('extern "C" int aurora_version() { return 1; }\n')
+    monkeypatch.setattr(native, "SOURCE", source)
+    slow = tmp_path / "slow-c++"  # all have begun before the first is done
+    slow.write_text(
+        f'#!/bin/sh\ncase "$1" in --version) ;; *) echo >> {tmp_path}/calls; sleep 1;; esac\n'
+        f'exec {native.compiler()} "$@"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
     said: list[str] = []
     with ThreadPoolExecutor(3) as pool:
         made = list(pool.map(lambda _: native.build(said.append), range(3)))
     assert len(set(made)) == 1 and made[0] is not None and made[0].exists()
     assert [p.name for p in native.cache_folder().iterdir()] == [made[0].name]
+    assert (tmp_path / "calls").read_text() == "\n", "compiled once"
+    assert [line.split()[0] for line in said] == ["compiling", "compiled"]
     said.clear()
     assert native.build(said.append) == made[0]
     assert said == []
