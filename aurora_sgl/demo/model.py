@@ -196,7 +196,6 @@ def write_weights(
     reader: GGUFReader, facts: dict[str, Any], path: Path, done: Callable[[], None]
 ) -> None:
     """Dequantises each tensor to bfloat16 under its Hugging Face name."""
-    import numpy as np
     import torch
     from gguf import dequantize
     from safetensors.torch import save_file
@@ -207,8 +206,7 @@ def write_weights(
     }
     weights: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
-        # A plain view: gguf slices it thousands of times, and each slice of a memmap is dear.
-        values = torch.tensor(dequantize(np.asarray(tensor.data), tensor.tensor_type))
+        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
         if part in heads:
             values = without_interleaving(values, heads[part])
