@@ -8,8 +8,6 @@ from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
-from scipy.special import stdtr
-
 from aurora_sgl.batch_sizes import batch_bucket
 from aurora_sgl.intervals import AcceptCounts
 from aurora_sgl.store.queries.request_counts import RequestCounts
@@ -63,6 +61,8 @@ class Comparison:
     def chance(self, loss: float = 0.0) -> float:
         """Of an accept length as low as this, or lower, if the share ``loss`` of the expected one
         were lost (one-sided, Student's t)."""
+        from scipy.special import stdtr  # slow to import
+
         lowest = max(0.0, self.expected * (1 - loss) - 1)
         score = ((self.accept_length - 1) ** 0.5 - lowest**0.5) / self.error
         return float(stdtr(self.freedom, score))

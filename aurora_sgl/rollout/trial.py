@@ -15,7 +15,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
@@ -304,6 +303,8 @@ def _lengths(pair: tuple[TrialWindow, TrialWindow]) -> tuple[float | None, float
 
 def _interval(pairs: Sequence[tuple[float | None, float | None]], level: float) -> dict[str, Any]:
     """Mean difference over pairs of windows, candidate less baseline, with Student's interval."""
+    from scipy.special import stdtrit  # slow to import
+
     complete_pairs = [pair for pair in pairs if None not in pair]
     if len(complete_pairs) < FEWEST_PAIRS:
         return {"pairs": len(complete_pairs)}

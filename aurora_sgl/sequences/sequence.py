@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from aurora_sgl.errors import AuroraError
+
+if TYPE_CHECKING:  # for names in signatures alone: scheduler and sidecar start without PyTorch
+    import torch
 
 
 @dataclass(frozen=True)
