@@ -21,14 +21,17 @@ from aurora_sgl import wire
 from aurora_sgl.sidecar.endpoint import address
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "it") -> Any:
+def wait_until(
+    condition: Callable[[], Any], seconds: float = 60.0, what: str = "it", *, pause: float = 0.05
+) -> Any:
     """The first true value of ``condition``; fails after ``seconds`` of a machine that does nothing
-    else, which one that many share may take thrice as long for."""
+    else, which one that many share may take thrice as long for. ``pause``: seconds between two
+    looks; more for a costly one, which takes the processor from what is waited for."""
     deadline = time.monotonic() + min(3 * seconds, seconds + 300)
     while time.monotonic() < deadline:
         if value := condition():
             return value
-        time.sleep(0.05)
+        time.sleep(pause)
     raise AssertionError(f"{what} did not happen within {seconds} s")
 
 

@@ -80,7 +80,7 @@ def rounds(one: Scheduler, until: Callable[[], Any], seconds: float = 120.0) -> 
         one.tick()
         return until()
 
-    return wait_until(done, seconds, "what the scheduler should do")
+    return wait_until(done, seconds, "what the scheduler should do", pause=0.25)
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ def endpoint(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sidecar(tmp_path: Path, endpoint: Path) -> Iterator[Sidecar]:
-    one = Sidecar(tmp_path / "home", endpoint)
+def sidecar(home: Path, endpoint: Path) -> Iterator[Sidecar]:
+    one = Sidecar(home, endpoint)
     one.wait_ready()
     yield one
     one.kill()

@@ -87,8 +87,8 @@ class House:
 
 
 @pytest.fixture
-def on_sqlite(tmp_path: Path) -> Iterator[House]:
-    url = f"sqlite:///{tmp_path / 'home' / 'aurora.db'}"
+def on_sqlite(tmp_path: Path, home: Path) -> Iterator[House]:
+    url = f"sqlite:///{home / 'aurora.db'}"
     house = House(tmp_path, url, url)
     yield house
     house.close()
@@ -215,14 +215,11 @@ def test_what_is_broken_and_mended_in_sqlite_costs_no_record(on_sqlite: House) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_a_boot_that_was_never_identified_does_not_hold_up_the_next(
-    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+    tmp_path: Path, postgres_database: str
 ) -> None:
     """A server with a wrong database URL and a drafter that can't be read is started again."""
-    url = f"sqlite:///{tmp_path / 'home' / 'aurora.db'}"
-    if kind == "postgresql":
-        url = request.getfixturevalue("postgres_database")
+    url = postgres_database
     home, endpoint = tmp_path / "home", tmp_path / "e"
     wrong = Sidecar(home, endpoint, database_url="postgresql+psycopg://nobody@127.0.0.1:1/x")
     first = Engine(endpoint, BOOT, drafter_path=str(tmp_path / "nowhere"))

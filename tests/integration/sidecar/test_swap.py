@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import text
 
 from aurora_sgl import store, wire
 from aurora_sgl.artifacts import ArtifactRoot
@@ -75,7 +76,6 @@ class World:
         )
         self.engine.run()
         self.artifacts = ArtifactRoot(str(self.home / "artifacts"))
-        wait_until(lambda: (self.home / "aurora.db").exists())
         wait_until(lambda: self.server().get("boot_version_id"), 40, "an identified server")
         wait_until(lambda: self.rows("SELECT * FROM deployment"), 40, "a first live version")
         self.db = store.connect(f"sqlite:///{self.home / 'aurora.db'}")
@@ -86,14 +86,11 @@ class World:
         self.db.dispose()
 
     def rows(self, query: str) -> list[dict[str, Any]]:
-        engine = store.connect(f"sqlite:///{self.home / 'aurora.db'}")
-        try:
-            with store.reading(engine) as connection:
-                return [dict(row) for row in connection.execute(text(query)).mappings()]
-        except Exception:
-            return []  # no tables yet
-        finally:
-            engine.dispose()
+        """By a plain connection: an engine of ours for each of many looks costs more than them."""
+        place = f"file:{self.home / 'aurora.db'}?mode=ro"
+        with closing(sqlite3.connect(place, uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute(query)]
 
     def server(self) -> dict[str, Any]:
         return next(iter(self.rows("SELECT * FROM server")), {})
@@ -107,7 +104,7 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, home: Path) -> Iterator[World]:
     world = World(tmp_path)
     yield world
     world.close()
