@@ -18,6 +18,12 @@ from aurora_sgl.drafter.model import Drafter
 #: the target's own rows at the drafter's scale 1.57 and 1.78, the four nearest in the target's
 #: lm_head 1.50 and 1.74, the row of the token that left 1.48 and 1.75, the mean of all rows 1.43
 #: and 1.74, no exchange 1.45 and 1.54. None changed the accept length before training by 0.01.
+#:
+#: Of a well-trained drafter it does: the rows of ``benchmarks/static-drafter`` have most in common
+#: (0.91 of their squared length; 0.44 after the demo's first run), which keeps all that is seldom
+#: out of the drafts. Rows without it win everywhere: with 75 of 8,192 new the accept length on 14
+#: requests fell from 1.90 to 1.43. So a new row has what rows have in common, as far as they do:
+#: on another 14 requests 1.867 before, 1.867 with 76 and 1.884 with 271 new ones.
 _SPREAD = 0.02
 
 
@@ -54,7 +60,7 @@ def refresh(
     rows = weight[source.clamp(min=0).to(device)].clone()
     generator = torch.Generator().manual_seed(seed)
     fresh = _SPREAD * torch.randn((int(comes.sum()), rows.shape[1]), generator=generator)
-    rows[comes.to(device)] = fresh.to(device, rows.dtype)
+    rows[comes.to(device)] = (_common(weight) + fresh.to(device)).to(rows.dtype)
     renewed = copy.deepcopy(drafter)
     renewed.lm_head.weight.data = rows
     renewed.d2t, renewed.t2d = (tensor.to(device) for tensor in vocabulary.maps(new, size))
@@ -64,3 +70,11 @@ def refresh(
         vocabulary.coverage(counts, old),
         vocabulary.coverage(counts, new),
     )
+
+
+def _common(weight: torch.Tensor) -> torch.Tensor:
+    """What rows have in common: their mean, times its share of their mean squared length."""
+    weight = weight.float()
+    mean = weight.mean(0)
+    share = mean.square().sum() / weight.square().sum(1).mean().clamp(min=1e-12)
+    return mean * share
