@@ -34,6 +34,9 @@ demo: $(STAMP)
 	@$(BIN)/aurora-sgl demo $(ARGS)
 
 # Two processes: the tests that share running servers in one, the others in the other.
+# Hundreds of processes start here: each would compile our modules anew.
+test test-unit test-fast: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 --durations=20 $(ARGS)
 

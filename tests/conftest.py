@@ -25,6 +25,7 @@ from sqlalchemy import Engine, create_engine, text
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _numbers = itertools.count(1)
+_BEGUN = time.monotonic()
 
 #: Of the end-to-end tests the files that share one server; the others start their own.
 SHARED_SERVER = tuple(
@@ -34,12 +35,24 @@ SHARED_SERVER = tuple(
         *("replay_served", "sampling", "swap", "watch"),
     )
 )
-#: Of them, and of the demo's, those that need nothing of the others of their file.
+_SHAPES = "tests/e2e/test_identity.py::test_other_draft_shapes_give_hugging_faces_tokens"
+#: Servers of their own for minutes each, and for one question. They come last, and those that have
+#: not begun when AURORA_TEST_MINUTES are over are skipped, with a line that says so: a machine that
+#: is half as fast as others still comes to an end in time.
+LAST = (
+    "tests/e2e/test_ranks.py",
+    "tests/e2e/test_outage.py",
+    "tests/e2e/test_two_servers.py",
+    f"{_SHAPES}[chain]",
+    f"{_SHAPES}[wide tree]",
+)
+#: Of files that share something those that need nothing of it.
 ALONE = (
     "tests/e2e/test_demo.py::test_ctrl_c_leaves_no_process_behind",
     "tests/e2e/test_demo.py::test_a_demo_whose_server_ends_says_so_and_ends",
     "tests/e2e/test_identity.py::"
     "test_without_speculation_our_cpu_kernels_give_hugging_faces_tokens",
+    *(one for one in LAST if "::" in one),
 )
 
 
@@ -101,6 +114,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    items.sort(key=_comes_last)
     for item in items:
         place = item.path.relative_to(here).as_posix() if here in item.path.parents else ""
         for folder, mark in MARKED.items():
@@ -108,6 +122,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(mark)
         first = next((mark for mark in MARKS if item.get_closest_marker(mark)), "unit")
         item.user_properties.append((COUNTED, first))
+
+
+def _comes_last(item: pytest.Item) -> bool:
+    return item.nodeid.startswith(LAST)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = float(os.environ.get("AURORA_TEST_MINUTES", "inf"))
+    if _comes_last(item) and time.monotonic() - _BEGUN > 60 * minutes:
+        pytest.skip(f"{minutes:.0f} minutes are over (AURORA_TEST_MINUTES)")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

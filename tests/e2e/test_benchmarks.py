@@ -9,9 +9,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.command_line import CommandLine, command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 180
@@ -32,21 +35,27 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[CommandLine]:
+    """One process imports what is slow to import, and forks for each of them."""
+    with command_line() as one:
+        yield one
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
 def test_a_benchmark_ends_and_prints_what_it_measured(
-    command: str, tmp_path: Path, model: Path, base_home: Path
+    command: str, running: CommandLine, tmp_path: Path, model: Path, base_home: Path
 ) -> None:
     name, *arguments = command.format(folder=tmp_path).split()
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "AURORA_HOME": str(base_home)},
-    )  # fmt: skip
-    words = done.stderr.strip().splitlines()
-    assert "Traceback" not in done.stderr, words[-1]
-    assert done.returncode in (0, 1) and done.stdout.strip(), words[-3:]
+    environment = {"OMP_NUM_THREADS": "1", "AURORA_HOME": str(base_home)}
+    done = running.run(
+        arguments, environment, folder=ROOT, seconds=SECONDS, module=f"benchmarks.{name}"
+    )
+    words = done.err.strip().splitlines()
+    assert "Traceback" not in done.err, words[-1]
+    assert done.code in (0, 1) and done.out.strip(), words[-3:]
     if "--json" in arguments:
-        assert json.loads(done.stdout)
+        assert json.loads(done.out)
 
 
 ELSEWHERE = {"llama_cpp_server"}  # runs in an environment that lacks this project

@@ -53,12 +53,12 @@ def serve_and_compare(
     hugging_face: Any,
     headers: dict[str, str] | None = None,
 ) -> float:
-    """Serve all prompts, four at a time; returns the accept length of the run."""
+    """Serve all prompts, eight at a time; returns the accept length of the run."""
 
     def one(ids: list[int]) -> dict[str, Any]:
         return running.generate(ids, headers=headers, max_new_tokens=TOKENS)
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(one, prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
         assert_greedy(hugging_face, prompt, answer["output_ids"])
@@ -121,8 +121,13 @@ def test_plain_steps_of_a_speculating_server_give_hugging_faces_tokens(
     server: Running, prompts: list[list[int]], hugging_face: Any
 ) -> None:
     plain = {"x-aurora-speculate": "no"}
-    for prompt in prompts[:6]:
-        answer = server.generate(prompt, headers=plain, max_new_tokens=TOKENS)
+
+    def one(ids: list[int]) -> dict[str, Any]:
+        return server.generate(ids, headers=plain, max_new_tokens=TOKENS)
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(one, prompts[:6]))
+    for prompt, answer in zip(prompts, answers, strict=False):
         assert_greedy(hugging_face, prompt, answer["output_ids"])
         assert answer["meta_info"]["spec_num_correct_drafts"] == 0
 
@@ -147,11 +152,11 @@ def test_other_draft_shapes_give_hugging_faces_tokens(
     tmp_path: Path,
     model: Path,
     trained: Path,
-    eagle_drafter: Path,
     prompts: list[list[int]],
     hugging_face: Any,
+    request: pytest.FixtureRequest,
 ) -> None:
-    drafter = eagle_drafter if kind == "eagle" else trained
+    drafter = request.getfixturevalue("eagle_drafter") if kind == "eagle" else trained
     shape = {"chain": (4, 1, 5), "eagle": (2, 2, 5), "wide tree": (4, 8, 16)}[kind]
     moves = kind != "eagle"  # between depths, from step to step
     environment = {"AURORA_SPECULATION": "auto" if moves else "on", "AURORA_SHAPES": "learned"}
@@ -196,7 +201,7 @@ def test_without_speculation_our_cpu_kernels_give_hugging_faces_tokens(
     try:
         process.wait_ready(240)
         plain = Running(process, tmp_path, None, 0, 0)  # type: ignore[arg-type]
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(8) as pool:
             answers = list(
                 pool.map(lambda ids: plain.generate(ids, max_new_tokens=TOKENS), prompts)
             )

@@ -80,7 +80,7 @@ def ask(server: Running, ids: list[int], speculate: str, **body: Any) -> Any:
 
 
 def ask_all(server: Running, prompts: list[list[int]], speculate: str) -> dict[str, list[Any]]:
-    """Every use, four at a time, so that requests of all kinds are in one batch."""
+    """Every use, eight at a time, so that requests of all kinds are in one batch."""
 
     def one(numbered: tuple[int, str]) -> list[Any]:
         place, name = numbered
@@ -91,7 +91,7 @@ def ask_all(server: Running, prompts: list[list[int]], speculate: str) -> dict[s
         return answers if isinstance(answers, list) else [answers]
 
     mark = f"{speculate}-{MARK}"
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         return dict(zip(USES, pool.map(one, enumerate(USES)), strict=True))
 
 

@@ -85,7 +85,7 @@ def test_a_damaged_drafter_put_live_by_hand_is_rolled_back_by_the_watch(
     hours = back.total_seconds() / 3600  # nothing that other tests served
     rules = WatchSettings(steps=150, requests=10, seconds=180, look_back_hours=hours)
     until(lambda: server.live_version() == bad, 30, "the damaged version to be live")
-    traffic = [Traffic(server, prompts[part::2]) for part in range(2)]
+    traffic = [Traffic(server, prompts[part::4]) for part in range(4)]
     for thread in traffic:
         thread.start()
 
