@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import streamlit
 from playwright.sync_api import Browser, expect
 from streamlit.components.v2 import manifest_scanner
 
@@ -139,7 +140,8 @@ def among_hostile(request: pytest.FixtureRequest, settings_of: Callable[..., Non
 
 @pytest.fixture
 def settings_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Makes this process one of the house at a folder, with further settings."""
+    """Makes this process one of the house at a folder, with further settings, that kept nothing of
+    what an earlier test drew: pages are drawn quicker than what they keep grows old."""
 
     def use(home: Path, **more: str) -> None:
         monkeypatch.chdir(home)
@@ -149,6 +151,8 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]
         for name, value in more.items():
             monkeypatch.setenv(f"AURORA_{name.upper()}", value)
         get_settings.cache_clear()
+        streamlit.cache_data.clear()
+        streamlit.cache_resource.clear()
 
     yield use
     get_settings.cache_clear()

@@ -88,7 +88,7 @@ def test_q_is_the_drafters_own_along_the_log_and_nothing_outside_its_vocabulary(
 ) -> None:
     drafter, head = tiny(architecture, seed=3)
     plain = PlainDrafter(drafter.config, drafter.state_dict(), head.embedding, head.lm_head)
-    sequence, depth, heat = request(drafter, head, DraftShape(3), 5), 3, 0.7
+    sequence, depth, heat = request(drafter, head, 5), 3, 0.7
     with torch.no_grad():
         q = _drafted(drafter, sequence, depth, head, heat)
         tokens, rows, outside = sequence.tokens.tolist(), [], 0
@@ -130,7 +130,7 @@ def test_replay_of_a_request_that_was_sampled_by_rejection_is_an_expectation() -
     drafter, head = tiny(EAGLE, seed=1)
     shape = DraftShape(3)
     sequence = replace(
-        request(drafter, head, shape, 2), accept_rule="rejection_sampling",
+        request(drafter, head, 2), accept_rule="rejection_sampling",
         sampling=TargetSampling(0.8),
     )  # fmt: skip
     found = replay_one(drafter, sequence, shape, head)
