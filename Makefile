@@ -33,10 +33,10 @@ $(STAMP): requirements/cpu.lock pyproject.toml tools/setup_env.py
 demo: $(STAMP)
 	@$(BIN)/aurora-sgl demo $(ARGS)
 
-# Two processes: the tests that share running servers in one, the others in the other.
 # Hundreds of processes start here: each would compile our modules anew.
 test test-unit test-fast: export PYTHONDONTWRITEBYTECODE :=
 
+# Two processes: the tests that share running servers in one, the others in the other.
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 --durations=20 $(ARGS)
 
